@@ -1,0 +1,141 @@
+"""Layout: the static geometry of one exchange. All size arithmetic is here and only here.
+
+The C++ twin is ``xla_ffi/core/layout.h``; ``tests/test_layout.py`` checks one against the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+INT32_MAX = 2**31 - 1
+
+
+def round_up(size, multiple):
+    """The smallest multiple of ``multiple`` that is at least ``size`` (numbers or arrays)."""
+    return (size + multiple - 1) // multiple * multiple
+
+
+def dropless_capacity(
+    *, num_ranks: int, num_tokens: int, top_k: int, num_experts: int, alignment: int
+) -> int:
+    """Rows that always suffice on one rank when each token names distinct experts.
+
+    ``R*T*min(K, E/R)`` rows, plus what ``alignment`` can add: at most ``alignment - 1`` rows for
+    each group that is not empty, and never more than every group holding all ``R*T`` tokens.
+    """
+    experts_per_rank = num_experts // num_ranks
+    rows = num_ranks * num_tokens * min(top_k, experts_per_rank)
+    busy_groups = min(experts_per_rank, rows)
+    padded = (rows + busy_groups * (alignment - 1)) // alignment * alignment
+    return min(padded, experts_per_rank * round_up(num_ranks * num_tokens, alignment))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Geometry of one exchange: hashable, known at trace time, equal on all ranks.
+
+    Attributes:
+      num_ranks: R, size of the expert axis.
+      num_tokens: T, tokens of one rank.
+      top_k: K, assignments of one token.
+      num_experts: E, experts of all ranks together.
+      capacity: rows of one rank's packed output.
+      alignment: every group size is a multiple of it.
+    """
+
+    num_ranks: int
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    capacity: int
+    alignment: int = 1
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        num_ranks: int,
+        num_tokens: int,
+        top_k: int,
+        num_experts: int,
+        capacity: int | None = None,
+        alignment: int = 1,
+    ) -> Layout:
+        """Checks the geometry; ``capacity=None`` means the dropless bound.
+
+        Raises:
+          TypeError: a size is not an int.
+          ValueError: a size is out of range, or the sizes do not fit together.
+        """
+        for name, value, least in (
+            ("num_experts", num_experts, 1),
+            ("alignment", alignment, 1),
+            ("capacity", 0 if capacity is None else capacity, 0),
+        ):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(
+                    f"dispatch: {name} must be a static int, got {value!r} of type "
+                    f"{type(value).__name__}. Sizes shape the output, so they cannot be traced: "
+                    "pass a Python int."
+                )
+            if value < least:
+                raise ValueError(f"dispatch: {name} must be at least {least}, got {value}.")
+        num_experts, alignment = int(num_experts), int(alignment)
+        if num_experts % num_ranks:
+            below = num_experts // num_ranks * num_ranks
+            raise ValueError(
+                f"dispatch: num_experts={num_experts} does not divide evenly over the {num_ranks} "
+                f"ranks of the expert axis. Use {below + num_ranks} experts"
+                + (f" or {below}" if below else "")
+                + ", or another mesh axis."
+            )
+        if capacity is None:
+            capacity = dropless_capacity(
+                num_ranks=num_ranks,
+                num_tokens=num_tokens,
+                top_k=top_k,
+                num_experts=num_experts,
+                alignment=alignment,
+            )
+        capacity = int(capacity)
+        if capacity % alignment:
+            raise ValueError(
+                f"dispatch: capacity={capacity} is not a multiple of alignment={alignment}, so a "
+                "group size could not be one either. Use "
+                f"capacity={round_up(capacity, alignment)}."
+            )
+        layout = cls(num_ranks, num_tokens, top_k, num_experts, capacity, alignment)
+        for name, rows in (
+            ("capacity", capacity),
+            ("num_ranks * num_tokens * top_k", num_ranks * layout.num_assignments),
+        ):
+            if rows > INT32_MAX:
+                raise ValueError(
+                    f"dispatch: {name} = {rows} does not fit in int32, which counts rows here. "
+                    "Pass a smaller capacity, or fewer tokens per call."
+                )
+        return layout
+
+    @property
+    def experts_per_rank(self) -> int:
+        """E/R: rank r hosts experts [r*E/R, (r+1)*E/R)."""
+        return self.num_experts // self.num_ranks
+
+    @property
+    def num_assignments(self) -> int:
+        """T*K: assignments that one rank makes."""
+        return self.num_tokens * self.top_k
+
+    def group_sizes(self, expert_load):
+        """Group sizes for the loads ``[..., E/R]`` of one rank: aligned, then cut at capacity."""
+        end = jnp.minimum(
+            jnp.cumsum(round_up(expert_load, self.alignment), axis=-1), self.capacity
+        )
+        return jnp.diff(end, axis=-1, prepend=0).astype(jnp.int32)
+
+    def group_starts(self, expert_load):
+        """First row of each group before any cut, for the loads ``[..., E/R]`` of one rank."""
+        padded = round_up(expert_load, self.alignment)
+        return jnp.cumsum(padded, axis=-1) - padded

@@ -1,0 +1,472 @@
+"""The primitives: abstract evaluation, derivatives, batching, lowering.
+
+For a fixed handle everything but the routing is multilinear. With rows ``e`` (one for each packed
+row), weights ``w`` (one for each assignment) and token rows ``x``, let
+
+    phi(e, w, x) = sum over assignments a = (t, k) of  w[a] * <e[row(a)], x[t]>
+
+Its three partial derivatives are ``combine`` (by x), the weighted dispatch along the handle (by e)
+and the dot products that are the weights' gradient (by w), so each is the transpose of the others,
+and derivatives of any order stay inside this file. Routing is exchanged once, by ``dispatch_p``;
+no derivative of anything exchanges it again.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src import core, mesh as mesh_lib
+from jax._src.interpreters import pxla
+from jax._src.lib.mlir.dialects import hlo
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from freeio_jax import runtime
+from freeio_jax.arguments import COMBINE_DTYPES, accumulator_dtype
+
+# --- What all primitives share ---------------------------------------------------------------
+
+
+def bind(primitive, *args, axes, **params):
+    """Binds ``primitive`` with all operands varying over the same mesh axes."""
+    if jax.config.jax_check_vma:
+        varying = frozenset(axes).union(*(jax.typeof(a).mat.varying for a in args))
+        args = [
+            core.pvary(a, tuple(missing)) if (missing := varying - jax.typeof(a).mat.varying) else a
+            for a in args
+        ]
+    return primitive.bind(*args, axes=axes, **params)
+
+
+def _aval(like, shape, dtype):
+    sharding = NamedSharding(like.sharding.mesh, PartitionSpec())
+    return like.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False,
+                       sharding=sharding)
+
+
+def _effects(axes):
+    return {core.NamedAxisEffect(axis) for axis in axes}
+
+
+def _device_index(ctx):
+    """This device's index in the mesh, as uint32: what the groups' members are counted in."""
+    axis_context = ctx.module_context.axis_context
+    manual = getattr(axis_context, "manual_axes", frozenset())
+    if not manual or manual == frozenset(axis_context.mesh.axis_names):
+        return hlo.partition_id()
+    # In a partly manual shard_map XLA does not offer the partition id: enter the rest of the axes.
+    return mlir.lower_fun(
+        lambda: jax.shard_map(
+            device_index_p.bind, in_specs=(), out_specs=PartitionSpec(), check_vma=False
+        )(),
+        multiple_results=False,
+    )(ctx.replace(primitive=None, avals_in=[], avals_out=[core.ShapedArray((), np.uint32)]))[0]
+
+
+def _lower(target, ctx, *operands, axes, layout, **attributes):
+    """One custom call: the device's mesh index, then the operands, as the engines expect."""
+    runtime.prepare("cpu")
+    groups = np.asarray(pxla.axis_groups(ctx.module_context.axis_context, axes), np.int64)
+    device_index_aval = core.ShapedArray((), np.uint32)
+    rule = jax.ffi.ffi_lowering(target)
+    return rule(
+        ctx.replace(avals_in=[device_index_aval, *ctx.avals_in]),
+        _device_index(ctx),
+        *operands,
+        groups=groups.reshape(-1),
+        num_ranks=np.int64(layout.num_ranks),
+        num_tokens=np.int64(layout.num_tokens),
+        top_k=np.int64(layout.top_k),
+        num_experts=np.int64(layout.num_experts),
+        capacity=np.int64(layout.capacity),
+        alignment=np.int64(layout.alignment),
+        **{name: np.int64(value) for name, value in attributes.items()},
+    )
+
+
+def _batch_as_loop(primitive, axis_data, args, dims, *, axes, **params):
+    """vmap as a loop: every rank runs the same exchanges in the same order."""
+    if axis_data.name in axes:
+        raise NotImplementedError(
+            f"freeio_jax: {axis_data.name!r} is a vmap axis here. Experts are spread over a mesh "
+            "axis: call under jax.shard_map, and use vmap for further dimensions only."
+        )
+    mapped = [
+        batching.moveaxis(a, d, 0)
+        for a, d in zip(args, dims, strict=True)
+        if d is not batching.not_mapped
+    ]
+
+    def one(mapped):
+        rest = iter(mapped)
+        full = [
+            a if d is batching.not_mapped else next(rest) for a, d in zip(args, dims, strict=True)
+        ]
+        return bind(primitive, *full, axes=axes, **params)
+
+    if not mapped:
+        outs = one(())
+        return outs, jax.tree_util.tree_map(lambda _: batching.not_mapped, outs)
+    outs = lax.map(one, mapped)
+    return outs, jax.tree_util.tree_map(lambda _: 0, outs)
+
+
+def _unsupported(name, ctx, *_, **__):
+    raise NotImplementedError(
+        f"freeio_jax.{name} has no engine for platform(s) {tuple(ctx.module_context.platforms)} in "
+        "this installation; there is one for 'cpu'. freeio_jax.reference runs on every platform."
+    )
+
+
+def _define(name, abstract_eval, lowering, *, multiple_results=True):
+    primitive = core.Primitive(f"freeio_{name}")
+    primitive.multiple_results = multiple_results
+    primitive.def_impl(partial(_outside_shard_map, name))
+    primitive.def_effectful_abstract_eval(abstract_eval)
+    mlir.register_lowering(primitive, partial(_unsupported, name))
+    mlir.register_lowering(primitive, lowering, platform="cpu")
+    batching.fancy_primitive_batchers[primitive] = partial(_batch_as_loop, primitive)
+    return primitive
+
+
+def _outside_shard_map(name, *_, **__):
+    raise RuntimeError(
+        f"freeio_jax: {name} was evaluated outside jax.shard_map. Call it per shard inside one."
+    )
+
+
+def _is_zero(tangent):
+    return type(tangent) is ad.Zero
+
+
+device_index_p = core.Primitive("freeio_device_index")
+device_index_p.def_abstract_eval(lambda: core.ShapedArray((), np.uint32))
+mlir.register_lowering(device_index_p, lambda ctx: [hlo.partition_id()])
+
+
+# --- dispatch: routing and rows in one exchange ------------------------------------------------
+#
+# (topk_idx, *leaves) -> (*rows, dest_rank, dest_row, row_source, group_sizes, expert_load,
+#                         num_dropped, num_invalid)
+
+NUM_ROUTING_OUTPUTS = 7
+
+
+def _dispatch_abstract_eval(topk_idx, *leaves, axes, layout):
+    i32 = partial(_aval, topk_idx, dtype=np.int32)
+    rows = [_aval(leaf, (layout.capacity, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    routing = [
+        i32(topk_idx.shape),
+        i32(topk_idx.shape),
+        i32((layout.capacity,)),
+        i32((layout.experts_per_rank,)),
+        i32((layout.experts_per_rank,)),
+        i32(()),
+        i32(()),
+    ]
+    return rows + routing, _effects(axes)
+
+
+def _dispatch_jvp(primals, tangents, *, axes, layout):
+    outs = bind(dispatch_p, *primals, axes=axes, layout=layout)
+    dest_rank, dest_row, row_source = outs[-NUM_ROUTING_OUTPUTS:][:3]
+    out_tangents = [ad.p2tz(out) for out in outs]
+    moving = [i for i, t in enumerate(tangents[1:]) if not _is_zero(t)]
+    if moving:
+        rows = bind(
+            dispatch_along_p,
+            dest_rank,
+            dest_row,
+            row_source,
+            *(tangents[1 + i] for i in moving),
+            axes=axes,
+            layout=layout,
+        )
+        for i, row in zip(moving, rows, strict=True):
+            out_tangents[i] = row
+    return outs, out_tangents
+
+
+dispatch_p = _define("dispatch", _dispatch_abstract_eval, partial(_lower, "freeio_dispatch"))
+ad.primitive_jvps[dispatch_p] = _dispatch_jvp
+
+
+# --- dispatch_along: rows along a handle, no routing -------------------------------------------
+#
+# (dest_rank, dest_row, row_source, *leaves) -> (*rows); linear in the leaves
+
+
+def _dispatch_along_abstract_eval(dest_rank, dest_row, row_source, *leaves, axes, layout):
+    rows = [_aval(leaf, (layout.capacity, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    return rows, _effects(axes)
+
+
+def _dispatch_along_jvp(primals, tangents, *, axes, layout):
+    handle = primals[:3]
+    outs = bind(dispatch_along_p, *primals, axes=axes, layout=layout)
+    out_tangents = [ad.p2tz(out) for out in outs]
+    moving = [i for i, t in enumerate(tangents[3:]) if not _is_zero(t)]
+    if moving:
+        leaves = [tangents[3 + i] for i in moving]
+        rows = bind(dispatch_along_p, *handle, *leaves, axes=axes, layout=layout)
+        for i, row in zip(moving, rows, strict=True):
+            out_tangents[i] = row
+    return outs, out_tangents
+
+
+def _dispatch_along_transpose(cts, *args, axes, layout):
+    handle, leaves = args[:3], args[3:]
+    grads = []
+    for ct, leaf in zip(cts, leaves, strict=True):
+        if not ad.is_undefined_primal(leaf):
+            grads.append(None)
+        elif _is_zero(ct):
+            grads.append(ad.Zero(leaf.aval))
+        else:
+            grads.append(_combine_any(ct, handle, axes=axes, layout=layout))
+    return [None] * 3 + grads
+
+
+def _combine_any(rows, handle, **params):
+    """Combine with unit weights, complex rows included: they are summed as pairs of reals."""
+    if jnp.issubdtype(rows.dtype, jnp.complexfloating):
+        pair = jnp.stack([rows.real, rows.imag], axis=-1)
+        summed = _combine_any(pair, handle, **params)
+        return lax.complex(summed[..., 0], summed[..., 1])
+    if rows.dtype not in COMBINE_DTYPES:
+        raise TypeError(
+            f"freeio_jax: the gradient of a dispatch of {rows.dtype} rows needs their sums, which "
+            f"exist for {', '.join(d.name for d in COMBINE_DTYPES)}. Cast the tokens, or stop the "
+            "gradient with jax.lax.stop_gradient."
+        )
+    return bind(combine_p, *handle, rows, **params)
+
+
+dispatch_along_p = _define(
+    "dispatch_along", _dispatch_along_abstract_eval, partial(_lower, "freeio_dispatch_along")
+)
+ad.primitive_jvps[dispatch_along_p] = _dispatch_along_jvp
+ad.primitive_transposes[dispatch_along_p] = _dispatch_along_transpose
+
+
+# --- combine -----------------------------------------------------------------------------------
+#
+# (dest_rank, dest_row, row_source, expert_out[, weights]) -> sums; bilinear in expert_out, weights
+
+
+def _combine_abstract_eval(dest_rank, dest_row, row_source, expert_out, *weights, axes, layout):
+    shape = (layout.num_tokens, *expert_out.shape[1:])
+    return _aval(expert_out, shape, expert_out.dtype), _effects(axes)
+
+
+def _combine_jvp(primals, tangents, **params):
+    handle, operands, moving = primals[:3], primals[3:], tangents[3:]
+    out = bind(combine_p, *primals, **params)
+    if all(map(_is_zero, moving)):
+        return out, ad.p2tz(out)
+    if len(operands) == 2 and not any(map(_is_zero, moving)):
+        return out, bind(combine_tangent_p, *handle, *moving, *operands, **params)
+    mixed = [p if _is_zero(t) else t for p, t in zip(operands, moving, strict=True)]
+    return out, bind(combine_p, *handle, *mixed, **params)
+
+
+def _combine_transpose(ct, *args, axes, layout):
+    handle, (expert_out, *weights) = args[:3], args[3:]
+    params = {"axes": axes, "layout": layout}
+    if not ad.is_undefined_primal(expert_out):
+        (w,) = weights
+        grad = ad.Zero(w.aval) if _is_zero(ct) else _weights_gradient(handle, ct, expert_out, params)
+        return [None] * 4 + [grad]
+    if _is_zero(ct):
+        grad = ad.Zero(expert_out.aval)
+    elif weights:
+        grad = _weighted_rows(handle, ct, weights[0], params)
+    else:
+        (grad,) = bind(dispatch_along_p, *handle, ct, **params)
+    return [None] * 3 + [grad] + [None] * len(weights)
+
+
+combine_p = _define(
+    "combine",
+    _combine_abstract_eval,
+    partial(_lower, "freeio_combine"),
+    multiple_results=False,
+)
+ad.primitive_jvps[combine_p] = _combine_jvp
+ad.primitive_transposes[combine_p] = _combine_transpose
+
+
+# --- combine_tangent: the derivative of combine in both operands at once -----------------------
+#
+# (handle, expert_out_dot, weights_dot, expert_out, weights) -> sums_dot. Exists so that its
+# transpose is one exchange that gives both gradients: the rows of the cotangent cross once.
+
+
+def _combine_tangent_abstract_eval(
+    dest_rank, dest_row, row_source, expert_out_dot, weights_dot, expert_out, weights, axes, layout
+):
+    shape = (layout.num_tokens, *expert_out.shape[1:])
+    return _aval(expert_out, shape, expert_out.dtype), _effects(axes)
+
+
+def _combine_tangent(*args, **params):
+    handle, (expert_out_dot, weights_dot, expert_out, weights) = args[:3], args[3:]
+    return bind(combine_p, *handle, expert_out_dot, weights, **params) + bind(
+        combine_p, *handle, expert_out, weights_dot, **params
+    )
+
+
+def _sum_tangents(out, terms):
+    """Sum of the terms that are not None, or a symbolic zero."""
+    terms = [t for t in terms if t is not None]
+    return sum(terms[1:], terms[0]) if terms else ad.p2tz(out)
+
+
+def _combine_tangent_jvp(primals, tangents, **params):
+    handle, (e_dot, w_dot, e, w) = primals[:3], primals[3:]
+    out = bind(combine_tangent_p, *primals, **params)
+    t_e_dot, t_w_dot, t_e, t_w = tangents[3:]
+    pairs = ((t_e_dot, w), (e_dot, t_w), (t_e, w_dot), (e, t_w_dot))
+    return out, _sum_tangents(
+        out,
+        [
+            None if _is_zero(a) or _is_zero(b) else bind(combine_p, *handle, a, b, **params)
+            for a, b in pairs
+        ],
+    )
+
+
+def _combine_tangent_transpose(ct, *args, axes, layout):
+    handle, (e_dot, w_dot, e, w) = args[:3], args[3:]
+    params = {"axes": axes, "layout": layout}
+    want_rows, want_weights = map(ad.is_undefined_primal, (e_dot, w_dot))
+    if _is_zero(ct):
+        grads = [ad.Zero(a.aval) if ad.is_undefined_primal(a) else None for a in (e_dot, w_dot)]
+    elif want_rows and want_weights:
+        grads = bind(combine_transpose_p, *handle, ct, e, w, rows=True, weights=True, **params)
+    elif want_rows:
+        grads = [_weighted_rows(handle, ct, w, params), None]
+    else:
+        grads = [None, _weights_gradient(handle, ct, e, params)]
+    return [None] * 3 + list(grads) + [None] * 2
+
+
+combine_tangent_p = _define(
+    "combine_tangent",
+    _combine_tangent_abstract_eval,
+    mlir.lower_fun(_combine_tangent, multiple_results=False),
+    multiple_results=False,
+)
+ad.primitive_jvps[combine_tangent_p] = _combine_tangent_jvp
+ad.primitive_transposes[combine_tangent_p] = _combine_tangent_transpose
+
+
+# --- combine_transpose: gradients of combine ---------------------------------------------------
+#
+# (handle, x, expert_out if weights, w if rows) -> (w[a] * x[t] at row(a) if rows,
+#                                                   <expert_out[row(a)], x[t]> if weights)
+
+
+def _split_combine_transpose(operands, rows, weights):
+    operands = list(operands)
+    x = operands.pop(0)
+    expert_out = operands.pop(0) if weights else None
+    w = operands.pop(0) if rows else None
+    return x, expert_out, w
+
+
+def _combine_transpose_abstract_eval(
+    dest_rank, dest_row, row_source, *operands, axes, layout, rows, weights
+):
+    x, expert_out, w = _split_combine_transpose(operands, rows, weights)
+    outs = []
+    if rows:
+        outs.append(_aval(x, (layout.capacity, *x.shape[1:]), x.dtype))
+    if weights:
+        outs.append(
+            _aval(x, (layout.num_tokens, layout.top_k), accumulator_dtype(x.dtype))
+        )
+    return outs, _effects(axes)
+
+
+def _weighted_rows(handle, x, w, params):
+    (rows,) = bind(combine_transpose_p, *handle, x, w, rows=True, weights=False, **params)
+    return rows
+
+
+def _weights_gradient(handle, x, expert_out, params):
+    (grad,) = bind(combine_transpose_p, *handle, x, expert_out, rows=False, weights=True, **params)
+    return grad
+
+
+def _combine_transpose_jvp(primals, tangents, *, rows, weights, **params):
+    handle = primals[:3]
+    outs = bind(combine_transpose_p, *primals, rows=rows, weights=weights, **params)
+    x, e, w = _split_combine_transpose(primals[3:], rows, weights)
+    tx, te, tw = _split_combine_transpose(tangents[3:], rows, weights)
+    moves_x, moves_e, moves_w = (t is not None and not _is_zero(t) for t in (tx, te, tw))
+    by_x = (
+        bind(
+            combine_transpose_p,
+            *handle,
+            tx,
+            *primals[4:],
+            rows=rows,
+            weights=weights,
+            **params,
+        )
+        if moves_x
+        else [None] * len(outs)
+    )
+    by_other = []
+    if rows:
+        by_other.append(_weighted_rows(handle, x, tw, params) if moves_w else None)
+    if weights:
+        by_other.append(_weights_gradient(handle, x, te, params) if moves_e else None)
+    return outs, [
+        _sum_tangents(out, terms) for out, *terms in zip(outs, by_x, by_other, strict=True)
+    ]
+
+
+def _combine_transpose_transpose(cts, *args, rows, weights, axes, layout):
+    handle, operands = args[:3], args[3:]
+    params = {"axes": axes, "layout": layout}
+    x, e, w = _split_combine_transpose(operands, rows, weights)
+    cts = list(cts)
+    ct_rows = cts.pop(0) if rows else None
+    ct_weights = cts.pop(0) if weights else None
+    live_rows = rows and not _is_zero(ct_rows)
+    live_weights = weights and not _is_zero(ct_weights)
+    if ad.is_undefined_primal(x):
+        if live_rows and live_weights:
+            grad = bind(combine_tangent_p, *handle, ct_rows, ct_weights, e, w, **params)
+        elif live_rows:
+            grad = bind(combine_p, *handle, ct_rows, w, **params)
+        elif live_weights:
+            grad = bind(combine_p, *handle, e, ct_weights, **params)
+        else:
+            grad = ad.Zero(x.aval)
+        return [None] * 3 + [grad] + [None] * (len(operands) - 1)
+    if weights and ad.is_undefined_primal(e):
+        grad = _weighted_rows(handle, x, ct_weights, params) if live_weights else ad.Zero(e.aval)
+        return [None] * 4 + [grad] + [None] * (len(operands) - 2)
+    grad = _weights_gradient(handle, x, ct_rows, params) if live_rows else ad.Zero(w.aval)
+    return [None] * (len(args) - 1) + [grad]
+
+
+def _combine_transpose_lowering(ctx, *args, rows, weights, **params):
+    return _lower(
+        "freeio_combine_transpose", ctx, *args, rows=int(rows), weights=int(weights), **params
+    )
+
+
+combine_transpose_p = _define(
+    "combine_transpose", _combine_transpose_abstract_eval, _combine_transpose_lowering
+)
+ad.primitive_jvps[combine_transpose_p] = _combine_transpose_jvp
+ad.primitive_transposes[combine_transpose_p] = _combine_transpose_transpose
