@@ -26,6 +26,13 @@ from jax.sharding import PartitionSpec as P
 import freeio_jax as fio
 from freeio_jax import _native, runtime
 
+#: The kernels by the names that the profiler shows.
+KERNELS = {
+    "dispatch": "dispatch_kernel",
+    "dispatch_along": "dispatch_kernel",
+    "combine": "combine_kernel",
+    "combine_transpose": "combine_transpose_kernel",
+}
 HIDDEN, TOP_K, EXPERTS, FACTOR = 7168, 8, 256, 1.25
 
 
@@ -44,15 +51,19 @@ class Limits:
         memory = _native.cuda.memory_bandwidth(ordinals[0], 4 * size)
         if len(ordinals) == 1:
             return cls(float("inf"), memory, 0.0)
+        best = 0.0
         for pull in (False, True):
             rates = {
-                ctas: _native.cuda.link_bandwidth(ordinals, size, ctas, pull) / 1e9
+                ctas: _native.cuda.link_bandwidth(ordinals, size, ctas, pull)
                 for ctas in (8, 16, 32, 64, 132)
             }
-            name = "pull" if pull else "push"
-            print(f"# {name} GB/s by CTAs:", {c: round(r) for c, r in rates.items()}, flush=True)
-            best = max(rates.values()) if not pull else max(best, *rates.values())  # noqa: F821
-        return cls(best * 1e9, memory, _native.cuda.flag_trip(ordinals[0], ordinals[1]))
+            print(
+                f"# {'pull' if pull else 'push'}, GB/s by CTAs:",
+                {ctas: round(rate / 1e9) for ctas, rate in rates.items()},
+                flush=True,
+            )
+            best = max(best, *rates.values())
+        return cls(best, memory, _native.cuda.flag_trip(ordinals[0], ordinals[1]))
 
 
 def routing(rng, num_ranks, tokens):
@@ -61,7 +72,7 @@ def routing(rng, num_ranks, tokens):
 
 
 def floors(limits, topk_idx, capacity, row_bytes):
-    """Seconds for dispatch and for combine, by DESIGN's count of bytes; the slowest rank's."""
+    """Seconds for each operation: each byte moved once; the slowest rank's."""
     num_ranks, tokens, _ = topk_idx.shape
     dest = topk_idx // (EXPERTS // num_ranks)
     # pairs[s, d]: tokens of rank s that have a row on rank d
@@ -73,12 +84,17 @@ def floors(limits, topk_idx, capacity, row_bytes):
     link = max(remote.sum(0).max(), remote.sum(1).max()) * row_bytes
     kept = np.minimum(rows, capacity)
     landed = remote.sum(0)
-    dispatch_memory = (tokens + landed + capacity).max() * row_bytes
-    combine_memory = (kept + landed + remote.sum(1) + tokens).max() * row_bytes
-    return [
-        max(link / limits.link, memory / limits.memory) + 2 * limits.trip
-        for memory in (dispatch_memory, combine_memory)
-    ]
+    memory = {
+        "dispatch": (tokens + landed + capacity).max(),
+        "combine": (kept + landed + remote.sum(1) + tokens).max(),
+    }
+    memory["dispatch_along"] = memory["dispatch"]
+    # Both gradients: every row of expert_out is read, too.
+    memory["combine_transpose"] = (tokens + landed + capacity + kept).max()
+    return {
+        op: max(link / limits.link, rows * row_bytes / limits.memory) + 2 * limits.trip
+        for op, rows in memory.items()
+    }
 
 
 def wall_of_one(program, short, long):
@@ -206,10 +222,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", default="1,8,128,1024,4096,8192")
     parser.add_argument("--ops", default="dispatch,combine,combine_transpose,dispatch_along")
+    parser.add_argument("--ranks", type=int, help="GPUs to use; default all")
+    parser.add_argument("--num-sms", type=int, help="as in freeio_jax.config")
     parser.add_argument("--json")
     parser.add_argument("--profile", action="store_true", help="kernel times by jax.profiler, too")
     args = parser.parse_args()
-    devices = jax.devices("gpu")
+    devices = jax.devices("gpu")[: args.ranks]
+    fio.config(num_sms=args.num_sms)
     mesh = Mesh(np.array(devices), ("expert",), axis_types=(AxisType.Auto,))
     runtime.prepare("cuda")
     limits = Limits.measure([d.local_hardware_id for d in devices])
@@ -223,14 +242,12 @@ def main():
     results = []
     for tokens in map(int, args.tokens.split(",")):
         bench = Bench(mesh, tokens)
-        dispatch_floor, combine_floor = floors(
-            limits, bench.topk[0], bench.capacity, HIDDEN * 2
-        )
+        floor_of = floors(limits, bench.topk[0], bench.capacity, HIDDEN * 2)
         for op in args.ops.split(","):
-            floor = combine_floor if op == "combine" else dispatch_floor
+            floor = floor_of[op]
             program = getattr(bench, op)
             seconds = wall_of_one(program, 2, 12 if tokens > 1000 else 42)
-            kernels = kernel_times(program(8), f"{op}_kernel") if args.profile else []
+            kernels = kernel_times(program(8), KERNELS[op]) if args.profile else []
             kernel = statistics.median(kernels) if kernels else float("nan")
             results.append(
                 dict(tokens=tokens, op=op, seconds=seconds, kernel=kernel, floor=floor)

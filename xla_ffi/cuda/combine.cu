@@ -11,8 +11,8 @@
 namespace freeio::cuda {
 namespace {
 
-constexpr int kAccesses = 8;  // of one lane in one slice
-constexpr int kAhead = kWarps;  // slices by which pushing is ahead of summing
+constexpr int kAhead = kWarps;          // slices by which pushing is ahead of summing
+constexpr int kTileAssignments = 4096;  // of all ranks, whose routes are in shared memory
 
 // Slot of `rank` among the ranks, other than the token's own, that have its rows.
 __device__ int slot_of(int rank, uint32_t ranks, int own_rank) {
@@ -23,30 +23,27 @@ template <typename Element, int kCount>
 struct Combine {
   using Accumulator = typename Element::Accumulator;
   using Routes = TokenRoutes<Accumulator>;
+  using P = Pack<Element, kCount>;
+  static constexpr int kColumns = 2;  // packs of one lane in one pass
+  static constexpr int kStep = kWarpSize * kCount;
 
   const CombineParams& p;
   const Exchange& x;
   Session& s;
-  const Chunk& chunk;
+  const RouteTile<Accumulator>& routes_of;
+  const Tile& tile;
 
-  __device__ Combine(const CombineParams& params, Session& session, const Chunk& tokens)
-      : p(params), x(params.exchange), s(session), chunk(tokens) {}
-
-  __device__ int begin_column(int slice) const { return slice * p.slice_width; }
-  __device__ int end_column(int slice) const {
-    return min(begin_column(slice) + p.slice_width, p.width);
-  }
   __device__ int64_t slot_index(int token, int slot) const {
     return static_cast<int64_t>(token) * p.num_slots + slot;
   }
 
-  // Sum of this rank's rows in `mask`, in order of k, rounded once. Whole warp.
-  __device__ Pack<Element, kCount> partial_sum(const Routes& routes, uint32_t mask, int column,
-                                               bool active) const {
+  // Sums of this rank's rows in `mask`, in order of k, rounded once. Whole warp.
+  __device__ void partial_sums(const Routes& routes, uint32_t mask, int first, int end,
+                               P (&rounded)[kColumns]) const {
     constexpr int kBatch = 4;
-    Accumulator sums[kCount] = {};
+    Accumulator sums[kColumns][kCount] = {};
     while (mask != 0) {
-      Pack<Element, kCount> packs[kBatch];
+      P packs[kBatch][kColumns];
       Accumulator weights[kBatch];
       bool present[kBatch];
 #pragma unroll
@@ -56,38 +53,62 @@ struct Combine {
         mask &= mask - 1;
         const int64_t row = __shfl_sync(kFullWarp, routes.row, k);
         weights[i] = __shfl_sync(kFullWarp, routes.weight, k);
-        if (present[i] && active) {
-          packs[i] = load_pack<Element, kCount>(static_cast<const Element*>(p.expert_out) +
-                                                row * p.width + column);
+        if (!present[i]) continue;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          if (first + c * kStep >= end) continue;
+          packs[i][c] = load_pack<Element, kCount>(static_cast<const Element*>(p.expert_out) +
+                                                   row * p.width + first + c * kStep);
         }
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (!present[i]) break;
+        if (!present[i]) continue;
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) sums[j] += weights[i] * widen(packs[i].elements[j]);
+        for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            sums[c][j] += weights[i] * widen(packs[i][c].elements[j]);
+          }
+        }
       }
     }
-    Pack<Element, kCount> rounded;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) rounded.elements[j] = round_to<Element>(sums[j]);
-    return rounded;
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) rounded[c].elements[j] = round_to<Element>(sums[c][j]);
+    }
+  }
+
+  __device__ void store_packs(Element* row, int first, int end, const P (&packs)[kColumns]) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (first + c * kStep < end) store_pack(row + first + c * kStep, packs[c]);
+    }
+  }
+
+  // Calls f(first, end) for each pass over the slice: this lane's first column, and the end.
+  template <typename F>
+  __device__ void for_passes(int slice, const F& f) const {
+    const int begin = slice * p.slice_width;
+    const int end = min(begin + p.slice_width, p.width);
+    for (int pass = begin; pass < end; pass += kColumns * kStep) {
+      f(pass + lane_id() * kCount, end);
+    }
   }
 
   // This rank's partial sum of a peer's token, to the peer.
   __device__ void push(int rank, int token, int slice) const {
-    const Routes routes(s.buffer<int32_t>(rank, kDestRank), s.buffer<int32_t>(rank, kDestRow),
-                        s.buffer<Accumulator>(rank, kWeights), token, x.top_k);
+    const Routes routes = routes_of.of(rank, token - tile.begin);
     const uint32_t mask = routes.on(x.rank);
     if (mask == 0) return;
     const int64_t slot = slot_index(token, slot_of(x.rank, routes.ranks(), rank));
     Element* target = s.buffer<Element>(rank, kScratch) + slot * p.width;
-    const int end = end_column(slice);
-    for (int first = begin_column(slice); first < end; first += kWarpSize * kCount) {
-      const int column = first + lane_id() * kCount;
-      const auto sum = partial_sum(routes, mask, column, column < end);
-      if (column < end) store_pack(target + column, sum);
-    }
+    for_passes(slice, [&](int first, int end) {
+      P packs[kColumns];
+      partial_sums(routes, mask, first, end, packs);
+      store_packs(target, first, end, packs);
+    });
     __syncwarp();
     // Partner: the load in sum().
     if (lane_id() == 0) {
@@ -95,12 +116,8 @@ struct Combine {
     }
   }
 
-  // All partial sums of one of this rank's tokens.
-  __device__ void sum(int token, int slice) const {
-    const Routes routes(p.dest_rank, p.dest_row, static_cast<const Accumulator*>(p.weights), token,
-                        x.top_k);
-    const uint32_t mask = routes.on(x.rank);
-    const uint32_t ranks = routes.ranks();
+  // Waits for the partial sums of one of this rank's tokens. Whole warp.
+  __device__ void wait_for_partial_sums(uint32_t ranks, int token, int slice) const {
     if (const int rank = lane_id(); rank != x.rank && (ranks >> rank & 1) != 0) {
       const int64_t slot = slot_index(token, slot_of(rank, ranks, x.rank));
       // Partner: the store in push().
@@ -109,48 +126,75 @@ struct Combine {
       });
     }
     __syncwarp();
-    const auto* partial_sums = static_cast<const Element*>(p.partial_sums);
-    const int end = end_column(slice);
-    for (int first = begin_column(slice); first < end; first += kWarpSize * kCount) {
-      const int column = first + lane_id() * kCount;
-      Accumulator total[kCount] = {};
-      for (uint32_t rest = ranks; rest != 0; rest &= rest - 1) {
-        const int rank = __ffs(static_cast<int>(rest)) - 1;
-        Pack<Element, kCount> partial;
-        if (rank == x.rank) {
-          partial = partial_sum(routes, mask, column, column < end);
-        } else if (column < end) {
-          const int64_t slot = slot_index(token, slot_of(rank, ranks, x.rank));
-          partial = load_pack<Element, kCount>(partial_sums + slot * p.width + column);
+  }
+
+  // All partial sums of one of this rank's tokens, in order of rank.
+  __device__ void sum(int token, int slice) const {
+    constexpr int kBatch = 2;
+    const Routes routes = routes_of.of(x.rank, token - tile.begin);
+    const uint32_t mask = routes.on(x.rank);
+    const uint32_t ranks = routes.ranks();
+    wait_for_partial_sums(ranks, token, slice);
+    const Element* slots =
+        static_cast<const Element*>(p.partial_sums) + slot_index(token, 0) * p.width;
+    for_passes(slice, [&](int first, int end) {
+      Accumulator totals[kColumns][kCount] = {};
+      P own[kColumns];
+      uint32_t rest = ranks;
+      do {
+        P packs[kBatch][kColumns];
+        int batch[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          batch[i] = __ffs(static_cast<int>(rest)) - 1;  // -1: no more
+          rest &= rest - 1;
+          if (batch[i] < 0 || batch[i] == x.rank) continue;
+          const Element* slot = slots + slot_of(batch[i], ranks, x.rank) * int64_t{p.width};
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) {
+            if (first + c * kStep >= end) continue;
+            packs[i][c] = load_pack<Element, kCount>(slot + first + c * kStep);
+          }
         }
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) total[j] += widen(partial.elements[j]);
-      }
-      if (column >= end) continue;
-      Pack<Element, kCount> rounded;
+        for (int i = 0; i < kBatch; ++i) {
+          if (batch[i] < 0) continue;
+          if (batch[i] == x.rank) partial_sums(routes, mask, first, end, own);
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) rounded.elements[j] = round_to<Element>(total[j]);
-      store_pack(static_cast<Element*>(p.sums) + static_cast<int64_t>(token) * p.width + column,
-                 rounded);
-    }
+          for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) {
+              totals[c][j] += widen((batch[i] == x.rank ? own : packs[i])[c].elements[j]);
+            }
+          }
+        }
+      } while (rest != 0);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) own[c].elements[j] = round_to<Element>(totals[c][j]);
+      }
+      store_packs(static_cast<Element*>(p.sums) + static_cast<int64_t>(token) * p.width, first,
+                  end, own);
+    });
   }
 
   // Pushes for every peer and, kAhead slices behind, the sums. A sum waits only for pushes that
   // come before it in the peers' order, so waiting warps never hold up what they wait for.
   __device__ void run() const {
-    const int64_t slices = static_cast<int64_t>(chunk.size()) * p.num_slices;
-    const int64_t items = slices == 0 ? 0 : (slices + kAhead) * x.num_ranks;
+    const int slices = tile.size() * p.num_slices;
+    const int items = slices == 0 ? 0 : (slices + kAhead) * x.num_ranks;
     while (true) {
-      const int64_t item = next_item(s);
-      if (item >= items || *const_cast<volatile uint32_t*>(&s.failed) != 0) return;
-      const int64_t turn = item % x.num_ranks;
+      const int item = next_item(s);
+      if (item >= items || has_failed(s)) return;
+      const int turn = item % x.num_ranks;
       const bool pushes = turn != x.num_ranks - 1;
-      const int64_t unit = item / x.num_ranks - (pushes ? 0 : kAhead);
+      const int unit = item / x.num_ranks - (pushes ? 0 : kAhead);
       if (unit < 0 || unit >= slices) continue;
-      const int token = chunk.begin + static_cast<int>(unit / p.num_slices);
-      const int slice = static_cast<int>(unit % p.num_slices);
+      const int token = tile.begin + unit / p.num_slices;
+      const int slice = unit % p.num_slices;
       if (pushes) {
-        push(static_cast<int>((x.rank + 1 + turn) % x.num_ranks), token, slice);
+        push((x.rank + 1 + turn) % x.num_ranks, token, slice);
       } else {
         sum(token, slice);
       }
@@ -187,6 +231,7 @@ __device__ void post_buffers(const CombineParams& p, const Session& s) {
 template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_kernel(const __grid_constant__ CombineParams p) {
+  extern __shared__ uint64_t shared_memory[];
   __shared__ Session s;
   const Exchange& x = p.exchange;
   const Chunk chunk(x.num_tokens);
@@ -195,14 +240,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   prepare_slots(p, s);
   constexpr uint32_t kSlots =
       1u << kScratch | 1u << kFlags | 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
-  if (receive_addresses(x, s, kSlots)) Combine<Element, kCount>(p, s, chunk).run();
+  if (receive_addresses(x, s, kSlots)) {
+    RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
+    for_tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k), s, [&](const Tile& tile) {
+      routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
+      Combine<Element, kCount>{p, x, s, routes, tile}.run();
+    });
+  }
   finish(x, s);
 }
 
 }  // namespace
 
 int threads_per_cta() { return kThreads; }
-int slice_accesses() { return kAccesses * kWarpSize; }
+
+size_t combine_shared_bytes(DType dtype) {
+  return kTileAssignments * (2 * sizeof(int) + (dtype == DType::kFloat64 ? 8 : 4));
+}
 
 const void* combine_function(DType dtype, bool wide) {
   const void* function = nullptr;

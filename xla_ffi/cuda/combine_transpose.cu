@@ -10,110 +10,147 @@
 namespace freeio::cuda {
 namespace {
 
+constexpr int kSharedBytes = 96 << 10;  // for the routes of a tile and its dot products
+
 template <typename Element, int kCount>
 struct CombineTranspose {
   using Accumulator = typename Element::Accumulator;
   using Routes = TokenRoutes<Accumulator>;
+  using P = Pack<Element, kCount>;
   // Rows of a token that are served by one read of x; a token with more here is read again.
   static constexpr int kRows = 8;
-  static constexpr int kColumns = 4;  // accesses of a lane to x in flight together
+  static constexpr int kBatch = 4;    // rows of expert_out in flight together
+  static constexpr int kColumns = 4;  // packs of x in flight together
+  static constexpr int kStep = kWarpSize * kCount;
 
   const CombineTransposeParams& p;
   const Exchange& x;
-  Session& s;
+  const Session& s;
+  const RouteTile<Accumulator>& routes_of;
+  Accumulator* slice_dots;  // [R, tokens, K, num_slices], in shared memory
+  const Tile& tile;
 
-  __device__ CombineTranspose(const CombineTransposeParams& params, Session& session)
-      : p(params), x(params.exchange), s(session) {}
+  // Assignments whose dot products, and routes, fit in shared memory.
+  __device__ static int tile_capacity(int num_slices) {
+    return kSharedBytes /
+           static_cast<int>(2 * sizeof(int) + sizeof(Accumulator) * (1 + num_slices));
+  }
 
-  __device__ void serve_rows(const Element* token, const int64_t (&rows)[kRows],
-                             const Accumulator (&weights)[kRows], int num_rows, int begin, int end,
-                             Accumulator (&dots)[kRows]) const {
-    for (int first = begin; first < end; first += kColumns * kWarpSize * kCount) {
-      Pack<Element, kCount> packs[kColumns];
+  struct Rows {
+    int rows[kRows];
+    int assignments[kRows];
+    Accumulator weights[kRows];
+    Accumulator dots[kRows];
+    int count;
+  };
+
+  __device__ void serve(const P& pack, int column, Rows& rows, int begin,
+                        const P (&expert_rows)[kBatch]) const {
+    Accumulator values[kCount];
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const int column = first + (c * kWarpSize + lane_id()) * kCount;
-        if (column < end) packs[c] = load_pack<Element, kCount>(token + column);
+    for (int j = 0; j < kCount; ++j) values[j] = widen(pack.elements[j]);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = begin + b;
+      if (i >= rows.count) continue;
+      if (p.rows != nullptr) {
+        P out;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          out.elements[j] = round_to<Element>(rows.weights[i] * values[j]);
+        }
+        store_pack(static_cast<Element*>(p.rows) + int64_t{rows.rows[i]} * p.width + column, out);
       }
+      if (p.weight_grads != nullptr) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const int column = first + (c * kWarpSize + lane_id()) * kCount;
-        if (column >= end) continue;
-        Accumulator values[kCount];
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) values[j] = widen(packs[c].elements[j]);
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          if (i >= num_rows) break;
-          const int64_t offset = rows[i] * p.width + column;
-          if (p.rows != nullptr) {
-            Pack<Element, kCount> out;
-#pragma unroll
-            for (int j = 0; j < kCount; ++j) {
-              out.elements[j] = round_to<Element>(weights[i] * values[j]);
-            }
-            store_pack(static_cast<Element*>(p.rows) + offset, out);
-          }
-          if (p.weight_grads != nullptr) {
-            const auto row =
-                load_pack<Element, kCount>(static_cast<const Element*>(p.expert_out) + offset);
-#pragma unroll
-            for (int j = 0; j < kCount; ++j) dots[i] += widen(row.elements[j]) * values[j];
-          }
+        for (int j = 0; j < kCount; ++j) {
+          rows.dots[i] += widen(expert_rows[b].elements[j]) * values[j];
         }
       }
     }
   }
 
-  __device__ void pull(const Chunk& chunk, int64_t item) const {
+  __device__ void serve_rows(const Element* token, Rows& rows, int begin, int end) const {
+    for (int pass = begin; pass < end; pass += kColumns * kStep) {
+      const int first = pass + lane_id() * kCount;
+      P packs[kColumns];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        if (first + c * kStep < end) packs[c] = load_pack<Element, kCount>(token + first + c * kStep);
+      }
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int column = first + c * kStep;
+        if (column >= end) continue;
+#pragma unroll
+        for (int i = 0; i < kRows; i += kBatch) {
+          if (i >= rows.count) continue;
+          P expert_rows[kBatch];
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            if (p.weight_grads == nullptr || i + b >= rows.count) continue;
+            expert_rows[b] =
+                load_pack<Element, kCount>(static_cast<const Element*>(p.expert_out) +
+                                           int64_t{rows.rows[i + b]} * p.width + column);
+          }
+          serve(packs[c], column, rows, i, expert_rows);
+        }
+      }
+    }
+  }
+
+  __device__ void pull(int item) const {
     const int rank = source_rank(x, item);
-    const auto unit = static_cast<int>(item / x.num_ranks);
-    const int token = chunk.begin + unit / p.num_slices;
+    const int unit = item / x.num_ranks;
+    const int tile_token = unit / p.num_slices;
     const int slice = unit % p.num_slices;
-    const bool own = rank == x.rank;
-    const auto* weights = own ? static_cast<const Accumulator*>(p.weights)
-                              : s.buffer<const Accumulator>(rank, kWeights);
-    const Routes routes(own ? p.dest_rank : s.buffer<int32_t>(rank, kDestRank),
-                        own ? p.dest_row : s.buffer<int32_t>(rank, kDestRow), weights, token,
-                        x.top_k);
-    const auto* tokens = own ? static_cast<const Element*>(p.tokens)
-                             : s.buffer<const Element>(rank, kFirstLeaf);
-    Accumulator* grads =
-        p.weight_grads == nullptr
-            ? nullptr
-            : (own ? static_cast<Accumulator*>(p.weight_grads)
-                   : s.buffer<Accumulator>(rank, kWeightGrads)) +
-                  static_cast<int64_t>(token) * x.top_k;
-    if (own && grads != nullptr && lane_id() < x.top_k && routes.rank < 0) grads[lane_id()] = 0;
-    uint32_t mask = routes.on(x.rank);
+    const Routes routes = routes_of.of(rank, tile_token);
+    const auto* tokens = rank == x.rank ? static_cast<const Element*>(p.tokens)
+                                        : s.buffer<const Element>(rank, kFirstLeaf);
     const int begin = slice * p.slice_width;
     const int end = min(begin + p.slice_width, p.width);
-    while (mask != 0) {
-      int64_t rows[kRows];
-      Accumulator row_weights[kRows];
-      int assignments[kRows];
-      Accumulator dots[kRows] = {};
-      int num_rows = 0;
+    for (uint32_t mask = routes.on(x.rank); mask != 0;) {
+      Rows rows = {};
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int k = mask != 0 ? __ffs(static_cast<int>(mask)) - 1 : 0;
-        num_rows += mask != 0;
+        rows.count += mask != 0;
         mask &= mask - 1;
-        assignments[i] = k;
-        rows[i] = __shfl_sync(kFullWarp, routes.row, k);
-        row_weights[i] = __shfl_sync(kFullWarp, routes.weight, k);
+        rows.assignments[i] = k;
+        rows.rows[i] = __shfl_sync(kFullWarp, routes.row, k);
+        rows.weights[i] = __shfl_sync(kFullWarp, routes.weight, k);
       }
-      serve_rows(tokens + static_cast<int64_t>(token) * p.width, rows, row_weights, num_rows, begin,
-                 end, dots);
-      if (grads == nullptr) continue;
+      serve_rows(tokens + int64_t{tile.begin + tile_token} * p.width, rows, begin, end);
+      if (p.weight_grads == nullptr) continue;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-          dots[i] += __shfl_xor_sync(kFullWarp, dots[i], distance);
+          rows.dots[i] += __shfl_xor_sync(kFullWarp, rows.dots[i], distance);
         }
-        if (i < num_rows && lane_id() == 0) grads[assignments[i]] = dots[i];
+        if (i >= rows.count || lane_id() != 0) continue;
+        const int assignment = routes_of.first_of(rank, tile_token) + rows.assignments[i];
+        slice_dots[assignment * p.num_slices + slice] = rows.dots[i];
       }
+    }
+  }
+
+  // Adds the slices' dot products up, in order, and sends them home. All threads.
+  __device__ void send_weight_grads() const {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < routes_of.size(x); i += kThreads) {
+      const int rank = i / routes_of.per_rank;
+      const bool own = rank == x.rank;
+      if (routes_of.ranks[i] != x.rank && !(own && routes_of.ranks[i] < 0)) continue;
+      Accumulator dot = 0;
+      if (routes_of.ranks[i] == x.rank) {
+        for (int slice = 0; slice < p.num_slices; ++slice) {
+          dot += slice_dots[i * p.num_slices + slice];
+        }
+      }
+      Accumulator* grads = own ? static_cast<Accumulator*>(p.weight_grads)
+                               : s.buffer<Accumulator>(rank, kWeightGrads);
+      grads[int64_t{tile.begin} * x.top_k + i % routes_of.per_rank] = dot;
     }
   }
 
@@ -124,8 +161,8 @@ struct CombineTranspose {
     for (uint32_t rest = __ballot_sync(kFullWarp, padding); rest != 0; rest &= rest - 1) {
       const int64_t zero_row = first_row + __ffs(static_cast<int>(rest)) - 1;
       Element* to = static_cast<Element*>(p.rows) + zero_row * p.width;
-      for (int column = lane_id() * kCount; column < p.width; column += kWarpSize * kCount) {
-        store_pack(to + column, Pack<Element, kCount>{});
+      for (int column = lane_id() * kCount; column < p.width; column += kStep) {
+        store_pack(to + column, P{});
       }
     }
   }
@@ -145,6 +182,7 @@ __device__ void post_buffers(const CombineTransposeParams& p, const Session& s) 
 template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_transpose_kernel(const __grid_constant__ CombineTransposeParams p) {
+  extern __shared__ uint64_t shared_memory[];
   __shared__ Session s;
   const Exchange& x = p.exchange;
   const Chunk chunk(x.num_tokens);
@@ -153,12 +191,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr uint32_t kSlots = 1u << kDestRank | 1u << kDestRow | 1u << kWeights |
                               1u << kWeightGrads | 1u << kFirstLeaf;
   if (receive_addresses(x, s, kSlots)) {
-    const CombineTranspose<Element, kCount> op(p, s);
-    const Work work(static_cast<int64_t>(chunk.size()) * p.num_slices * x.num_ranks,
-                    p.rows == nullptr ? 0 : x.capacity, p.row_stride);
-    run_work(
-        work, s, [&](int64_t item) { op.pull(chunk, item); },
-        [&](int64_t row) { op.zero_padding(row); });
+    using Op = CombineTranspose<Element, kCount>;
+    using Accumulator = typename Element::Accumulator;
+    const int capacity = Op::tile_capacity(p.num_slices);
+    auto* dots = reinterpret_cast<Accumulator*>(shared_memory);
+    RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
+    for_tiles(chunk, max(1, capacity / (x.num_ranks * x.top_k)), s, [&](const Tile& tile) {
+      routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
+      const Op op{p, x, s, routes, dots, tile};
+      const Work work(tile, p.num_slices * x.num_ranks, p.rows == nullptr ? 0 : x.capacity,
+                      p.row_stride);
+      run_work(
+          work, s, [&](int item) { op.pull(item); },
+          [&](int64_t row) { op.zero_padding(row); });
+      if (p.weight_grads != nullptr) op.send_weight_grads();
+    });
   }
   __syncthreads();
   // The weights' gradients are in the peers' memory; finish() tells the peers so.
@@ -167,6 +214,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 }  // namespace
+
+size_t combine_transpose_shared_bytes() { return kSharedBytes; }
 
 const void* combine_transpose_function(DType dtype, bool wide) {
   const void* function = nullptr;

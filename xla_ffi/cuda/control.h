@@ -24,6 +24,7 @@ enum Signature : int {
   kNumExperts,
   kCapacity,
   kAlignment,
+  kGrid,
   kRows,  // digest of the row types
   kSignatureWords
 };
@@ -129,7 +130,7 @@ struct DispatchParams {
   Exchange exchange;
   int32_t num_leaves;
   int32_t num_slices;  // of all leaves
-  int64_t row_stride;  // coprime to the blocks of packed rows: spreads their padding
+  int32_t row_stride;  // coprime to the blocks of packed rows: spreads their padding
   Leaf leaves[kMaxLeaves];
   const int32_t* topk_idx;  // null: along a handle, whose arrays are then read, not written
   int32_t* dest_rank;
@@ -168,9 +169,9 @@ struct CombineTransposeParams {
   void* rows;
   void* weight_grads;
   int32_t width;
-  int32_t num_slices;  // 1 with weight_grads: their sums run over whole rows
+  int32_t num_slices;
   int32_t slice_width;
-  int64_t row_stride;
+  int32_t row_stride;
 };
 
 }  // namespace freeio::cuda

@@ -10,6 +10,8 @@
 namespace freeio::cuda {
 namespace {
 
+constexpr int kTileAssignments = 8192;  // of all ranks, whose rows are in shared memory
+
 // Arrays over the experts, in dynamic shared memory.
 struct Routing {
   uint32_t* before;  // this rank's assignments to the expert in earlier chunks
@@ -62,13 +64,25 @@ __device__ void count(const DispatchParams& p, const Routing& routing, const Chu
   const int assignments = x.num_tokens * x.top_k;
   const int begin = chunk.begin * x.top_k;
   int invalid = 0;
+  constexpr int kQuads = 4;
   const auto* quads = reinterpret_cast<const int4*>(p.topk_idx);
-  for (int quad = static_cast<int>(threadIdx.x); quad < assignments / 4; quad += kThreads) {
-    const int4 ids = quads[quad];
-    count_one(x, routing, ids.x, quad * 4 < begin, invalid);
-    count_one(x, routing, ids.y, quad * 4 + 1 < begin, invalid);
-    count_one(x, routing, ids.z, quad * 4 + 2 < begin, invalid);
-    count_one(x, routing, ids.w, quad * 4 + 3 < begin, invalid);
+  for (int base = static_cast<int>(threadIdx.x); base < assignments / 4;
+       base += kQuads * kThreads) {
+    int4 ids[kQuads];
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const int quad = base + i * kThreads;
+      if (quad < assignments / 4) ids[i] = quads[quad];
+    }
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const int quad = base + i * kThreads;
+      if (quad >= assignments / 4) break;
+      count_one(x, routing, ids[i].x, quad * 4 < begin, invalid);
+      count_one(x, routing, ids[i].y, quad * 4 + 1 < begin, invalid);
+      count_one(x, routing, ids[i].z, quad * 4 + 2 < begin, invalid);
+      count_one(x, routing, ids[i].w, quad * 4 + 3 < begin, invalid);
+    }
   }
   const int rest = assignments / 4 * 4 + static_cast<int>(threadIdx.x);
   if (rest < assignments) count_one(x, routing, p.topk_idx[rest], rest < begin, invalid);
@@ -116,7 +130,6 @@ __device__ void receive_counts(const Exchange& x, Session& s, const Routing& rou
     routing.load[e] = load;
     routing.next[e] = earlier;
   }
-  __syncthreads();
 }
 
 __device__ int64_t sum_of_lanes_before(int64_t value, int64_t& all) {
@@ -166,26 +179,36 @@ __device__ void place_groups(const DispatchParams& p, const Routing& routing) {
   __syncthreads();
 }
 
-// Gives the chunk's assignments their rows, in order, and tells the ranks. One warp.
+// Ids of a few warps' worth of the chunk's assignments, in the lanes of one warp.
+struct Ids {
+  static constexpr int kCount = 4;
+  int ids[kCount];
+
+  __device__ Ids(const int32_t* topk_idx, int first, int end) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int a = first + i * kWarpSize + lane_id();
+      ids[i] = a < end ? topk_idx[a] : -1;
+    }
+  }
+};
+
+// Gives the chunk's assignments their rows, in order, and tells the ranks. One warp, which has
+// loaded the first ids before it waited for the counts.
 __device__ void assign_rows(const DispatchParams& p, const Session& s, const Routing& routing,
-                            const Chunk& chunk) {
-  constexpr int kBatch = 4;
+                            const Chunk& chunk, Ids ids) {
   const Exchange& x = p.exchange;
   const int experts = x.num_experts / x.num_ranks;
   const int64_t num_assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
   const int end = chunk.end * x.top_k;
-  for (int first = chunk.begin * x.top_k; first < end; first += kBatch * kWarpSize) {
-    int ids[kBatch];
+  constexpr int kStep = Ids::kCount * kWarpSize;
+  for (int first = chunk.begin * x.top_k; first < end; first += kStep) {
+    const Ids next_ids(p.topk_idx, first + kStep, end);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int a = first + i * kWarpSize + lane_id();
-      ids[i] = a < end ? p.topk_idx[a] : -1;
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < Ids::kCount; ++i) {
       if (first + i * kWarpSize >= end) break;
       const int a = first + i * kWarpSize + lane_id();
-      const int id = ids[i];
+      const int id = ids.ids[i];
       const bool valid = id >= 0 && id < x.num_experts;
       const uint32_t same = __match_any_sync(kFullWarp, valid ? id : -1);
       const uint32_t earlier = __popc(same & ((1u << lane_id()) - 1));
@@ -204,37 +227,44 @@ __device__ void assign_rows(const DispatchParams& p, const Session& s, const Rou
                    make_word(s.epoch[rank], dest == rank ? row + 1 : 0));
       }
     }
+    ids = next_ids;
   }
 }
 
-// Row here of the token's assignment number `lane`, or -1.
+// Rows here of the tile's assignments, of all ranks: [R, tokens, K] in shared memory; -1: none.
 template <bool kRouted>
-__device__ int row_here(const DispatchParams& p, Session& s, int rank, int token) {
+__device__ void fetch_rows(const DispatchParams& p, Session& s, const Tile& tile, int* rows) {
   const Exchange& x = p.exchange;
-  if (lane_id() >= x.top_k) return -1;
-  const int64_t a = static_cast<int64_t>(token) * x.top_k + lane_id();
-  if (kRouted && rank != x.rank) {
-    const int64_t num_assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
-    const Word* address = p.routes + rank * num_assignments + a;
-    Word word = load_word(address);
-    if (!wait_word(x, s, kWaitRoutes, rank, address, word)) return -1;
-    return static_cast<int>(value_of(word)) - 1;
+  const int per_rank = tile.size() * x.top_k;
+  const int64_t first = static_cast<int64_t>(tile.begin) * x.top_k;
+  for (int i = static_cast<int>(threadIdx.x); i < per_rank * x.num_ranks; i += kThreads) {
+    const int rank = i / per_rank;
+    const int64_t a = first + i % per_rank;
+    if (kRouted && rank != x.rank) {
+      const Word* address = p.routes + rank * static_cast<int64_t>(x.num_tokens) * x.top_k + a;
+      Word word = load_word(address);
+      if (!wait_word(x, s, kWaitRoutes, rank, address, word)) break;
+      rows[i] = static_cast<int>(value_of(word)) - 1;
+    } else {
+      const int dest = rank == x.rank ? p.dest_rank[a] : s.buffer<int32_t>(rank, kDestRank)[a];
+      const int row = rank == x.rank ? p.dest_row[a] : s.buffer<int32_t>(rank, kDestRow)[a];
+      rows[i] = dest == x.rank ? row : -1;
+    }
   }
-  const int32_t* ranks = rank == x.rank ? p.dest_rank : s.buffer<int32_t>(rank, kDestRank);
-  const int32_t* rows = rank == x.rank ? p.dest_row : s.buffer<int32_t>(rank, kDestRow);
-  const int dest = ranks[a];
-  const int row = rows[a];
-  return dest == x.rank ? row : -1;
+  __syncthreads();
 }
 
 template <bool kRouted>
-__device__ void pull_slice(const DispatchParams& p, Session& s, const Chunk& chunk, int64_t pull) {
+__device__ void pull_slice(const DispatchParams& p, const Session& s, const Tile& tile,
+                           const int* rows, int pull) {
   const Exchange& x = p.exchange;
   const int rank = source_rank(x, pull);
-  const auto unit = static_cast<int>(pull / x.num_ranks);
-  const int token = chunk.begin + unit / p.num_slices;
+  const int unit = pull / x.num_ranks;
+  const int tile_token = unit / p.num_slices;
+  const int token = tile.begin + tile_token;
   int slice = unit % p.num_slices;
-  const int row = row_here<kRouted>(p, s, rank, token);
+  const int row =
+      lane_id() < x.top_k ? rows[(rank * tile.size() + tile_token) * x.top_k + lane_id()] : -1;
   const uint32_t mask = __ballot_sync(kFullWarp, row >= 0);
   if (mask == 0) return;
   if (kRouted && slice == 0 && row >= 0) {
@@ -308,37 +338,47 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint32_t shared_memory[];
   __shared__ Session s;
   const Exchange& x = p.exchange;
-  const Routing routing(shared_memory, x.num_experts);
+  int* rows = reinterpret_cast<int*>(shared_memory);
+  const Routing routing(shared_memory + kTileAssignments, x.num_experts);
   const Chunk chunk(x.num_tokens);
   if (!open(x, s)) return;
-  if (blockIdx.x == 0) post_buffers<kRouted>(p, s);
-  if (kRouted) {
+  const uint32_t leaves = ((1u << p.num_leaves) - 1) << kFirstLeaf;
+  bool ready;
+  if constexpr (kRouted) {
+    if (blockIdx.x == 0) post_buffers<kRouted>(p, s);
     prepare_routes(p, s);
     count(p, routing, chunk);
     if (blockIdx.x == 0) send_counts(x, s, routing);
+    const Ids ids(p.topk_idx, chunk.begin * x.top_k, chunk.end * x.top_k);
     receive_counts(x, s, routing);
-    place_groups(p, routing);
+    ready = receive_addresses(x, s, leaves | 1u << kScratch);
+    if (ready) {
+      place_groups(p, routing);
+      if (warp_id() == 0) assign_rows(p, s, routing, chunk, ids);
+      __syncthreads();
+    }
+  } else {
+    if (blockIdx.x == 0) post_buffers<kRouted>(p, s);
+    ready = receive_addresses(x, s, leaves | 1u << kDestRank | 1u << kDestRow);
   }
-  const uint32_t leaves = ((1u << p.num_leaves) - 1) << kFirstLeaf;
-  const uint32_t others = kRouted ? 1u << kScratch : 1u << kDestRank | 1u << kDestRow;
-  const bool ready = receive_addresses(x, s, leaves | others);
-  if (ready && kRouted) {
-    if (warp_id() == 0) assign_rows(p, s, routing, chunk);
-    __syncthreads();
-  }
-  const Work work(static_cast<int64_t>(chunk.size()) * p.num_slices * x.num_ranks, x.capacity,
-                  p.row_stride);
   if (ready) {
-    run_work(
-        work, s, [&](int64_t pull) { pull_slice<kRouted>(p, s, chunk, pull); },
-        [&](int64_t row) { zero_padding<kRouted>(p, routing, row); });
+    const int tile_tokens = max(1, kTileAssignments / (x.num_ranks * x.top_k));
+    for_tiles(chunk, tile_tokens, s, [&](const Tile& tile) {
+      fetch_rows<kRouted>(p, s, tile, rows);
+      const Work work(tile, p.num_slices * x.num_ranks, x.capacity, p.row_stride);
+      run_work(
+          work, s, [&](int pull) { pull_slice<kRouted>(p, s, tile, rows, pull); },
+          [&](int64_t row) { zero_padding<kRouted>(p, routing, row); });
+    });
   }
   finish(x, s);
 }
 
 }  // namespace
 
-size_t dispatch_shared_bytes(int num_experts) { return 5 * sizeof(uint32_t) * num_experts; }
+size_t dispatch_shared_bytes(int num_experts) {
+  return sizeof(uint32_t) * (kTileAssignments + 5 * num_experts);
+}
 
 const void* dispatch_function(bool routed) {
   return routed ? reinterpret_cast<const void*>(&dispatch_kernel<true>)

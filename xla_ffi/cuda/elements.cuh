@@ -73,20 +73,61 @@ struct TokenRoutes {
   int row = -1;
   Accumulator weight = 1;
 
-  // The arrays are this rank's, or a peer's.
-  __device__ TokenRoutes(const int32_t* dest_rank, const int32_t* dest_row,
-                         const Accumulator* weights, int token, int top_k) {
-    if (lane_id() >= top_k) return;
-    const int64_t a = static_cast<int64_t>(token) * top_k + lane_id();
-    rank = dest_rank[a];
-    row = dest_row[a];
-    if (weights != nullptr) weight = weights[a];
-  }
   // Lanes whose row is on `where`.
   __device__ uint32_t on(int where) const { return __ballot_sync(kFullWarp, rank == where); }
   // One bit for each rank that has a row.
   __device__ uint32_t ranks() const {
     return __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
+  }
+};
+
+// The routes of a tile's tokens, of all ranks: [R, tokens, K] in shared memory.
+template <typename Accumulator>
+struct RouteTile {
+  Accumulator* weights;
+  int* ranks;
+  int* rows;
+  int per_rank;  // assignments
+  int top_k;
+
+  __device__ RouteTile(void* memory, int capacity)
+      : weights(static_cast<Accumulator*>(memory)),
+        ranks(reinterpret_cast<int*>(weights + capacity)),
+        rows(ranks + capacity),
+        per_rank(0),
+        top_k(0) {}
+
+  // Reads them all at once, the peers' over the link. All threads.
+  __device__ void fetch(const Exchange& x, const Session& s, const Tile& tile,
+                        const int32_t* dest_rank, const int32_t* dest_row, const void* weight) {
+    top_k = x.top_k;
+    per_rank = tile.size() * top_k;
+    const int64_t first = static_cast<int64_t>(tile.begin) * top_k;
+    for (int i = static_cast<int>(threadIdx.x); i < size(x); i += kThreads) {
+      const int rank = i / per_rank;
+      const int64_t a = first + i % per_rank;
+      const bool own = rank == x.rank;
+      const auto* weight_array = own ? static_cast<const Accumulator*>(weight)
+                                     : s.buffer<const Accumulator>(rank, kWeights);
+      ranks[i] = own ? dest_rank[a] : s.buffer<int32_t>(rank, kDestRank)[a];
+      rows[i] = own ? dest_row[a] : s.buffer<int32_t>(rank, kDestRow)[a];
+      weights[i] = weight != nullptr ? weight_array[a] : Accumulator{1};
+    }
+    __syncthreads();
+  }
+  __device__ int size(const Exchange& x) const { return per_rank * x.num_ranks; }
+  __device__ int first_of(int rank, int tile_token) const {
+    return rank * per_rank + tile_token * top_k;
+  }
+  __device__ TokenRoutes<Accumulator> of(int rank, int tile_token) const {
+    TokenRoutes<Accumulator> routes;
+    if (lane_id() < top_k) {
+      const int i = first_of(rank, tile_token) + lane_id();
+      routes.rank = ranks[i];
+      routes.row = rows[i];
+      routes.weight = weights[i];
+    }
+    return routes;
   }
 };
 

@@ -16,10 +16,13 @@
 namespace freeio::cuda {
 namespace {
 
+constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32,    DType::kBFloat16,
+                             DType::kFloat16, DType::kFloat8E5M2, DType::kFloat8E4M3FN};
 constexpr const char* kOps[] = {"dispatch", "dispatch_along", "combine", "combine_transpose"};
 constexpr const char* kSignatureNames[kSignatureWords] = {
     "the operation", "the call in the program", "num_tokens", "top_k",
-    "num_experts",   "capacity",                "alignment",  "the row types"};
+    "num_experts",   "capacity",                "alignment",  "the number of CTAs",
+    "the row types"};
 
 Status cuda_status(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return {};
@@ -74,8 +77,7 @@ Engine& engine() {
 
 std::vector<const void*> all_kernels() {
   std::vector<const void*> kernels = {dispatch_function(true), dispatch_function(false)};
-  for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16,
-                            DType::kFloat8E5M2, DType::kFloat8E4M3FN}) {
+  for (const DType dtype : kDTypes) {
     for (const bool wide : {true, false}) {
       kernels.push_back(combine_function(dtype, wide));
       kernels.push_back(combine_transpose_function(dtype, wide));
@@ -92,10 +94,21 @@ Status load_kernels() {
                                 "it was built for other architectures?)");
     if (!status.ok()) return status;
   }
-  return cuda_status(
-      cudaFuncSetAttribute(dispatch_function(true), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(dispatch_shared_bytes(kMaxExperts))),
-      "cudaFuncSetAttribute");
+  const auto allow = [](const void* kernel, size_t bytes) {
+    return cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(bytes)),
+                       "cudaFuncSetAttribute");
+  };
+  Status status = allow(dispatch_function(true), dispatch_shared_bytes(kMaxExperts));
+  for (const DType dtype : kDTypes) {
+    for (const bool wide : {true, false}) {
+      if (status.ok()) status = allow(combine_function(dtype, wide), combine_shared_bytes(dtype));
+      if (status.ok()) {
+        status = allow(combine_transpose_function(dtype, wide), combine_transpose_shared_bytes());
+      }
+    }
+  }
+  return status;
 }
 
 Status make_gpu(int ordinal, uint64_t timeout_ns, Gpu& gpu) {
@@ -140,6 +153,15 @@ Status connect(int from, int to) {
     return {};
   }
   return cuda_status(error, "cudaDeviceEnablePeerAccess");
+}
+
+// CTAs of a kernel: one for each multiprocessor, so that all run at once, but not more than have
+// tokens.
+uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
+  constexpr int64_t kLeast = 16;
+  int64_t ctas = gpu.num_sms;
+  if (const int64_t limit = engine().num_sms; limit > 0) ctas = std::min(ctas, limit);
+  return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, layout.num_tokens)));
 }
 
 const char* text_of(int step) {
@@ -261,20 +283,15 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
   exchange.signature[kNumExperts] = static_cast<uint32_t>(layout.num_experts);
   exchange.signature[kCapacity] = static_cast<uint32_t>(layout.capacity);
   exchange.signature[kAlignment] = static_cast<uint32_t>(layout.alignment);
+  exchange.signature[kGrid] = grid_size(layout, engine().gpus.at(member.ordinals[member.rank]));
   return {};
 }
 
 Status launch(const void* function, const Exchange& exchange, void* params, size_t shared_bytes,
               void* stream) {
-  int64_t ctas = 0;
-  {
-    std::lock_guard lock(engine().mutex);
-    ctas = engine().gpus.at(exchange.ordinal[exchange.rank]).num_sms;
-  }
-  if (const int64_t limit = engine().num_sms; limit > 0) ctas = std::min(ctas, limit);
   void* arguments[] = {params};
   return cuda_status(
-      cudaLaunchKernel(function, dim3(static_cast<unsigned>(ctas)),
+      cudaLaunchKernel(function, dim3(exchange.signature[kGrid]),
                        dim3(static_cast<unsigned>(threads_per_cta())), arguments, shared_bytes,
                        static_cast<cudaStream_t>(stream)),
       "cudaLaunchKernel");

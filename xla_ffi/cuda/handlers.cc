@@ -90,10 +90,10 @@ int32_t access_bytes(int64_t row_bytes, std::initializer_list<const void*> buffe
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Cuts `accesses` of a row evenly into slices of whole warps, at most slice_accesses() each.
-std::pair<int32_t, int32_t> slices_of(int64_t accesses) {
+// Cuts `accesses` of a row evenly into slices of whole warps, at most `most` each.
+std::pair<int32_t, int32_t> slices_of(int64_t accesses, int64_t most) {
   constexpr int64_t kWarp = 32;
-  const int64_t slices = std::max<int64_t>(1, ceil_div(accesses, slice_accesses()));
+  const int64_t slices = std::max<int64_t>(1, ceil_div(accesses, most));
   const int64_t each = std::max(kWarp, round_up(ceil_div(accesses, slices), kWarp));
   return {static_cast<int32_t>(std::max<int64_t>(1, ceil_div(accesses, each))),
           static_cast<int32_t>(each)};
@@ -110,7 +110,7 @@ void read_leaves(Buffers& buffers, DispatchParams& params) {
     leaf.rows = static_cast<std::byte*>(rows->untyped_data());
     leaf.row_bytes = Buffers::row_bytes(*tokens);
     leaf.access_bytes = access_bytes(leaf.row_bytes, {leaf.tokens, leaf.rows});
-    const auto [slices, accesses] = slices_of(leaf.row_bytes / leaf.access_bytes);
+    const auto [slices, accesses] = slices_of(leaf.row_bytes / leaf.access_bytes, kCopySlice);
     leaf.num_slices = slices;
     leaf.slice_bytes = accesses * leaf.access_bytes;
     hash = digest({leaf.row_bytes, leaf.access_bytes}, hash);
@@ -182,14 +182,14 @@ Launch read_combine(Buffers& buffers, const ffi::Dictionary& attributes, Combine
   params.partial_sums = buffers.ret_data<void>();
   params.flags = buffers.ret_data<uint32_t>();
   const bool wide = is_wide(dtype, width, {params.expert_out, params.sums, params.partial_sums});
-  const auto [slices, accesses] = slices_of(width / pack_of(dtype, wide));
+  const auto [slices, accesses] = slices_of(width / pack_of(dtype, wide), sum_slice(params.exchange.num_tokens));
   params.width = static_cast<int32_t>(width);
   params.num_slots = std::min(params.exchange.top_k, params.exchange.num_ranks - 1);
   params.num_slices = slices;
   params.slice_width = accesses * pack_of(dtype, wide);
   params.exchange.signature[kOp] = kCombineOp;
   params.exchange.signature[kRows] = digest({static_cast<int>(dtype), width, wide, weighted});
-  return {combine_function(dtype, wide), 0};
+  return {combine_function(dtype, wide), combine_shared_bytes(dtype)};
 }
 
 Launch read_combine_transpose(Buffers& buffers, const ffi::Dictionary& attributes,
@@ -209,14 +209,14 @@ Launch read_combine_transpose(Buffers& buffers, const ffi::Dictionary& attribute
   if (rows) params.rows = buffers.ret_data<void>();
   if (weights) params.weight_grads = buffers.ret_data<void>();
   const bool wide = is_wide(dtype, width, {params.tokens, params.expert_out, params.rows});
-  const auto [slices, accesses] = slices_of(width / pack_of(dtype, wide));
+  const auto [slices, accesses] = slices_of(width / pack_of(dtype, wide), sum_slice(params.exchange.num_tokens));
   params.width = static_cast<int32_t>(width);
-  params.num_slices = weights ? 1 : slices;
-  params.slice_width = weights ? params.width : accesses * pack_of(dtype, wide);
+  params.num_slices = slices;
+  params.slice_width = accesses * pack_of(dtype, wide);
   params.row_stride = spreading_stride(params.exchange.capacity);
   params.exchange.signature[kOp] = kCombineTransposeOp;
   params.exchange.signature[kRows] = digest({static_cast<int>(dtype), width, wide, rows, weights});
-  return {combine_transpose_function(dtype, wide), 0};
+  return {combine_transpose_function(dtype, wide), combine_transpose_shared_bytes()};
 }
 
 template <typename Params, auto kRead>
@@ -310,7 +310,8 @@ void add_module(py::module_& native) {
   module.attr("max_experts") = kMaxExperts;
   module.attr("max_top_k") = kMaxTopK;
   module.attr("max_leaves") = kMaxLeaves;
-  module.attr("slice_accesses") = slice_accesses();
+  module.def("sum_slice", &sum_slice, py::arg("num_tokens"),
+             "Elements, at least, in one slice of a row that combine sums.");
   module.def("has_driver", &has_driver, "Whether this machine has NVIDIA's driver.");
   module.def("device_bytes", &device_bytes,
              "Bytes of device memory that the engine owns on each GPU.");

@@ -15,10 +15,10 @@ size_t dispatch_shared_bytes(int num_experts);
 // CombineParams, CombineTransposeParams. `wide`: 16 bytes for each access of a lane, for rows and
 // buffers that allow it; else one element.
 const void* combine_function(DType dtype, bool wide);
+size_t combine_shared_bytes(DType dtype);
 const void* combine_transpose_function(DType dtype, bool wide);
+size_t combine_transpose_shared_bytes();
 
-// Threads of a CTA, and elements that one lane takes at a time and in one slice.
 int threads_per_cta();
-int slice_accesses();
 
 }  // namespace freeio::cuda

@@ -10,53 +10,57 @@
 namespace freeio::cuda {
 
 // Accesses of one lane that are in flight together: hides the latency of a peer's memory.
-constexpr int kUnroll = 8;
+constexpr int kUnroll = kCopySlice / kWarpSize;
 
-// A CTA's work: pulling rows from the ranks, and zeroing its share of the padding. Both are mixed
+// A tile's work: pulling rows from the ranks, and a share of the padding to zero. Both are mixed
 // evenly, so that link and memory are busy together from the first item to the last.
 struct Work {
-  int64_t pulls;
-  int64_t zero_blocks;
-  int64_t all_zero_blocks;  // of all CTAs
-  int64_t stride;
+  int pulls;
+  int first_block;
+  int blocks;      // to zero in this tile
+  int all_blocks;  // of all CTAs
+  int stride;
 
-  __device__ Work(int64_t num_pulls, int64_t capacity, int64_t row_stride)
-      : pulls(num_pulls),
-        zero_blocks(0),
-        all_zero_blocks((capacity + kBlockRows - 1) / kBlockRows),
+  __device__ Work(const Tile& tile, int pulls_per_token, int capacity, int row_stride)
+      : pulls(tile.size() * pulls_per_token),
+        all_blocks((capacity + kBlockRows - 1) / kBlockRows),
         stride(row_stride) {
-    zero_blocks = (all_zero_blocks + gridDim.x - 1) / gridDim.x;
+    const int mine = (all_blocks + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+    first_block = share(mine, tile.number, tile.count);
+    blocks = share(mine, tile.number + 1, tile.count) - first_block;
   }
-  __device__ int64_t size() const { return pulls + zero_blocks; }
-  // Zero blocks among the first `items`.
-  __device__ int64_t zero_blocks_before(int64_t items) const { return items * zero_blocks / size(); }
-  // First row of the CTA's n-th block; at or beyond capacity: none. The padding is mostly one run
+  __device__ static int share(int all, int number, int count) {
+    return static_cast<int>(static_cast<int64_t>(all) * number / count);
+  }
+  __device__ int size() const { return pulls + blocks; }
+  // Blocks among the first `items`.
+  __device__ int blocks_before(int items) const { return share(blocks, items, size()); }
+  // First row of the tile's n-th block; at or beyond capacity: none. The padding is mostly one run
   // of rows at the end: consecutive blocks lie far apart, so every CTA and every moment gets some.
-  __device__ int64_t block_row(int64_t n) const {
-    const int64_t place = n * gridDim.x + blockIdx.x;
-    const int64_t block = place < all_zero_blocks ? place * stride % all_zero_blocks : place;
-    return block * kBlockRows;
+  __device__ int64_t block_row(int n) const {
+    const int64_t place = static_cast<int64_t>(first_block + n) * gridDim.x + blockIdx.x;
+    return (place < all_blocks ? place * stride % all_blocks : place) * kBlockRows;
   }
 };
 
-// Calls pull(item) and zero(first_row) until all of the CTA's work is done. Whole warps.
+// Calls pull(item) and zero(first_row) until all of the tile's work is done. Whole warps.
 template <typename Pull, typename Zero>
 __device__ void run_work(const Work& work, Session& s, const Pull& pull, const Zero& zero) {
   while (true) {
-    const int64_t item = next_item(s);
-    if (item >= work.size() || *const_cast<volatile uint32_t*>(&s.failed) != 0) return;
-    const int64_t zeros = work.zero_blocks_before(item);
-    if (work.zero_blocks_before(item + 1) > zeros) {
-      zero(work.block_row(zeros));
+    const int item = next_item(s);
+    if (item >= work.size() || has_failed(s)) return;
+    const int blocks = work.blocks_before(item);
+    if (work.blocks_before(item + 1) > blocks) {
+      zero(work.block_row(blocks));
     } else {
-      pull(item - zeros);
+      pull(item - blocks);
     }
   }
 }
 
 // The source of a pull: the peers first, then this rank itself, so that the link never waits.
-__device__ inline int source_rank(const Exchange& x, int64_t pull) {
-  return static_cast<int>((x.rank + 1 + pull % x.num_ranks) % x.num_ranks);
+__device__ inline int source_rank(const Exchange& x, int pull) {
+  return (x.rank + 1 + pull % x.num_ranks) % x.num_ranks;
 }
 
 // Copies `bytes` of one token to the rows that `row` names in the lanes of `mask`. Whole warp.

@@ -19,6 +19,7 @@ struct Session {
   uint32_t epoch[kMaxRanks];                     // of this exchange, with each rank
   uint64_t address[kMaxRanks][kMaxAddresses];    // of each rank's buffers
   uint32_t failed;
+  uint32_t device;     // this device's index in the mesh
   uint32_t last;       // this CTA was the last to be counted
   uint32_t next_item;  // of the CTA's work
 
@@ -104,18 +105,15 @@ __device__ inline Mailbox& mailbox(const Exchange& x, const Session& s, int at, 
 // the host took it for.
 __device__ inline bool open(const Exchange& x, Session& s) {
   const int thread = static_cast<int>(threadIdx.x);
+  // Each load by a warp of its own: they are in flight together.
   if (thread < x.num_ranks) s.epoch[thread] = self(x).epoch[x.ordinal[thread]] + 1;
-  if (thread == 0) {
-    s.next_item = 0;
-    s.last = 0;
-    s.failed = load_relaxed_device(&self(x).failed);
-  }
+  if (thread == kWarpSize) s.failed = load_relaxed_device(&self(x).failed);
+  if (thread == 2 * kWarpSize) s.device = *x.device;
   __syncthreads();
-  if (thread == 0 && s.failed == 0 && *x.device != x.expected_device) {
-    fail(x, s, kWrongDevice, x.rank, 0, x.expected_device, *x.device);
+  if (s.failed == 0 && s.device != x.expected_device && thread == 0) {
+    fail(x, s, kWrongDevice, x.rank, 0, x.expected_device, s.device);
   }
-  __syncthreads();
-  return s.failed == 0;
+  return s.failed == 0 && s.device == x.expected_device;
 }
 
 // Tells every peer where this rank's buffer is. One thread; the buffer is ready for its use.
@@ -142,10 +140,12 @@ __device__ inline void post_signature(const Exchange& x, const Session& s) {
 }
 
 // Waits for the peers' signatures, compares them, and takes the addresses of `slots` (one bit for
-// each). All threads. After it, what the peers' programs had computed before may be read.
+// each). All threads; the last ones do it, so that the first can wait for something else before.
+// After it, what the peers' programs had computed before this exchange may be read.
 __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t slots) {
   constexpr int kWords = kSignatureWords + kMaxAddresses;
-  for (int i = static_cast<int>(threadIdx.x); i < kWords * x.num_ranks; i += kThreads) {
+  for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < kWords * x.num_ranks;
+       i += kThreads) {
     const int rank = i / kWords;
     const int word = i % kWords;
     if (rank == x.rank) continue;
@@ -164,9 +164,9 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
       if (!wait_word(x, s, kWaitAddress, rank, &box.address[slot][1], high)) break;
       s.address[rank][slot] = static_cast<uint64_t>(value_of(high)) << 32 | value_of(low);
     }
+    // Partner: the fence before the peer's store_word, or the start of the peer's kernel.
+    fence_system();
   }
-  // Partner: the fence before the peer's store_word, or the start of the peer's kernel.
-  fence_system();
   __syncthreads();
   return s.failed == 0;
 }
@@ -205,11 +205,37 @@ struct Chunk {
   __device__ int size() const { return end - begin; }
 };
 
-// The next item of the CTA's work, in order; the same in all lanes of a warp.
+// The part of a chunk whose routes fit in shared memory; mostly all of it.
+struct Tile {
+  int begin;
+  int end;
+  int number;
+  int count;  // of the chunk's tiles, at least one
+
+  __device__ int size() const { return end - begin; }
+};
+
+// Calls f(tile) for each tile of at most `tokens` tokens, all threads together.
+template <typename F>
+__device__ void for_tiles(const Chunk& chunk, int tokens, Session& s, const F& f) {
+  const int count = max(1, (chunk.size() + tokens - 1) / tokens);
+  for (int number = 0; number < count; ++number) {
+    const int begin = chunk.begin + number * tokens;
+    if (threadIdx.x == 0) s.next_item = 0;
+    f(Tile{begin, min(begin + tokens, chunk.end), number, count});
+    __syncthreads();
+  }
+}
+
+// The next item of the tile's work, in order; the same in all lanes of a warp.
 __device__ inline int next_item(Session& s) {
   uint32_t item = 0;
   if (lane_id() == 0) item = atomicAdd(&s.next_item, 1u);
   return static_cast<int>(__shfl_sync(kFullWarp, item, 0));
+}
+
+__device__ inline bool has_failed(const Session& s) {
+  return *const_cast<const volatile uint32_t*>(&s.failed) != 0;
 }
 
 }  // namespace freeio::cuda
