@@ -2,6 +2,9 @@
 
     python -m freeio_jax.bench.gpu [--tokens 128,4096] [--json FILE]
 
+Times are of the device: what one more call adds to a program of many, and with ``--profile`` the
+kernels' own durations. Command buffers are off, so that no recording of them is timed.
+
 The floor of one exchange: ``max(link_bytes / link_bw, hbm_bytes / hbm_bw) + 2 flag trips``, where
 the bandwidths and the trip are measured first, on the same GPUs.
 """
@@ -16,6 +19,9 @@ import os
 import statistics
 import tempfile
 import time
+
+# Read by JAX's backend: without it, each program's first calls would record command buffers anew.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
 
 import jax
 import jax.numpy as jnp

@@ -23,8 +23,9 @@ template <typename Element, int kCount>
 struct Combine {
   using Accumulator = typename Element::Accumulator;
   using Routes = TokenRoutes<Accumulator>;
-  using P = Pack<Element, kCount>;
-  static constexpr int kColumns = 2;  // packs of one lane in one pass
+  using R = Raw<Element, kCount>;
+    static constexpr int kBatch = 2;    // rows in flight together: more do not fit in registers
+  static constexpr int kColumns = 4;  // accesses of one lane to a row in flight together
   static constexpr int kStep = kWarpSize * kCount;
 
   const CombineParams& p;
@@ -32,58 +33,75 @@ struct Combine {
   Session& s;
   const RouteTile<Accumulator>& routes_of;
   const Tile& tile;
+  uint32_t* pending_flag = nullptr;  // of the warp's last push
+
+  // Raises the flag of the warp's last push. A release waits until the stores before it have
+  // arrived: so it comes late, when they have, and before new stores, which it would wait for too.
+  // It also comes before any wait: else two ranks could wait for each other's pending flags.
+  __device__ void release_pending() {
+    if (pending_flag == nullptr) return;
+    __syncwarp();
+    // Partner: the load in wait_for_partial_sums() on the peer.
+    if (lane_id() == 0) store_release_system(pending_flag, 1);
+    pending_flag = nullptr;
+  }
 
   __device__ int64_t slot_index(int token, int slot) const {
     return static_cast<int64_t>(token) * p.num_slots + slot;
   }
 
-  // Sums of this rank's rows in `mask`, in order of k, rounded once. Whole warp.
-  __device__ void partial_sums(const Routes& routes, uint32_t mask, int first, int end,
-                               P (&rounded)[kColumns]) const {
-    constexpr int kBatch = 4;
-    Accumulator sums[kColumns][kCount] = {};
+  // This rank's rows in `mask`, weighted and summed in order of k. Whole warp.
+  __device__ void sum_rows(const Routes& routes, uint32_t mask, int first, int end,
+                           Accumulator (&sums)[kColumns][kCount]) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) sums[c][j] = 0;
+    }
     while (mask != 0) {
-      P packs[kBatch][kColumns];
+      R rows[kBatch][kColumns];
       Accumulator weights[kBatch];
-      bool present[kBatch];
+      const int count = __popc(mask);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        present[i] = mask != 0;
-        const int k = present[i] ? __ffs(static_cast<int>(mask)) - 1 : 0;
+        const int k = i < count ? __ffs(static_cast<int>(mask)) - 1 : 0;
         mask &= mask - 1;
         const int64_t row = __shfl_sync(kFullWarp, routes.row, k);
         weights[i] = __shfl_sync(kFullWarp, routes.weight, k);
-        if (!present[i]) continue;
+        const Element* from = static_cast<const Element*>(p.expert_out) + row * p.width + first;
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          if (first + c * kStep >= end) continue;
-          packs[i][c] = load_pack<Element, kCount>(static_cast<const Element*>(p.expert_out) +
-                                                   row * p.width + first + c * kStep);
+          if (i < count && first + c * kStep < end) {
+            rows[i][c] = load_raw<Element, kCount>(from + c * kStep);
+          }
         }
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (!present[i]) continue;
+        if (i >= count) break;
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
+          Accumulator values[kCount];
+          widen<Element, kCount>(rows[i][c], values);
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
-            sums[c][j] += weights[i] * widen(packs[i][c].elements[j]);
+            if constexpr (sizeof(Element) < sizeof(float)) {
+              sums[c][j] = fma(weights[i], values[j], sums[c][j]);
+            } else {
+              sums[c][j] += weights[i] * values[j];  // rounds twice, as on the CPU
+            }
           }
         }
       }
     }
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) rounded[c].elements[j] = round_to<Element>(sums[c][j]);
-    }
   }
 
-  __device__ void store_packs(Element* row, int first, int end, const P (&packs)[kColumns]) const {
+  __device__ void store_sums(Element* row, int first, int end,
+                             const Accumulator (&sums)[kColumns][kCount]) const {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (first + c * kStep < end) store_pack(row + first + c * kStep, packs[c]);
+      if (first + c * kStep >= end) continue;
+      store_raw<Element, kCount>(row + first + c * kStep, round_to<Element, kCount>(sums[c]));
     }
   }
 
@@ -98,29 +116,26 @@ struct Combine {
   }
 
   // This rank's partial sum of a peer's token, to the peer.
-  __device__ void push(int rank, int token, int slice) const {
+  __device__ void push(int rank, int token, int slice) {
     const Routes routes = routes_of.of(rank, token - tile.begin);
     const uint32_t mask = routes.on(x.rank);
     if (mask == 0) return;
     const int64_t slot = slot_index(token, slot_of(x.rank, routes.ranks(), rank));
     Element* target = s.buffer<Element>(rank, kScratch) + slot * p.width;
     for_passes(slice, [&](int first, int end) {
-      P packs[kColumns];
-      partial_sums(routes, mask, first, end, packs);
-      store_packs(target, first, end, packs);
+      Accumulator sums[kColumns][kCount];
+      sum_rows(routes, mask, first, end, sums);
+      release_pending();
+      store_sums(target, first, end, sums);
     });
-    __syncwarp();
-    // Partner: the load in sum().
-    if (lane_id() == 0) {
-      store_release_system(s.buffer<uint32_t>(rank, kFlags) + slot * p.num_slices + slice, 1);
-    }
+    pending_flag = s.buffer<uint32_t>(rank, kFlags) + slot * p.num_slices + slice;
   }
 
   // Waits for the partial sums of one of this rank's tokens. Whole warp.
   __device__ void wait_for_partial_sums(uint32_t ranks, int token, int slice) const {
     if (const int rank = lane_id(); rank != x.rank && (ranks >> rank & 1) != 0) {
       const int64_t slot = slot_index(token, slot_of(rank, ranks, x.rank));
-      // Partner: the store in push().
+      // Partner: the store in release_pending() on the peer.
       wait_until(x, s, kWaitPartialSums, rank, [&] {
         return load_acquire_system(p.flags + slot * p.num_slices + slice) != 0;
       });
@@ -128,65 +143,78 @@ struct Combine {
     __syncwarp();
   }
 
-  // All partial sums of one of this rank's tokens, in order of rank.
-  __device__ void sum(int token, int slice) const {
-    constexpr int kBatch = 2;
+  // Adds the partial sums of the peers in `ranks`, in order, to the totals.
+  __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int token, int first, int end,
+                            Accumulator (&totals)[kColumns][kCount]) const {
+    const Element* slots =
+        static_cast<const Element*>(p.partial_sums) + slot_index(token, 0) * p.width + first;
+    while (ranks != 0) {
+      R partials[kBatch][kColumns];
+      const int count = __popc(ranks);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int rank = i < count ? __ffs(static_cast<int>(ranks)) - 1 : 0;
+        ranks &= ranks - 1;
+        const Element* slot = slots + slot_of(rank, all_ranks, x.rank) * int64_t{p.width};
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          if (i < count && first + c * kStep < end) {
+            partials[i][c] = load_raw<Element, kCount>(slot + c * kStep);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (i >= count) break;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) add(partials[i][c], totals[c]);
+      }
+    }
+  }
+
+  __device__ void add(const R& raw, Accumulator (&totals)[kCount]) const {
+    Accumulator values[kCount];
+    widen<Element, kCount>(raw, values);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) totals[j] += values[j];
+  }
+
+  // All partial sums of one of this rank's tokens, in order of rank: the lower ranks', its own,
+  // which it makes before it waits for theirs, and the higher ranks'.
+  __device__ void sum(int token, int slice) {
     const Routes routes = routes_of.of(x.rank, token - tile.begin);
     const uint32_t mask = routes.on(x.rank);
     const uint32_t ranks = routes.ranks();
-    wait_for_partial_sums(ranks, token, slice);
-    const Element* slots =
-        static_cast<const Element*>(p.partial_sums) + slot_index(token, 0) * p.width;
+    const uint32_t lower = (1u << x.rank) - 1;
+    bool waited = false;
     for_passes(slice, [&](int first, int end) {
-      Accumulator totals[kColumns][kCount] = {};
-      P own[kColumns];
-      uint32_t rest = ranks;
-      do {
-        P packs[kBatch][kColumns];
-        int batch[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          batch[i] = __ffs(static_cast<int>(rest)) - 1;  // -1: no more
-          rest &= rest - 1;
-          if (batch[i] < 0 || batch[i] == x.rank) continue;
-          const Element* slot = slots + slot_of(batch[i], ranks, x.rank) * int64_t{p.width};
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-            if (first + c * kStep >= end) continue;
-            packs[i][c] = load_pack<Element, kCount>(slot + first + c * kStep);
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (batch[i] < 0) continue;
-          if (batch[i] == x.rank) partial_sums(routes, mask, first, end, own);
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-            for (int j = 0; j < kCount; ++j) {
-              totals[c][j] += widen((batch[i] == x.rank ? own : packs[i])[c].elements[j]);
-            }
-          }
-        }
-      } while (rest != 0);
+      Accumulator sums[kColumns][kCount];
+      R own[kColumns];
+      sum_rows(routes, mask, first, end, sums);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
+        own[c] = round_to<Element, kCount>(sums[c]);
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) own[c].elements[j] = round_to<Element>(totals[c][j]);
+        for (int j = 0; j < kCount; ++j) sums[c][j] = 0;
       }
-      store_packs(static_cast<Element*>(p.sums) + static_cast<int64_t>(token) * p.width, first,
-                  end, own);
+      release_pending();
+      if (!waited) wait_for_partial_sums(ranks, token, slice);
+      waited = true;
+      add_slots(ranks & lower, ranks, token, first, end, sums);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) add(own[c], sums[c]);
+      add_slots(ranks & ~lower & ~(1u << x.rank), ranks, token, first, end, sums);
+      store_sums(static_cast<Element*>(p.sums) + static_cast<int64_t>(token) * p.width, first, end,
+                 sums);
     });
   }
 
   // Pushes for every peer and, kAhead slices behind, the sums. A sum waits only for pushes that
   // come before it in the peers' order, so waiting warps never hold up what they wait for.
-  __device__ void run() const {
+  __device__ void run() {
     const int slices = tile.size() * p.num_slices;
     const int items = slices == 0 ? 0 : (slices + kAhead) * x.num_ranks;
-    while (true) {
-      const int item = next_item(s);
-      if (item >= items || has_failed(s)) return;
+    for (int item = warp_id(); item < items && !has_failed(s); item = next_item(s)) {
       const int turn = item % x.num_ranks;
       const bool pushes = turn != x.num_ranks - 1;
       const int unit = item / x.num_ranks - (pushes ? 0 : kAhead);
@@ -199,6 +227,7 @@ struct Combine {
         sum(token, slice);
       }
     }
+    release_pending();
   }
 };
 
@@ -238,16 +267,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!open(x, s)) return;
   if (blockIdx.x == 0) post_buffers(p, s);
   prepare_slots(p, s);
-  constexpr uint32_t kSlots =
-      1u << kScratch | 1u << kFlags | 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
-  if (receive_addresses(x, s, kSlots)) {
+  constexpr uint32_t kRoutes = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
+  constexpr uint32_t kSlots = 1u << kScratch | 1u << kFlags;
+  if (receive_addresses(x, s, kRoutes)) {
     RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
-    for_tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k), s, [&](const Tile& tile) {
+    const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
+    bool ready = true;
+    tiles.for_each(s, [&](const Tile& tile) {
       routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
-      Combine<Element, kCount>{p, x, s, routes, tile}.run();
+      // The slots' addresses come later than the others: their flags had to be cleared.
+      ready = tile.number == 0 ? receive_addresses(x, s, kSlots) : ready;
+      // Only the routes are read from the peers, and those now are.
+      if (ready && tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude(x, s);
+      if (ready) Combine<Element, kCount>{p, x, s, routes, tile}.run();
     });
   }
-  finish(x, s);
 }
 
 }  // namespace

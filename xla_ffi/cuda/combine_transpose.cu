@@ -16,11 +16,12 @@ template <typename Element, int kCount>
 struct CombineTranspose {
   using Accumulator = typename Element::Accumulator;
   using Routes = TokenRoutes<Accumulator>;
-  using P = Pack<Element, kCount>;
+  using R = Raw<Element, kCount>;
   // Rows of a token that are served by one read of x; a token with more here is read again.
   static constexpr int kRows = 8;
   static constexpr int kBatch = 4;    // rows of expert_out in flight together
-  static constexpr int kColumns = 4;  // packs of x in flight together
+  static constexpr int kColumns = 4;  // accesses of one lane to x in flight together
+  static constexpr int kPair = 2;     // ... to rows of expert_out
   static constexpr int kStep = kWarpSize * kCount;
 
   const CombineTransposeParams& p;
@@ -44,56 +45,66 @@ struct CombineTranspose {
     int count;
   };
 
-  __device__ void serve(const P& pack, int column, Rows& rows, int begin,
-                        const P (&expert_rows)[kBatch]) const {
+  // One access to x: weighted to rows [begin, begin + kBatch), and its part of their dot products.
+  __device__ void serve(const R& raw, int column, Rows& rows, int begin,
+                        const R (&expert_rows)[kBatch]) const {
     Accumulator values[kCount];
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) values[j] = widen(pack.elements[j]);
+    widen<Element, kCount>(raw, values);
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = begin + b;
       if (i >= rows.count) continue;
       if (p.rows != nullptr) {
-        P out;
+        Accumulator products[kCount];
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          out.elements[j] = round_to<Element>(rows.weights[i] * values[j]);
-        }
-        store_pack(static_cast<Element*>(p.rows) + int64_t{rows.rows[i]} * p.width + column, out);
+        for (int j = 0; j < kCount; ++j) products[j] = rows.weights[i] * values[j];
+        store_raw<Element, kCount>(
+            static_cast<Element*>(p.rows) + int64_t{rows.rows[i]} * p.width + column,
+            round_to<Element, kCount>(products));
       }
       if (p.weight_grads != nullptr) {
+        Accumulator expert_values[kCount];
+        widen<Element, kCount>(expert_rows[b], expert_values);
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          rows.dots[i] += widen(expert_rows[b].elements[j]) * values[j];
+          rows.dots[i] = fma(expert_values[j], values[j], rows.dots[i]);
         }
       }
     }
   }
 
   __device__ void serve_rows(const Element* token, Rows& rows, int begin, int end) const {
+    const auto* expert_out = static_cast<const Element*>(p.expert_out);
     for (int pass = begin; pass < end; pass += kColumns * kStep) {
       const int first = pass + lane_id() * kCount;
-      P packs[kColumns];
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if (first + c * kStep < end) packs[c] = load_pack<Element, kCount>(token + first + c * kStep);
-      }
+      R x_values[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int column = first + c * kStep;
-        if (column >= end) continue;
+        if (column < end) x_values[c] = load_raw<Element, kCount>(token + column);
+      }
+#pragma unroll
+      for (int pair = 0; pair < kColumns; pair += kPair) {
 #pragma unroll
         for (int i = 0; i < kRows; i += kBatch) {
           if (i >= rows.count) continue;
-          P expert_rows[kBatch];
+          R expert_rows[kPair][kBatch];
 #pragma unroll
-          for (int b = 0; b < kBatch; ++b) {
-            if (p.weight_grads == nullptr || i + b >= rows.count) continue;
-            expert_rows[b] =
-                load_pack<Element, kCount>(static_cast<const Element*>(p.expert_out) +
-                                           int64_t{rows.rows[i + b]} * p.width + column);
+          for (int c = 0; c < kPair; ++c) {
+            const int column = first + (pair + c) * kStep;
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) {
+              if (expert_out != nullptr && i + b < rows.count && column < end) {
+                expert_rows[c][b] = load_raw<Element, kCount>(
+                    expert_out + int64_t{rows.rows[i + b]} * p.width + column);
+              }
+            }
           }
-          serve(packs[c], column, rows, i, expert_rows);
+#pragma unroll
+          for (int c = 0; c < kPair; ++c) {
+            const int column = first + (pair + c) * kStep;
+            if (column < end) serve(x_values[pair + c], column, rows, i, expert_rows[c]);
+          }
         }
       }
     }
@@ -162,7 +173,7 @@ struct CombineTranspose {
       const int64_t zero_row = first_row + __ffs(static_cast<int>(rest)) - 1;
       Element* to = static_cast<Element*>(p.rows) + zero_row * p.width;
       for (int column = lane_id() * kCount; column < p.width; column += kStep) {
-        store_pack(to + column, P{});
+        store_raw<Element, kCount>(to + column, R{});
       }
     }
   }
@@ -196,13 +207,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int capacity = Op::tile_capacity(p.num_slices);
     auto* dots = reinterpret_cast<Accumulator*>(shared_memory);
     RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
-    for_tiles(chunk, max(1, capacity / (x.num_ranks * x.top_k)), s, [&](const Tile& tile) {
+    const Tiles tiles(chunk, capacity / (x.num_ranks * x.top_k));
+    tiles.for_each(s, [&](const Tile& tile) {
       routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
+      __syncthreads();
       const Op op{p, x, s, routes, dots, tile};
       const Work work(tile, p.num_slices * x.num_ranks, p.rows == nullptr ? 0 : x.capacity,
                       p.row_stride);
       run_work(
-          work, s, [&](int item) { op.pull(item); },
+          work, s, warp_id(), [&](int item) { op.pull(item); },
           [&](int64_t row) { op.zero_padding(row); });
       if (p.weight_grads != nullptr) op.send_weight_grads();
     });

@@ -155,7 +155,9 @@ __device__ void place_groups(const DispatchParams& p, const Routing& routing) {
       const int group = first + lane_id();
       const int e = rank * experts + group;
       const int64_t load = group < experts ? routing.load[e] : 0;
-      const int64_t padded = (load + x.alignment - 1) / x.alignment * x.alignment;
+      // A division of 64 bits takes longer than all the rest here.
+      const int64_t padded =
+          x.alignment == 1 ? load : (load + x.alignment - 1) / x.alignment * x.alignment;
       int64_t all;
       const int64_t start = before + sum_of_lanes_before(padded, all);
       before += all;
@@ -254,33 +256,93 @@ __device__ void fetch_rows(const DispatchParams& p, Session& s, const Tile& tile
   __syncthreads();
 }
 
+// What one pull moves.
+struct Slice {
+  int rank;  // of the token
+  int tile_token;
+  int leaf;
+  int bytes;
+  int64_t offset;  // in the row
+  bool first;      // of the row
+
+  __device__ Slice(const DispatchParams& p, int pull)
+      : rank(source_rank(p.exchange, pull)),
+        tile_token(pull / p.exchange.num_ranks / p.num_slices),
+        leaf(0) {
+    int slice = pull / p.exchange.num_ranks % p.num_slices;
+    first = slice == 0;
+    while (slice >= p.leaves[leaf].num_slices) slice -= p.leaves[leaf++].num_slices;
+    const Leaf& it = p.leaves[leaf];
+    offset = static_cast<int64_t>(slice) * it.slice_bytes;
+    bytes = static_cast<int>(min(static_cast<int64_t>(it.slice_bytes), it.row_bytes - offset));
+  }
+
+  __device__ const std::byte* source(const DispatchParams& p, const Session& s,
+                                     const Tile& tile) const {
+    const Leaf& it = p.leaves[leaf];
+    const std::byte* tokens =
+        rank == p.exchange.rank ? it.tokens : s.buffer<std::byte>(rank, kFirstLeaf + leaf);
+    return tokens + (tile.begin + tile_token) * it.row_bytes + offset;
+  }
+};
+
+// Where a slice goes: rows here of its token's assignments, in the lanes.
+template <bool kRouted>
+struct Targets {
+  int row;
+  uint32_t mask;  // of the lanes that have a row
+
+  __device__ Targets(const DispatchParams& p, const Tile& tile, const int* rows,
+                     const Slice& slice) {
+    const Exchange& x = p.exchange;
+    const int first = (slice.rank * tile.size() + slice.tile_token) * x.top_k;
+    row = lane_id() < x.top_k ? rows[first + lane_id()] : -1;
+    mask = __ballot_sync(kFullWarp, row >= 0);
+    if (kRouted && slice.first && row >= 0) {
+      const int token = tile.begin + slice.tile_token;
+      p.row_source[row] = (slice.rank * x.num_tokens + token) * x.top_k + lane_id();
+    }
+  }
+};
+
+// The slice of a warp's first pull, loaded before it is known where it goes, or whether it is
+// needed at all: the link is idle until then.
+struct EarlySlice {
+  Values<uint4> values;
+  int pull = -1;  // -1: nothing was loaded
+
+  __device__ EarlySlice(const DispatchParams& p, const Session& s, const Tile& tile,
+                        const Work& work) {
+    if (warp_id() >= work.size()) return;
+    const Item item(work, warp_id());
+    if (item.pull < 0) return;
+    const Slice slice(p, item.pull);
+    if (p.leaves[slice.leaf].access_bytes != sizeof(uint4)) return;
+    values.load(slice.source(p, s, tile), slice.bytes);
+    pull = item.pull;
+  }
+
+  template <bool kRouted>
+  __device__ void store(const DispatchParams& p, const Tile& tile, const int* rows) const {
+    const Slice slice(p, pull);
+    const Targets<kRouted> targets(p, tile, rows, slice);
+    const Leaf& leaf = p.leaves[slice.leaf];
+    values.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
+  }
+};
+
 template <bool kRouted>
 __device__ void pull_slice(const DispatchParams& p, const Session& s, const Tile& tile,
                            const int* rows, int pull) {
-  const Exchange& x = p.exchange;
-  const int rank = source_rank(x, pull);
-  const int unit = pull / x.num_ranks;
-  const int tile_token = unit / p.num_slices;
-  const int token = tile.begin + tile_token;
-  int slice = unit % p.num_slices;
-  const int row =
-      lane_id() < x.top_k ? rows[(rank * tile.size() + tile_token) * x.top_k + lane_id()] : -1;
-  const uint32_t mask = __ballot_sync(kFullWarp, row >= 0);
-  if (mask == 0) return;
-  if (kRouted && slice == 0 && row >= 0) {
-    p.row_source[row] = (rank * x.num_tokens + token) * x.top_k + lane_id();
-  }
-  int index = 0;
-  while (slice >= p.leaves[index].num_slices) slice -= p.leaves[index++].num_slices;
-  const Leaf& leaf = p.leaves[index];
-  const std::byte* tokens =
-      rank == x.rank ? leaf.tokens : s.buffer<std::byte>(rank, kFirstLeaf + index);
-  const int64_t offset = static_cast<int64_t>(slice) * leaf.slice_bytes;
-  const auto bytes = static_cast<int>(min(static_cast<int64_t>(leaf.slice_bytes),
-                                          leaf.row_bytes - offset));
+  const Slice slice(p, pull);
+  const Targets<kRouted> targets(p, tile, rows, slice);
+  if (targets.mask == 0) return;
+  const Leaf& leaf = p.leaves[slice.leaf];
+  const std::byte* source = slice.source(p, s, tile);
   with_access(leaf.access_bytes, [&](auto access) {
-    copy_to_rows<decltype(access)>(tokens + token * leaf.row_bytes + offset, bytes,
-                                   leaf.rows + offset, leaf.row_bytes, row, mask);
+    Values<decltype(access)> values;
+    values.load(source, slice.bytes);
+    values.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
   });
 }
 
@@ -341,35 +403,48 @@ __global__ void __launch_bounds__(kThreads, 1)
   int* rows = reinterpret_cast<int*>(shared_memory);
   const Routing routing(shared_memory + kTileAssignments, x.num_experts);
   const Chunk chunk(x.num_tokens);
+  const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
+  const auto work_of = [&](const Tile& tile) {
+    return Work(tile, p.num_slices * x.num_ranks, x.capacity, p.row_stride);
+  };
   if (!open(x, s)) return;
-  const uint32_t leaves = ((1u << p.num_leaves) - 1) << kFirstLeaf;
-  bool ready;
+  if (blockIdx.x == 0) post_buffers<kRouted>(p, s);
   if constexpr (kRouted) {
-    if (blockIdx.x == 0) post_buffers<kRouted>(p, s);
     prepare_routes(p, s);
     count(p, routing, chunk);
     if (blockIdx.x == 0) send_counts(x, s, routing);
+  }
+  const uint32_t leaves = ((1u << p.num_leaves) - 1) << kFirstLeaf;
+  const uint32_t others = kRouted ? 0u : 1u << kDestRank | 1u << kDestRow;
+  if (!receive_addresses(x, s, leaves | others)) return finish(x, s);
+  const EarlySlice early(p, s, tiles[0], work_of(tiles[0]));
+  if constexpr (kRouted) {
     const Ids ids(p.topk_idx, chunk.begin * x.top_k, chunk.end * x.top_k);
     receive_counts(x, s, routing);
-    ready = receive_addresses(x, s, leaves | 1u << kScratch);
-    if (ready) {
-      place_groups(p, routing);
-      if (warp_id() == 0) assign_rows(p, s, routing, chunk, ids);
-      __syncthreads();
-    }
-  } else {
-    if (blockIdx.x == 0) post_buffers<kRouted>(p, s);
-    ready = receive_addresses(x, s, leaves | 1u << kDestRank | 1u << kDestRow);
+    if (!receive_addresses(x, s, 1u << kScratch)) return finish(x, s);
+    place_groups(p, routing);
+    if (warp_id() == 0) assign_rows(p, s, routing, chunk, ids);
+    __syncthreads();
   }
-  if (ready) {
-    const int tile_tokens = max(1, kTileAssignments / (x.num_ranks * x.top_k));
-    for_tiles(chunk, tile_tokens, s, [&](const Tile& tile) {
-      fetch_rows<kRouted>(p, s, tile, rows);
-      const Work work(tile, p.num_slices * x.num_ranks, x.capacity, p.row_stride);
-      run_work(
-          work, s, [&](int pull) { pull_slice<kRouted>(p, s, tile, rows, pull); },
-          [&](int64_t row) { zero_padding<kRouted>(p, routing, row); });
-    });
+  if (threadIdx.x == 0) s.next_item = kWarps;
+  Tile tile = tiles[0];
+  fetch_rows<kRouted>(p, s, tile, rows);
+  int first = warp_id();
+  if (early.pull >= 0) {
+    early.store<kRouted>(p, tile, rows);
+    first = next_item(s);
+  }
+  while (true) {
+    run_work(
+        work_of(tile), s, first,
+        [&](int pull) { pull_slice<kRouted>(p, s, tile, rows, pull); },
+        [&](int64_t row) { zero_padding<kRouted>(p, routing, row); });
+    if (tile.number + 1 == tiles.count) break;
+    __syncthreads();
+    if (threadIdx.x == 0) s.next_item = kWarps;
+    tile = tiles[tile.number + 1];
+    fetch_rows<kRouted>(p, s, tile, rows);
+    first = warp_id();
   }
   finish(x, s);
 }

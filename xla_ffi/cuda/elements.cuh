@@ -5,65 +5,101 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "cuda/session.cuh"
 
 namespace freeio::cuda {
 
-// What one lane takes at a time.
-template <typename Element, int kCount>
-struct alignas(sizeof(Element) * kCount) Pack {
-  Element elements[kCount];
+// What one lane takes at a time, as it lies in memory. It is taken apart where it is used, not
+// where it is loaded: else every load would wait for the one before.
+template <int kBytes>
+struct RawOf;
+template <>
+struct RawOf<16> {
+  using Type = uint4;
 };
+template <>
+struct RawOf<8> {
+  using Type = uint2;
+};
+template <>
+struct RawOf<4> {
+  using Type = uint32_t;
+};
+template <>
+struct RawOf<2> {
+  using Type = uint16_t;
+};
+template <>
+struct RawOf<1> {
+  using Type = uint8_t;
+};
+template <typename Element, int kCount>
+using Raw = typename RawOf<sizeof(Element) * kCount>::Type;
 
 template <typename Element, int kCount>
-__device__ Pack<Element, kCount> load_pack(const Element* from) {
-  using P = Pack<Element, kCount>;
-  if constexpr (sizeof(P) == 16) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    P pack;
-    memcpy(&pack, &bits, sizeof(pack));
-    return pack;
-  } else {
-    return *reinterpret_cast<const P*>(from);
-  }
+__device__ Raw<Element, kCount> load_raw(const Element* from) {
+  return *reinterpret_cast<const Raw<Element, kCount>*>(from);
 }
 
 template <typename Element, int kCount>
-__device__ void store_pack(Element* to, const Pack<Element, kCount>& pack) {
-  using P = Pack<Element, kCount>;
-  if constexpr (sizeof(P) == 16) {
-    uint4 bits;
-    memcpy(&bits, &pack, sizeof(bits));
-    *reinterpret_cast<uint4*>(to) = bits;
-  } else {
-    *reinterpret_cast<P*>(to) = pack;
-  }
+__device__ void store_raw(Element* to, const Raw<Element, kCount>& raw) {
+  *reinterpret_cast<Raw<Element, kCount>*>(to) = raw;
 }
 
-// Rounding and widening as in core/dtype.h, by the GPU's own instructions where it has them. Only
+// Widening and rounding as in core/dtype.h, by the GPU's own instructions where it has them. Only
 // the payloads of NaNs differ.
-template <typename Element>
-__device__ inline Element round_to(typename Element::Accumulator value) {
-  return Element::round(value);
-}
-template <>
-__device__ inline BFloat16 round_to<BFloat16>(float value) {
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
-}
-template <>
-__device__ inline Float16 round_to<Float16>(float value) {
-  return {__half_as_ushort(__float2half_rn(value))};
+template <typename Element, int kCount>
+__device__ void widen(const Raw<Element, kCount>& raw,
+                      typename Element::Accumulator (&values)[kCount]) {
+  if constexpr (std::is_same_v<Element, BFloat16> && kCount % 2 == 0) {
+    uint32_t words[kCount / 2];
+    memcpy(words, &raw, sizeof(raw));
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      values[i] = __uint_as_float(words[i / 2] << 16);
+      values[i + 1] = __uint_as_float(words[i / 2] & 0xffff0000u);
+    }
+  } else if constexpr (std::is_same_v<Element, Float16>) {
+    __half halves[kCount];
+    memcpy(halves, &raw, sizeof(raw));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = __half2float(halves[i]);
+  } else {
+    Element elements[kCount];
+    memcpy(elements, &raw, sizeof(raw));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = Element::widen(elements[i]);
+  }
 }
 
-template <typename Element>
-__device__ inline typename Element::Accumulator widen(Element value) {
-  return Element::widen(value);
-}
-template <>
-__device__ inline float widen<Float16>(Float16 value) {
-  return __half2float(__ushort_as_half(value.storage));
+template <typename Element, int kCount>
+__device__ Raw<Element, kCount> round_to(const typename Element::Accumulator (&values)[kCount]) {
+  Raw<Element, kCount> raw;
+  if constexpr (std::is_same_v<Element, BFloat16> && kCount % 2 == 0) {
+    __nv_bfloat162 pairs[kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      pairs[i / 2] = __floats2bfloat162_rn(values[i], values[i + 1]);
+    }
+    memcpy(&raw, pairs, sizeof(raw));
+  } else if constexpr (std::is_same_v<Element, BFloat16>) {
+    const __nv_bfloat16 value = __float2bfloat16_rn(values[0]);
+    memcpy(&raw, &value, sizeof(raw));
+  } else if constexpr (std::is_same_v<Element, Float16>) {
+    __half halves[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) halves[i] = __float2half_rn(values[i]);
+    memcpy(&raw, halves, sizeof(raw));
+  } else {
+    Element elements[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) elements[i] = Element::round(values[i]);
+    memcpy(&raw, elements, sizeof(raw));
+  }
+  return raw;
 }
 
 // The routes of one token, in the lanes of a warp: lane k has assignment k.
@@ -97,7 +133,7 @@ struct RouteTile {
         per_rank(0),
         top_k(0) {}
 
-  // Reads them all at once, the peers' over the link. All threads.
+  // Reads them all at once, the peers' over the link. All threads; a barrier must follow.
   __device__ void fetch(const Exchange& x, const Session& s, const Tile& tile,
                         const int32_t* dest_rank, const int32_t* dest_row, const void* weight) {
     top_k = x.top_k;
@@ -113,7 +149,6 @@ struct RouteTile {
       rows[i] = own ? dest_row[a] : s.buffer<int32_t>(rank, kDestRow)[a];
       weights[i] = weight != nullptr ? weight_array[a] : Accumulator{1};
     }
-    __syncthreads();
   }
   __device__ int size(const Exchange& x) const { return per_rank * x.num_ranks; }
   __device__ int first_of(int rank, int tile_token) const {

@@ -43,17 +43,32 @@ struct Work {
   }
 };
 
-// Calls pull(item) and zero(first_row) until all of the tile's work is done. Whole warps.
-template <typename Pull, typename Zero>
-__device__ void run_work(const Work& work, Session& s, const Pull& pull, const Zero& zero) {
-  while (true) {
-    const int item = next_item(s);
-    if (item >= work.size() || has_failed(s)) return;
+// What one item of the work is: a pull by number, or else a block's first row.
+struct Item {
+  int pull;  // -1: zeroes a block
+  int64_t row;
+
+  __device__ Item(const Work& work, int item) : pull(-1), row(0) {
     const int blocks = work.blocks_before(item);
     if (work.blocks_before(item + 1) > blocks) {
-      zero(work.block_row(blocks));
+      row = work.block_row(blocks);
     } else {
-      pull(item - blocks);
+      pull = item - blocks;
+    }
+  }
+};
+
+// Calls pull(number) and zero(first_row) until all of the tile's work is done, from the warp's
+// `first` item on. Whole warps.
+template <typename Pull, typename Zero>
+__device__ void run_work(const Work& work, Session& s, int first, const Pull& pull,
+                         const Zero& zero) {
+  for (int number = first; number < work.size() && !has_failed(s); number = next_item(s)) {
+    const Item item(work, number);
+    if (item.pull < 0) {
+      zero(item.row);
+    } else {
+      pull(item.pull);
     }
   }
 }
@@ -63,28 +78,35 @@ __device__ inline int source_rank(const Exchange& x, int pull) {
   return (x.rank + 1 + pull % x.num_ranks) % x.num_ranks;
 }
 
-// Copies `bytes` of one token to the rows that `row` names in the lanes of `mask`. Whole warp.
+// A slice of one token, in the registers of a warp.
 template <typename Access>
-__device__ void copy_to_rows(const std::byte* from, int bytes, std::byte* rows, int64_t row_bytes,
-                             int row, uint32_t mask) {
-  const int count = bytes / static_cast<int>(sizeof(Access));
-  const auto* source = reinterpret_cast<const Access*>(from);
-  for (int base = lane_id(); base - lane_id() < count; base += kUnroll * kWarpSize) {
-    Access values[kUnroll];
+struct Values {
+  Access values[kUnroll];
+
+  __device__ void load(const std::byte* from, int bytes) {
+    const auto* source = reinterpret_cast<const Access*>(from);
+    const int count = bytes / static_cast<int>(sizeof(Access));
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (base + u * kWarpSize < count) values[u] = source[base + u * kWarpSize];
+      if (lane_id() + u * kWarpSize < count) values[u] = source[lane_id() + u * kWarpSize];
     }
-    for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
-      const int64_t to = __shfl_sync(kFullWarp, row, __ffs(static_cast<int>(rest)) - 1);
+  }
+
+  // To the rows that `row` names in the lanes of `mask`. Whole warp.
+  __device__ void store(std::byte* rows, int64_t row_bytes, int bytes, int row,
+                        uint32_t mask) const {
+    const int count = bytes / static_cast<int>(sizeof(Access));
+  #pragma unroll 1
+  for (; mask != 0; mask &= mask - 1) {
+      const int64_t to = __shfl_sync(kFullWarp, row, __ffs(static_cast<int>(mask)) - 1);
       auto* target = reinterpret_cast<Access*>(rows + to * row_bytes);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (base + u * kWarpSize < count) target[base + u * kWarpSize] = values[u];
+        if (lane_id() + u * kWarpSize < count) target[lane_id() + u * kWarpSize] = values[u];
       }
     }
   }
-}
+};
 
 template <typename Access>
 __device__ void zero_bytes(std::byte* bytes, int64_t size) {

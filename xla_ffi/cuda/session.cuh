@@ -20,7 +20,6 @@ struct Session {
   uint64_t address[kMaxRanks][kMaxAddresses];    // of each rank's buffers
   uint32_t failed;
   uint32_t device;     // this device's index in the mesh
-  uint32_t last;       // this CTA was the last to be counted
   uint32_t next_item;  // of the CTA's work
 
   template <typename T>
@@ -28,6 +27,10 @@ struct Session {
     return reinterpret_cast<T*>(address[rank][slot]);
   }
 };
+
+__device__ inline bool has_failed(const Session& s) {
+  return *const_cast<const volatile uint32_t*>(&s.failed) != 0;
+}
 
 __device__ inline ControlBlock& self(const Exchange& x) { return *x.control[x.rank]; }
 
@@ -171,27 +174,27 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
   return s.failed == 0;
 }
 
-// Counts this CTA in; true in all threads of the last one.
-__device__ inline bool is_last(Session& s, uint32_t* counter) {
-  __syncthreads();
-  if (threadIdx.x == 0) s.last = add_acquire_release_device(counter, 1) == gridDim.x - 1;
-  __syncthreads();
-  return s.last != 0;
-}
-
-// Last phase of every kernel: returns when no peer touches this rank's buffers any more.
-__device__ inline void finish(const Exchange& x, Session& s) {
-  if (!is_last(s, &self(x).done) || s.failed != 0) return;
-  const int rank = static_cast<int>(threadIdx.x);
-  if (rank < x.num_ranks && rank != x.rank) {
-    ControlBlock& control = self(x);
+// This CTA reads the peers' buffers no more. The last CTA to say so tells the peers, waits until
+// they have said the same, and closes the exchange. One warp.
+__device__ inline void conclude(const Exchange& x, Session& s) {
+  uint32_t earlier = 0;
+  if (lane_id() == 0) earlier = add_acquire_release_device(&self(x).done, 1);
+  if (__shfl_sync(kFullWarp, earlier, 0) != gridDim.x - 1 || has_failed(s)) return;
+  ControlBlock& control = self(x);
+  if (const int rank = lane_id(); rank < x.num_ranks && rank != x.rank) {
     store_release_system(&x.control[rank]->finished[x.ordinal[x.rank]], s.epoch[rank]);
     wait_until(x, s, kWaitFinish, rank, [&] {
       return load_acquire_system(&control.finished[x.ordinal[rank]]) == s.epoch[rank];
     });
     control.epoch[x.ordinal[rank]] = s.epoch[rank];
   }
-  if (threadIdx.x == 0) self(x).prepared = self(x).done = 0;
+  if (lane_id() == 0) control.prepared = control.done = 0;
+}
+
+// The same at the end of a kernel. All threads.
+__device__ inline void finish(const Exchange& x, Session& s) {
+  __syncthreads();
+  if (warp_id() == 0) conclude(x, s);
 }
 
 // Tokens [begin, end) of every rank are this CTA's.
@@ -215,27 +218,39 @@ struct Tile {
   __device__ int size() const { return end - begin; }
 };
 
-// Calls f(tile) for each tile of at most `tokens` tokens, all threads together.
-template <typename F>
-__device__ void for_tiles(const Chunk& chunk, int tokens, Session& s, const F& f) {
-  const int count = max(1, (chunk.size() + tokens - 1) / tokens);
-  for (int number = 0; number < count; ++number) {
-    const int begin = chunk.begin + number * tokens;
-    if (threadIdx.x == 0) s.next_item = 0;
-    f(Tile{begin, min(begin + tokens, chunk.end), number, count});
-    __syncthreads();
-  }
-}
+// Tiles of at most `tokens` tokens each.
+struct Tiles {
+  Chunk chunk;
+  int tokens;
+  int count;
 
-// The next item of the tile's work, in order; the same in all lanes of a warp.
+  __device__ Tiles(const Chunk& whole, int tile_tokens)
+      : chunk(whole),
+        tokens(max(1, tile_tokens)),
+        count(max(1, (whole.size() + tokens - 1) / tokens)) {}
+
+  __device__ Tile operator[](int number) const {
+    const int begin = chunk.begin + number * tokens;
+    return {begin, min(begin + tokens, chunk.end), number, count};
+  }
+
+  // Calls f(tile) for each, all threads together.
+  template <typename F>
+  __device__ void for_each(Session& s, const F& f) const {
+    for (int number = 0; number < count; ++number) {
+      if (threadIdx.x == 0) s.next_item = kWarps;
+      f((*this)[number]);
+      __syncthreads();
+    }
+  }
+};
+
+// The tile's work is taken in order, item by item: warp w begins with item w and goes on with this.
+// The same in all lanes.
 __device__ inline int next_item(Session& s) {
   uint32_t item = 0;
   if (lane_id() == 0) item = atomicAdd(&s.next_item, 1u);
   return static_cast<int>(__shfl_sync(kFullWarp, item, 0));
-}
-
-__device__ inline bool has_failed(const Session& s) {
-  return *const_cast<const volatile uint32_t*>(&s.failed) != 0;
 }
 
 }  // namespace freeio::cuda
