@@ -175,6 +175,26 @@ def test_layer_and_its_gradients(num_ranks, shape, dtype):
         assert_close(a, b, "float32" if name == "d weights" else dtype, ULPS[name])
 
 
+@ranks
+@pytest.mark.parametrize("shape", ["odd row", "wide", "drops", "aligned"])
+def test_rows_along_a_handle(num_ranks, shape):
+    """The transpose of an unweighted combine, and the tangent of a dispatch."""
+    case = Case(num_ranks, shape, "float32")
+
+    def both(api, tokens, topk_idx, cotangent):
+        out = api.dispatch(tokens, topk_idx, **case.options)
+        _, pull = jax.vjp(lambda rows: api.combine(rows, out.handle), out.tokens)
+        along = jax.jvp(
+            lambda x: api.dispatch(x, topk_idx, **case.options).tokens, (tokens,), (cotangent,)
+        )[1]
+        return {"transpose": pull(cotangent)[0], "tangent": along}
+
+    args = (case.tokens, case.topk_idx, case.cotangent)
+    ours = run(functools.partial(both, fio), gpu_mesh(num_ranks), *args)
+    theirs = by_reference(functools.partial(both, fio.reference), num_ranks, *args)
+    assert_bits(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype):
     case = Case(2, "small", dtype)

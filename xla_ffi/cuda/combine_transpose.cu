@@ -149,8 +149,8 @@ struct CombineTranspose {
   // Adds the slices' dot products up, in order, and sends them home. All threads.
   __device__ void send_weight_grads() const {
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < routes_of.size(x); i += kThreads) {
-      const int rank = i / routes_of.per_rank;
+    for (int i = static_cast<int>(threadIdx.x); i < routes_of.size(); i += kThreads) {
+      const int rank = routes_of.rank_of(i);
       const bool own = rank == x.rank;
       if (routes_of.ranks[i] != x.rank && !(own && routes_of.ranks[i] < 0)) continue;
       Accumulator dot = 0;
@@ -209,13 +209,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
     const Tiles tiles(chunk, capacity / (x.num_ranks * x.top_k));
     tiles.for_each(s, [&](const Tile& tile) {
-      routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
+      routes.fetch(x, s, tile, 0, x.num_ranks, p.dest_rank, p.dest_row, p.weights);
       __syncthreads();
       const Op op{p, x, s, routes, dots, tile};
       const Work work(tile, p.num_slices * x.num_ranks, p.rows == nullptr ? 0 : x.capacity,
                       p.row_stride);
       run_work(
-          work, s, warp_id(), [&](int item) { op.pull(item); },
+          work, s, [&](int item) { op.pull(item); },
           [&](int64_t row) { op.zero_padding(row); });
       if (p.weight_grads != nullptr) op.send_weight_grads();
     });

@@ -305,32 +305,6 @@ struct Targets {
   }
 };
 
-// The slice of a warp's first pull, loaded before it is known where it goes, or whether it is
-// needed at all: the link is idle until then.
-struct EarlySlice {
-  Values<uint4> values;
-  int pull = -1;  // -1: nothing was loaded
-
-  __device__ EarlySlice(const DispatchParams& p, const Session& s, const Tile& tile,
-                        const Work& work) {
-    if (warp_id() >= work.size()) return;
-    const Item item(work, warp_id());
-    if (item.pull < 0) return;
-    const Slice slice(p, item.pull);
-    if (p.leaves[slice.leaf].access_bytes != sizeof(uint4)) return;
-    values.load(slice.source(p, s, tile), slice.bytes);
-    pull = item.pull;
-  }
-
-  template <bool kRouted>
-  __device__ void store(const DispatchParams& p, const Tile& tile, const int* rows) const {
-    const Slice slice(p, pull);
-    const Targets<kRouted> targets(p, tile, rows, slice);
-    const Leaf& leaf = p.leaves[slice.leaf];
-    values.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
-  }
-};
-
 template <bool kRouted>
 __device__ void pull_slice(const DispatchParams& p, const Session& s, const Tile& tile,
                            const int* rows, int pull) {
@@ -397,16 +371,13 @@ __device__ void post_buffers(const DispatchParams& p, const Session& s) {
 template <bool kRouted>
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch_kernel(const __grid_constant__ DispatchParams p) {
-  extern __shared__ uint32_t shared_memory[];
+  extern __shared__ uint4 shared_memory[];
   __shared__ Session s;
   const Exchange& x = p.exchange;
   int* rows = reinterpret_cast<int*>(shared_memory);
-  const Routing routing(shared_memory + kTileAssignments, x.num_experts);
+  const Routing routing(reinterpret_cast<uint32_t*>(rows + kTileAssignments), x.num_experts);
   const Chunk chunk(x.num_tokens);
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
-  const auto work_of = [&](const Tile& tile) {
-    return Work(tile, p.num_slices * x.num_ranks, x.capacity, p.row_stride);
-  };
   if (!open(x, s)) return;
   if (blockIdx.x == 0) post_buffers<kRouted>(p, s);
   if constexpr (kRouted) {
@@ -414,38 +385,23 @@ __global__ void __launch_bounds__(kThreads, 1)
     count(p, routing, chunk);
     if (blockIdx.x == 0) send_counts(x, s, routing);
   }
+  const Ids ids(p.topk_idx, chunk.begin * x.top_k, kRouted ? chunk.end * x.top_k : 0);
+  if constexpr (kRouted) receive_counts(x, s, routing);
   const uint32_t leaves = ((1u << p.num_leaves) - 1) << kFirstLeaf;
-  const uint32_t others = kRouted ? 0u : 1u << kDestRank | 1u << kDestRow;
-  if (!receive_addresses(x, s, leaves | others)) return finish(x, s);
-  const EarlySlice early(p, s, tiles[0], work_of(tiles[0]));
+  const uint32_t others = kRouted ? 1u << kScratch : 1u << kDestRank | 1u << kDestRow;
+  if (!receive_addresses(x, s, leaves | others)) return;
   if constexpr (kRouted) {
-    const Ids ids(p.topk_idx, chunk.begin * x.top_k, chunk.end * x.top_k);
-    receive_counts(x, s, routing);
-    if (!receive_addresses(x, s, 1u << kScratch)) return finish(x, s);
     place_groups(p, routing);
     if (warp_id() == 0) assign_rows(p, s, routing, chunk, ids);
     __syncthreads();
   }
-  if (threadIdx.x == 0) s.next_item = kWarps;
-  Tile tile = tiles[0];
-  fetch_rows<kRouted>(p, s, tile, rows);
-  int first = warp_id();
-  if (early.pull >= 0) {
-    early.store<kRouted>(p, tile, rows);
-    first = next_item(s);
-  }
-  while (true) {
-    run_work(
-        work_of(tile), s, first,
-        [&](int pull) { pull_slice<kRouted>(p, s, tile, rows, pull); },
-        [&](int64_t row) { zero_padding<kRouted>(p, routing, row); });
-    if (tile.number + 1 == tiles.count) break;
-    __syncthreads();
-    if (threadIdx.x == 0) s.next_item = kWarps;
-    tile = tiles[tile.number + 1];
+  tiles.for_each(s, [&](const Tile& tile) {
     fetch_rows<kRouted>(p, s, tile, rows);
-    first = warp_id();
-  }
+    const Work work(tile, p.num_slices * x.num_ranks, x.capacity, p.row_stride);
+    run_work(
+        work, s, [&](int pull) { pull_slice<kRouted>(p, s, tile, rows, pull); },
+        [&](int64_t row) { zero_padding<kRouted>(p, routing, row); });
+  });
   finish(x, s);
 }
 

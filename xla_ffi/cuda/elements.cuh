@@ -117,31 +117,36 @@ struct TokenRoutes {
   }
 };
 
-// The routes of a tile's tokens, of all ranks: [R, tokens, K] in shared memory.
+// The routes of a tile's tokens, of some ranks: [ranks, tokens, K] in shared memory.
 template <typename Accumulator>
 struct RouteTile {
   Accumulator* weights;
   int* ranks;
   int* rows;
-  int per_rank;  // assignments
-  int top_k;
+  int first_rank = 0;  // whose routes come first, those of the next ranks follow
+  int num_ranks = 0;
+  int modulus = 1;  // R
+  int per_rank = 0;  // assignments
+  int top_k = 0;
 
   __device__ RouteTile(void* memory, int capacity)
       : weights(static_cast<Accumulator*>(memory)),
         ranks(reinterpret_cast<int*>(weights + capacity)),
-        rows(ranks + capacity),
-        per_rank(0),
-        top_k(0) {}
+        rows(ranks + capacity) {}
 
-  // Reads them all at once, the peers' over the link. All threads; a barrier must follow.
-  __device__ void fetch(const Exchange& x, const Session& s, const Tile& tile,
+  // Reads the routes of `count` ranks all at once, the peers' over the link. All threads; a barrier
+  // must follow.
+  __device__ void fetch(const Exchange& x, const Session& s, const Tile& tile, int first, int count,
                         const int32_t* dest_rank, const int32_t* dest_row, const void* weight) {
+    first_rank = first;
+    num_ranks = count;
+    modulus = x.num_ranks;
     top_k = x.top_k;
     per_rank = tile.size() * top_k;
-    const int64_t first = static_cast<int64_t>(tile.begin) * top_k;
-    for (int i = static_cast<int>(threadIdx.x); i < size(x); i += kThreads) {
-      const int rank = i / per_rank;
-      const int64_t a = first + i % per_rank;
+    const int64_t begin = static_cast<int64_t>(tile.begin) * top_k;
+    for (int i = static_cast<int>(threadIdx.x); i < size(); i += kThreads) {
+      const int rank = rank_of(i);
+      const int64_t a = begin + i % per_rank;
       const bool own = rank == x.rank;
       const auto* weight_array = own ? static_cast<const Accumulator*>(weight)
                                      : s.buffer<const Accumulator>(rank, kWeights);
@@ -150,9 +155,10 @@ struct RouteTile {
       weights[i] = weight != nullptr ? weight_array[a] : Accumulator{1};
     }
   }
-  __device__ int size(const Exchange& x) const { return per_rank * x.num_ranks; }
+  __device__ int size() const { return per_rank * num_ranks; }
+  __device__ int rank_of(int i) const { return (first_rank + i / per_rank) % modulus; }
   __device__ int first_of(int rank, int tile_token) const {
-    return rank * per_rank + tile_token * top_k;
+    return (rank - first_rank + modulus) % modulus * per_rank + tile_token * top_k;
   }
   __device__ TokenRoutes<Accumulator> of(int rank, int tile_token) const {
     TokenRoutes<Accumulator> routes;

@@ -100,6 +100,7 @@ Status load_kernels() {
                        "cudaFuncSetAttribute");
   };
   Status status = allow(dispatch_function(true), dispatch_shared_bytes(kMaxExperts));
+  if (status.ok()) status = allow(dispatch_function(false), dispatch_shared_bytes(0));
   for (const DType dtype : kDTypes) {
     for (const bool wide : {true, false}) {
       if (status.ok()) status = allow(combine_function(dtype, wide), combine_shared_bytes(dtype));
@@ -155,13 +156,13 @@ Status connect(int from, int to) {
   return cuda_status(error, "cudaDeviceEnablePeerAccess");
 }
 
-// CTAs of a kernel: one for each multiprocessor, so that all run at once, but not more than have
-// tokens.
+// CTAs of a kernel: one for each multiprocessor, so that all run at once, but not many more
+// than have tokens.
 uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
   constexpr int64_t kLeast = 16;
   int64_t ctas = gpu.num_sms;
   if (const int64_t limit = engine().num_sms; limit > 0) ctas = std::min(ctas, limit);
-  return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, layout.num_tokens)));
+  return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, 2 * layout.num_tokens)));
 }
 
 const char* text_of(int step) {

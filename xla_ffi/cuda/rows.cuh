@@ -43,32 +43,15 @@ struct Work {
   }
 };
 
-// What one item of the work is: a pull by number, or else a block's first row.
-struct Item {
-  int pull;  // -1: zeroes a block
-  int64_t row;
-
-  __device__ Item(const Work& work, int item) : pull(-1), row(0) {
+// Calls pull(number) and zero(first_row) until all of the tile's work is done. Whole warps.
+template <typename Pull, typename Zero>
+__device__ void run_work(const Work& work, Session& s, const Pull& pull, const Zero& zero) {
+  for (int item = warp_id(); item < work.size() && !has_failed(s); item = next_item(s)) {
     const int blocks = work.blocks_before(item);
     if (work.blocks_before(item + 1) > blocks) {
-      row = work.block_row(blocks);
+      zero(work.block_row(blocks));
     } else {
-      pull = item - blocks;
-    }
-  }
-};
-
-// Calls pull(number) and zero(first_row) until all of the tile's work is done, from the warp's
-// `first` item on. Whole warps.
-template <typename Pull, typename Zero>
-__device__ void run_work(const Work& work, Session& s, int first, const Pull& pull,
-                         const Zero& zero) {
-  for (int number = first; number < work.size() && !has_failed(s); number = next_item(s)) {
-    const Item item(work, number);
-    if (item.pull < 0) {
-      zero(item.row);
-    } else {
-      pull(item.pull);
+      pull(item - blocks);
     }
   }
 }

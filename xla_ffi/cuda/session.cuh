@@ -197,14 +197,16 @@ __device__ inline void finish(const Exchange& x, Session& s) {
   if (warp_id() == 0) conclude(x, s);
 }
 
-// Tokens [begin, end) of every rank are this CTA's.
+// Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them.
 struct Chunk {
   int begin;
   int end;
 
+  __device__ Chunk(int num_tokens, int index, int count)
+      : begin(static_cast<int>(static_cast<int64_t>(index) * num_tokens / count)),
+        end(static_cast<int>((static_cast<int64_t>(index) + 1) * num_tokens / count)) {}
   __device__ explicit Chunk(int num_tokens)
-      : begin(static_cast<int>(static_cast<int64_t>(blockIdx.x) * num_tokens / gridDim.x)),
-        end(static_cast<int>((static_cast<int64_t>(blockIdx.x) + 1) * num_tokens / gridDim.x)) {}
+      : Chunk(num_tokens, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)) {}
   __device__ int size() const { return end - begin; }
 };
 
