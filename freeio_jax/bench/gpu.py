@@ -82,9 +82,7 @@ def floors(limits, topk_idx, capacity, row_bytes):
     num_ranks, tokens, _ = topk_idx.shape
     dest = topk_idx // (EXPERTS // num_ranks)
     # pairs[s, d]: tokens of rank s that have a row on rank d
-    pairs = np.stack(
-        [(dest == rank).any(-1).sum(-1) for rank in range(num_ranks)], axis=-1
-    )
+    pairs = np.stack([(dest == rank).any(-1).sum(-1) for rank in range(num_ranks)], axis=-1)
     rows = np.stack([(dest == rank).sum() for rank in range(num_ranks)])
     remote = pairs * (1 - np.eye(num_ranks, dtype=int))
     link = max(remote.sum(0).max(), remote.sum(1).max()) * row_bytes
@@ -161,9 +159,7 @@ class Bench:
         return lambda: jitted(*args)
 
     def dispatch_once(self, x, idx):
-        return fio.dispatch(
-            x, idx, num_experts=EXPERTS, axis_name="expert", capacity=self.capacity
-        )
+        return fio.dispatch(x, idx, num_experts=EXPERTS, axis_name="expert", capacity=self.capacity)
 
     def dispatch(self, n):
         """n dispatches, each with its own routing: equal calls would be merged."""
@@ -255,9 +251,7 @@ def main():
             seconds = wall_of_one(program, 2, 12 if tokens > 1000 else 42)
             kernels = kernel_times(program(8), KERNELS[op]) if args.profile else []
             kernel = statistics.median(kernels) if kernels else float("nan")
-            results.append(
-                dict(tokens=tokens, op=op, seconds=seconds, kernel=kernel, floor=floor)
-            )
+            results.append(dict(tokens=tokens, op=op, seconds=seconds, kernel=kernel, floor=floor))
             print(
                 f"| {tokens} | {op} | {seconds * 1e6:.1f} | {kernel * 1e6:.1f} | "
                 f"{floor * 1e6:.1f} | {seconds / floor:.2f} |",

@@ -277,9 +277,7 @@ def test_thousands_of_calls():
     step = sharded(layer, mesh)
     sharding = NamedSharding(mesh, P("expert"))
     tokens, weights = (jax.device_put(a, sharding) for a in (case.tokens, case.weights))
-    batches = [
-        jax.device_put(np.roll(case.topk_idx, i, axis=1), sharding) for i in range(5)
-    ]
+    batches = [jax.device_put(np.roll(case.topk_idx, i, axis=1), sharding) for i in range(5)]
     first = [np.asarray(step(tokens, idx, weights)) for idx in batches]
     for _ in range(100):
         last = [step(tokens, idx, weights) for idx in batches]

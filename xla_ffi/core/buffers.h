@@ -55,8 +55,8 @@ inline ffi::ErrorOr<CallAttributes> read_attributes(const ffi::Dictionary& attri
   auto groups = attributes.get<ffi::Span<const int64_t>>("groups");
   if (!groups.has_value()) missing = "groups";
   if (!missing.empty()) {
-    return ffi::Unexpected(
-        ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call lacks attribute " + missing));
+    return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal,
+                                      "freeio_jax: custom call lacks attribute " + missing));
   }
   call.groups.assign(groups->begin(), groups->end());
   return call;

@@ -11,7 +11,8 @@
 namespace freeio::cuda {
 namespace {
 
-constexpr int kTileAssignments = 4096;  // whose routes are in shared memory
+constexpr int kAhead = kWarps;          // slices by which pushing is ahead of summing
+constexpr int kTileAssignments = 4096;  // of all ranks, whose routes are in shared memory
 
 // Slot of `rank` among the ranks, other than the token's own, that have its rows.
 __device__ int slot_of(int rank, uint32_t ranks, int own_rank) {
@@ -23,7 +24,7 @@ struct Combine {
   using Accumulator = typename Element::Accumulator;
   using Routes = TokenRoutes<Accumulator>;
   using R = Raw<Element, kCount>;
-    static constexpr int kBatch = 2;    // rows in flight together: more do not fit in registers
+  static constexpr int kBatch = 2;    // rows in flight together: more do not fit in registers
   static constexpr int kColumns = 4;  // accesses of one lane to a row in flight together
   static constexpr int kStep = kWarpSize * kCount;
 
@@ -126,9 +127,8 @@ struct Combine {
     if (const int rank = lane_id(); rank != x.rank && (ranks >> rank & 1) != 0) {
       const int64_t slot = slot_index(token, slot_of(rank, ranks, x.rank));
       // Partner: the store in push() on the peer.
-      wait_until(x, s, kWaitPartialSums, rank, [&] {
-        return load_acquire_system(p.flags + slot * p.num_slices + slice) != 0;
-      });
+      wait_until(x, s, kWaitPartialSums, rank,
+                 [&] { return load_acquire_system(p.flags + slot * p.num_slices + slice) != 0; });
     }
     __syncwarp();
   }
@@ -198,23 +198,24 @@ struct Combine {
     });
   }
 
-  // Slices of the tile for `ranks` ranks; `f(turn, token, slice)` does one. Whole warps.
-  template <typename F>
-  __device__ void for_slices(int ranks, const F& f) const {
-    const int items = tile.size() * p.num_slices * ranks;
+  // Pushes for every peer and, kAhead slices behind, the sums. A sum waits only for pushes that
+  // come before it in the peers' order, so waiting warps never hold up what they wait for.
+  __device__ void run() const {
+    const int slices = tile.size() * p.num_slices;
+    const int items = slices == 0 ? 0 : (slices + kAhead) * x.num_ranks;
     for (int item = warp_id(); item < items && !has_failed(s); item = next_item(s)) {
-      const int unit = item / ranks;
-      f(item % ranks, tile.begin + unit / p.num_slices, unit % p.num_slices);
+      const int turn = item % x.num_ranks;
+      const bool pushes = turn != x.num_ranks - 1;
+      const int unit = item / x.num_ranks - (pushes ? 0 : kAhead);
+      if (unit < 0 || unit >= slices) continue;
+      const int token = tile.begin + unit / p.num_slices;
+      const int slice = unit % p.num_slices;
+      if (pushes) {
+        push((x.rank + 1 + turn) % x.num_ranks, token, slice);
+      } else {
+        sum(token, slice);
+      }
     }
-  }
-
-  __device__ void push_all() const {
-    for_slices(x.num_ranks - 1, [&](int turn, int token, int slice) {
-      push((x.rank + 1 + turn) % x.num_ranks, token, slice);
-    });
-  }
-  __device__ void sum_all() const {
-    for_slices(1, [&](int, int token, int slice) { sum(token, slice); });
   }
 };
 
@@ -244,57 +245,31 @@ __device__ void post_buffers(const CombineParams& p, const Session& s) {
   post_address(x, s, kWeights, p.weights);
 }
 
-// What a CTA does: half of them push, the others sum. In one CTA the loads of the one work would
-// queue behind the stores to the peers of the other, and link and memory be busy in turns.
-struct Role {
-  bool pushes;
-  int index;
-  int count;
-
-  __device__ explicit Role(const Exchange& x) {
-    const int ctas = static_cast<int>(gridDim.x);
-    const int pushers = x.num_ranks == 1 ? 0 : ctas / 2;
-    index = static_cast<int>(blockIdx.x);
-    pushes = index < pushers;
-    count = pushes ? pushers : ctas - pushers;
-    if (!pushes) index -= pushers;
-  }
-};
-
 template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_kernel(const __grid_constant__ CombineParams p) {
-  extern __shared__ uint4 shared_memory[];
+  extern __shared__ uint64_t shared_memory[];
   __shared__ Session s;
   const Exchange& x = p.exchange;
+  const Chunk chunk(x.num_tokens);
   if (!open(x, s)) return;
   if (blockIdx.x == 0) post_buffers(p, s);
   prepare_slots(p, s);
   constexpr uint32_t kRoutes = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
   constexpr uint32_t kSlots = 1u << kScratch | 1u << kFlags;
-  if (!receive_addresses(x, s, kRoutes)) return;
-  const Role role(x);
-  const int ranks = role.pushes ? x.num_ranks - 1 : 1;
-  const Tiles tiles(Chunk(x.num_tokens, role.index, role.count),
-                    kTileAssignments / (ranks * x.top_k));
-  RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
-  bool ready = true;
-  tiles.for_each(s, [&](const Tile& tile) {
-    const int first_rank = (x.rank + (role.pushes ? 1 : 0)) % x.num_ranks;
-    routes.fetch(x, s, tile, first_rank, ranks, p.dest_rank, p.dest_row, p.weights);
-    // The slots' addresses come later than the others: their flags had to be cleared.
-    ready = tile.number == 0 ? receive_addresses(x, s, kSlots) : ready && !has_failed(s);
-    __syncthreads();
-    if (!ready) return;
-    // Only the routes are read from the peers, and those now are.
-    if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude(x, s);
-    const Combine<Element, kCount> op{p, x, s, routes, tile};
-    if (role.pushes) {
-      op.push_all();
-    } else {
-      op.sum_all();
-    }
-  });
+  if (receive_addresses(x, s, kRoutes)) {
+    RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
+    const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
+    bool ready = true;
+    tiles.for_each(s, [&](const Tile& tile) {
+      routes.fetch(x, s, tile, 0, x.num_ranks, p.dest_rank, p.dest_row, p.weights);
+      // The slots' addresses come later than the others: their flags had to be cleared.
+      ready = tile.number == 0 ? receive_addresses(x, s, kSlots) : ready;
+      // Only the routes are read from the peers, and those now are.
+      if (ready && tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude(x, s);
+      if (ready) Combine<Element, kCount>{p, x, s, routes, tile}.run();
+    });
+  }
 }
 
 }  // namespace

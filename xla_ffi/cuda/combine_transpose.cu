@@ -167,8 +167,7 @@ struct CombineTranspose {
 
   __device__ void zero_padding(int64_t first_row) const {
     const int64_t row = first_row + lane_id();
-    const bool padding =
-        lane_id() < kBlockRows && row < x.capacity && p.row_source[row] < 0;
+    const bool padding = lane_id() < kBlockRows && row < x.capacity && p.row_source[row] < 0;
     for (uint32_t rest = __ballot_sync(kFullWarp, padding); rest != 0; rest &= rest - 1) {
       const int64_t zero_row = first_row + __ffs(static_cast<int>(rest)) - 1;
       Element* to = static_cast<Element*>(p.rows) + zero_row * p.width;
@@ -199,8 +198,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Chunk chunk(x.num_tokens);
   if (!open(x, s)) return;
   if (blockIdx.x == 0) post_buffers(p, s);
-  constexpr uint32_t kSlots = 1u << kDestRank | 1u << kDestRow | 1u << kWeights |
-                              1u << kWeightGrads | 1u << kFirstLeaf;
+  constexpr uint32_t kSlots =
+      1u << kDestRank | 1u << kDestRow | 1u << kWeights | 1u << kWeightGrads | 1u << kFirstLeaf;
   if (receive_addresses(x, s, kSlots)) {
     using Op = CombineTranspose<Element, kCount>;
     using Accumulator = typename Element::Accumulator;
@@ -215,8 +214,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const Work work(tile, p.num_slices * x.num_ranks, p.rows == nullptr ? 0 : x.capacity,
                       p.row_stride);
       run_work(
-          work, s, [&](int item) { op.pull(item); },
-          [&](int64_t row) { op.zero_padding(row); });
+          work, s, [&](int item) { op.pull(item); }, [&](int64_t row) { op.zero_padding(row); });
       if (p.weight_grads != nullptr) op.send_weight_grads();
     });
   }

@@ -1,9 +1,9 @@
 // dispatch: routing, and token rows to their final places.
 //
-// The expert's rank pulls: it reads a token's row out of the source's tensor, once, and stores it to
-// each of its rows here. So a row crosses a link once, no rank writes into a tensor of another, and
-// nothing is staged. Flags: counts go to all peers, routes (which row each assignment gets) to all
-// peers, both as words that carry their own flag; no data waits for a flag of its own.
+// The expert's rank pulls: it reads a token's row out of the source's tensor, once, and stores it
+// to each of its rows here. So a row crosses a link once, no rank writes into a tensor of another,
+// and nothing is staged. Flags: counts go to all peers, routes (which row each assignment gets) to
+// all peers, both as words that carry their own flag; no data waits for a flag of its own.
 #include "cuda/kernels.h"
 #include "cuda/rows.cuh"
 

@@ -125,7 +125,7 @@ struct RouteTile {
   int* rows;
   int first_rank = 0;  // whose routes come first, those of the next ranks follow
   int num_ranks = 0;
-  int modulus = 1;  // R
+  int modulus = 1;   // R
   int per_rank = 0;  // assignments
   int top_k = 0;
 

@@ -20,9 +20,8 @@ constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32,    DType::kBFloat
                              DType::kFloat16, DType::kFloat8E5M2, DType::kFloat8E4M3FN};
 constexpr const char* kOps[] = {"dispatch", "dispatch_along", "combine", "combine_transpose"};
 constexpr const char* kSignatureNames[kSignatureWords] = {
-    "the operation", "the call in the program", "num_tokens", "top_k",
-    "num_experts",   "capacity",                "alignment",  "the number of CTAs",
-    "the row types"};
+    "the operation", "the call in the program", "num_tokens",   "top_k", "num_experts", "capacity",
+    "alignment",     "the number of CTAs",      "the row types"};
 
 Status cuda_status(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return {};
@@ -129,9 +128,9 @@ Status make_gpu(int ordinal, uint64_t timeout_ns, Gpu& gpu) {
       "cudaHostAlloc");
   if (!status.ok()) return status;
   gpu.host.reset(new (host) HostBlock{{}, timeout_ns});
-  status = cuda_status(
-      cudaDeviceGetAttribute(&gpu.num_sms, cudaDevAttrMultiProcessorCount, ordinal),
-      "cudaDeviceGetAttribute");
+  status =
+      cuda_status(cudaDeviceGetAttribute(&gpu.num_sms, cudaDevAttrMultiProcessorCount, ordinal),
+                  "cudaDeviceGetAttribute");
   if (!status.ok()) return status;
   return load_kernels();
 }
@@ -195,8 +194,8 @@ Status to_status(const Failure& failure, double timeout) {
       break;
     case kSignatureDiffers:
       code = Code::kInvalidArgument;
-      text << " and rank " << failure.peer << " differ in " << kSignatureNames[failure.word]
-           << " (" << failure.expected << " and " << failure.found
+      text << " and rank " << failure.peer << " differ in " << kSignatureNames[failure.word] << " ("
+           << failure.expected << " and " << failure.found
            << "). All ranks of the expert axis must make the same calls in the same order.";
       break;
     case kPeerGaveUp:
@@ -210,9 +209,10 @@ Status to_status(const Failure& failure, double timeout) {
               "rank is only slow, allow more time with freeio_jax.config(timeout=seconds) or "
               "FREEIO_TIMEOUT.";
   }
-  text << " It was exchange " << failure.epoch
-       << " of these two GPUs; what it and later calls returned is not to be used, and this process "
-          "can make no further exchange on this GPU.";
+  text
+      << " It was exchange " << failure.epoch
+      << " of these two GPUs; what it and later calls returned is not to be used, and this process "
+         "can make no further exchange on this GPU.";
   return {code, text.str()};
 }
 
@@ -258,8 +258,7 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
   for (size_t rank = 0; rank < member.ordinals.size(); ++rank) {
     const auto gpu = engine().gpus.find(member.ordinals[rank]);
     if (gpu == engine().gpus.end()) {
-      return {Code::kInternal, "freeio_jax: CUDA device " +
-                                   std::to_string(member.ordinals[rank]) +
+      return {Code::kInternal, "freeio_jax: CUDA device " + std::to_string(member.ordinals[rank]) +
                                    " of the mesh was not there when the engine started."};
     }
     exchange.control[rank] = gpu->second.control.get();
@@ -291,11 +290,10 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
 Status launch(const void* function, const Exchange& exchange, void* params, size_t shared_bytes,
               void* stream) {
   void* arguments[] = {params};
-  return cuda_status(
-      cudaLaunchKernel(function, dim3(exchange.signature[kGrid]),
-                       dim3(static_cast<unsigned>(threads_per_cta())), arguments, shared_bytes,
-                       static_cast<cudaStream_t>(stream)),
-      "cudaLaunchKernel");
+  return cuda_status(cudaLaunchKernel(function, dim3(exchange.signature[kGrid]),
+                                      dim3(static_cast<unsigned>(threads_per_cta())), arguments,
+                                      shared_bytes, static_cast<cudaStream_t>(stream)),
+                     "cudaLaunchKernel");
 }
 
 }  // namespace freeio::cuda

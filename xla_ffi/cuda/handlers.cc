@@ -14,9 +14,9 @@
 
 #include "core/buffers.h"
 #include "cuda/engine.h"
+#include "cuda/geometry.h"
 #include "cuda/kernels.h"
 #include "cuda/measure.h"
-#include "cuda/geometry.h"
 
 namespace freeio::cuda {
 namespace {
@@ -57,8 +57,8 @@ ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) 
   if (!call.has_value()) return ffi::Unexpected(call.error());
   auto ordinals = attributes.get<ffi::Span<const int64_t>>("ordinals");
   if (!ordinals.has_value()) {
-    return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal,
-                                      "freeio_jax: custom call lacks attribute ordinals"));
+    return ffi::Unexpected(
+        ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call lacks attribute ordinals"));
   }
   return std::make_unique<Instance>(
       Instance{call->layout, std::move(call->groups),
@@ -182,7 +182,8 @@ Launch read_combine(Buffers& buffers, const ffi::Dictionary& attributes, Combine
   params.partial_sums = buffers.ret_data<void>();
   params.flags = buffers.ret_data<uint32_t>();
   const bool wide = is_wide(dtype, width, {params.expert_out, params.sums, params.partial_sums});
-  const auto [slices, accesses] = slices_of(width / pack_of(dtype, wide), sum_slice(params.exchange.num_tokens));
+  const auto [slices, accesses] =
+      slices_of(width / pack_of(dtype, wide), sum_slice(params.exchange.num_tokens));
   params.width = static_cast<int32_t>(width);
   params.num_slots = std::min(params.exchange.top_k, params.exchange.num_ranks - 1);
   params.num_slices = slices;
@@ -209,7 +210,8 @@ Launch read_combine_transpose(Buffers& buffers, const ffi::Dictionary& attribute
   if (rows) params.rows = buffers.ret_data<void>();
   if (weights) params.weight_grads = buffers.ret_data<void>();
   const bool wide = is_wide(dtype, width, {params.tokens, params.expert_out, params.rows});
-  const auto [slices, accesses] = slices_of(width / pack_of(dtype, wide), sum_slice(params.exchange.num_tokens));
+  const auto [slices, accesses] =
+      slices_of(width / pack_of(dtype, wide), sum_slice(params.exchange.num_tokens));
   params.width = static_cast<int32_t>(width);
   params.num_slices = slices;
   params.slice_width = accesses * pack_of(dtype, wide);
@@ -226,9 +228,9 @@ ffi::Error execute(Instance* instance, void* stream, int32_t ordinal,
   Member member = instance->member(ordinal);
   member.device = device.typed_data();
   if (member.rank < 0) {
-    return ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: CUDA device " +
-                                                     std::to_string(ordinal) +
-                                                     " is not in the mesh of this call.");
+    return ffi::Error(
+        ffi::ErrorCode::kInternal,
+        "freeio_jax: CUDA device " + std::to_string(ordinal) + " is not in the mesh of this call.");
   }
   Params params = {};
   Status status = describe(instance->layout, member, params.exchange);
@@ -237,8 +239,7 @@ ffi::Error execute(Instance* instance, void* stream, int32_t ordinal,
   Buffers buffers(args, rets);
   const Launch kernel = kRead(buffers, attributes, params);
   if (!buffers.ok()) return buffers.error();
-  return to_error(
-      launch(kernel.function, params.exchange, &params, kernel.shared_bytes, stream));
+  return to_error(launch(kernel.function, params.exchange, &params, kernel.shared_bytes, stream));
 }
 
 auto execute_binding() {
@@ -260,8 +261,7 @@ XLA_FFI_DEFINE_HANDLER(kDispatchAlong, (execute<DispatchParams, read_dispatch_al
                        execute_binding(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCombine, (execute<CombineParams, read_combine>), execute_binding(),
                        {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kCombineTranspose,
-                       (execute<CombineTransposeParams, read_combine_transpose>),
+XLA_FFI_DEFINE_HANDLER(kCombineTranspose, (execute<CombineTransposeParams, read_combine_transpose>),
                        execute_binding(), {ffi::Traits::kCmdBufferCompatible});
 
 template <typename T>

@@ -1,5 +1,3 @@
-#include "cuda/measure.h"
-
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -7,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/measure.h"
 #include "cuda/memory_order.cuh"
 
 namespace freeio::cuda {

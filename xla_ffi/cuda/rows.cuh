@@ -79,8 +79,8 @@ struct Values {
   __device__ void store(std::byte* rows, int64_t row_bytes, int bytes, int row,
                         uint32_t mask) const {
     const int count = bytes / static_cast<int>(sizeof(Access));
-  #pragma unroll 1
-  for (; mask != 0; mask &= mask - 1) {
+#pragma unroll 1
+    for (; mask != 0; mask &= mask - 1) {
       const int64_t to = __shfl_sync(kFullWarp, row, __ffs(static_cast<int>(mask)) - 1);
       auto* target = reinterpret_cast<Access*>(rows + to * row_bytes);
 #pragma unroll

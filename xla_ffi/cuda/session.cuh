@@ -16,8 +16,8 @@ __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSi
 
 // What the threads of one CTA share of its exchange.
 struct Session {
-  uint32_t epoch[kMaxRanks];                     // of this exchange, with each rank
-  uint64_t address[kMaxRanks][kMaxAddresses];    // of each rank's buffers
+  uint32_t epoch[kMaxRanks];                   // of this exchange, with each rank
+  uint64_t address[kMaxRanks][kMaxAddresses];  // of each rank's buffers
   uint32_t failed;
   uint32_t device;     // this device's index in the mesh
   uint32_t next_item;  // of the CTA's work
