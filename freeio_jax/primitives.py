@@ -13,14 +13,14 @@ no derivative of anything exchanges it again.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import core, mesh as mesh_lib
+from jax._src import config, core
+from jax._src.ad_util import p2tz
 from jax._src.interpreters import pxla
 from jax._src.lib.mlir.dialects import hlo
 from jax.interpreters import ad, batching, mlir
@@ -34,7 +34,7 @@ from freeio_jax.arguments import COMBINE_DTYPES, accumulator_dtype
 
 def bind(primitive, *args, axes, **params):
     """Binds ``primitive`` with all operands varying over the same mesh axes."""
-    if jax.config.jax_check_vma:
+    if config._check_vma.value:
         varying = frozenset(axes).union(*(jax.typeof(a).mat.varying for a in args))
         args = [
             core.pvary(a, tuple(missing)) if (missing := varying - jax.typeof(a).mat.varying) else a
@@ -175,7 +175,7 @@ def _dispatch_abstract_eval(topk_idx, *leaves, axes, layout):
 def _dispatch_jvp(primals, tangents, *, axes, layout):
     outs = bind(dispatch_p, *primals, axes=axes, layout=layout)
     dest_rank, dest_row, row_source = outs[-NUM_ROUTING_OUTPUTS:][:3]
-    out_tangents = [ad.p2tz(out) for out in outs]
+    out_tangents = [p2tz(out) for out in outs]
     moving = [i for i, t in enumerate(tangents[1:]) if not _is_zero(t)]
     if moving:
         rows = bind(
@@ -209,7 +209,7 @@ def _dispatch_along_abstract_eval(dest_rank, dest_row, row_source, *leaves, axes
 def _dispatch_along_jvp(primals, tangents, *, axes, layout):
     handle = primals[:3]
     outs = bind(dispatch_along_p, *primals, axes=axes, layout=layout)
-    out_tangents = [ad.p2tz(out) for out in outs]
+    out_tangents = [p2tz(out) for out in outs]
     moving = [i for i, t in enumerate(tangents[3:]) if not _is_zero(t)]
     if moving:
         leaves = [tangents[3 + i] for i in moving]
@@ -268,7 +268,7 @@ def _combine_jvp(primals, tangents, **params):
     handle, operands, moving = primals[:3], primals[3:], tangents[3:]
     out = bind(combine_p, *primals, **params)
     if all(map(_is_zero, moving)):
-        return out, ad.p2tz(out)
+        return out, p2tz(out)
     if len(operands) == 2 and not any(map(_is_zero, moving)):
         return out, bind(combine_tangent_p, *handle, *moving, *operands, **params)
     mixed = [p if _is_zero(t) else t for p, t in zip(operands, moving, strict=True)]
@@ -291,10 +291,14 @@ def _combine_transpose(ct, *args, axes, layout):
     return [None] * 3 + [grad] + [None] * len(weights)
 
 
+def _combine_lowering(ctx, *args, **params):
+    return _lower("freeio_combine", ctx, *args, weighted=len(args) == 5, **params)
+
+
 combine_p = _define(
     "combine",
     _combine_abstract_eval,
-    partial(_lower, "freeio_combine"),
+    _combine_lowering,
     multiple_results=False,
 )
 ad.primitive_jvps[combine_p] = _combine_jvp
@@ -324,7 +328,7 @@ def _combine_tangent(*args, **params):
 def _sum_tangents(out, terms):
     """Sum of the terms that are not None, or a symbolic zero."""
     terms = [t for t in terms if t is not None]
-    return sum(terms[1:], terms[0]) if terms else ad.p2tz(out)
+    return sum(terms[1:], terms[0]) if terms else p2tz(out)
 
 
 def _combine_tangent_jvp(primals, tangents, **params):
@@ -461,7 +465,7 @@ def _combine_transpose_transpose(cts, *args, rows, weights, axes, layout):
 
 def _combine_transpose_lowering(ctx, *args, rows, weights, **params):
     return _lower(
-        "freeio_combine_transpose", ctx, *args, rows=int(rows), weights=int(weights), **params
+        "freeio_combine_transpose", ctx, *args, rows=rows, weights=weights, **params
     )
 
 

@@ -1,0 +1,53 @@
+// Geometry of one exchange and all size arithmetic: the twin of freeio_jax/layout.py.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace freeio {
+
+inline int64_t round_up(int64_t size, int64_t multiple) {
+  return (size + multiple - 1) / multiple * multiple;
+}
+
+struct Layout {
+  int64_t num_ranks = 1;    // R
+  int64_t num_tokens = 0;   // T, of one rank
+  int64_t top_k = 1;        // K
+  int64_t num_experts = 1;  // E, of all ranks
+  int64_t capacity = 0;     // rows of one rank's packed output
+  int64_t alignment = 1;    // group sizes are multiples of it
+
+  int64_t experts_per_rank() const { return num_experts / num_ranks; }
+  int64_t num_assignments() const { return num_tokens * top_k; }
+  bool is_expert(int64_t id) const { return id >= 0 && id < num_experts; }
+  bool is_invalid(int64_t id) const { return id < -1 || id >= num_experts; }
+  int64_t rank_of_expert(int64_t id) const { return id / experts_per_rank(); }
+
+  // What row_source holds: an assignment's number among those of all ranks.
+  int64_t source_of(int64_t rank, int64_t token, int64_t k) const {
+    return rank * num_assignments() + token * top_k + k;
+  }
+};
+
+// Rows of one rank's groups: where each starts before any cut, and its size after alignment and
+// the cut at capacity.
+struct Groups {
+  std::vector<int64_t> starts;
+  std::vector<int64_t> sizes;
+
+  template <typename Load>
+  Groups(const Layout& layout, const Load* expert_load)
+      : starts(layout.experts_per_rank()), sizes(layout.experts_per_rank()) {
+    int64_t start = 0;
+    for (size_t g = 0; g < starts.size(); ++g) {
+      const int64_t end = start + round_up(expert_load[g], layout.alignment);
+      starts[g] = start;
+      sizes[g] = std::min(end, layout.capacity) - std::min(start, layout.capacity);
+      start = end;
+    }
+  }
+};
+
+}  // namespace freeio

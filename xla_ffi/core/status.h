@@ -1,0 +1,17 @@
+// How an exchange ended, free of any framework.
+#pragma once
+
+#include <string>
+
+namespace freeio {
+
+enum class Code { kOk, kInvalidArgument, kDeadlineExceeded, kInternal };
+
+struct Status {
+  Code code = Code::kOk;
+  std::string message;
+
+  bool ok() const { return code == Code::kOk; }
+};
+
+}  // namespace freeio
