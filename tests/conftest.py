@@ -4,13 +4,14 @@ import os
 import random
 import zlib
 
+import numpy as np
+import pytest
+
+# Before JAX is imported, which reads them.
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-import numpy as np
-import pytest
 
 TEST_TIMEOUT_SECONDS = 180
 
@@ -22,10 +23,6 @@ def pytest_addoption(parser):
         default=random.SystemRandom().randrange(2**32),
         help="seed of the `rng` fixture; drawn anew in each run unless given",
     )
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs NVIDIA GPUs")
 
 
 def pytest_report_header(config):

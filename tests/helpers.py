@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
 
-# --- Meshes and per-shard functions ------------------------------------------------------------
+# --- Meshes and per-shard functions --------------------------------------------------------------
 
 
 def make_mesh(shape, names=("expert",), *, order=None, axis_types=None):
@@ -96,7 +97,7 @@ def visible(out):
     }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def dispatch_fn(geometry, mesh=None, axis_name="expert", api=fio, **kwargs):
     """(tokens, topk_idx) -> visible results, jitted, on stacked arrays."""
     mesh = make_mesh(geometry.num_ranks) if mesh is None else mesh
@@ -108,7 +109,7 @@ def dispatch_fn(geometry, mesh=None, axis_name="expert", api=fio, **kwargs):
     return per_shard(fn, mesh, **kwargs)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def exchange_fn(geometry, mesh=None, axis_name="expert", weighted=True, api=fio, **kwargs):
     """(tokens, topk_idx, pool, weights) -> visible results, expert outputs and the combined sums.
 
@@ -135,7 +136,7 @@ def pool_rows(geometry):
     )
 
 
-# --- Routing and values ----------------------------------------------------------------------------
+# --- Routing and values --------------------------------------------------------------------------
 
 
 def _distinct(rng, shape, num_experts):
@@ -199,7 +200,7 @@ def routing(rng, geometry, skew="uniform", shards=None):
 def values(rng, shape, dtype):
     """Numbers of moderate size, exact in ``dtype``; integers for integer dtypes."""
     dtype = np.dtype(dtype)
-    if dtype == bool:
+    if dtype.kind == "b":
         return rng.random(shape) < 0.5
     if jnp.issubdtype(dtype, jnp.integer):
         info = jnp.iinfo(dtype)
@@ -214,7 +215,7 @@ def power_of_two_weights(rng, shape):
     return (2.0 ** rng.integers(-2, 2, shape) * rng.choice([-1, 1], shape)).astype(np.float32)
 
 
-# --- Comparisons -----------------------------------------------------------------------------------
+# --- Comparisons ---------------------------------------------------------------------------------
 
 
 def assert_bitwise(actual, expected, what=""):

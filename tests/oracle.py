@@ -86,7 +86,7 @@ def place(topk_idx, *, num_experts, capacity, alignment=1):
 
 
 def dispatch(tokens, placement):
-    """Packed rows ``[R, capacity, ...]`` of ``tokens`` ``[R, T, ...]``; zero where there is none."""
+    """Packed rows ``[R, capacity, ...]`` of ``tokens`` ``[R, T, ...]``; zeros elsewhere."""
     capacity = len(placement.source[0])
     packed = np.zeros((tokens.shape[0], capacity, *tokens.shape[2:]), tokens.dtype)
     for rank, rows in enumerate(placement.source):

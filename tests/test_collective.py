@@ -107,7 +107,7 @@ def test_combine_rounds_once_on_each_rank_and_once_at_the_source():
     assert np.asarray(z)[0].astype(float).tolist() == [[258.0], [256.0]]
 
 
-# --- Against the oracle ----------------------------------------------------------------------------
+# --- Against the oracle --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 6, 7, 8])
@@ -150,7 +150,7 @@ def test_dispatch_moves_the_bits_of_every_dtype(dtype, rng):
     with jax.enable_x64(dtype.endswith("64")):
         dtype = np.dtype(getattr(jnp, dtype) if dtype != "bool" else bool)
         shape = (2, 5, 3)
-        if dtype == bool:
+        if dtype.kind == "b":
             tokens = values(rng, shape, dtype)
         else:  # NaNs with their payloads included
             count = int(np.prod(shape)) * dtype.itemsize
@@ -177,10 +177,8 @@ def test_combine_sums_every_float(dtype, weighted, rng):
         ):
             out, expert_out, z = fn(tokens, topk_idx, pool, weights)
             (placement,) = assert_dispatched(out, tokens, topk_idx, geometry)
-            exact = (
-                not weighted
-                or weights.dtype == np.float32
-                and np.all(np.abs(np.frexp(weights)[0]) == 0.5)
+            exact = not weighted or (
+                weights.dtype == np.float32 and np.all(np.abs(np.frexp(weights)[0]) == 0.5)
             )
             assert_combined(
                 z,
@@ -239,7 +237,7 @@ def test_a_large_exchange(rng):
     assert_dispatched(out, tokens, topk_idx, geometry)
 
 
-# --- What combine looks at -------------------------------------------------------------------------
+# --- What combine looks at -----------------------------------------------------------------------
 
 
 def test_one_handle_serves_many_combines(rng):

@@ -13,7 +13,8 @@ from helpers import (
     stacked,
     visible,
 )
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
 
