@@ -13,6 +13,7 @@ no derivative of anything exchanges it again.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -21,7 +22,6 @@ import numpy as np
 from jax import lax
 from jax._src import config, core
 from jax._src.ad_util import p2tz
-from jax._src.interpreters import pxla
 from jax._src.lib.mlir.dialects import hlo
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -68,17 +68,24 @@ def _device_index(ctx):
     )(ctx.replace(primitive=None, avals_in=[], avals_out=[core.ShapedArray((), np.uint32)]))[0]
 
 
+def _groups(mesh, axes):
+    """``[groups, R]`` mesh device indices: each group's members in order of rank."""
+    devices = np.arange(mesh.size, dtype=np.int64).reshape(mesh.axis_sizes)
+    positions = [mesh.axis_names.index(axis) for axis in axes]
+    num_ranks = math.prod(mesh.axis_sizes[p] for p in positions)
+    return np.moveaxis(devices, positions, range(-len(axes), 0)).reshape(-1, num_ranks)
+
+
 def _lower(target, ctx, *operands, axes, layout, **attributes):
     """One custom call: the device's mesh index, then the operands, as the engines expect."""
     runtime.prepare("cpu")
-    groups = np.asarray(pxla.axis_groups(ctx.module_context.axis_context, axes), np.int64)
     device_index_aval = core.ShapedArray((), np.uint32)
     rule = jax.ffi.ffi_lowering(target)
     return rule(
         ctx.replace(avals_in=[device_index_aval, *ctx.avals_in]),
         _device_index(ctx),
         *operands,
-        groups=groups.reshape(-1),
+        groups=_groups(ctx.module_context.axis_context.mesh, axes).reshape(-1),
         num_ranks=np.int64(layout.num_ranks),
         num_tokens=np.int64(layout.num_tokens),
         top_k=np.int64(layout.top_k),
