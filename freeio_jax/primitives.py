@@ -78,7 +78,8 @@ def _groups(mesh, axes):
 
 def _lower(target, ctx, *operands, axes, layout, **attributes):
     """One custom call: the device's mesh index, then the operands, as the engines expect."""
-    runtime.prepare("cpu")
+    # Each module has an iterator of its own; contexts within a module share it.
+    runtime.prepare("cpu", ctx.module_context.channel_iterator)
     device_index_aval = core.ShapedArray((), np.uint32)
     rule = jax.ffi.ffi_lowering(target)
     return rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import math
@@ -10,6 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax._src import distributed
+
+from freeio_jax import bootstrap
 
 try:
     from freeio_jax import _native
@@ -94,35 +98,90 @@ def config(**settings: Any) -> dict[str, Any]:
     return dict(_values)
 
 
+_pod_is_connected = False
+
+
 def initialize() -> None:
     """Call after ``jax.distributed.initialize()`` in a program of several processes.
 
-    In one process there is nothing to initialize, and calling this is harmless.
+    Every process must call it. It connects those that share a host; no arguments are needed, and
+    further calls do nothing. In one process there is nothing to initialize, and calling this is
+    harmless.
 
     Raises:
-      NotImplementedError: there are several processes; exchanges between processes are not
-        implemented yet.
+      RuntimeError: ``jax.distributed.initialize()`` was not called, not all processes came within
+        the ``timeout`` setting, or the kernel forbids that they read each other's memory.
     """
-    _require_one_process()
+    global _pod_is_connected
+    if _pod_is_connected or jax.process_count() == 1:
+        return
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError(
+            f"freeio_jax.initialize: this program has {jax.process_count()} processes, but "
+            "jax.distributed.initialize() was not called in it, which is how they find each other."
+        )
+    _native.allow_peers_to_read()
+    peers, elsewhere = bootstrap.connect(
+        client,
+        jax.process_index(),
+        jax.process_count(),
+        _native.control_block(),
+        _values["timeout"],
+    )
+    members = [(p.process, p.pid, *p.control, p.connection.detach()) for p in peers]
+    _native.join_pod(jax.process_index(), members, elsewhere)
+    _pod_is_connected = True
+    # Before JAX's own, which waits for the other processes: they are to know that this one leaves.
+    atexit.register(shutdown)
 
 
-def _require_one_process() -> None:
-    if jax.process_count() > 1:
-        raise NotImplementedError(
-            f"freeio_jax: this program has {jax.process_count()} processes, and exchanges between "
-            "processes are not implemented yet. Use one process with several devices, or "
-            "freeio_jax.reference, which has the same contract."
+def shutdown() -> None:
+    """Leaves the pod: the counterpart of :func:`initialize`, called by itself at exit.
+
+    Exchanges with other processes that still run, here or there, end with an error; so do later
+    ones, unless every process calls :func:`initialize` again. Without a pod it does nothing.
+    """
+    global _pod_is_connected
+    if _pod_is_connected:
+        atexit.unregister(shutdown)
+        _native.leave_pod()
+        _pod_is_connected = False
+
+
+def _require_initialize() -> None:
+    if jax.process_count() > 1 and not _pod_is_connected:
+        raise RuntimeError(
+            f"freeio_jax: this program has {jax.process_count()} processes. Call "
+            "freeio_jax.initialize() in each of them, after jax.distributed.initialize() and "
+            "before the first dispatch or combine is compiled."
         )
 
 
+def prepare(platform: str, module: object) -> None:
+    """Called when a call is lowered; ``module`` is an object that its module alone has.
+
+    Raises:
+      RuntimeError: there are several processes, and :func:`initialize` was not called.
+    """
+    global _last_module
+    _require_initialize()
+    _register(platform)
+    if module is not _last_module:
+        _last_module = module
+        _native.begin_module()
+
+
+_last_module: object = None
+
+
 @functools.cache
-def prepare(platform: str) -> None:
-    """Registers the engine's handlers with XLA, once, when the first call is lowered.
+def _register(platform: str) -> None:
+    """Registers the engine's handlers with XLA, once.
 
     The backend must exist by then: registrations made before it does are replayed in an order
     that XLA refuses (state types must come before the handlers that use them).
     """
-    _require_one_process()
     jax.local_devices(backend=platform)
     for name, registration in _native.ffi_types().items():
         jax.ffi.register_ffi_type(name, registration, platform=platform)

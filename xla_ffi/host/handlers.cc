@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "host/instance_name.h"
 #include "host/rendezvous.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -21,9 +22,11 @@ struct Instance {
   static inline ffi::TypeId id = {};
   Rendezvous rendezvous;
 
-  Instance(const Layout& layout, std::vector<int64_t> groups)
-      : rendezvous(layout, std::move(groups)) {}
+  Instance(const Layout& layout, std::vector<int64_t> groups, const InstanceName& name)
+      : rendezvous(layout, std::move(groups), name) {}
 };
+
+enum class Operation { kDispatch, kDispatchAlong, kCombine, kCombineTranspose };
 
 ffi::Error to_error(const Status& status) {
   switch (status.code) {
@@ -33,12 +36,15 @@ ffi::Error to_error(const Status& status) {
       return ffi::Error(ffi::ErrorCode::kInvalidArgument, status.message);
     case Code::kDeadlineExceeded:
       return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, status.message);
+    case Code::kUnavailable:
+      return ffi::Error(ffi::ErrorCode::kUnavailable, status.message);
     case Code::kInternal:
       break;
   }
   return ffi::Error(ffi::ErrorCode::kInternal, status.message);
 }
 
+template <Operation kOperation>
 ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
   Layout layout;
   std::string missing;
@@ -58,10 +64,23 @@ ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) 
   auto groups = attributes.get<ffi::Span<const int64_t>>("groups");
   if (!groups.has_value()) missing = "groups";
   if (!missing.empty()) {
-    return ffi::Unexpected(
-        ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call lacks attribute " + missing));
+    return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal,
+                                      "freeio_jax: custom call lacks attribute " + missing));
   }
-  return std::make_unique<Instance>(layout, std::vector<int64_t>(groups->begin(), groups->end()));
+  std::vector<int64_t> attribute_values = {static_cast<int64_t>(kOperation),
+                                           layout.num_ranks,
+                                           layout.num_tokens,
+                                           layout.top_k,
+                                           layout.num_experts,
+                                           layout.capacity,
+                                           layout.alignment};
+  attribute_values.insert(attribute_values.end(), groups->begin(), groups->end());
+  for (const char* flag : {"weighted", "rows", "weights"}) {
+    const auto value = attributes.get<int64_t>(flag);
+    attribute_values.push_back(value.has_value() ? *value : -1);
+  }
+  return std::make_unique<Instance>(layout, std::vector<int64_t>(groups->begin(), groups->end()),
+                                    name_instance(attribute_values));
 }
 
 std::optional<DType> sum_dtype(ffi::DataType type) {
@@ -127,10 +146,10 @@ class Buffers {
       const ffi::AnyBuffer* tokens = arg();
       ffi::AnyBuffer* rows = ret();
       if (!ok()) break;
-      leaves.push_back({static_cast<const std::byte*>(tokens->untyped_data()),
-                        static_cast<std::byte*>(rows->untyped_data()),
-                        row_elements(*tokens) * static_cast<int64_t>(ffi::ByteWidth(
-                                                    tokens->element_type()))});
+      leaves.push_back(
+          {static_cast<const std::byte*>(tokens->untyped_data()),
+           static_cast<std::byte*>(rows->untyped_data()),
+           row_elements(*tokens) * static_cast<int64_t>(ffi::ByteWidth(tokens->element_type()))});
     }
     return leaves;
   }
@@ -258,7 +277,14 @@ auto execute_binding() {
       .Attrs();
 }
 
-XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate, ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeDispatch, instantiate<Operation::kDispatch>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeDispatchAlong, instantiate<Operation::kDispatchAlong>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeCombine, instantiate<Operation::kCombine>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeCombineTranspose, instantiate<Operation::kCombineTranspose>,
+                       ffi::Ffi::BindInstantiate().Attrs());
 XLA_FFI_DEFINE_HANDLER(kDispatch, execute<read_dispatch>, execute_binding<read_dispatch>());
 XLA_FFI_DEFINE_HANDLER(kDispatchAlong, execute<read_dispatch_along>,
                        execute_binding<read_dispatch_along>());
@@ -285,16 +311,16 @@ py::dict ffi_types() {
 
 py::dict ffi_targets() {
   py::dict targets;
-  const auto add = [&](const char* name, XLA_FFI_Handler* handler) {
+  const auto add = [&](const char* name, XLA_FFI_Handler* make, XLA_FFI_Handler* execute) {
     py::dict stages;
-    stages["instantiate"] = capsule(kInstantiate);
-    stages["execute"] = capsule(handler);
+    stages["instantiate"] = capsule(make);
+    stages["execute"] = capsule(execute);
     targets[name] = stages;
   };
-  add("freeio_dispatch", kDispatch);
-  add("freeio_dispatch_along", kDispatchAlong);
-  add("freeio_combine", kCombine);
-  add("freeio_combine_transpose", kCombineTranspose);
+  add("freeio_dispatch", kMakeDispatch, kDispatch);
+  add("freeio_dispatch_along", kMakeDispatchAlong, kDispatchAlong);
+  add("freeio_combine", kMakeCombine, kCombine);
+  add("freeio_combine_transpose", kMakeCombineTranspose, kCombineTranspose);
   return targets;
 }
 
