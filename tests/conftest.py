@@ -1,4 +1,7 @@
-"""Eight CPU devices by default, a seed for every random test, and a bound on every test's time."""
+"""Eight CPU devices by default, a seed for every random test, and a bound on every test's time.
+
+In a pod (see pod.py) every process runs every test.
+"""
 
 import os
 import random
@@ -25,12 +28,21 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(trylast=True)  # once the terminal reporter is there
+def pytest_configure(config):
+    import pod
+
+    if pod.is_pod():
+        pod.join(config)
+
+
 def pytest_report_header(config):
     import jax
 
     devices = jax.devices()
     return (
-        f"jax {jax.__version__}, {len(devices)} {devices[0].platform} devices, "
+        f"jax {jax.__version__}, {len(devices)} {devices[0].platform} devices of "
+        f"{jax.process_count()} process(es), "
         f"random tests: --seed={config.getoption('seed')}"
     )
 

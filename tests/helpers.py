@@ -18,13 +18,28 @@ import freeio_jax as fio
 # --- Meshes and per-shard functions --------------------------------------------------------------
 
 
+def _spread(size):
+    """Numbers of ``size`` devices, as evenly from all processes as it goes."""
+    count = jax.process_count()
+    per_process = len(jax.devices()) // count
+    if size > count * per_process:
+        return list(range(size))
+    taken = [size // count + (p < size % count) for p in range(count)]
+    return [p * per_process + i for p in range(count) for i in range(taken[p])]
+
+
 def make_mesh(shape, names=("expert",), *, order=None, axis_types=None):
-    """A mesh of the first devices (or of those numbered in ``order``); skips where they lack."""
+    """A mesh of the first devices of each process, or of those numbered in ``order``.
+
+    Skips where there are too few devices, or a process would have none.
+    """
     shape = (shape,) if isinstance(shape, int) else shape
     devices, size = jax.devices(), int(np.prod(shape))
-    order = list(range(size)) if order is None else list(order)
+    order = _spread(size) if order is None else list(order)
     if len(devices) <= max(order):
         pytest.skip(f"needs {max(order) + 1} devices, there are {len(devices)}")
+    if len({devices[i].process_index for i in order}) < jax.process_count():
+        pytest.skip(f"none of the devices {order} is in some process")
     chosen = np.array([devices[i] for i in order], dtype=object).reshape(shape)
     return Mesh(chosen, names, axis_types=axis_types)
 
