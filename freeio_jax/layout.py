@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 
 import jax.numpy as jnp
 
@@ -107,13 +108,18 @@ class Layout:
             ("alignment", alignment, 1),
             ("capacity", 0 if capacity is None else capacity, 0),
         ):
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
+            try:
+                # A bool and a tracer have __index__ as well; the tracer's raises a TypeError.
+                size = None if isinstance(value, bool) else operator.index(value)
+            except TypeError:
+                size = None
+            if size is None:
                 raise TypeError(
                     f"dispatch: {name} must be a static int, got {value!r} of type "
                     f"{type(value).__name__}. Sizes shape the output, so they cannot be traced: "
                     "pass a Python int."
                 )
-            if value < least:
+            if size < least:
                 raise ValueError(f"dispatch: {name} must be at least {least}, got {value}.")
         num_experts, alignment = int(num_experts), int(alignment)
         if num_experts % num_ranks:

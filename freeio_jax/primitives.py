@@ -104,21 +104,17 @@ def _batch_as_loop(primitive, axis_data, args, dims, *, axes, **params):
             "axis: call under jax.shard_map, and use vmap for further dimensions only."
         )
     mapped = [
-        batching.moveaxis(a, d, 0)
-        for a, d in zip(args, dims, strict=True)
-        if d is not batching.not_mapped
+        jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True) if d is not None
     ]
 
     def one(mapped):
         rest = iter(mapped)
-        full = [
-            a if d is batching.not_mapped else next(rest) for a, d in zip(args, dims, strict=True)
-        ]
+        full = [a if d is None else next(rest) for a, d in zip(args, dims, strict=True)]
         return bind(primitive, *full, axes=axes, **params)
 
     if not mapped:
         outs = one(())
-        return outs, jax.tree_util.tree_map(lambda _: batching.not_mapped, outs)
+        return outs, jax.tree_util.tree_map(lambda _: None, outs)
     outs = lax.map(one, mapped)
     return outs, jax.tree_util.tree_map(lambda _: 0, outs)
 

@@ -104,10 +104,10 @@ def dispatch(
     )
 
     def exchange(leaf):
-        sent = _take(leaf, jnp.where(in_slot >= 0, in_slot // layout.top_k, -1))
-        received = _exchange(sent, axes).reshape(-1, *leaf.shape[1:])
-        if not received.shape[0]:
+        if not num_sent:
             return jnp.zeros((layout.capacity, *leaf.shape[1:]), leaf.dtype)
+        sent = _take(leaf, jnp.where(in_slot >= 0, in_slot // layout.top_k, -1))
+        received = _exchange(sent, axes).reshape(num_ranks * num_sent, *leaf.shape[1:])
         return _take(received, arrival)
 
     valid = (topk_idx >= -1) & (topk_idx < num_experts)
@@ -148,7 +148,7 @@ def combine(expert_out, handle, topk_weights=None):
     if not layout.capacity or not num_sent:
         return jnp.zeros((layout.num_tokens, *features), dtype)
     sent = _take(expert_out, row_in_slot).reshape(num_ranks, num_sent, *features)
-    received = _exchange(sent, axes).reshape(-1, *features)
+    received = _exchange(sent, axes).reshape(num_ranks * num_sent, *features)
 
     # Source side: each token's rows in order of (rank, k); a rank's partial sum is rounded to the
     # dtype that crosses the link before the partials are added.

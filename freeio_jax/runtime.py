@@ -11,7 +11,14 @@ from typing import Any
 
 import jax
 
-from freeio_jax import _native
+try:
+    from freeio_jax import _native
+except ImportError as error:
+    raise ImportError(
+        "freeio_jax: the native module freeio_jax._native is not built for this Python. In a source "
+        "tree run `pip install -e .`; outside of one run `pip install` on it, and start Python in "
+        f"another folder. ({error})"
+    ) from error
 
 
 def _seconds(value: Any) -> float:

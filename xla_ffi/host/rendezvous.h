@@ -34,8 +34,6 @@ class Rendezvous {
   Rendezvous(const Layout& layout, std::vector<int64_t> groups);
   ~Rendezvous();
 
-  const Layout& layout() const { return layout_; }
-
   // One rank's call. `done` is called exactly once: when the exchange is complete, or with the
   // error that ended it. The last rank to come runs the exchange on its own thread and is done
   // when arrive() returns; the others are told on threads of their own.

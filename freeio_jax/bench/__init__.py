@@ -1,0 +1,1 @@
+"""``python -m freeio_jax.bench``: dispatch and combine against XLA's own collectives."""
