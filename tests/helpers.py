@@ -225,6 +225,17 @@ def values(rng, shape, dtype):
     return rng.standard_normal(shape).astype(dtype)
 
 
+def random_bits(rng, shape, dtype, *, nans=True):
+    """Every bit at random, NaNs with their payloads included unless ``nans`` is false."""
+    dtype = np.dtype(dtype)
+    if dtype.kind == "b":
+        return values(rng, shape, dtype)
+    count = int(np.prod(shape)) * dtype.itemsize
+    bits = np.frombuffer(rng.bytes(count), np.uint8).view(dtype).reshape(shape)
+    with np.errstate(invalid="ignore"):
+        return bits if nans else np.where(bits != bits, np.zeros((), dtype), bits)
+
+
 def power_of_two_weights(rng, shape):
     """Weights whose products are exact, so that a sum's roundings are those of the contract."""
     return (2.0 ** rng.integers(-2, 2, shape) * rng.choice([-1, 1], shape)).astype(np.float32)

@@ -18,6 +18,7 @@ from helpers import (
     per_shard,
     pool_rows,
     power_of_two_weights,
+    random_bits,
     routing,
     values,
 )
@@ -149,12 +150,7 @@ def test_dispatch_moves_the_bits_of_every_dtype(dtype, rng):
     geometry = Geometry(2, 5, 2, 4, capacity=12)
     with jax.enable_x64(dtype.endswith("64")):
         dtype = np.dtype(getattr(jnp, dtype) if dtype != "bool" else bool)
-        shape = (2, 5, 3)
-        if dtype.kind == "b":
-            tokens = values(rng, shape, dtype)
-        else:  # NaNs with their payloads included
-            count = int(np.prod(shape)) * dtype.itemsize
-            tokens = np.frombuffer(rng.bytes(count), np.uint8).view(dtype).reshape(shape)
+        tokens = random_bits(rng, (2, 5, 3), dtype)
         for skew in ("uniform", "hot"):
             topk_idx = routing(rng, geometry, skew)
             out = dispatch_fn(geometry)(tokens, topk_idx)
