@@ -18,9 +18,6 @@ import struct
 import time
 from pathlib import Path
 
-#: Of the program; counts the times that it has connected its processes.
-_generation = 0
-
 _SEND_BUFFER = 4 << 20
 
 
@@ -132,15 +129,22 @@ class Listener:
         return Peer(process, pid, (address, nonce), connection)
 
 
-def connect(client, process: int, num_processes: int, control: tuple[int, int], timeout: float):
-    """Connects this process with the others of its host.
-
-    Every process of the program must call it, the same number of times.
+def connect(
+    client,
+    process: int,
+    num_processes: int,
+    control: tuple[int, int],
+    timeout: float,
+    *,
+    generation: int,
+) -> tuple[list[Peer], list[int]]:
+    """Connects this process with the others of its host. Every process must call it.
 
     Args:
       client: JAX's client of the key-value store.
       control: address and nonce of this process's control block, for the peers.
       timeout: seconds until all must have called.
+      generation: how often the processes have been connected, this time included.
 
     Returns:
       (peers of this host, numbers of the processes of other hosts).
@@ -148,9 +152,7 @@ def connect(client, process: int, num_processes: int, control: tuple[int, int], 
     Raises:
       BootstrapError: not all processes came in time, or could be connected.
     """
-    global _generation
-    _generation += 1
-    where = f"freeio_jax/{_generation}"
+    where = f"freeio_jax/{generation}"
     deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
         try:

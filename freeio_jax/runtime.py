@@ -99,6 +99,7 @@ def config(**settings: Any) -> dict[str, Any]:
 
 
 _pod_is_connected = False
+_pods = 0  # that this process has been in
 
 
 def initialize() -> None:
@@ -112,7 +113,7 @@ def initialize() -> None:
       RuntimeError: ``jax.distributed.initialize()`` was not called, not all processes came within
         the ``timeout`` setting, or the kernel forbids that they read each other's memory.
     """
-    global _pod_is_connected
+    global _pod_is_connected, _pods
     if _pod_is_connected or jax.process_count() == 1:
         return
     client = distributed.global_state.client
@@ -122,12 +123,14 @@ def initialize() -> None:
             "jax.distributed.initialize() was not called in it, which is how they find each other."
         )
     _native.allow_peers_to_read()
+    _pods += 1
     peers, elsewhere = bootstrap.connect(
         client,
         jax.process_index(),
         jax.process_count(),
         _native.control_block(),
         _values["timeout"],
+        generation=_pods,
     )
     members = [(p.process, p.pid, *p.control, p.connection.detach()) for p in peers]
     _native.join_pod(jax.process_index(), members, elsewhere)

@@ -83,17 +83,6 @@ std::shared_ptr<Session> Pod::open(const CallName& name, const Layout& layout,
     session = std::make_shared<PodSession>(*this, name, layout, std::move(devices),
                                            std::move(processes), std::move(forget));
     sessions_[name].push_back(session);
-    if (left_) {
-      session->fail(Code::kUnavailable,
-                    "freeio_jax: " + who(process_) +
-                        " has called freeio_jax.shutdown(): no more exchanges with other processes",
-                    after);
-    }
-    for (const auto& [process, peer] : peers_) {
-      if (peer.state != Peer::State::kHere) {
-        session->peer_lost(process, peer.state == Peer::State::kDied, after);
-      }
-    }
     const auto found = mail_.find(name);
     if (found != mail_.end()) {
       std::deque<Mail> mail = std::move(found->second);

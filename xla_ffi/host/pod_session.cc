@@ -67,21 +67,42 @@ std::function<void()> PodSession::arrive(int64_t rank, Operands&& operands, Done
     if (!posted_) {
       posted_ = true;
       add_deadline(shared_from_this());
+      notice_who_is_gone(after);
     }
-    Message message;
-    message.kind = Message::Kind::kArrived;
-    message.name = name_;
-    message.rank = rank;
-    message.posted = mine.posted;
     try {
-      for (int process : audience()) pod_.send(process, message);
-      if (begin_if_complete()) rest = [self = shared_from_this()] { self->run(); };
+      if (failure_.ok()) post(rank);
+      if (failure_.ok() && begin_if_complete()) {
+        rest = [self = shared_from_this()] { self->run(); };
+      }
     } catch (const std::exception& error) {
-      fail(Code::kInternal, error.what(), after);
+      fail(Code::kInternal, name() + ": " + error.what(), after);
     }
   }
   for (auto& action : after) action();
   return rest;
+}
+
+void PodSession::post(int64_t rank) {
+  Message message;
+  message.kind = Message::Kind::kArrived;
+  message.name = name_;
+  message.rank = rank;
+  message.posted = ranks_[rank].posted;
+  for (int process : audience()) pod_.send(process, message);
+}
+
+void PodSession::notice_who_is_gone(Pod::After& after) {
+  if (pod_.left_) {
+    fail(Code::kUnavailable,
+         name() + ": " + pod_.who(pod_.process_) +
+             " has called freeio_jax.shutdown(), and there are no more exchanges between processes",
+         after);
+  }
+  for (const auto& [process, peer] : pod_.peers_) {
+    if (peer.state != Pod::Peer::State::kHere) {
+      peer_lost(process, peer.state == Pod::Peer::State::kDied, after);
+    }
+  }
 }
 
 void PodSession::arrived(int process, Message&& message, Pod::After& after) {

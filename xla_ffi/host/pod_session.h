@@ -59,6 +59,8 @@ class PodSession final : public Session,
 
   std::set<int> peers_of_group() const;  // processes, as far as known
   std::vector<int> audience() const;     // processes to tell of this exchange
+  void post(int64_t rank);
+  void notice_who_is_gone(Pod::After& after);
   bool begin_if_complete();
   void run();
   void exchange();
