@@ -45,8 +45,9 @@ def bind(primitive, *args, axes, **params):
 
 def _aval(like, shape, dtype):
     sharding = NamedSharding(like.sharding.mesh, PartitionSpec())
-    return like.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False,
-                       sharding=sharding)
+    return like.update(
+        shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding
+    )
 
 
 def _effects(axes):
@@ -103,9 +104,7 @@ def _batch_as_loop(primitive, axis_data, args, dims, *, axes, **params):
             f"freeio_jax: {axis_data.name!r} is a vmap axis here. Experts are spread over a mesh "
             "axis: call under jax.shard_map, and use vmap for further dimensions only."
         )
-    mapped = [
-        jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True) if d is not None
-    ]
+    mapped = [jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True) if d is not None]
 
     def one(mapped):
         rest = iter(mapped)
@@ -283,7 +282,9 @@ def _combine_transpose(ct, *args, axes, layout):
     params = {"axes": axes, "layout": layout}
     if not ad.is_undefined_primal(expert_out):
         (w,) = weights
-        grad = ad.Zero(w.aval) if _is_zero(ct) else _weights_gradient(handle, ct, expert_out, params)
+        grad = (
+            ad.Zero(w.aval) if _is_zero(ct) else _weights_gradient(handle, ct, expert_out, params)
+        )
         return [None] * 4 + [grad]
     if _is_zero(ct):
         grad = ad.Zero(expert_out.aval)
@@ -390,14 +391,12 @@ def _split_combine_transpose(operands, rows, weights):
 def _combine_transpose_abstract_eval(
     dest_rank, dest_row, row_source, *operands, axes, layout, rows, weights
 ):
-    x, expert_out, w = _split_combine_transpose(operands, rows, weights)
+    x = operands[0]
     outs = []
     if rows:
         outs.append(_aval(x, (layout.capacity, *x.shape[1:]), x.dtype))
     if weights:
-        outs.append(
-            _aval(x, (layout.num_tokens, layout.top_k), accumulator_dtype(x.dtype))
-        )
+        outs.append(_aval(x, (layout.num_tokens, layout.top_k), accumulator_dtype(x.dtype)))
     return outs, _effects(axes)
 
 
@@ -414,7 +413,7 @@ def _weights_gradient(handle, x, expert_out, params):
 def _combine_transpose_jvp(primals, tangents, *, rows, weights, **params):
     handle = primals[:3]
     outs = bind(combine_transpose_p, *primals, rows=rows, weights=weights, **params)
-    x, e, w = _split_combine_transpose(primals[3:], rows, weights)
+    x = primals[3]
     tx, te, tw = _split_combine_transpose(tangents[3:], rows, weights)
     moves_x, moves_e, moves_w = (t is not None and not _is_zero(t) for t in (tx, te, tw))
     by_x = (
@@ -467,9 +466,7 @@ def _combine_transpose_transpose(cts, *args, rows, weights, axes, layout):
 
 
 def _combine_transpose_lowering(ctx, *args, rows, weights, **params):
-    return _lower(
-        "freeio_combine_transpose", ctx, *args, rows=rows, weights=weights, **params
-    )
+    return _lower("freeio_combine_transpose", ctx, *args, rows=rows, weights=weights, **params)
 
 
 combine_transpose_p = _define(

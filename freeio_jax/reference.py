@@ -65,9 +65,7 @@ def _take(rows, index):
     return jnp.where(mask, taken, jnp.zeros((), rows.dtype))
 
 
-def dispatch(
-    tokens, topk_idx, *, num_experts, axis_name, capacity=None, alignment=1
-) -> Dispatched:
+def dispatch(tokens, topk_idx, *, num_experts, axis_name, capacity=None, alignment=1) -> Dispatched:
     """As :func:`freeio_jax.dispatch`, in plain ``jax.lax``; the handles are interchangeable."""
     leaves, treedef, topk_idx, layout, axes = dispatch_arguments(
         tokens,
@@ -98,9 +96,7 @@ def dispatch(
     row = jnp.where(to_me, dest_row, layout.capacity)
     row_source = jnp.full(layout.capacity, -1, jnp.int32).at[row].set(sources, mode="drop")
     arrival = (
-        jnp.full(layout.capacity, -1, jnp.int32)
-        .at[row]
-        .set(ranks * num_sent + slot, mode="drop")
+        jnp.full(layout.capacity, -1, jnp.int32).at[row].set(ranks * num_sent + slot, mode="drop")
     )
 
     def exchange(leaf):
@@ -136,7 +132,7 @@ def combine(expert_out, handle, topk_weights=None):
 
     # Expert side: rows go back in the slots in which they came.
     dest_rank = lax.all_gather(handle._dest_rank.reshape(-1), axes)
-    slot, to_me = _slots(dest_rank, me)
+    slot, _ = _slots(dest_rank, me)
     source = jnp.maximum(handle._row_source, 0)
     row_slot = slot.reshape(-1)[source] if num_sent else source
     back = jnp.where(handle._row_source >= 0, source // max(num_sent, 1) * num_sent + row_slot, -1)

@@ -15,9 +15,9 @@ try:
     from freeio_jax import _native
 except ImportError as error:
     raise ImportError(
-        "freeio_jax: the native module freeio_jax._native is not built for this Python. In a source "
-        "tree run `pip install -e .`; outside of one run `pip install` on it, and start Python in "
-        f"another folder. ({error})"
+        "freeio_jax: the native module freeio_jax._native is not built for this Python. In a "
+        "source tree run `pip install -e .`; after a plain `pip install`, start Python outside of "
+        f"the source tree. ({error})"
     ) from error
 
 

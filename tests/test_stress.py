@@ -131,8 +131,8 @@ def test_loops_beside_loops():
 
 
 def test_many_independent_exchanges_in_one_straight_program():
-    fn = on_all_ranks(lambda seed: sum(exchange(seed + i) for i in range(24)))
-    for seed in range(20):
+    fn = on_all_ranks(lambda seed: sum(exchange(seed + i) for i in range(16)))
+    for seed in range(30):
         assert_right(fn(100 * seed))
 
 

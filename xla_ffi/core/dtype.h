@@ -33,9 +33,8 @@ struct SmallFloat {
   static constexpr uint32_t kTopExponent = ((1u << kExponent) - 1) << kMantissa;
   static constexpr uint32_t kMaxFinite =
       kOverflow == Overflow::kInfinity ? kTopExponent - 1 : kMagnitude - 1;
-  static constexpr uint32_t kQuietNan = kOverflow == Overflow::kInfinity
-                                            ? kTopExponent | (1u << (kMantissa - 1))
-                                            : kMagnitude;
+  static constexpr uint32_t kQuietNan =
+      kOverflow == Overflow::kInfinity ? kTopExponent | (1u << (kMantissa - 1)) : kMagnitude;
 
   static float widen(SmallFloat value) {
     const uint32_t sign = static_cast<uint32_t>(value.storage >> (kExponent + kMantissa)) << 31;
@@ -84,7 +83,9 @@ struct BFloat16 {
   using Accumulator = float;
   uint16_t storage;
 
-  static float widen(BFloat16 value) { return float_of(static_cast<uint32_t>(value.storage) << 16); }
+  static float widen(BFloat16 value) {
+    return float_of(static_cast<uint32_t>(value.storage) << 16);
+  }
 
   static BFloat16 round(float value) {
     const uint32_t bits = bits_of(value);

@@ -279,10 +279,10 @@ void combine_transpose_tokens(const Layout& layout,
       const int32_t peer = op.routes.dest_rank[a];
       const int64_t offset = op.routes.dest_row[a] * op.width;
       if (weight_grads != nullptr) {
-        weight_grads[a] =
-            peer < 0 ? Accumulator{0}
-                     : dot(static_cast<const Element*>(ranks[peer]->expert_out) + offset,
-                           wide.data(), op.width);
+        weight_grads[a] = peer < 0
+                              ? Accumulator{0}
+                              : dot(static_cast<const Element*>(ranks[peer]->expert_out) + offset,
+                                    wide.data(), op.width);
       }
       if (peer < 0 || op.rows == nullptr) continue;
       auto* out = static_cast<Element*>(ranks[peer]->rows) + offset;

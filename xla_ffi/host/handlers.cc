@@ -58,8 +58,8 @@ ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) 
   auto groups = attributes.get<ffi::Span<const int64_t>>("groups");
   if (!groups.has_value()) missing = "groups";
   if (!missing.empty()) {
-    return ffi::Unexpected(
-        ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call lacks attribute " + missing));
+    return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal,
+                                      "freeio_jax: custom call lacks attribute " + missing));
   }
   return std::make_unique<Instance>(layout, std::vector<int64_t>(groups->begin(), groups->end()));
 }
@@ -127,10 +127,10 @@ class Buffers {
       const ffi::AnyBuffer* tokens = arg();
       ffi::AnyBuffer* rows = ret();
       if (!ok()) break;
-      leaves.push_back({static_cast<const std::byte*>(tokens->untyped_data()),
-                        static_cast<std::byte*>(rows->untyped_data()),
-                        row_elements(*tokens) * static_cast<int64_t>(ffi::ByteWidth(
-                                                    tokens->element_type()))});
+      leaves.push_back(
+          {static_cast<const std::byte*>(tokens->untyped_data()),
+           static_cast<std::byte*>(rows->untyped_data()),
+           row_elements(*tokens) * static_cast<int64_t>(ffi::ByteWidth(tokens->element_type()))});
     }
     return leaves;
   }

@@ -42,7 +42,7 @@ class Rendezvous {
  private:
   // Calls of one group in one run.
   struct Run {
-    std::vector<int64_t> calls;                         // made so far, by rank
+    std::vector<int64_t> calls;                        // made so far, by rank
     std::map<int64_t, std::shared_ptr<Session>> open;  // by number of the call
   };
 
