@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from freeio_jax.arguments import accumulator_dtype
 from freeio_jax.varying import vary, varying_axes
@@ -312,13 +313,19 @@ def _try_out(candidate: Implementation) -> None:
         np.einsum("mn,mkn->mk", c[:used], w[group]),
         np.stack([r[:used][group == g].T @ c[:used][group == g] for g in range(4)]),
     )
-    got = jax.jit(
-        lambda rows, cotangents, weights, sizes: (
+
+    def products(rows, cotangents, weights, sizes):
+        return (
             candidate.multiply(rows, weights, sizes, transposed=False)[:used],
             candidate.multiply(cotangents, weights, sizes, transposed=True)[:used],
             candidate.outer(rows, cotangents, sizes),
         )
-    )(rows, cotangents, weights, sizes)
+
+    # In a shard_map, where the layers call it: a kernel may serve outside and fail there.
+    mesh = jax.make_mesh((1,), ("trial",), (AxisType.Auto,), devices=jax.local_devices()[:1])
+    spec = PartitionSpec("trial")
+    sharded = jax.shard_map(products, mesh=mesh, in_specs=spec, out_specs=spec)
+    got = jax.jit(sharded)(rows, cotangents, weights, sizes)
     for name, value, right in zip(("multiply", "transposed", "outer"), got, expected, strict=True):
         if not np.allclose(np.asarray(value, np.float32), right, rtol=1e-2, atol=1e-2):
             raise ValueError(f"wrong result of {name}")

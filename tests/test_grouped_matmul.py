@@ -1,6 +1,8 @@
 """grouped_matmul, by each implementation that runs here, against one group at a time."""
 
+import dataclasses
 import importlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -156,3 +158,18 @@ def test_the_choice_is_made_once_and_explained():
     assert implementation("cpu") is implementation("cpu")
     assert implementation("cpu").name != implementation("default").name
     assert implementation("cpu").reason
+
+
+def test_a_candidate_is_tried_out_first():
+    default = implementation("default")
+    module._try_out(default)
+    wrong = dataclasses.replace(default, outer=lambda *args: 2 * default.outer(*args))
+    with pytest.raises(ValueError, match="wrong result of outer"):
+        module._try_out(wrong)
+
+
+def test_a_gpu_without_tokamax_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    chosen = implementation.__wrapped__("gpu")
+    assert chosen.name == "jax.lax.ragged_dot"
+    assert "pip install tokamax" in chosen.reason

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import ROUTINGS, Geometry, routing
 
+from freeio_jax import _native
 from freeio_jax.layout import Layout, dropless_capacity, round_up
 
 
@@ -105,3 +106,28 @@ def test_numpy_sizes_become_ints():
     made = layout(Geometry(2, 3, 2, np.int64(4), np.int32(8), np.uint8(4)))
     assert made == layout(Geometry(2, 3, 2, 4, 8, 4))
     assert all(type(n) is int for n in (made.num_experts, made.capacity, made.alignment))
+
+
+@pytest.mark.parametrize("alignment", [1, 3, 8])
+@pytest.mark.parametrize("experts_per_rank", [1, 2, 7])
+def test_groups_are_those_of_the_engines(experts_per_rank, alignment, rng):
+    for _ in range(50):
+        load = rng.integers(0, 20, experts_per_rank)
+        capacity = int(rng.integers(0, 12 * experts_per_rank)) * alignment
+        layout = Layout(
+            num_ranks=2,
+            num_tokens=64,
+            top_k=2,
+            num_experts=2 * experts_per_rank,
+            capacity=capacity,
+            alignment=alignment,
+        )
+        starts, sizes = _native.groups(
+            num_ranks=2,
+            num_experts=2 * experts_per_rank,
+            capacity=capacity,
+            alignment=alignment,
+            expert_load=load.tolist(),
+        )
+        assert starts == layout.group_starts(load).tolist()
+        assert sizes == layout.group_sizes(load).tolist()

@@ -4,6 +4,7 @@ Each exchange carries its own tag and each rank checks what lands there, so that
 call, or in another order, are counted as errors inside the program that runs thousands of them.
 """
 
+import os
 import threading
 import time
 
@@ -18,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 import freeio_jax as fio
 
 RANKS, TOKENS, TOP_K, EXPERTS = 8, 4, 2, 16
-STEPS = 1000  # of each loop, with several exchanges in each step
+# Of each loop, with several exchanges in each step.
+STEPS = int(os.environ.get("STRESS_ITERATIONS", "1000"))
 # Programs dispatched from Python before any of them is waited for. XLA:CPU allows 32; past that its
 # own collectives get stuck as well, because devices wait in the thread pool that would free them.
 IN_FLIGHT = 24
