@@ -1,5 +1,6 @@
 """How processes of a host find each other, and whom they do not let in."""
 
+import contextlib
 import json
 import os
 import socket
@@ -118,7 +119,8 @@ def call(name, message):
     caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     caller.settimeout(10)
     caller.connect(f"\0{name}")
-    if message is not None:
+    # It may be closed before it has spoken.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         caller.send(message)
     return caller
 
