@@ -94,6 +94,7 @@ def _lower(target, ctx, *operands, axes, layout, **attributes):
         num_experts=np.int64(layout.num_experts),
         capacity=np.int64(layout.capacity),
         alignment=np.int64(layout.alignment),
+        module=ctx.module_context.module.operation.attributes["sym_name"].value,
         **{name: np.int64(value) for name, value in attributes.items()},
     )
 

@@ -36,6 +36,13 @@ def pytest_configure(config):
         pod.join(config)
 
 
+def pytest_ignore_collect(collection_path):
+    """Tests that start processes of their own do so once, not in every process of a pod."""
+    import pod
+
+    return True if pod.is_pod() and collection_path.name in pod.NOT_ON_PODS else None
+
+
 def pytest_report_header(config):
     import jax
 

@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -78,6 +79,9 @@ ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) 
   for (const char* flag : {"weighted", "rows", "weights"}) {
     const auto value = attributes.get<int64_t>(flag);
     attribute_values.push_back(value.has_value() ? *value : -1);
+  }
+  if (const auto module = attributes.get<std::string_view>("module"); module.has_value()) {
+    attribute_values.insert(attribute_values.end(), module->begin(), module->end());
   }
   return std::make_unique<Instance>(layout, std::vector<int64_t>(groups->begin(), groups->end()),
                                     name_instance(attribute_values));

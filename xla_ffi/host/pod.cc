@@ -221,7 +221,7 @@ std::string Pod::waiting_in(int process, const std::string& here) const {
       if (item.process != process || item.message.kind != Message::Kind::kArrived) continue;
       const std::string there = describe(item.message.posted.layout, item.message.posted.operands);
       text += " waits in " + there;
-      if (there == here) text += " of another program or run";
+      if (there == here) text += " of another program, or another one of these in this program";
       return text + ".";
     }
   }

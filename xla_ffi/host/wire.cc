@@ -107,7 +107,7 @@ Operands alternative(size_t index) {
 
 bool operator<(const CallName& a, const CallName& b) {
   const auto key = [](const CallName& n) {
-    return std::make_tuple(n.run, n.instance.attributes, n.instance.ordinal, n.group);
+    return std::make_tuple(n.instance.attributes, n.instance.ordinal, n.group);
   };
   return key(a) < key(b);
 }

@@ -17,11 +17,13 @@ struct InstanceName {
   int64_t ordinal = 0;      // among the instances of one module that have these, as XLA makes them
 };
 
-// The calls of one group's ranks on one instance in one run of the program.
+// The calls of one group's ranks on one instance. The k-th exchange of a name in one process is the
+// k-th in every other: XLA runs what a program launches in the order of launches, on every device.
+// (XLA's run id tells runs apart in one process only: it is made from a fingerprint that differs
+// between a program that was compiled and the same one loaded from the compilation cache.)
 struct CallName {
   InstanceName instance;
   int64_t group = 0;
-  int64_t run = 0;
 };
 
 bool operator<(const CallName& a, const CallName& b);
