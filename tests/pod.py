@@ -16,7 +16,7 @@ from jax._src import array, clusters, distributed
 from jax.experimental import multihost_utils
 
 #: Files whose tests start pods themselves, or look at one process only.
-NOT_ON_PODS = {"test_bootstrap.py", "test_faults.py", "test_launch.py"}
+NOT_ON_PODS = {"test_bootstrap.py", "test_faults.py", "test_launch.py", "test_processes.py"}
 
 #: Seconds to wait for another process to end the test that has ended here.
 PATIENCE_SECONDS = 240
