@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import config, core
+from jax._src import config, core, dispatch
 from jax._src.ad_util import p2tz
 from jax._src.lib.mlir.dialects import hlo
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from freeio_jax import runtime
 from freeio_jax.arguments import COMBINE_DTYPES, accumulator_dtype
+from freeio_jax.engines import ENGINES
 
 # --- What all primitives share ---------------------------------------------------------------
 
@@ -77,26 +77,35 @@ def _groups(mesh, axes):
     return np.moveaxis(devices, positions, range(-len(axes), 0)).reshape(-1, num_ranks)
 
 
-def _lower(target, ctx, *operands, axes, layout, **attributes):
-    """One custom call: the device's mesh index, then the operands, as the engines expect."""
+def _lower(target, ctx, *operands, axes, layout, engine, scratch=(), **attributes):
+    """One custom call: the device's mesh index, then the operands, as the engines expect.
+
+    ``scratch``: (shape, dtype) of buffers that the engine needs beside the results. They are
+    results of the call, so that XLA owns them, and end here.
+    """
     # Each module has an iterator of its own; contexts within a module share it.
-    runtime.prepare("cpu", ctx.module_context.channel_iterator)
+    engine.prepare(ctx.module_context.channel_iterator)
+    mesh = ctx.module_context.axis_context.mesh
     device_index_aval = core.ShapedArray((), np.uint32)
     rule = jax.ffi.ffi_lowering(target)
-    return rule(
-        ctx.replace(avals_in=[device_index_aval, *ctx.avals_in]),
+    results = rule(
+        ctx.replace(
+            avals_in=[device_index_aval, *ctx.avals_in],
+            avals_out=[*ctx.avals_out, *(core.ShapedArray(*buffer) for buffer in scratch)],
+        ),
         _device_index(ctx),
         *operands,
-        groups=_groups(ctx.module_context.axis_context.mesh, axes).reshape(-1),
+        groups=_groups(mesh, axes).reshape(-1),
         num_ranks=np.int64(layout.num_ranks),
         num_tokens=np.int64(layout.num_tokens),
         top_k=np.int64(layout.top_k),
         num_experts=np.int64(layout.num_experts),
         capacity=np.int64(layout.capacity),
         alignment=np.int64(layout.alignment),
-        module=ctx.module_context.module.operation.attributes["sym_name"].value,
+        **engine.attributes(ctx.module_context),
         **{name: np.int64(value) for name, value in attributes.items()},
     )
+    return results[: len(ctx.avals_out)]
 
 
 def _batch_as_loop(primitive, axis_data, args, dims, *, axes, **params):
@@ -123,17 +132,22 @@ def _batch_as_loop(primitive, axis_data, args, dims, *, axes, **params):
 def _unsupported(name, ctx, *_, **__):
     raise NotImplementedError(
         f"freeio_jax.{name} has no engine for platform(s) {tuple(ctx.module_context.platforms)} in "
-        "this installation; there is one for 'cpu'. freeio_jax.reference runs on every platform."
+        f"this installation; there is one for {', '.join(ENGINES)}. freeio_jax.reference "
+        "runs on every platform."
     )
 
 
-def _define(name, abstract_eval, lowering, *, multiple_results=True):
+def _define(name, abstract_eval, lowering, *, multiple_results=True, by_engine=True):
     primitive = core.Primitive(f"freeio_{name}")
     primitive.multiple_results = multiple_results
     primitive.def_impl(partial(_outside_shard_map, name))
     primitive.def_effectful_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, partial(_unsupported, name))
-    mlir.register_lowering(primitive, lowering, platform="cpu")
+    for platform, engine in ENGINES.items():
+        rule = partial(lowering, engine=engine) if by_engine else lowering
+        mlir.register_lowering(primitive, rule, platform=platform)
+        if engine.needs_devices:
+            dispatch.prim_requires_devices_during_lowering.add(primitive)
     batching.fancy_primitive_batchers[primitive] = partial(_batch_as_loop, primitive)
     return primitive
 
@@ -196,7 +210,14 @@ def _dispatch_jvp(primals, tangents, *, axes, layout):
     return outs, out_tangents
 
 
-dispatch_p = _define("dispatch", _dispatch_abstract_eval, partial(_lower, "freeio_dispatch"))
+def _dispatch_lowering(ctx, *args, layout, engine, **params):
+    scratch = engine.dispatch_scratch(layout)
+    return _lower(
+        "freeio_dispatch", ctx, *args, layout=layout, engine=engine, scratch=scratch, **params
+    )
+
+
+dispatch_p = _define("dispatch", _dispatch_abstract_eval, _dispatch_lowering)
 ad.primitive_jvps[dispatch_p] = _dispatch_jvp
 
 
@@ -297,8 +318,17 @@ def _combine_transpose(ct, *args, axes, layout):
     return [None] * 3 + [grad] + [None] * len(weights)
 
 
-def _combine_lowering(ctx, *args, **params):
-    return _lower("freeio_combine", ctx, *args, weighted=len(args) == 5, **params)
+def _combine_lowering(ctx, *args, layout, engine, **params):
+    return _lower(
+        "freeio_combine",
+        ctx,
+        *args,
+        layout=layout,
+        engine=engine,
+        scratch=engine.combine_scratch(layout, ctx.avals_in[3]),
+        weighted=len(args) == 5,
+        **params,
+    )
 
 
 combine_p = _define(
@@ -371,6 +401,7 @@ combine_tangent_p = _define(
     _combine_tangent_abstract_eval,
     mlir.lower_fun(_combine_tangent, multiple_results=False),
     multiple_results=False,
+    by_engine=False,
 )
 ad.primitive_jvps[combine_tangent_p] = _combine_tangent_jvp
 ad.primitive_transposes[combine_tangent_p] = _combine_tangent_transpose

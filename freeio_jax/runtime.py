@@ -1,10 +1,9 @@
-"""Settings, bootstrap, and the native engine's registration with XLA."""
+"""Settings, and the bootstrap of several processes."""
 
 from __future__ import annotations
 
 import atexit
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Callable
@@ -41,8 +40,16 @@ class _Setting:
     apply: Callable[[Any], None]
 
 
+def _sms(value: Any) -> int | None:
+    sms = None if value is None else int(value)
+    if sms is not None and sms < 1:
+        raise ValueError("it must be a positive number of multiprocessors, or None")
+    return sms
+
+
 _SETTINGS = {
     "timeout": _Setting(60.0, _seconds, _native.set_timeout),
+    "num_sms": _Setting(None, _sms, lambda sms: _native.set_num_sms(sms or 0)),
 }
 _values: dict[str, Any] = {}
 
@@ -77,6 +84,9 @@ def config(**settings: Any) -> dict[str, Any]:
       timeout: seconds that a rank waits for its peers in one exchange before it gets an error
         that names the missing ones. Default 60; environment variable ``FREEIO_TIMEOUT``. Holds
         for exchanges that begin after the call.
+      num_sms: multiprocessors of a GPU that one exchange may use. Default None: the engine's
+        choice; environment variable ``FREEIO_NUM_SMS``. Holds for programs and command buffers
+        that begin after the call.
 
     Raises:
       TypeError: an unknown setting.
@@ -86,7 +96,7 @@ def config(**settings: Any) -> dict[str, Any]:
     >>> fio.config(timeout=30)["timeout"]
     30.0
     >>> fio.config(timeout=60.0)
-    {'timeout': 60.0}
+    {'timeout': 60.0, 'num_sms': None}
     """
     unknown = set(settings) - set(_SETTINGS)
     if unknown:
@@ -152,41 +162,11 @@ def shutdown() -> None:
         _pod_is_connected = False
 
 
-def _require_initialize() -> None:
+def require_initialize() -> None:
+    """Raises RuntimeError where there are several processes and they are not connected."""
     if jax.process_count() > 1 and not _pod_is_connected:
         raise RuntimeError(
             f"freeio_jax: this program has {jax.process_count()} processes. Call "
             "freeio_jax.initialize() in each of them, after jax.distributed.initialize() and "
             "before the first dispatch or combine is compiled."
         )
-
-
-def prepare(platform: str, module: object) -> None:
-    """Called when a call is lowered; ``module`` is an object that its module alone has.
-
-    Raises:
-      RuntimeError: there are several processes, and :func:`initialize` was not called.
-    """
-    global _last_module
-    _require_initialize()
-    _register(platform)
-    if module is not _last_module:
-        _last_module = module
-        _native.begin_module()
-
-
-_last_module: object = None
-
-
-@functools.cache
-def _register(platform: str) -> None:
-    """Registers the engine's handlers with XLA, once.
-
-    The backend must exist by then: registrations made before it does are replayed in an order
-    that XLA refuses (state types must come before the handlers that use them).
-    """
-    jax.local_devices(backend=platform)
-    for name, registration in _native.ffi_types().items():
-        jax.ffi.register_ffi_type(name, registration, platform=platform)
-    for name, stages in _native.ffi_targets().items():
-        jax.ffi.register_ffi_target(name, stages, platform=platform)

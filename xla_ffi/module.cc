@@ -9,13 +9,39 @@
 #include "host/pod.h"
 #include "host/session.h"
 
+#ifdef FREEIO_CUDA
+#include "cuda/engine.h"
+#include "cuda/handlers.h"
+#endif
+
 namespace py = pybind11;
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Engines of freeio_jax behind XLA FFI custom calls.";
   module.def("ffi_types", &freeio::host::ffi_types);
   module.def("ffi_targets", &freeio::host::ffi_targets);
-  module.def("set_timeout", &freeio::host::set_timeout, py::arg("seconds"));
+#ifdef FREEIO_CUDA
+  freeio::cuda::add_module(module);
+#endif
+  module.def(
+      "set_timeout",
+      [](double seconds) {
+        freeio::host::set_timeout(seconds);
+#ifdef FREEIO_CUDA
+        freeio::cuda::set_timeout(seconds);
+#endif
+      },
+      py::arg("seconds"));
+  module.def(
+      "set_num_sms",
+      [](int64_t num_sms) {
+#ifdef FREEIO_CUDA
+        freeio::cuda::set_num_sms(num_sms);
+#else
+        static_cast<void>(num_sms);
+#endif
+      },
+      py::arg("num_sms"));
   module.def("begin_module", &freeio::host::begin_module,
              "The custom calls that XLA makes from now on are of another module.");
   module.def("allow_peers_to_read", &freeio::host::allow_peers_to_read);

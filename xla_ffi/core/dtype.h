@@ -1,20 +1,28 @@
 // Element types that combine can add up: widening to the accumulator, rounding once back.
 #pragma once
 
+#include <string.h>
+
 #include <cstdint>
-#include <cstring>
+
+// Functions that the GPU's compiler makes for both sides.
+#ifdef __CUDACC__
+#define FREEIO_HOST_DEVICE __host__ __device__
+#else
+#define FREEIO_HOST_DEVICE
+#endif
 
 namespace freeio {
 
-inline uint32_t bits_of(float value) {
+FREEIO_HOST_DEVICE inline uint32_t bits_of(float value) {
   uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
+  memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
-inline float float_of(uint32_t bits) {
+FREEIO_HOST_DEVICE inline float float_of(uint32_t bits) {
   float value;
-  std::memcpy(&value, &bits, sizeof(value));
+  memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
@@ -36,7 +44,7 @@ struct SmallFloat {
   static constexpr uint32_t kQuietNan =
       kOverflow == Overflow::kInfinity ? kTopExponent | (1u << (kMantissa - 1)) : kMagnitude;
 
-  static float widen(SmallFloat value) {
+  FREEIO_HOST_DEVICE static float widen(SmallFloat value) {
     const uint32_t sign = static_cast<uint32_t>(value.storage >> (kExponent + kMantissa)) << 31;
     const uint32_t magnitude = value.storage & kMagnitude;
     uint32_t wide;
@@ -53,7 +61,7 @@ struct SmallFloat {
     return float_of(sign | wide);
   }
 
-  static SmallFloat round(float value) {
+  FREEIO_HOST_DEVICE static SmallFloat round(float value) {
     const uint32_t bits = bits_of(value);
     const uint32_t sign = (bits >> 31) << (kExponent + kMantissa);
     const uint32_t wide = bits & 0x7fffffffu;
@@ -83,11 +91,11 @@ struct BFloat16 {
   using Accumulator = float;
   uint16_t storage;
 
-  static float widen(BFloat16 value) {
+  FREEIO_HOST_DEVICE static float widen(BFloat16 value) {
     return float_of(static_cast<uint32_t>(value.storage) << 16);
   }
 
-  static BFloat16 round(float value) {
+  FREEIO_HOST_DEVICE static BFloat16 round(float value) {
     const uint32_t bits = bits_of(value);
     const uint32_t nan = (bits >> 16) | 0x40u;
     const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
@@ -100,8 +108,8 @@ struct Exact {
   using Accumulator = T;
   T storage;
 
-  static T widen(Exact value) { return value.storage; }
-  static Exact round(T value) { return {value}; }
+  FREEIO_HOST_DEVICE static T widen(Exact value) { return value.storage; }
+  FREEIO_HOST_DEVICE static Exact round(T value) { return {value}; }
 };
 
 using Float64 = Exact<double>;

@@ -1,0 +1,318 @@
+// combine: expert outputs back to their tokens.
+//
+// Each rank sums a token's rows that it hosts, weighted, and stores that partial sum to a slot that
+// the token's own rank keeps for it: one row crosses per (token, rank) pair. The token's rank adds
+// the partial sums in order of rank, its own among them, straight from its rows.
+#include "cuda/elements.cuh"
+#include "cuda/geometry.h"
+#include "cuda/kernels.h"
+#include "cuda/session.cuh"
+
+namespace freeio::cuda {
+namespace {
+
+constexpr int kTileAssignments = 4096;  // whose routes are in shared memory
+
+// Slot of `rank` among the ranks, other than the token's own, that have its rows.
+__device__ int slot_of(int rank, uint32_t ranks, int own_rank) {
+  return __popc(ranks & ~(1u << own_rank) & ((1u << rank) - 1));
+}
+
+template <typename Element, int kCount>
+struct Combine {
+  using Accumulator = typename Element::Accumulator;
+  using Routes = TokenRoutes<Accumulator>;
+  using R = Raw<Element, kCount>;
+  static constexpr int kBatch = 2;    // rows in flight together: more do not fit in registers
+  static constexpr int kColumns = 4;  // accesses of one lane to a row in flight together
+  static constexpr int kStep = kWarpSize * kCount;
+
+  const CombineParams& p;
+  const Exchange& x;
+  Session& s;
+  const RouteTile<Accumulator>& routes_of;
+  const Tile& tile;
+
+  __device__ int64_t slot_index(int token, int slot) const {
+    return static_cast<int64_t>(token) * p.num_slots + slot;
+  }
+
+  // This rank's rows in `mask`, weighted and summed in order of k. Whole warp.
+  __device__ void sum_rows(const Routes& routes, uint32_t mask, int first, int end,
+                           Accumulator (&sums)[kColumns][kCount]) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) sums[c][j] = 0;
+    }
+    while (mask != 0) {
+      R rows[kBatch][kColumns];
+      Accumulator weights[kBatch];
+      const int count = __popc(mask);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int k = i < count ? __ffs(static_cast<int>(mask)) - 1 : 0;
+        mask &= mask - 1;
+        const int64_t row = __shfl_sync(kFullWarp, routes.row, k);
+        weights[i] = __shfl_sync(kFullWarp, routes.weight, k);
+        const Element* from = static_cast<const Element*>(p.expert_out) + row * p.width + first;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          if (i < count && first + c * kStep < end) {
+            rows[i][c] = load_raw<Element, kCount>(from + c * kStep);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (i >= count) break;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          Accumulator values[kCount];
+          widen<Element, kCount>(rows[i][c], values);
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            if constexpr (sizeof(Element) < sizeof(float)) {
+              sums[c][j] = fma(weights[i], values[j], sums[c][j]);
+            } else {
+              sums[c][j] += weights[i] * values[j];  // rounds twice, as on the CPU
+            }
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void store_sums(Element* row, int first, int end,
+                             const Accumulator (&sums)[kColumns][kCount]) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (first + c * kStep >= end) continue;
+      store_raw<Element, kCount>(row + first + c * kStep, round_to<Element, kCount>(sums[c]));
+    }
+  }
+
+  // Calls f(first, end) for each pass over the slice: this lane's first column, and the end.
+  template <typename F>
+  __device__ void for_passes(int slice, const F& f) const {
+    const int begin = slice * p.slice_width;
+    const int end = min(begin + p.slice_width, p.width);
+    for (int pass = begin; pass < end; pass += kColumns * kStep) {
+      f(pass + lane_id() * kCount, end);
+    }
+  }
+
+  // This rank's partial sum of a peer's token, to the peer.
+  __device__ void push(int rank, int token, int slice) const {
+    const Routes routes = routes_of.of(rank, token - tile.begin);
+    const uint32_t mask = routes.on(x.rank);
+    if (mask == 0) return;
+    const int64_t slot = slot_index(token, slot_of(x.rank, routes.ranks(), rank));
+    Element* target = s.buffer<Element>(rank, kScratch) + slot * p.width;
+    for_passes(slice, [&](int first, int end) {
+      Accumulator sums[kColumns][kCount];
+      sum_rows(routes, mask, first, end, sums);
+      store_sums(target, first, end, sums);
+    });
+    __syncwarp();
+    // Partner: the load in wait_for_partial_sums() on the peer.
+    if (lane_id() == 0) {
+      store_release_system(s.buffer<uint32_t>(rank, kFlags) + slot * p.num_slices + slice, 1);
+    }
+  }
+
+  // Waits for the partial sums of one of this rank's tokens. Whole warp.
+  __device__ void wait_for_partial_sums(uint32_t ranks, int token, int slice) const {
+    if (const int rank = lane_id(); rank != x.rank && (ranks >> rank & 1) != 0) {
+      const int64_t slot = slot_index(token, slot_of(rank, ranks, x.rank));
+      // Partner: the store in push() on the peer.
+      wait_until(x, s, kWaitPartialSums, rank,
+                 [&] { return load_acquire_system(p.flags + slot * p.num_slices + slice) != 0; });
+    }
+    __syncwarp();
+  }
+
+  // Adds the partial sums of the peers in `ranks`, in order, to the totals.
+  __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int token, int first, int end,
+                            Accumulator (&totals)[kColumns][kCount]) const {
+    const Element* slots =
+        static_cast<const Element*>(p.partial_sums) + slot_index(token, 0) * p.width + first;
+    while (ranks != 0) {
+      R partials[kBatch][kColumns];
+      const int count = __popc(ranks);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int rank = i < count ? __ffs(static_cast<int>(ranks)) - 1 : 0;
+        ranks &= ranks - 1;
+        const Element* slot = slots + slot_of(rank, all_ranks, x.rank) * int64_t{p.width};
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          if (i < count && first + c * kStep < end) {
+            partials[i][c] = load_raw<Element, kCount>(slot + c * kStep);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (i >= count) break;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) add(partials[i][c], totals[c]);
+      }
+    }
+  }
+
+  __device__ void add(const R& raw, Accumulator (&totals)[kCount]) const {
+    Accumulator values[kCount];
+    widen<Element, kCount>(raw, values);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) totals[j] += values[j];
+  }
+
+  // All partial sums of one of this rank's tokens, in order of rank: the lower ranks', its own,
+  // which it makes before it waits for theirs, and the higher ranks'.
+  __device__ void sum(int token, int slice) const {
+    const Routes routes = routes_of.of(x.rank, token - tile.begin);
+    const uint32_t mask = routes.on(x.rank);
+    const uint32_t ranks = routes.ranks();
+    const uint32_t lower = (1u << x.rank) - 1;
+    bool waited = false;
+    for_passes(slice, [&](int first, int end) {
+      Accumulator sums[kColumns][kCount];
+      R own[kColumns];
+      sum_rows(routes, mask, first, end, sums);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        own[c] = round_to<Element, kCount>(sums[c]);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) sums[c][j] = 0;
+      }
+      if (!waited) wait_for_partial_sums(ranks, token, slice);
+      waited = true;
+      add_slots(ranks & lower, ranks, token, first, end, sums);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) add(own[c], sums[c]);
+      add_slots(ranks & ~lower & ~(1u << x.rank), ranks, token, first, end, sums);
+      store_sums(static_cast<Element*>(p.sums) + static_cast<int64_t>(token) * p.width, first, end,
+                 sums);
+    });
+  }
+
+  // Slices of the tile for `ranks` ranks; `f(turn, token, slice)` does one. Whole warps.
+  template <typename F>
+  __device__ void for_slices(int ranks, const F& f) const {
+    const int items = tile.size() * p.num_slices * ranks;
+    for (int item = warp_id(); item < items && !has_failed(s); item = next_item(s)) {
+      const int unit = item / ranks;
+      f(item % ranks, tile.begin + unit / p.num_slices, unit % p.num_slices);
+    }
+  }
+
+  __device__ void push_all() const {
+    for_slices(x.num_ranks - 1, [&](int turn, int token, int slice) {
+      push((x.rank + 1 + turn) % x.num_ranks, token, slice);
+    });
+  }
+  __device__ void sum_all() const {
+    for_slices(1, [&](int, int token, int slice) { sum(token, slice); });
+  }
+};
+
+// Arrival flags start at zero; then the peers learn where everything is.
+__device__ void prepare_slots(const CombineParams& p, Session& s) {
+  const Exchange& x = p.exchange;
+  if (x.num_ranks == 1) return;
+  const int64_t flags = static_cast<int64_t>(x.num_tokens) * p.num_slots * p.num_slices;
+  const int64_t end = flags * (blockIdx.x + 1) / gridDim.x;
+  for (int64_t i = flags * blockIdx.x / gridDim.x + threadIdx.x; i < end; i += kThreads) {
+    p.flags[i] = 0;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 && add_acquire_release_device(&self(x).prepared, 1) == gridDim.x - 1) {
+    fence_system();
+    post_address(x, s, kScratch, p.partial_sums);
+    post_address(x, s, kFlags, p.flags);
+  }
+}
+
+__device__ void post_buffers(const CombineParams& p, const Session& s) {
+  const Exchange& x = p.exchange;
+  post_signature(x, s);
+  if (threadIdx.x != 0) return;
+  post_address(x, s, kDestRank, p.dest_rank);
+  post_address(x, s, kDestRow, p.dest_row);
+  post_address(x, s, kWeights, p.weights);
+}
+
+// What a CTA does: half of them push, the others sum. In one CTA the loads of the one work would
+// queue behind the stores to the peers of the other, and link and memory be busy in turns.
+struct Role {
+  bool pushes;
+  int index;
+  int count;
+
+  __device__ explicit Role(const Exchange& x) {
+    const int ctas = static_cast<int>(gridDim.x);
+    const int pushers = x.num_ranks == 1 ? 0 : ctas / 2;
+    index = static_cast<int>(blockIdx.x);
+    pushes = index < pushers;
+    count = pushes ? pushers : ctas - pushers;
+    if (!pushes) index -= pushers;
+  }
+};
+
+template <typename Element, int kCount>
+__global__ void __launch_bounds__(kThreads, 1)
+    combine_kernel(const __grid_constant__ CombineParams p) {
+  extern __shared__ uint4 shared_memory[];
+  __shared__ Session s;
+  const Exchange& x = p.exchange;
+  if (!open(x, s)) return;
+  if (blockIdx.x == 0) post_buffers(p, s);
+  prepare_slots(p, s);
+  constexpr uint32_t kRoutes = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
+  constexpr uint32_t kSlots = 1u << kScratch | 1u << kFlags;
+  if (!receive_addresses(x, s, kRoutes)) return;
+  const Role role(x);
+  const int ranks = role.pushes ? x.num_ranks - 1 : 1;
+  const Tiles tiles(Chunk(x.num_tokens, role.index, role.count),
+                    kTileAssignments / (ranks * x.top_k));
+  RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
+  bool ready = true;
+  tiles.for_each(s, [&](const Tile& tile) {
+    const int first_rank = (x.rank + (role.pushes ? 1 : 0)) % x.num_ranks;
+    routes.fetch(x, s, tile, first_rank, ranks, p.dest_rank, p.dest_row, p.weights);
+    // The slots' addresses come later than the others: their flags had to be cleared.
+    ready = tile.number == 0 ? receive_addresses(x, s, kSlots) : ready && !has_failed(s);
+    __syncthreads();
+    if (!ready) return;
+    // Only the routes are read from the peers, and those now are.
+    if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude(x, s);
+    const Combine<Element, kCount> op{p, x, s, routes, tile};
+    if (role.pushes) {
+      op.push_all();
+    } else {
+      op.sum_all();
+    }
+  });
+}
+
+}  // namespace
+
+int threads_per_cta() { return kThreads; }
+
+size_t combine_shared_bytes(DType dtype) {
+  return kTileAssignments * (2 * sizeof(int) + (dtype == DType::kFloat64 ? 8 : 4));
+}
+
+const void* combine_function(DType dtype, bool wide) {
+  const void* function = nullptr;
+  with_element_type(dtype, [&](auto tag) {
+    using Element = typename decltype(tag)::Type;
+    constexpr int kWide = wide_pack(sizeof(Element));
+    function = wide ? reinterpret_cast<const void*>(&combine_kernel<Element, kWide>)
+                    : reinterpret_cast<const void*>(&combine_kernel<Element, 1>);
+  });
+  return function;
+}
+
+}  // namespace freeio::cuda

@@ -1,0 +1,242 @@
+// combine_transpose: the gradients of combine by the rows and by the weights.
+//
+// The expert's rank pulls the cotangent x of each token that it has rows of, once, stores
+// weight * x to each of its rows here, and sends <expert_out row, x> back to the token's rank.
+#include "cuda/elements.cuh"
+#include "cuda/geometry.h"
+#include "cuda/kernels.h"
+#include "cuda/rows.cuh"
+
+namespace freeio::cuda {
+namespace {
+
+constexpr int kSharedBytes = 96 << 10;  // for the routes of a tile and its dot products
+
+template <typename Element, int kCount>
+struct CombineTranspose {
+  using Accumulator = typename Element::Accumulator;
+  using Routes = TokenRoutes<Accumulator>;
+  using R = Raw<Element, kCount>;
+  // Rows of a token that are served by one read of x; a token with more here is read again.
+  static constexpr int kRows = 8;
+  static constexpr int kBatch = 4;    // rows of expert_out in flight together
+  static constexpr int kColumns = 4;  // accesses of one lane to x in flight together
+  static constexpr int kPair = 2;     // ... to rows of expert_out
+  static constexpr int kStep = kWarpSize * kCount;
+
+  const CombineTransposeParams& p;
+  const Exchange& x;
+  const Session& s;
+  const RouteTile<Accumulator>& routes_of;
+  Accumulator* slice_dots;  // [R, tokens, K, num_slices], in shared memory
+  const Tile& tile;
+
+  // Assignments whose dot products, and routes, fit in shared memory.
+  __device__ static int tile_capacity(int num_slices) {
+    return kSharedBytes /
+           static_cast<int>(2 * sizeof(int) + sizeof(Accumulator) * (1 + num_slices));
+  }
+
+  struct Rows {
+    int rows[kRows];
+    int assignments[kRows];
+    Accumulator weights[kRows];
+    Accumulator dots[kRows];
+    int count;
+  };
+
+  // One access to x: weighted to rows [begin, begin + kBatch), and its part of their dot products.
+  __device__ void serve(const R& raw, int column, Rows& rows, int begin,
+                        const R (&expert_rows)[kBatch]) const {
+    Accumulator values[kCount];
+    widen<Element, kCount>(raw, values);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = begin + b;
+      if (i >= rows.count) continue;
+      if (p.rows != nullptr) {
+        Accumulator products[kCount];
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) products[j] = rows.weights[i] * values[j];
+        store_raw<Element, kCount>(
+            static_cast<Element*>(p.rows) + int64_t{rows.rows[i]} * p.width + column,
+            round_to<Element, kCount>(products));
+      }
+      if (p.weight_grads != nullptr) {
+        Accumulator expert_values[kCount];
+        widen<Element, kCount>(expert_rows[b], expert_values);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          rows.dots[i] = fma(expert_values[j], values[j], rows.dots[i]);
+        }
+      }
+    }
+  }
+
+  __device__ void serve_rows(const Element* token, Rows& rows, int begin, int end) const {
+    const auto* expert_out = static_cast<const Element*>(p.expert_out);
+    for (int pass = begin; pass < end; pass += kColumns * kStep) {
+      const int first = pass + lane_id() * kCount;
+      R x_values[kColumns];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int column = first + c * kStep;
+        if (column < end) x_values[c] = load_raw<Element, kCount>(token + column);
+      }
+#pragma unroll
+      for (int pair = 0; pair < kColumns; pair += kPair) {
+#pragma unroll
+        for (int i = 0; i < kRows; i += kBatch) {
+          if (i >= rows.count) continue;
+          R expert_rows[kPair][kBatch];
+#pragma unroll
+          for (int c = 0; c < kPair; ++c) {
+            const int column = first + (pair + c) * kStep;
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) {
+              if (expert_out != nullptr && i + b < rows.count && column < end) {
+                expert_rows[c][b] = load_raw<Element, kCount>(
+                    expert_out + int64_t{rows.rows[i + b]} * p.width + column);
+              }
+            }
+          }
+#pragma unroll
+          for (int c = 0; c < kPair; ++c) {
+            const int column = first + (pair + c) * kStep;
+            if (column < end) serve(x_values[pair + c], column, rows, i, expert_rows[c]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void pull(int item) const {
+    const int rank = source_rank(x, item);
+    const int unit = item / x.num_ranks;
+    const int tile_token = unit / p.num_slices;
+    const int slice = unit % p.num_slices;
+    const Routes routes = routes_of.of(rank, tile_token);
+    const auto* tokens = rank == x.rank ? static_cast<const Element*>(p.tokens)
+                                        : s.buffer<const Element>(rank, kFirstLeaf);
+    const int begin = slice * p.slice_width;
+    const int end = min(begin + p.slice_width, p.width);
+    for (uint32_t mask = routes.on(x.rank); mask != 0;) {
+      Rows rows = {};
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int k = mask != 0 ? __ffs(static_cast<int>(mask)) - 1 : 0;
+        rows.count += mask != 0;
+        mask &= mask - 1;
+        rows.assignments[i] = k;
+        rows.rows[i] = __shfl_sync(kFullWarp, routes.row, k);
+        rows.weights[i] = __shfl_sync(kFullWarp, routes.weight, k);
+      }
+      serve_rows(tokens + int64_t{tile.begin + tile_token} * p.width, rows, begin, end);
+      if (p.weight_grads == nullptr) continue;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+          rows.dots[i] += __shfl_xor_sync(kFullWarp, rows.dots[i], distance);
+        }
+        if (i >= rows.count || lane_id() != 0) continue;
+        const int assignment = routes_of.first_of(rank, tile_token) + rows.assignments[i];
+        slice_dots[assignment * p.num_slices + slice] = rows.dots[i];
+      }
+    }
+  }
+
+  // Adds the slices' dot products up, in order, and sends them home. All threads.
+  __device__ void send_weight_grads() const {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < routes_of.size(); i += kThreads) {
+      const int rank = routes_of.rank_of(i);
+      const bool own = rank == x.rank;
+      if (routes_of.ranks[i] != x.rank && !(own && routes_of.ranks[i] < 0)) continue;
+      Accumulator dot = 0;
+      if (routes_of.ranks[i] == x.rank) {
+        for (int slice = 0; slice < p.num_slices; ++slice) {
+          dot += slice_dots[i * p.num_slices + slice];
+        }
+      }
+      Accumulator* grads = own ? static_cast<Accumulator*>(p.weight_grads)
+                               : s.buffer<Accumulator>(rank, kWeightGrads);
+      grads[int64_t{tile.begin} * x.top_k + i % routes_of.per_rank] = dot;
+    }
+  }
+
+  __device__ void zero_padding(int64_t first_row) const {
+    const int64_t row = first_row + lane_id();
+    const bool padding = lane_id() < kBlockRows && row < x.capacity && p.row_source[row] < 0;
+    for (uint32_t rest = __ballot_sync(kFullWarp, padding); rest != 0; rest &= rest - 1) {
+      const int64_t zero_row = first_row + __ffs(static_cast<int>(rest)) - 1;
+      Element* to = static_cast<Element*>(p.rows) + zero_row * p.width;
+      for (int column = lane_id() * kCount; column < p.width; column += kStep) {
+        store_raw<Element, kCount>(to + column, R{});
+      }
+    }
+  }
+};
+
+__device__ void post_buffers(const CombineTransposeParams& p, const Session& s) {
+  const Exchange& x = p.exchange;
+  post_signature(x, s);
+  if (threadIdx.x != 0) return;
+  post_address(x, s, kDestRank, p.dest_rank);
+  post_address(x, s, kDestRow, p.dest_row);
+  post_address(x, s, kWeights, p.weights);
+  post_address(x, s, kWeightGrads, p.weight_grads);
+  post_address(x, s, kFirstLeaf, p.tokens);
+}
+
+template <typename Element, int kCount>
+__global__ void __launch_bounds__(kThreads, 1)
+    combine_transpose_kernel(const __grid_constant__ CombineTransposeParams p) {
+  extern __shared__ uint64_t shared_memory[];
+  __shared__ Session s;
+  const Exchange& x = p.exchange;
+  const Chunk chunk(x.num_tokens);
+  if (!open(x, s)) return;
+  if (blockIdx.x == 0) post_buffers(p, s);
+  constexpr uint32_t kSlots =
+      1u << kDestRank | 1u << kDestRow | 1u << kWeights | 1u << kWeightGrads | 1u << kFirstLeaf;
+  if (receive_addresses(x, s, kSlots)) {
+    using Op = CombineTranspose<Element, kCount>;
+    using Accumulator = typename Element::Accumulator;
+    const int capacity = Op::tile_capacity(p.num_slices);
+    auto* dots = reinterpret_cast<Accumulator*>(shared_memory);
+    RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
+    const Tiles tiles(chunk, capacity / (x.num_ranks * x.top_k));
+    tiles.for_each(s, [&](const Tile& tile) {
+      routes.fetch(x, s, tile, 0, x.num_ranks, p.dest_rank, p.dest_row, p.weights);
+      __syncthreads();
+      const Op op{p, x, s, routes, dots, tile};
+      const Work work(tile, p.num_slices * x.num_ranks, p.rows == nullptr ? 0 : x.capacity,
+                      p.row_stride);
+      run_work(
+          work, s, [&](int item) { op.pull(item); }, [&](int64_t row) { op.zero_padding(row); });
+      if (p.weight_grads != nullptr) op.send_weight_grads();
+    });
+  }
+  __syncthreads();
+  // The weights' gradients are in the peers' memory; finish() tells the peers so.
+  if (threadIdx.x == 0) fence_system();
+  finish(x, s);
+}
+
+}  // namespace
+
+size_t combine_transpose_shared_bytes() { return kSharedBytes; }
+
+const void* combine_transpose_function(DType dtype, bool wide) {
+  const void* function = nullptr;
+  with_element_type(dtype, [&](auto tag) {
+    using Element = typename decltype(tag)::Type;
+    constexpr int kWide = wide_pack(sizeof(Element));
+    function = wide ? reinterpret_cast<const void*>(&combine_transpose_kernel<Element, kWide>)
+                    : reinterpret_cast<const void*>(&combine_transpose_kernel<Element, 1>);
+  });
+  return function;
+}
+
+}  // namespace freeio::cuda

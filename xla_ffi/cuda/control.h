@@ -1,0 +1,177 @@
+// What the GPUs of an exchange share: the control block of each, and the parameters of a kernel.
+//
+// A control block lives in its GPU's memory, is mapped by all peers, and is all the device memory
+// that the engine owns. Its size depends on neither tokens nor row widths.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace freeio::cuda {
+
+constexpr int kMaxRanks = 16;      // of one group, and GPUs of one process
+constexpr int kMaxExperts = 4096;  // of all ranks together: what a mailbox has room for
+constexpr int kMaxTopK = 32;       // one lane of a warp for each assignment of a token
+constexpr int kMaxLeaves = 16;     // arrays of one token pytree
+
+// What two ranks must agree on before one reads the other's memory. Names for the error are in
+// engine.cc, in this order.
+enum Signature : int {
+  kOp,
+  kInstance,  // custom call of the program
+  kNumTokens,
+  kTopK,
+  kNumExperts,
+  kCapacity,
+  kAlignment,
+  kGrid,
+  kRows,  // digest of the row types
+  kSignatureWords
+};
+
+// Buffers whose addresses one rank tells its peers. Leaves follow from kFirstLeaf.
+enum Address : int {
+  kScratch,  // dispatch: route words; combine: partial sums
+  kFlags,    // combine: arrival flags of the partial sums
+  kDestRank,
+  kDestRow,
+  kWeights,
+  kWeightGrads,
+  kFirstLeaf,
+  kMaxAddresses = kFirstLeaf + kMaxLeaves
+};
+
+// A word that carries its own arrival flag: the exchange's epoch above 32 bits of value. Eight
+// bytes are stored and loaded as one, so no fence and no second store stand between value and flag.
+using Word = uint64_t;
+
+struct Mailbox {
+  Word signature[kSignatureWords];
+  Word address[kMaxAddresses][2];  // low half, high half
+  Word counts[kMaxExperts];
+};
+
+// Words of the control block are counted by the peer's CUDA ordinal: groups differ from program to
+// program, ordinals do not.
+struct ControlBlock {
+  // Written by peers. Two mailboxes for each, used in turn: a peer may begin the next exchange
+  // while some of this GPU's CTAs still read the last one's, but not the one after.
+  Mailbox mailbox[2][kMaxRanks];
+  uint32_t finished[kMaxRanks];  // epoch of the last exchange in which the peer is done with us
+  uint32_t aborted[kMaxRanks];   // not 0: the peer gave up, and its memory must not be touched
+
+  // Written by this GPU.
+  uint32_t epoch[kMaxRanks];  // exchanges completed with each peer
+  uint32_t prepared;          // CTAs of the running kernel that have prepared their scratch
+  uint32_t done;              // CTAs of the running kernel that need their peers no more
+  uint32_t failed;            // not 0: an exchange failed, and no further one is run
+};
+
+// Steps at which a rank waits or gives up. Texts for the error are in engine.cc, in this order.
+enum Step : int {
+  kNone,
+  kWrongDevice,
+  kSignatureDiffers,
+  kPeerGaveUp,
+  kWaitSignature,
+  kWaitAddress,
+  kWaitCounts,
+  kWaitRoutes,
+  kWaitPartialSums,
+  kWaitFinish
+};
+
+// The first failure on one GPU, in host memory. `step` is written last.
+struct Failure {
+  int32_t rank;
+  int32_t peer;
+  int32_t word;       // of the signature
+  uint32_t expected;  // by this rank
+  uint32_t found;
+  uint32_t epoch;
+  uint32_t op;
+  int32_t step;
+};
+
+// Host memory that a GPU reads and writes.
+struct HostBlock {
+  Failure failure;
+  uint64_t timeout_ns;
+};
+
+// What every kernel is told of its exchange.
+struct Exchange {
+  ControlBlock* control[kMaxRanks];  // by rank
+  int32_t ordinal[kMaxRanks];        // by rank
+  HostBlock* host;
+  const uint32_t* device;  // this device's index in the mesh, as XLA has it
+  uint32_t expected_device;
+  int32_t rank;
+  int32_t num_ranks;
+  int32_t num_tokens;
+  int32_t top_k;
+  int32_t num_experts;
+  int32_t capacity;
+  int32_t alignment;
+  uint32_t signature[kSignatureWords];
+};
+
+// One array of a token pytree, cut into slices that one warp moves at a time.
+struct Leaf {
+  const std::byte* tokens;  // [T] rows, this rank's
+  std::byte* rows;          // [capacity] rows, this rank's
+  int64_t row_bytes;
+  int32_t access_bytes;  // of one lane: 1, 2, 4, 8 or 16
+  int32_t slice_bytes;
+  int32_t num_slices;
+};
+
+struct DispatchParams {
+  Exchange exchange;
+  int32_t num_leaves;
+  int32_t num_slices;  // of all leaves
+  int32_t row_stride;  // coprime to the blocks of packed rows: spreads their padding
+  Leaf leaves[kMaxLeaves];
+  const int32_t* topk_idx;  // null: along a handle, whose arrays are then read, not written
+  int32_t* dest_rank;
+  int32_t* dest_row;
+  int32_t* row_source;
+  int32_t* group_sizes;
+  int32_t* expert_load;
+  int32_t* num_dropped;
+  int32_t* num_invalid;
+  Word* routes;  // [R, T, K]: rows here of every rank's assignments, written by the ranks
+};
+
+struct CombineParams {
+  Exchange exchange;
+  const int32_t* dest_rank;
+  const int32_t* dest_row;
+  const void* expert_out;
+  const void* weights;  // null: ones
+  void* sums;
+  void* partial_sums;  // [T, slots, width]
+  uint32_t* flags;     // [T, slots, num_slices]
+  int32_t width;
+  int32_t num_slots;  // ranks other than its own in which a token can have rows
+  int32_t num_slices;
+  int32_t slice_width;
+};
+
+struct CombineTransposeParams {
+  Exchange exchange;
+  const int32_t* dest_rank;
+  const int32_t* dest_row;
+  const int32_t* row_source;
+  const void* tokens;
+  const void* expert_out;  // null without weight_grads
+  const void* weights;     // null without rows
+  void* rows;
+  void* weight_grads;
+  int32_t width;
+  int32_t num_slices;
+  int32_t slice_width;
+  int32_t row_stride;
+};
+
+}  // namespace freeio::cuda

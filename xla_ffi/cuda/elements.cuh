@@ -1,0 +1,175 @@
+// Elements as one lane loads, sums and stores them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/dtype.h"
+#include "cuda/session.cuh"
+
+namespace freeio::cuda {
+
+// What one lane takes at a time, as it lies in memory. It is taken apart where it is used, not
+// where it is loaded: else every load would wait for the one before.
+template <int kBytes>
+struct RawOf;
+template <>
+struct RawOf<16> {
+  using Type = uint4;
+};
+template <>
+struct RawOf<8> {
+  using Type = uint2;
+};
+template <>
+struct RawOf<4> {
+  using Type = uint32_t;
+};
+template <>
+struct RawOf<2> {
+  using Type = uint16_t;
+};
+template <>
+struct RawOf<1> {
+  using Type = uint8_t;
+};
+template <typename Element, int kCount>
+using Raw = typename RawOf<sizeof(Element) * kCount>::Type;
+
+template <typename Element, int kCount>
+__device__ Raw<Element, kCount> load_raw(const Element* from) {
+  return *reinterpret_cast<const Raw<Element, kCount>*>(from);
+}
+
+template <typename Element, int kCount>
+__device__ void store_raw(Element* to, const Raw<Element, kCount>& raw) {
+  *reinterpret_cast<Raw<Element, kCount>*>(to) = raw;
+}
+
+// Widening and rounding as in core/dtype.h, by the GPU's own instructions where it has them. Only
+// the payloads of NaNs differ.
+template <typename Element, int kCount>
+__device__ void widen(const Raw<Element, kCount>& raw,
+                      typename Element::Accumulator (&values)[kCount]) {
+  if constexpr (std::is_same_v<Element, BFloat16> && kCount % 2 == 0) {
+    uint32_t words[kCount / 2];
+    memcpy(words, &raw, sizeof(raw));
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      values[i] = __uint_as_float(words[i / 2] << 16);
+      values[i + 1] = __uint_as_float(words[i / 2] & 0xffff0000u);
+    }
+  } else if constexpr (std::is_same_v<Element, Float16>) {
+    __half halves[kCount];
+    memcpy(halves, &raw, sizeof(raw));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = __half2float(halves[i]);
+  } else {
+    Element elements[kCount];
+    memcpy(elements, &raw, sizeof(raw));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = Element::widen(elements[i]);
+  }
+}
+
+template <typename Element, int kCount>
+__device__ Raw<Element, kCount> round_to(const typename Element::Accumulator (&values)[kCount]) {
+  Raw<Element, kCount> raw;
+  if constexpr (std::is_same_v<Element, BFloat16> && kCount % 2 == 0) {
+    __nv_bfloat162 pairs[kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      pairs[i / 2] = __floats2bfloat162_rn(values[i], values[i + 1]);
+    }
+    memcpy(&raw, pairs, sizeof(raw));
+  } else if constexpr (std::is_same_v<Element, BFloat16>) {
+    const __nv_bfloat16 value = __float2bfloat16_rn(values[0]);
+    memcpy(&raw, &value, sizeof(raw));
+  } else if constexpr (std::is_same_v<Element, Float16>) {
+    __half halves[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) halves[i] = __float2half_rn(values[i]);
+    memcpy(&raw, halves, sizeof(raw));
+  } else {
+    Element elements[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) elements[i] = Element::round(values[i]);
+    memcpy(&raw, elements, sizeof(raw));
+  }
+  return raw;
+}
+
+// The routes of one token, in the lanes of a warp: lane k has assignment k.
+template <typename Accumulator>
+struct TokenRoutes {
+  int rank = -1;  // -1: no row
+  int row = -1;
+  Accumulator weight = 1;
+
+  // Lanes whose row is on `where`.
+  __device__ uint32_t on(int where) const { return __ballot_sync(kFullWarp, rank == where); }
+  // One bit for each rank that has a row.
+  __device__ uint32_t ranks() const {
+    return __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
+  }
+};
+
+// The routes of a tile's tokens, of some ranks: [ranks, tokens, K] in shared memory.
+template <typename Accumulator>
+struct RouteTile {
+  Accumulator* weights;
+  int* ranks;
+  int* rows;
+  int first_rank = 0;  // whose routes come first, those of the next ranks follow
+  int num_ranks = 0;
+  int modulus = 1;   // R
+  int per_rank = 0;  // assignments
+  int top_k = 0;
+
+  __device__ RouteTile(void* memory, int capacity)
+      : weights(static_cast<Accumulator*>(memory)),
+        ranks(reinterpret_cast<int*>(weights + capacity)),
+        rows(ranks + capacity) {}
+
+  // Reads the routes of `count` ranks all at once, the peers' over the link. All threads; a barrier
+  // must follow.
+  __device__ void fetch(const Exchange& x, const Session& s, const Tile& tile, int first, int count,
+                        const int32_t* dest_rank, const int32_t* dest_row, const void* weight) {
+    first_rank = first;
+    num_ranks = count;
+    modulus = x.num_ranks;
+    top_k = x.top_k;
+    per_rank = tile.size() * top_k;
+    const int64_t begin = static_cast<int64_t>(tile.begin) * top_k;
+    for (int i = static_cast<int>(threadIdx.x); i < size(); i += kThreads) {
+      const int rank = rank_of(i);
+      const int64_t a = begin + i % per_rank;
+      const bool own = rank == x.rank;
+      const auto* weight_array = own ? static_cast<const Accumulator*>(weight)
+                                     : s.buffer<const Accumulator>(rank, kWeights);
+      ranks[i] = own ? dest_rank[a] : s.buffer<int32_t>(rank, kDestRank)[a];
+      rows[i] = own ? dest_row[a] : s.buffer<int32_t>(rank, kDestRow)[a];
+      weights[i] = weight != nullptr ? weight_array[a] : Accumulator{1};
+    }
+  }
+  __device__ int size() const { return per_rank * num_ranks; }
+  __device__ int rank_of(int i) const { return (first_rank + i / per_rank) % modulus; }
+  __device__ int first_of(int rank, int tile_token) const {
+    return (rank - first_rank + modulus) % modulus * per_rank + tile_token * top_k;
+  }
+  __device__ TokenRoutes<Accumulator> of(int rank, int tile_token) const {
+    TokenRoutes<Accumulator> routes;
+    if (lane_id() < top_k) {
+      const int i = first_of(rank, tile_token) + lane_id();
+      routes.rank = ranks[i];
+      routes.row = rows[i];
+      routes.weight = weights[i];
+    }
+    return routes;
+  }
+};
+
+}  // namespace freeio::cuda

@@ -1,0 +1,24 @@
+// The kernels, as the host launches them. Each takes its parameter struct by value.
+#pragma once
+
+#include <cstddef>
+
+#include "core/dtype.h"
+#include "cuda/control.h"
+
+namespace freeio::cuda {
+
+// DispatchParams. `routed`: with routing; else along a handle.
+const void* dispatch_function(bool routed);
+size_t dispatch_shared_bytes(int num_experts);
+
+// CombineParams, CombineTransposeParams. `wide`: 16 bytes for each access of a lane, for rows and
+// buffers that allow it; else one element.
+const void* combine_function(DType dtype, bool wide);
+size_t combine_shared_bytes(DType dtype);
+const void* combine_transpose_function(DType dtype, bool wide);
+size_t combine_transpose_shared_bytes();
+
+int threads_per_cta();
+
+}  // namespace freeio::cuda

@@ -1,0 +1,171 @@
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/measure.h"
+#include "cuda/memory_order.cuh"
+
+namespace freeio::cuda {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kRounds = 10;
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("freeio_jax: ") + cudaGetErrorString(error));
+  }
+}
+
+struct FreeDevice {
+  void operator()(void* pointer) const { cudaFree(pointer); }
+};
+struct DestroyEvent {
+  void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+};
+using DeviceMemory = std::unique_ptr<void, FreeDevice>;
+using Event = std::unique_ptr<CUevent_st, DestroyEvent>;
+
+DeviceMemory allocate(size_t bytes) {
+  void* pointer = nullptr;
+  check(cudaMalloc(&pointer, bytes));
+  DeviceMemory memory(pointer);
+  check(cudaMemset(pointer, 1, bytes));
+  return memory;
+}
+
+Event make_event() {
+  cudaEvent_t event;
+  check(cudaEventCreate(&event));
+  return Event(event);
+}
+
+__global__ void copy_kernel(const uint4* from, uint4* to, int64_t count) {
+  constexpr int kUnroll = 4;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * kUnroll;
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads * kUnroll + threadIdx.x;
+       base < count; base += step) {
+    uint4 values[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (base + u * kThreads < count) values[u] = from[base + u * kThreads];
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (base + u * kThreads < count) to[base + u * kThreads] = values[u];
+    }
+  }
+}
+
+// Throws one flag to and fro. Ends by itself if the other side never answers.
+__global__ void ping_pong_kernel(uint32_t* mine, uint32_t* theirs, bool first, int rounds) {
+  for (int round = 1; round <= rounds; ++round) {
+    // Partner: the load on the other GPU.
+    if (first) store_release_system(theirs, static_cast<uint32_t>(round));
+    int polls = 0;
+    while (load_acquire_system(mine) < static_cast<uint32_t>(round)) {
+      if (++polls > 10'000'000) return;
+    }
+    if (!first) store_release_system(theirs, static_cast<uint32_t>(round));
+  }
+}
+
+}  // namespace
+
+double memory_bandwidth(int ordinal, int64_t bytes) {
+  check(cudaSetDevice(ordinal));
+  const DeviceMemory from = allocate(bytes), to = allocate(bytes);
+  const Event begin = make_event(), end = make_event();
+  float best = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    check(cudaEventRecord(begin.get()));
+    check(cudaMemcpyAsync(to.get(), from.get(), bytes, cudaMemcpyDeviceToDevice));
+    check(cudaEventRecord(end.get()));
+    check(cudaEventSynchronize(end.get()));
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()));
+    if (best == 0 || milliseconds < best) best = milliseconds;
+  }
+  return 2 * static_cast<double>(bytes) / (best * 1e-3);
+}
+
+double link_bandwidth(const std::vector<int>& ordinals, int64_t bytes, int ctas, bool pull) {
+  const size_t num_gpus = ordinals.size();
+  const int64_t share = bytes / (static_cast<int64_t>(num_gpus) - 1) / 16;
+  std::vector<DeviceMemory> local(num_gpus), shared(num_gpus);
+  std::vector<Event> begins(num_gpus), ends(num_gpus);
+  for (size_t i = 0; i < num_gpus; ++i) {
+    check(cudaSetDevice(ordinals[i]));
+    local[i] = allocate(bytes);
+    shared[i] = allocate(bytes);
+    begins[i] = make_event();
+    ends[i] = make_event();
+  }
+  float longest = 0;
+  for (const bool timed : {false, true}) {
+    for (size_t i = 0; i < num_gpus; ++i) {
+      check(cudaSetDevice(ordinals[i]));
+      check(cudaEventRecord(begins[i].get()));
+      for (int round = 0; round < kRounds; ++round) {
+        for (size_t step = 1; step < num_gpus; ++step) {
+          auto* remote = static_cast<uint4*>(shared[(i + step) % num_gpus].get());
+          auto* own = static_cast<uint4*>(local[i].get());
+          const int64_t offset = static_cast<int64_t>(step - 1) * share;
+          copy_kernel<<<ctas, kThreads>>>(pull ? remote + offset : own + offset,
+                                          pull ? own + offset : remote + offset, share);
+          check(cudaGetLastError());
+        }
+      }
+      check(cudaEventRecord(ends[i].get()));
+    }
+    for (size_t i = 0; i < num_gpus; ++i) {
+      check(cudaSetDevice(ordinals[i]));
+      check(cudaEventSynchronize(ends[i].get()));
+      float milliseconds = 0;
+      check(cudaEventElapsedTime(&milliseconds, begins[i].get(), ends[i].get()));
+      if (timed) longest = std::max(longest, milliseconds);
+    }
+  }
+  return static_cast<double>(share) * 16 * (static_cast<double>(num_gpus) - 1) * kRounds /
+         (longest * 1e-3);
+}
+
+double flag_trip(int from, int to) {
+  constexpr int kTrips = 2000;
+  const int ordinals[2] = {from, to};
+  DeviceMemory flags[2];
+  Event begins[2], ends[2];
+  for (int i = 0; i < 2; ++i) {
+    check(cudaSetDevice(ordinals[i]));
+    flags[i] = allocate(sizeof(uint32_t));
+    begins[i] = make_event();
+    ends[i] = make_event();
+  }
+  float milliseconds = 0;
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    for (int i = 0; i < 2; ++i) {
+      check(cudaSetDevice(ordinals[i]));
+      check(cudaMemset(flags[i].get(), 0, sizeof(uint32_t)));
+      check(cudaDeviceSynchronize());
+    }
+    for (int i = 0; i < 2; ++i) {
+      check(cudaSetDevice(ordinals[i]));
+      check(cudaEventRecord(begins[i].get()));
+      ping_pong_kernel<<<1, 1>>>(static_cast<uint32_t*>(flags[i].get()),
+                                 static_cast<uint32_t*>(flags[1 - i].get()), i == 0, kTrips);
+      check(cudaGetLastError());
+      check(cudaEventRecord(ends[i].get()));
+    }
+    for (int i = 0; i < 2; ++i) {
+      check(cudaSetDevice(ordinals[i]));
+      check(cudaEventSynchronize(ends[i].get()));
+    }
+    check(cudaEventElapsedTime(&milliseconds, begins[1].get(), ends[1].get()));
+  }
+  return milliseconds * 1e-3 / (2 * kTrips);
+}
+
+}  // namespace freeio::cuda

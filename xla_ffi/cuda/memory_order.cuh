@@ -1,0 +1,59 @@
+// Every operation whose order other GPUs or CTAs rely on, by name.
+#pragma once
+
+#include <cstdint>
+
+namespace freeio::cuda {
+
+// Publishes all that this thread wrote or has seen. Partner: load_acquire_system on the peer.
+__device__ inline void store_release_system(uint32_t* word, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+// Partner: store_release_system on the peer.
+__device__ inline uint32_t load_acquire_system(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+
+// Value and flag in one store. Partner: load_word on the peer.
+__device__ inline void store_word(uint64_t* word, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
+// Partner: store_word on the peer; what else the peer wrote before is ordered only by the fences.
+__device__ inline uint64_t load_word(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+// Before store_word: what was written before it is seen by the peer that fences after load_word.
+// After load_word: the same, on the reading side.
+__device__ inline void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Counts a CTA in. The last one sees what all others wrote before their call.
+__device__ inline uint32_t add_acquire_release_device(uint32_t* counter, uint32_t amount) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(amount)
+               : "memory");
+  return before;
+}
+
+// A flag of this GPU that its own CTAs raise; nothing is ordered by it.
+__device__ inline uint32_t load_relaxed_device(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ inline uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+}  // namespace freeio::cuda

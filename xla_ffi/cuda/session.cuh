@@ -1,0 +1,258 @@
+// One exchange as its CTAs see it: opening, bounded waits, mailboxes, and the end.
+#pragma once
+
+#include "cuda/control.h"
+#include "cuda/memory_order.cuh"
+
+namespace freeio::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr uint32_t kFullWarp = 0xffffffffu;
+
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+// What the threads of one CTA share of its exchange.
+struct Session {
+  uint32_t epoch[kMaxRanks];                   // of this exchange, with each rank
+  uint64_t address[kMaxRanks][kMaxAddresses];  // of each rank's buffers
+  uint32_t failed;
+  uint32_t device;     // this device's index in the mesh
+  uint32_t next_item;  // of the CTA's work
+
+  template <typename T>
+  __device__ T* buffer(int rank, int slot) const {
+    return reinterpret_cast<T*>(address[rank][slot]);
+  }
+};
+
+__device__ inline bool has_failed(const Session& s) {
+  return *const_cast<const volatile uint32_t*>(&s.failed) != 0;
+}
+
+__device__ inline ControlBlock& self(const Exchange& x) { return *x.control[x.rank]; }
+
+// Ends the exchange with an error: records it, if it is this GPU's first, and tells the peers.
+__device__ inline void fail(const Exchange& x, Session& s, Step step, int peer, int word = 0,
+                            uint32_t expected = 0, uint32_t found = 0) {
+  s.failed = 1;
+  if (atomicExch(&self(x).failed, 1u) != 0) return;
+  Failure& failure = x.host->failure;
+  failure.rank = x.rank;
+  failure.peer = peer;
+  failure.word = word;
+  failure.expected = expected;
+  failure.found = found;
+  failure.epoch = s.epoch[peer];
+  failure.op = x.signature[kOp];
+  fence_system();
+  *const_cast<volatile int32_t*>(&failure.step) = step;
+  for (int rank = 0; rank < x.num_ranks; ++rank) {
+    // Partner: the load in wait_until.
+    if (rank != x.rank) store_release_system(&x.control[rank]->aborted[x.ordinal[x.rank]], 1);
+  }
+}
+
+// The one wait: polls `ready` until it holds. False if the time is up, or a rank has given up.
+template <typename Ready>
+__device__ bool wait_until(const Exchange& x, Session& s, Step step, int peer, const Ready& ready) {
+  constexpr int kPollsBetweenChecks = 1024;
+  uint64_t begin = 0;
+  while (true) {
+    for (int poll = 0; poll < kPollsBetweenChecks; ++poll) {
+      if (ready()) return true;
+    }
+    if (load_relaxed_device(&self(x).failed) != 0) {
+      s.failed = 1;
+      return false;
+    }
+    // Partner: the store in fail().
+    if (load_acquire_system(&self(x).aborted[x.ordinal[peer]]) != 0) {
+      fail(x, s, kPeerGaveUp, peer);
+      return false;
+    }
+    const uint64_t now = nanoseconds();
+    if (begin == 0) begin = now;
+    if (now - begin > *const_cast<volatile uint64_t*>(&x.host->timeout_ns)) {
+      fail(x, s, step, peer);
+      return false;
+    }
+  }
+}
+
+__device__ inline Word make_word(uint32_t epoch, uint32_t value) {
+  return static_cast<Word>(epoch) << 32 | value;
+}
+__device__ inline bool has_arrived(Word word, uint32_t epoch) { return word >> 32 == epoch; }
+__device__ inline uint32_t value_of(Word word) { return static_cast<uint32_t>(word); }
+
+// Waits for a word of this exchange; `word` is a value that was loaded from it before.
+__device__ inline bool wait_word(const Exchange& x, Session& s, Step step, int peer,
+                                 const Word* address, Word& word) {
+  if (has_arrived(word, s.epoch[peer])) return true;
+  return wait_until(x, s, step, peer, [&] {
+    word = load_word(address);
+    return has_arrived(word, s.epoch[peer]);
+  });
+}
+
+// The mailbox of this exchange that `from` writes and `at` reads.
+__device__ inline Mailbox& mailbox(const Exchange& x, const Session& s, int at, int from) {
+  const int peer = at == x.rank ? from : at;
+  return x.control[at]->mailbox[s.epoch[peer] % 2][x.ordinal[from]];
+}
+
+// First phase of every kernel. False: the engine has failed before, or this is not the device that
+// the host took it for.
+__device__ inline bool open(const Exchange& x, Session& s) {
+  const int thread = static_cast<int>(threadIdx.x);
+  // Each load by a warp of its own: they are in flight together.
+  if (thread < x.num_ranks) s.epoch[thread] = self(x).epoch[x.ordinal[thread]] + 1;
+  if (thread == kWarpSize) s.failed = load_relaxed_device(&self(x).failed);
+  if (thread == 2 * kWarpSize) s.device = *x.device;
+  __syncthreads();
+  if (s.failed == 0 && s.device != x.expected_device && thread == 0) {
+    fail(x, s, kWrongDevice, x.rank, 0, x.expected_device, s.device);
+  }
+  return s.failed == 0 && s.device == x.expected_device;
+}
+
+// Tells every peer where this rank's buffer is. One thread; the buffer is ready for its use.
+__device__ inline void post_address(const Exchange& x, const Session& s, int slot,
+                                    const void* buffer) {
+  const uint64_t address = reinterpret_cast<uint64_t>(buffer);
+  for (int rank = 0; rank < x.num_ranks; ++rank) {
+    if (rank == x.rank) continue;
+    Word* words = mailbox(x, s, rank, x.rank).address[slot];
+    store_word(&words[0], make_word(s.epoch[rank], static_cast<uint32_t>(address)));
+    store_word(&words[1], make_word(s.epoch[rank], static_cast<uint32_t>(address >> 32)));
+  }
+}
+
+// Tells every peer what this rank is about to run. One thread for each word.
+__device__ inline void post_signature(const Exchange& x, const Session& s) {
+  const int word = static_cast<int>(threadIdx.x);
+  if (word >= kSignatureWords) return;
+  for (int rank = 0; rank < x.num_ranks; ++rank) {
+    if (rank == x.rank) continue;
+    store_word(&mailbox(x, s, rank, x.rank).signature[word],
+               make_word(s.epoch[rank], x.signature[word]));
+  }
+}
+
+// Waits for the peers' signatures, compares them, and takes the addresses of `slots` (one bit for
+// each). All threads; the last ones do it, so that the first can wait for something else before.
+// After it, what the peers' programs had computed before this exchange may be read.
+__device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t slots) {
+  constexpr int kWords = kSignatureWords + kMaxAddresses;
+  for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < kWords * x.num_ranks;
+       i += kThreads) {
+    const int rank = i / kWords;
+    const int word = i % kWords;
+    if (rank == x.rank) continue;
+    const Mailbox& box = mailbox(x, s, x.rank, rank);
+    if (word < kSignatureWords) {
+      Word found = load_word(&box.signature[word]);
+      if (!wait_word(x, s, kWaitSignature, rank, &box.signature[word], found)) break;
+      if (value_of(found) != x.signature[word]) {
+        fail(x, s, kSignatureDiffers, rank, word, x.signature[word], value_of(found));
+        break;
+      }
+    } else if (const int slot = word - kSignatureWords; slots >> slot & 1) {
+      Word low = load_word(&box.address[slot][0]);
+      Word high = load_word(&box.address[slot][1]);
+      if (!wait_word(x, s, kWaitAddress, rank, &box.address[slot][0], low)) break;
+      if (!wait_word(x, s, kWaitAddress, rank, &box.address[slot][1], high)) break;
+      s.address[rank][slot] = static_cast<uint64_t>(value_of(high)) << 32 | value_of(low);
+    }
+    // Partner: the fence before the peer's store_word, or the start of the peer's kernel.
+    fence_system();
+  }
+  __syncthreads();
+  return s.failed == 0;
+}
+
+// This CTA reads the peers' buffers no more. The last CTA to say so tells the peers, waits until
+// they have said the same, and closes the exchange. One warp.
+__device__ inline void conclude(const Exchange& x, Session& s) {
+  uint32_t earlier = 0;
+  if (lane_id() == 0) earlier = add_acquire_release_device(&self(x).done, 1);
+  if (__shfl_sync(kFullWarp, earlier, 0) != gridDim.x - 1 || has_failed(s)) return;
+  ControlBlock& control = self(x);
+  if (const int rank = lane_id(); rank < x.num_ranks && rank != x.rank) {
+    store_release_system(&x.control[rank]->finished[x.ordinal[x.rank]], s.epoch[rank]);
+    wait_until(x, s, kWaitFinish, rank, [&] {
+      return load_acquire_system(&control.finished[x.ordinal[rank]]) == s.epoch[rank];
+    });
+    control.epoch[x.ordinal[rank]] = s.epoch[rank];
+  }
+  if (lane_id() == 0) control.prepared = control.done = 0;
+}
+
+// The same at the end of a kernel. All threads.
+__device__ inline void finish(const Exchange& x, Session& s) {
+  __syncthreads();
+  if (warp_id() == 0) conclude(x, s);
+}
+
+// Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them.
+struct Chunk {
+  int begin;
+  int end;
+
+  __device__ Chunk(int num_tokens, int index, int count)
+      : begin(static_cast<int>(static_cast<int64_t>(index) * num_tokens / count)),
+        end(static_cast<int>((static_cast<int64_t>(index) + 1) * num_tokens / count)) {}
+  __device__ explicit Chunk(int num_tokens)
+      : Chunk(num_tokens, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)) {}
+  __device__ int size() const { return end - begin; }
+};
+
+// The part of a chunk whose routes fit in shared memory; mostly all of it.
+struct Tile {
+  int begin;
+  int end;
+  int number;
+  int count;  // of the chunk's tiles, at least one
+
+  __device__ int size() const { return end - begin; }
+};
+
+// Tiles of at most `tokens` tokens each.
+struct Tiles {
+  Chunk chunk;
+  int tokens;
+  int count;
+
+  __device__ Tiles(const Chunk& whole, int tile_tokens)
+      : chunk(whole),
+        tokens(max(1, tile_tokens)),
+        count(max(1, (whole.size() + tokens - 1) / tokens)) {}
+
+  __device__ Tile operator[](int number) const {
+    const int begin = chunk.begin + number * tokens;
+    return {begin, min(begin + tokens, chunk.end), number, count};
+  }
+
+  // Calls f(tile) for each, all threads together.
+  template <typename F>
+  __device__ void for_each(Session& s, const F& f) const {
+    for (int number = 0; number < count; ++number) {
+      if (threadIdx.x == 0) s.next_item = kWarps;
+      f((*this)[number]);
+      __syncthreads();
+    }
+  }
+};
+
+// The tile's work is taken in order, item by item: warp w begins with item w and goes on with this.
+// The same in all lanes.
+__device__ inline int next_item(Session& s) {
+  uint32_t item = 0;
+  if (lane_id() == 0) item = atomicAdd(&s.next_item, 1u);
+  return static_cast<int>(__shfl_sync(kFullWarp, item, 0));
+}
+
+}  // namespace freeio::cuda
