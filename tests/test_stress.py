@@ -218,6 +218,9 @@ def test_a_long_and_a_short_program_in_flight():
     check_in_flight(on_all_ranks(exchange), on_all_ranks(fori(three, 10)))
 
 
+@pytest.mark.skipif(
+    "jax.process_count() > 1", reason="all processes must launch programs in the same order"
+)
 def test_programs_from_several_threads():
     fns = [on_all_ranks(three), on_all_ranks(fori(exchange, 20)), on_all_ranks(exchange)]
     for fn in fns:

@@ -79,8 +79,10 @@ def _end_with(parent):
 
 def main():
     _end_with(int(sys.argv[1]))
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    # To this stderr, whatever the program puts in its place: pytest captures descriptor 2.
+    stderr = os.fdopen(os.dup(2), "w")
+    faulthandler.enable(stderr)
+    faulthandler.register(signal.SIGUSR2, stderr, all_threads=True)
     sys.meta_path.insert(0, _WhenJaxIsImported())
     program = sys.argv[2:]
     if program[0] == "-m":
