@@ -8,10 +8,11 @@ import platform
 import jax
 
 from freeio_jax import runtime
+from freeio_jax.engines import ENGINES
 from freeio_jax.grouped_matmul import implementation
 
-#: Platforms, as ``jax.devices()`` names them, for which dispatch and combine have an engine.
-_ENGINE_PLATFORMS = ("cpu",)
+#: Platforms for which there are engines, as ``jax.default_backend()`` names them.
+_ENGINE_PLATFORMS = tuple("gpu" if platform == "cuda" else platform for platform in ENGINES)
 
 
 def _version(package: str) -> str:
