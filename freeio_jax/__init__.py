@@ -3,6 +3,15 @@
 from freeio_jax import reference
 from freeio_jax.collective import combine, dispatch
 from freeio_jax.handle import Dispatched, Handle
-from freeio_jax.runtime import config, initialize
+from freeio_jax.runtime import config, initialize, shutdown
 
-__all__ = ["Dispatched", "Handle", "combine", "config", "dispatch", "initialize", "reference"]
+__all__ = [
+    "Dispatched",
+    "Handle",
+    "combine",
+    "config",
+    "dispatch",
+    "initialize",
+    "reference",
+    "shutdown",
+]

@@ -47,9 +47,8 @@ def expert_axes(op: str, axis_name: Any) -> tuple[tuple[str, ...], int]:
     mesh = jax.sharding.get_abstract_mesh()
     for axis in axes:
         if axis not in mesh.manual_axes:
-            inside = f"manual axes here: {tuple(mesh.manual_axes)}" if mesh.manual_axes else (
-                "there are no manual axes here"
-            )
+            here = tuple(mesh.manual_axes)
+            inside = f"manual axes here: {here}" if here else "there are no manual axes here"
             raise NameError(
                 f"{op}: {axis!r} is not a manual mesh axis ({inside}). Call {op} per shard, inside "
                 f"jax.shard_map over a mesh with an axis {axis!r}."

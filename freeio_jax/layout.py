@@ -6,6 +6,8 @@ The C++ twin is ``xla_ffi/core/layout.h``; ``tests/test_layout.py`` checks one a
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 
 import jax.numpy as jnp
 
@@ -30,6 +32,38 @@ def dropless_capacity(
     busy_groups = min(experts_per_rank, rows)
     padded = (rows + busy_groups * (alignment - 1)) // alignment * alignment
     return min(padded, experts_per_rank * round_up(num_ranks * num_tokens, alignment))
+
+
+def balanced_capacity(
+    factor: float,
+    *,
+    num_ranks: int,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    alignment: int,
+) -> int:
+    """Rows for ``factor`` times a rank's share ``T*K`` of all assignments, were they spread evenly.
+
+    With the rows that ``alignment`` adds to its groups, and never more than the dropless bound.
+
+    Raises:
+      ValueError: ``factor`` is not a positive, finite number.
+    """
+    if not (factor > 0 and math.isfinite(factor)):
+        raise ValueError(
+            f"capacity_factor must be a positive number, got {factor!r}. Use None to drop nothing."
+        )
+    padding = num_experts // num_ranks * (alignment - 1)
+    share = round_up(math.ceil(num_tokens * top_k * factor) + padding, alignment)
+    bound = dropless_capacity(
+        num_ranks=num_ranks,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        alignment=alignment,
+    )
+    return min(share, bound)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +108,18 @@ class Layout:
             ("alignment", alignment, 1),
             ("capacity", 0 if capacity is None else capacity, 0),
         ):
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
+            try:
+                # A bool and a tracer have __index__ as well; the tracer's raises a TypeError.
+                size = None if isinstance(value, bool) else operator.index(value)
+            except TypeError:
+                size = None
+            if size is None:
                 raise TypeError(
                     f"dispatch: {name} must be a static int, got {value!r} of type "
                     f"{type(value).__name__}. Sizes shape the output, so they cannot be traced: "
                     "pass a Python int."
                 )
-            if value < least:
+            if size < least:
                 raise ValueError(f"dispatch: {name} must be at least {least}, got {value}.")
         num_experts, alignment = int(num_experts), int(alignment)
         if num_experts % num_ranks:
@@ -130,9 +169,7 @@ class Layout:
 
     def group_sizes(self, expert_load):
         """Group sizes for the loads ``[..., E/R]`` of one rank: aligned, then cut at capacity."""
-        end = jnp.minimum(
-            jnp.cumsum(round_up(expert_load, self.alignment), axis=-1), self.capacity
-        )
+        end = jnp.minimum(jnp.cumsum(round_up(expert_load, self.alignment), axis=-1), self.capacity)
         return jnp.diff(end, axis=-1, prepend=0).astype(jnp.int32)
 
     def group_starts(self, expert_load):

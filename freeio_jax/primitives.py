@@ -26,8 +26,8 @@ from jax._src.lib.mlir.dialects import hlo
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from freeio_jax import runtime
 from freeio_jax.arguments import COMBINE_DTYPES, accumulator_dtype
+from freeio_jax.engines import ENGINES
 
 # --- What all primitives share ---------------------------------------------------------------
 
@@ -45,8 +45,9 @@ def bind(primitive, *args, axes, **params):
 
 def _aval(like, shape, dtype):
     sharding = NamedSharding(like.sharding.mesh, PartitionSpec())
-    return like.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False,
-                       sharding=sharding)
+    return like.update(
+        shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding
+    )
 
 
 def _effects(axes):
@@ -82,7 +83,8 @@ def _lower(target, ctx, *operands, axes, layout, engine, scratch=(), **attribute
     ``scratch``: (shape, dtype) of buffers that the engine needs beside the results. They are
     results of the call, so that XLA owns them, and end here.
     """
-    runtime.prepare(engine.platform)
+    # Each module has an iterator of its own; contexts within a module share it.
+    engine.prepare(ctx.module_context.channel_iterator)
     mesh = ctx.module_context.axis_context.mesh
     device_index_aval = core.ShapedArray((), np.uint32)
     rule = jax.ffi.ffi_lowering(target)
@@ -100,7 +102,7 @@ def _lower(target, ctx, *operands, axes, layout, engine, scratch=(), **attribute
         num_experts=np.int64(layout.num_experts),
         capacity=np.int64(layout.capacity),
         alignment=np.int64(layout.alignment),
-        **engine.attributes(mesh),
+        **engine.attributes(ctx.module_context),
         **{name: np.int64(value) for name, value in attributes.items()},
     )
     return results[: len(ctx.avals_out)]
@@ -113,22 +115,16 @@ def _batch_as_loop(primitive, axis_data, args, dims, *, axes, **params):
             f"freeio_jax: {axis_data.name!r} is a vmap axis here. Experts are spread over a mesh "
             "axis: call under jax.shard_map, and use vmap for further dimensions only."
         )
-    mapped = [
-        batching.moveaxis(a, d, 0)
-        for a, d in zip(args, dims, strict=True)
-        if d is not batching.not_mapped
-    ]
+    mapped = [jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True) if d is not None]
 
     def one(mapped):
         rest = iter(mapped)
-        full = [
-            a if d is batching.not_mapped else next(rest) for a, d in zip(args, dims, strict=True)
-        ]
+        full = [a if d is None else next(rest) for a, d in zip(args, dims, strict=True)]
         return bind(primitive, *full, axes=axes, **params)
 
     if not mapped:
         outs = one(())
-        return outs, jax.tree_util.tree_map(lambda _: batching.not_mapped, outs)
+        return outs, jax.tree_util.tree_map(lambda _: None, outs)
     outs = lax.map(one, mapped)
     return outs, jax.tree_util.tree_map(lambda _: 0, outs)
 
@@ -136,7 +132,7 @@ def _batch_as_loop(primitive, axis_data, args, dims, *, axes, **params):
 def _unsupported(name, ctx, *_, **__):
     raise NotImplementedError(
         f"freeio_jax.{name} has no engine for platform(s) {tuple(ctx.module_context.platforms)} in "
-        f"this installation; there is one for {', '.join(runtime.ENGINES)}. freeio_jax.reference "
+        f"this installation; there is one for {', '.join(ENGINES)}. freeio_jax.reference "
         "runs on every platform."
     )
 
@@ -147,7 +143,7 @@ def _define(name, abstract_eval, lowering, *, multiple_results=True, by_engine=T
     primitive.def_impl(partial(_outside_shard_map, name))
     primitive.def_effectful_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, partial(_unsupported, name))
-    for platform, engine in runtime.ENGINES.items():
+    for platform, engine in ENGINES.items():
         rule = partial(lowering, engine=engine) if by_engine else lowering
         mlir.register_lowering(primitive, rule, platform=platform)
         if engine.needs_devices:
@@ -309,7 +305,9 @@ def _combine_transpose(ct, *args, axes, layout):
     params = {"axes": axes, "layout": layout}
     if not ad.is_undefined_primal(expert_out):
         (w,) = weights
-        grad = ad.Zero(w.aval) if _is_zero(ct) else _weights_gradient(handle, ct, expert_out, params)
+        grad = (
+            ad.Zero(w.aval) if _is_zero(ct) else _weights_gradient(handle, ct, expert_out, params)
+        )
         return [None] * 4 + [grad]
     if _is_zero(ct):
         grad = ad.Zero(expert_out.aval)
@@ -426,14 +424,12 @@ def _split_combine_transpose(operands, rows, weights):
 def _combine_transpose_abstract_eval(
     dest_rank, dest_row, row_source, *operands, axes, layout, rows, weights
 ):
-    x, expert_out, w = _split_combine_transpose(operands, rows, weights)
+    x = operands[0]
     outs = []
     if rows:
         outs.append(_aval(x, (layout.capacity, *x.shape[1:]), x.dtype))
     if weights:
-        outs.append(
-            _aval(x, (layout.num_tokens, layout.top_k), accumulator_dtype(x.dtype))
-        )
+        outs.append(_aval(x, (layout.num_tokens, layout.top_k), accumulator_dtype(x.dtype)))
     return outs, _effects(axes)
 
 
@@ -450,7 +446,7 @@ def _weights_gradient(handle, x, expert_out, params):
 def _combine_transpose_jvp(primals, tangents, *, rows, weights, **params):
     handle = primals[:3]
     outs = bind(combine_transpose_p, *primals, rows=rows, weights=weights, **params)
-    x, e, w = _split_combine_transpose(primals[3:], rows, weights)
+    x = primals[3]
     tx, te, tw = _split_combine_transpose(tangents[3:], rows, weights)
     moves_x, moves_e, moves_w = (t is not None and not _is_zero(t) for t in (tx, te, tw))
     by_x = (
@@ -503,9 +499,7 @@ def _combine_transpose_transpose(cts, *args, rows, weights, axes, layout):
 
 
 def _combine_transpose_lowering(ctx, *args, rows, weights, **params):
-    return _lower(
-        "freeio_combine_transpose", ctx, *args, rows=rows, weights=weights, **params
-    )
+    return _lower("freeio_combine_transpose", ctx, *args, rows=rows, weights=weights, **params)
 
 
 combine_transpose_p = _define(

@@ -65,9 +65,7 @@ def _take(rows, index):
     return jnp.where(mask, taken, jnp.zeros((), rows.dtype))
 
 
-def dispatch(
-    tokens, topk_idx, *, num_experts, axis_name, capacity=None, alignment=1
-) -> Dispatched:
+def dispatch(tokens, topk_idx, *, num_experts, axis_name, capacity=None, alignment=1) -> Dispatched:
     """As :func:`freeio_jax.dispatch`, in plain ``jax.lax``; the handles are interchangeable."""
     leaves, treedef, topk_idx, layout, axes = dispatch_arguments(
         tokens,
@@ -98,16 +96,14 @@ def dispatch(
     row = jnp.where(to_me, dest_row, layout.capacity)
     row_source = jnp.full(layout.capacity, -1, jnp.int32).at[row].set(sources, mode="drop")
     arrival = (
-        jnp.full(layout.capacity, -1, jnp.int32)
-        .at[row]
-        .set(ranks * num_sent + slot, mode="drop")
+        jnp.full(layout.capacity, -1, jnp.int32).at[row].set(ranks * num_sent + slot, mode="drop")
     )
 
     def exchange(leaf):
-        sent = _take(leaf, jnp.where(in_slot >= 0, in_slot // layout.top_k, -1))
-        received = _exchange(sent, axes).reshape(-1, *leaf.shape[1:])
-        if not received.shape[0]:
+        if not num_sent:
             return jnp.zeros((layout.capacity, *leaf.shape[1:]), leaf.dtype)
+        sent = _take(leaf, jnp.where(in_slot >= 0, in_slot // layout.top_k, -1))
+        received = _exchange(sent, axes).reshape(num_ranks * num_sent, *leaf.shape[1:])
         return _take(received, arrival)
 
     valid = (topk_idx >= -1) & (topk_idx < num_experts)
@@ -136,7 +132,7 @@ def combine(expert_out, handle, topk_weights=None):
 
     # Expert side: rows go back in the slots in which they came.
     dest_rank = lax.all_gather(handle._dest_rank.reshape(-1), axes)
-    slot, to_me = _slots(dest_rank, me)
+    slot, _ = _slots(dest_rank, me)
     source = jnp.maximum(handle._row_source, 0)
     row_slot = slot.reshape(-1)[source] if num_sent else source
     back = jnp.where(handle._row_source >= 0, source // max(num_sent, 1) * num_sent + row_slot, -1)
@@ -148,7 +144,7 @@ def combine(expert_out, handle, topk_weights=None):
     if not layout.capacity or not num_sent:
         return jnp.zeros((layout.num_tokens, *features), dtype)
     sent = _take(expert_out, row_in_slot).reshape(num_ranks, num_sent, *features)
-    received = _exchange(sent, axes).reshape(-1, *features)
+    received = _exchange(sent, axes).reshape(num_ranks * num_sent, *features)
 
     # Source side: each token's rows in order of (rank, k); a rank's partial sum is rounded to the
     # dtype that crosses the link before the partials are added.

@@ -1,19 +1,27 @@
-"""Settings, bootstrap, and the native engine's registration with XLA."""
+"""Settings, and the bootstrap of several processes."""
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax._src.mesh import get_concrete_mesh
+from jax._src import distributed
 
-from freeio_jax import _native
+from freeio_jax import bootstrap
+
+try:
+    from freeio_jax import _native
+except ImportError as error:
+    raise ImportError(
+        "freeio_jax: the native module freeio_jax._native is not built for this Python. In a "
+        "source tree run `pip install -e .`; after a plain `pip install`, start Python outside of "
+        f"the source tree. ({error})"
+    ) from error
 
 
 def _seconds(value: Any) -> float:
@@ -100,118 +108,65 @@ def config(**settings: Any) -> dict[str, Any]:
     return dict(_values)
 
 
+_pod_is_connected = False
+_pods = 0  # that this process has been in
+
+
 def initialize() -> None:
     """Call after ``jax.distributed.initialize()`` in a program of several processes.
 
-    In one process there is nothing to initialize, and calling this is harmless.
+    Every process must call it. It connects those that share a host; no arguments are needed, and
+    further calls do nothing. In one process there is nothing to initialize, and calling this is
+    harmless.
 
     Raises:
-      NotImplementedError: there are several processes; exchanges between processes are not
-        implemented yet.
+      RuntimeError: ``jax.distributed.initialize()`` was not called, not all processes came within
+        the ``timeout`` setting, or the kernel forbids that they read each other's memory.
     """
-    _require_one_process()
-
-
-def _require_one_process() -> None:
-    if jax.process_count() > 1:
-        raise NotImplementedError(
-            f"freeio_jax: this program has {jax.process_count()} processes, and exchanges between "
-            "processes are not implemented yet. Use one process with several devices, or "
-            "freeio_jax.reference, which has the same contract."
+    global _pod_is_connected, _pods
+    if _pod_is_connected or jax.process_count() == 1:
+        return
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError(
+            f"freeio_jax.initialize: this program has {jax.process_count()} processes, but "
+            "jax.distributed.initialize() was not called in it, which is how they find each other."
         )
+    _native.allow_peers_to_read()
+    _pods += 1
+    peers, elsewhere = bootstrap.connect(
+        client,
+        jax.process_index(),
+        jax.process_count(),
+        _native.control_block(),
+        _values["timeout"],
+        generation=_pods,
+    )
+    members = [(p.process, p.pid, *p.control, p.connection.detach()) for p in peers]
+    _native.join_pod(jax.process_index(), members, elsewhere)
+    _pod_is_connected = True
+    # Before JAX's own, which waits for the other processes: they are to know that this one leaves.
+    atexit.register(shutdown)
 
 
-@functools.cache
-def prepare(platform: str) -> None:
-    """Starts the engine and registers its handlers with XLA, when the first call is lowered.
+def shutdown() -> None:
+    """Leaves the pod: the counterpart of :func:`initialize`, called by itself at exit.
 
-    The backend must exist by then: registrations made before it does are replayed in an order
-    that XLA refuses (state types must come before the handlers that use them).
+    Exchanges with other processes that still run, here or there, end with an error; so do later
+    ones, unless every process calls :func:`initialize` again. Without a pod it does nothing.
     """
-    _require_one_process()
-    devices = jax.local_devices(backend=platform)
-    native = ENGINES[platform].start(devices)
-    registry = platform.upper() if platform == "cuda" else platform
-    for name, registration in native.ffi_types().items():
-        jax.ffi.register_ffi_type(name, registration, platform=registry)
-    for name, stages in native.ffi_targets().items():
-        jax.ffi.register_ffi_target(name, stages, platform=registry)
+    global _pod_is_connected
+    if _pod_is_connected:
+        atexit.unregister(shutdown)
+        _native.leave_pod()
+        _pod_is_connected = False
 
 
-class _CpuEngine:
-    """What the lowering must know of the CPU engine."""
-
-    platform = "cpu"
-    needs_devices = False
-
-    def start(self, devices):
-        return _native
-
-    def attributes(self, mesh):
-        return {}
-
-    def dispatch_scratch(self, layout):
-        return ()
-
-    def combine_scratch(self, layout, expert_out):
-        return ()
-
-
-class _CudaEngine:
-    """What the lowering must know of the CUDA engine: its devices, its scratch, its limits."""
-
-    platform = "cuda"
-
-    @property
-    def needs_devices(self):
-        # A machine without the driver lowers for its CPU, also under a mesh without devices.
-        return _native.cuda.has_driver()
-
-    def start(self, devices):
-        _native.cuda.start([device.local_hardware_id for device in devices])
-        return _native.cuda
-
-    def attributes(self, mesh):
-        """The CUDA ordinal of each mesh device; the kernels check that it is the right one."""
-        if not isinstance(mesh, jax.sharding.Mesh):
-            mesh = get_concrete_mesh()
-        if mesh.empty:
-            raise ValueError(
-                "freeio_jax: on GPUs the mesh's devices must be known when the program is lowered. "
-                "Call under jax.set_mesh(mesh), or pass mesh=... to jax.shard_map."
-            )
-        ordinals = [device.local_hardware_id for device in mesh.devices.flat]
-        return {"ordinals": np.asarray(ordinals, np.int64)}
-
-    def check(self, layout, num_leaves=1):
-        for name, value, most in (
-            ("the number of ranks", layout.num_ranks, _native.cuda.max_ranks),
-            ("num_experts", layout.num_experts, _native.cuda.max_experts),
-            ("top_k", layout.top_k, _native.cuda.max_top_k),
-            ("the number of token arrays", num_leaves, _native.cuda.max_leaves),
-        ):
-            if value > most:
-                raise ValueError(
-                    f"freeio_jax: {name} is {value}, and the CUDA engine takes at most {most}. "
-                    "freeio_jax.reference has no such bound."
-                )
-
-    def dispatch_scratch(self, layout):
-        """Route words: 64 bits for each assignment of each rank."""
-        self.check(layout)
-        return (((2 * layout.num_ranks * layout.num_assignments,), np.uint32),)
-
-    def combine_scratch(self, layout, expert_out):
-        """Slots for the partial sums of the other ranks, and their arrival flags."""
-        self.check(layout)
-        slots = layout.num_tokens * min(layout.top_k, layout.num_ranks - 1)
-        width = math.prod(expert_out.shape[1:])
-        # A slice has at least this many elements, or is the whole row.
-        slices = max(1, -(-width // _native.cuda.sum_slice(layout.num_tokens)))
-        return ((slots, width), expert_out.dtype), ((slots * slices,), np.uint32)
-
-
-#: Engines of this installation, by the platform as JAX's lowering names it.
-ENGINES = {"cpu": _CpuEngine()}
-if hasattr(_native, "cuda"):
-    ENGINES["cuda"] = _CudaEngine()
+def require_initialize() -> None:
+    """Raises RuntimeError where there are several processes and they are not connected."""
+    if jax.process_count() > 1 and not _pod_is_connected:
+        raise RuntimeError(
+            f"freeio_jax: this program has {jax.process_count()} processes. Call "
+            "freeio_jax.initialize() in each of them, after jax.distributed.initialize() and "
+            "before the first dispatch or combine is compiled."
+        )

@@ -4,7 +4,11 @@
 
 #include "core/layout.h"
 #include "host/handlers.h"
-#include "host/rendezvous.h"
+#include "host/instance_name.h"
+#include "host/peer_memory.h"
+#include "host/pod.h"
+#include "host/session.h"
+
 #ifdef FREEIO_CUDA
 #include "cuda/engine.h"
 #include "cuda/handlers.h"
@@ -38,6 +42,35 @@ PYBIND11_MODULE(_native, module) {
 #endif
       },
       py::arg("num_sms"));
+  module.def("begin_module", &freeio::host::begin_module,
+             "The custom calls that XLA makes from now on are of another module.");
+  module.def("allow_peers_to_read", &freeio::host::allow_peers_to_read);
+  module.def(
+      "control_block",
+      [] {
+        const auto& block = freeio::host::control_block();
+        return py::make_tuple(reinterpret_cast<uint64_t>(&block), block.nonce);
+      },
+      "Address and nonce of what peers read of this process.");
+  module.def(
+      "join_pod",
+      [](int process, const std::vector<std::tuple<int, int, uint64_t, uint64_t, int>>& members,
+         std::vector<int> elsewhere) {
+        std::vector<freeio::host::Pod::Member> pod;
+        for (const auto& [peer, pid, control, nonce, socket] : members) {
+          pod.push_back({peer, pid, control, nonce, socket});
+        }
+        freeio::host::Pod::join(process, pod, std::move(elsewhere));
+      },
+      py::arg("process"), py::arg("members"), py::arg("elsewhere"),
+      "members: (process, pid, control address, nonce, connected socket), the sockets' owner from "
+      "now on.");
+  module.def(
+      "leave_pod",
+      [] {
+        if (auto* pod = freeio::host::Pod::current()) pod->leave();
+      },
+      py::call_guard<py::gil_scoped_release>());
   module.def(
       "groups",
       [](int64_t num_ranks, int64_t num_experts, int64_t capacity, int64_t alignment,

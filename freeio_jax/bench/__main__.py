@@ -101,7 +101,8 @@ def print_growth(results: list[dict]) -> None:
             if row["operation"] == name
         }
         print(
-            f"{name:<17}" + "".join(f"{per_token[t] / per_token[tokens[-1]]:>10.2f}" for t in tokens)
+            f"{name:<17}"
+            + "".join(f"{per_token[t] / per_token[tokens[-1]]:>10.2f}" for t in tokens)
         )
 
 

@@ -26,7 +26,7 @@ class Shape:
 
     @property
     def capacity(self) -> int | None:
-        """Rows per rank: ``capacity_factor`` times the mean load, or None for the dropless bound."""
+        """Rows per rank: ``capacity_factor`` times the mean load; None: the dropless bound."""
         if self.capacity_factor is None:
             return None
         return int(np.ceil(self.capacity_factor * self.num_tokens * self.top_k))

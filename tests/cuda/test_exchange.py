@@ -86,12 +86,12 @@ class Case:
         capacity = None
         if factor is not None:
             capacity = -(-int(factor * tokens * top_k + 8) // alignment) * alignment
-        self.options = dict(
-            num_experts=self.num_experts,
-            axis_name="expert",
-            capacity=capacity,
-            alignment=alignment,
-        )
+        self.options = {
+            "num_experts": self.num_experts,
+            "axis_name": "expert",
+            "capacity": capacity,
+            "alignment": alignment,
+        }
         rng = np.random.default_rng(seed)
         lead = (num_ranks, tokens)
         scores = rng.random((*lead, self.num_experts))

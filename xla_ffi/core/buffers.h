@@ -23,6 +23,8 @@ inline ffi::Error to_error(const Status& status) {
       return ffi::Error(ffi::ErrorCode::kInvalidArgument, status.message);
     case Code::kDeadlineExceeded:
       return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, status.message);
+    case Code::kUnavailable:
+      return ffi::Error(ffi::ErrorCode::kUnavailable, status.message);
     case Code::kInternal:
       break;
   }

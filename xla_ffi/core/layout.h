@@ -29,6 +29,9 @@ struct Layout {
   int64_t source_of(int64_t rank, int64_t token, int64_t k) const {
     return rank * num_assignments() + token * top_k + k;
   }
+  int64_t source_rank(int64_t source) const { return source / num_assignments(); }
+  int64_t source_assignment(int64_t source) const { return source % num_assignments(); }
+  int64_t source_token(int64_t source) const { return source_assignment(source) / top_k; }
 };
 
 // Rows of one rank's groups: where each starts before any cut, and its size after alignment and

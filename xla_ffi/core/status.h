@@ -5,7 +5,7 @@
 
 namespace freeio {
 
-enum class Code { kOk, kInvalidArgument, kDeadlineExceeded, kInternal };
+enum class Code { kOk, kInvalidArgument, kDeadlineExceeded, kUnavailable, kInternal };
 
 struct Status {
   Code code = Code::kOk;

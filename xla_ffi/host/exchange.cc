@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <list>
 
 #include "host/threads.h"
 
@@ -11,22 +12,29 @@ namespace {
 // Bytes that one task moves: enough to hide its start, few enough to spread over the cores.
 constexpr int64_t kTaskBytes = 512 << 10;
 
-// Cuts [0, size) of every rank into chunks of about kTaskBytes, numbered through all ranks.
+// Cuts [0, size) of every rank of this process into chunks of about kTaskBytes, numbered through.
 struct Chunks {
+  std::vector<int64_t> ranks;
   int64_t size;
   int64_t step;
   int64_t per_rank;
   int64_t count;
   int64_t bytes;
 
-  Chunks(int64_t num_ranks, int64_t items, int64_t bytes_per_item)
+  Chunks(const Homes& homes, int64_t items, int64_t bytes_per_item)
       : size(items),
         step(std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, bytes_per_item))),
         per_rank((items + step - 1) / step),
-        count(num_ranks * per_rank),
-        bytes(num_ranks * items * bytes_per_item) {}
+        count(0),
+        bytes(0) {
+    for (size_t rank = 0; rank < homes.size(); ++rank) {
+      if (homes[rank] == nullptr) ranks.push_back(static_cast<int64_t>(rank));
+    }
+    count = static_cast<int64_t>(ranks.size()) * per_rank;
+    bytes = static_cast<int64_t>(ranks.size()) * items * bytes_per_item;
+  }
 
-  int64_t rank(int64_t task) const { return task / per_rank; }
+  int64_t rank(int64_t task) const { return ranks[task / per_rank]; }
   int64_t begin(int64_t task) const { return task % per_rank * step; }
   int64_t end(int64_t task) const { return std::min(size, begin(task) + step); }
 };
@@ -67,27 +75,51 @@ void zero_padding(const std::vector<Leaf>& leaves, const int32_t* row_source, in
   });
 }
 
+bool all_here(const Homes& homes) {
+  return std::all_of(homes.begin(), homes.end(), [](auto* home) { return home == nullptr; });
+}
+
 int64_t row_bytes(const std::vector<Leaf>& leaves) {
   int64_t bytes = 0;
   for (const Leaf& leaf : leaves) bytes += leaf.row_bytes;
   return bytes;
 }
 
-// Every assignment's row goes from its token to its place in the peer's output; what is left of
-// the outputs is zeroed. `Op` is Dispatch or DispatchAlong.
+// Fills packed rows [begin, end) of `rank` that come from other processes.
 template <typename Op>
-void push_rows(const Layout& layout, const std::vector<const Op*>& ranks,
+void pull_rows(const Layout& layout, const std::vector<const Op*>& ranks, const Homes& homes,
+               const Routes& routes, int64_t rank, int64_t begin, int64_t end) {
+  Gather gather;
+  for (int64_t row = begin; row < end; ++row) {
+    if (routes.row_source[row] < 0) continue;
+    const int64_t source = layout.source_rank(routes.row_source[row]);
+    if (homes[source] == nullptr) continue;
+    const int64_t token = layout.source_token(routes.row_source[row]);
+    for (size_t i = 0; i < ranks[rank]->leaves.size(); ++i) {
+      const Leaf& to = ranks[rank]->leaves[i];
+      gather.add(*homes[source], ranks[source]->leaves[i].tokens + token * to.row_bytes,
+                 to.rows + row * to.row_bytes, static_cast<size_t>(to.row_bytes));
+    }
+  }
+  gather.run();
+}
+
+// Every assignment's row goes from its token to its place in the peer's output; what is left of
+// the outputs is zeroed. `Op` is Dispatch or DispatchAlong; `routes` holds those of own ranks.
+template <typename Op>
+void move_rows(const Layout& layout, const std::vector<const Op*>& ranks, const Homes& homes,
                const std::vector<Routes>& routes) {
   const int64_t bytes = row_bytes(ranks[0]->leaves);
-  const Chunks tokens(layout.num_ranks, layout.num_tokens, bytes * layout.top_k);
-  const Chunks rows(layout.num_ranks, layout.capacity, bytes);
+  const Chunks tokens(homes, layout.num_tokens, bytes * layout.top_k);
+  const Chunks rows(homes, layout.capacity, bytes);
+  const bool alone = all_here(homes);
   parallel_for_both(
       tokens,
       [&](int64_t rank, int64_t begin, int64_t end) {
         for (int64_t token = begin; token < end; ++token) {
           for (int64_t a = token * layout.top_k; a < (token + 1) * layout.top_k; ++a) {
             const int32_t peer = routes[rank].dest_rank[a];
-            if (peer < 0) continue;
+            if (peer < 0 || homes[peer] != nullptr) continue;
             const int64_t row = routes[rank].dest_row[a];
             for (size_t i = 0; i < ranks[rank]->leaves.size(); ++i) {
               const Leaf& leaf = ranks[rank]->leaves[i];
@@ -100,6 +132,7 @@ void push_rows(const Layout& layout, const std::vector<const Op*>& ranks,
       rows,
       [&](int64_t rank, int64_t begin, int64_t end) {
         zero_padding(ranks[rank]->leaves, routes[rank].row_source, begin, end);
+        if (!alone) pull_rows(layout, ranks, homes, routes[rank], rank, begin, end);
       });
 }
 
@@ -163,18 +196,103 @@ void route(const Layout& layout, const std::vector<const Dispatch*>& ranks) {
   });
 }
 
-void run(const Layout& layout, const std::vector<const Dispatch*>& ranks) {
+// The routing outputs of a rank of another process: computed here too, for nobody to see.
+struct RemoteRouting {
+  std::vector<int32_t> topk_idx, dest_rank, dest_row, row_source, group_sizes, expert_load;
+  int32_t num_dropped = 0;
+  int32_t num_invalid = 0;
+  Dispatch op;
+
+  RemoteRouting(const Layout& layout, const Dispatch& remote, const PeerMemory& home)
+      : topk_idx(layout.num_assignments()),
+        dest_rank(layout.num_assignments()),
+        dest_row(layout.num_assignments()),
+        row_source(layout.capacity),
+        group_sizes(layout.experts_per_rank()),
+        expert_load(layout.experts_per_rank()),
+        op(remote) {
+    if (!topk_idx.empty()) {
+      home.read({{remote.topk_idx, topk_idx.data(), topk_idx.size() * sizeof(int32_t)}});
+    }
+    op.topk_idx = topk_idx.data();
+    op.dest_rank = dest_rank.data();
+    op.dest_row = dest_row.data();
+    op.row_source = row_source.data();
+    op.group_sizes = group_sizes.data();
+    op.expert_load = expert_load.data();
+    op.num_dropped = &num_dropped;
+    op.num_invalid = &num_invalid;
+  }
+};
+
+void run(const Layout& layout, std::vector<const Dispatch*> ranks, const Homes& homes) {
+  // Routing is small and a function of all ranks' ids alone: every process computes all of it, and
+  // nothing is left to agree on.
+  std::list<RemoteRouting> remote;
+  for (size_t rank = 0; rank < ranks.size(); ++rank) {
+    if (homes[rank] == nullptr) continue;
+    remote.emplace_back(layout, *ranks[rank], *homes[rank]);
+    ranks[rank] = &remote.back().op;
+  }
   route(layout, ranks);
   std::vector<Routes> routes;
   for (const Dispatch* op : ranks) routes.push_back({op->dest_rank, op->dest_row, op->row_source});
-  push_rows(layout, ranks, routes);
+  move_rows(layout, ranks, homes, routes);
 }
 
-void run(const Layout& layout, const std::vector<const DispatchAlong*>& ranks) {
+void run(const Layout& layout, const std::vector<const DispatchAlong*>& ranks, const Homes& homes) {
   std::vector<Routes> routes;
   for (const DispatchAlong* op : ranks) routes.push_back(op->routes);
-  push_rows(layout, ranks, routes);
+  move_rows(layout, ranks, homes, routes);
 }
+
+// The expert rows of the assignments of tokens [begin, end) of one rank: where they lie, or a copy
+// of those that lie in another process.
+class ExpertRows {
+ public:
+  template <typename Op>
+  ExpertRows(const Layout& layout, const std::vector<const Op*>& ranks, const Homes& homes,
+             bool alone, const Routes& routes, int64_t bytes, int64_t begin, int64_t end)
+      : routes_(routes), bytes_(bytes), first_(begin * layout.top_k) {
+    bases_.reserve(ranks.size());
+    for (const Op* op : ranks) bases_.push_back(static_cast<const std::byte*>(op->expert_out));
+    if (alone) return;
+    copies_.resize((end - begin) * layout.top_k);
+    int64_t count = 0;
+    for (int64_t a = first_; a < end * layout.top_k; ++a) {
+      if (routes.dest_rank[a] >= 0 && homes[routes.dest_rank[a]] != nullptr) ++count;
+    }
+    memory_.resize(count * bytes);
+    std::byte* next = memory_.data();
+    Gather gather;
+    for (int64_t a = first_; a < end * layout.top_k; ++a) {
+      const int32_t peer = routes.dest_rank[a];
+      if (peer < 0 || homes[peer] == nullptr) continue;
+      copies_[a - first_] = next;
+      gather.add(*homes[peer], in_place(a), next, static_cast<size_t>(bytes));
+      next += bytes;
+    }
+    gather.run();
+  }
+
+  template <typename Element>
+  const Element* of(int64_t assignment) const {
+    const std::byte* copy = copies_.empty() ? nullptr : copies_[assignment - first_];
+    return reinterpret_cast<const Element*>(copy != nullptr ? copy : in_place(assignment));
+  }
+
+ private:
+  const std::byte* in_place(int64_t assignment) const {
+    return bases_[routes_.dest_rank[assignment]] + routes_.dest_row[assignment] * bytes_;
+  }
+
+  const Routes& routes_;
+  const int64_t bytes_;
+  const int64_t first_;
+  std::vector<const std::byte*> bases_;
+  std::vector<const std::byte*> copies_;  // by assignment; null: in place
+  std::vector<std::byte> memory_;
+};
 
 // One row of a token on some rank, with its weight.
 template <typename Element>
@@ -198,8 +316,8 @@ void add_partial_sum(const Term<Element>* begin, const Term<Element>* end, int64
 }
 
 template <typename Element>
-void combine_tokens(const Layout& layout, const std::vector<const Combine*>& ranks, int64_t rank,
-                    int64_t begin, int64_t end) {
+void combine_tokens(const Layout& layout, const std::vector<const Combine*>& ranks,
+                    const Homes& homes, bool alone, int64_t rank, int64_t begin, int64_t end) {
   using Accumulator = typename Element::Accumulator;
   constexpr int64_t kBlock = 512;
   Accumulator partial[kBlock];
@@ -207,14 +325,15 @@ void combine_tokens(const Layout& layout, const std::vector<const Combine*>& ran
   std::vector<Term<Element>> terms;
   const Combine& op = *ranks[rank];
   const auto* weights = static_cast<const Accumulator*>(op.weights);
+  const int64_t bytes = op.width * static_cast<int64_t>(sizeof(Element));
+  const ExpertRows rows(layout, ranks, homes, alone, op.routes, bytes, begin, end);
   for (int64_t token = begin; token < end; ++token) {
     terms.clear();
     for (int64_t a = token * layout.top_k; a < (token + 1) * layout.top_k; ++a) {
       const int32_t peer = op.routes.dest_rank[a];
       if (peer < 0) continue;
-      const auto* rows = static_cast<const Element*>(ranks[peer]->expert_out);
-      terms.push_back({peer, rows + op.routes.dest_row[a] * op.width,
-                       weights != nullptr ? weights[a] : Accumulator{1}});
+      terms.push_back(
+          {peer, rows.of<Element>(a), weights != nullptr ? weights[a] : Accumulator{1}});
     }
     // By rank, and within a rank in order of k.
     std::stable_sort(terms.begin(), terms.end(),
@@ -235,13 +354,14 @@ void combine_tokens(const Layout& layout, const std::vector<const Combine*>& ran
   }
 }
 
-void run(const Layout& layout, const std::vector<const Combine*>& ranks) {
+void run(const Layout& layout, const std::vector<const Combine*>& ranks, const Homes& homes) {
+  const bool alone = all_here(homes);
   with_element_type(ranks[0]->dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     const int64_t bytes = ranks[0]->width * static_cast<int64_t>(sizeof(Element));
-    const Chunks chunks(layout.num_ranks, layout.num_tokens, bytes * layout.top_k);
+    const Chunks chunks(homes, layout.num_tokens, bytes * layout.top_k);
     parallel_for(chunks.count, chunks.bytes, [&](int64_t task) {
-      combine_tokens<Element>(layout, ranks, chunks.rank(task), chunks.begin(task),
+      combine_tokens<Element>(layout, ranks, homes, alone, chunks.rank(task), chunks.begin(task),
                               chunks.end(task));
     });
   });
@@ -263,50 +383,93 @@ Accumulator dot(const Element* row, const Accumulator* token, int64_t width) {
   return lanes[0];
 }
 
+// row = weight * token, rounded.
+template <typename Element, typename Accumulator = typename Element::Accumulator>
+void write_scaled(const Accumulator* token, Accumulator weight, int64_t width, Element* row) {
+  for (int64_t i = 0; i < width; ++i) row[i] = Element::round(weight * token[i]);
+}
+
 template <typename Element>
 void combine_transpose_tokens(const Layout& layout,
-                              const std::vector<const CombineTranspose*>& ranks, int64_t rank,
-                              int64_t begin, int64_t end) {
+                              const std::vector<const CombineTranspose*>& ranks, const Homes& homes,
+                              bool alone, int64_t rank, int64_t begin, int64_t end) {
   using Accumulator = typename Element::Accumulator;
   const CombineTranspose& op = *ranks[rank];
   const auto* weights = static_cast<const Accumulator*>(op.weights);
   auto* weight_grads = static_cast<Accumulator*>(op.weight_grads);
+  const int64_t bytes = op.width * static_cast<int64_t>(sizeof(Element));
+  const ExpertRows rows(layout, ranks, homes, alone || weight_grads == nullptr, op.routes, bytes,
+                        begin, end);
   std::vector<Accumulator> wide(op.width);
   for (int64_t token = begin; token < end; ++token) {
     const auto* row = static_cast<const Element*>(op.tokens) + token * op.width;
     for (int64_t i = 0; i < op.width; ++i) wide[i] = Element::widen(row[i]);
     for (int64_t a = token * layout.top_k; a < (token + 1) * layout.top_k; ++a) {
       const int32_t peer = op.routes.dest_rank[a];
-      const int64_t offset = op.routes.dest_row[a] * op.width;
       if (weight_grads != nullptr) {
         weight_grads[a] =
-            peer < 0 ? Accumulator{0}
-                     : dot(static_cast<const Element*>(ranks[peer]->expert_out) + offset,
-                           wide.data(), op.width);
+            peer < 0 ? Accumulator{0} : dot(rows.of<Element>(a), wide.data(), op.width);
       }
-      if (peer < 0 || op.rows == nullptr) continue;
-      auto* out = static_cast<Element*>(ranks[peer]->rows) + offset;
-      for (int64_t i = 0; i < op.width; ++i) out[i] = Element::round(weights[a] * wide[i]);
+      if (peer < 0 || op.rows == nullptr || homes[peer] != nullptr) continue;
+      write_scaled(wide.data(), weights[a], op.width,
+                   static_cast<Element*>(ranks[peer]->rows) + op.routes.dest_row[a] * op.width);
     }
   }
 }
 
-void run(const Layout& layout, const std::vector<const CombineTranspose*>& ranks) {
+// Fills packed rows [begin, end) of `rank` whose tokens are in other processes.
+template <typename Element>
+void pull_scaled_rows(const Layout& layout, const std::vector<const CombineTranspose*>& ranks,
+                      const Homes& homes, int64_t rank, int64_t begin, int64_t end) {
+  using Accumulator = typename Element::Accumulator;
+  const CombineTranspose& op = *ranks[rank];
+  const size_t bytes = op.width * sizeof(Element);
+  auto* out = static_cast<Element*>(op.rows);
+  std::vector<Accumulator> weights(end - begin);
+  Gather gather;
+  const auto for_remote = [&](const auto& f) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t source = op.routes.row_source[row];
+      if (source >= 0 && homes[layout.source_rank(source)] != nullptr) f(row, source);
+    }
+  };
+  for_remote([&](int64_t row, int64_t source) {
+    const int64_t peer = layout.source_rank(source);
+    const auto* token =
+        static_cast<const Element*>(ranks[peer]->tokens) + layout.source_token(source) * op.width;
+    gather.add(*homes[peer], token, out + row * op.width, bytes);
+    const auto* weight =
+        static_cast<const Accumulator*>(ranks[peer]->weights) + layout.source_assignment(source);
+    gather.add(*homes[peer], weight, &weights[row - begin], sizeof(Accumulator));
+  });
+  gather.run();
+  std::vector<Accumulator> wide(op.width);
+  for_remote([&](int64_t row, int64_t) {
+    Element* token = out + row * op.width;
+    for (int64_t i = 0; i < op.width; ++i) wide[i] = Element::widen(token[i]);
+    write_scaled(wide.data(), weights[row - begin], op.width, token);
+  });
+}
+
+void run(const Layout& layout, const std::vector<const CombineTranspose*>& ranks,
+         const Homes& homes) {
+  const bool alone = all_here(homes);
   with_element_type(ranks[0]->dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     const int64_t bytes = ranks[0]->width * static_cast<int64_t>(sizeof(Element));
     const bool has_rows = ranks[0]->rows != nullptr;
-    const Chunks tokens(layout.num_ranks, layout.num_tokens, bytes * layout.top_k);
-    const Chunks rows(layout.num_ranks, has_rows ? layout.capacity : 0, bytes);
+    const Chunks tokens(homes, layout.num_tokens, bytes * layout.top_k);
+    const Chunks rows(homes, has_rows ? layout.capacity : 0, bytes);
     parallel_for_both(
         tokens,
         [&](int64_t rank, int64_t begin, int64_t end) {
-          combine_transpose_tokens<Element>(layout, ranks, rank, begin, end);
+          combine_transpose_tokens<Element>(layout, ranks, homes, alone, rank, begin, end);
         },
         rows,
         [&](int64_t rank, int64_t begin, int64_t end) {
           auto* out = static_cast<std::byte*>(ranks[rank]->rows);
           zero_padding({{nullptr, out, bytes}}, ranks[rank]->routes.row_source, begin, end);
+          if (!alone) pull_scaled_rows<Element>(layout, ranks, homes, rank, begin, end);
         });
   });
 }
@@ -319,14 +482,14 @@ const char* name_of(const Operands& operands) {
   return kNames[operands.index()];
 }
 
-void run_exchange(const Layout& layout, const std::vector<Operands>& ranks) {
+void run_exchange(const Layout& layout, const std::vector<Operands>& ranks, const Homes& homes) {
   std::visit(
       [&](const auto& first) {
         using Op = std::decay_t<decltype(first)>;
         std::vector<const Op*> ops;
         ops.reserve(ranks.size());
         for (const Operands& operands : ranks) ops.push_back(&std::get<Op>(operands));
-        run(layout, ops);
+        run(layout, ops, homes);
       },
       ranks[0]);
 }

@@ -1,5 +1,6 @@
-// The exchanges themselves: all ranks' operands are here, every peer's memory is addressable, and
-// rows go straight from the sender's tensor to their final row in the receiver's.
+// The exchanges themselves: all ranks' operands are known, and rows go straight from the sender's
+// tensor to their final row in the receiver's. Ranks of other processes are read, never written:
+// each process fills the results of its own ranks.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +10,7 @@
 
 #include "core/dtype.h"
 #include "core/layout.h"
+#include "host/peer_memory.h"
 
 namespace freeio::host {
 
@@ -67,7 +69,11 @@ using Operands = std::variant<Dispatch, DispatchAlong, Combine, CombineTranspose
 
 const char* name_of(const Operands& operands);
 
-// Runs one exchange for all ranks; `ranks` holds the same alternative for each.
-void run_exchange(const Layout& layout, const std::vector<Operands>& ranks);
+// Where each rank's operands are: null for this process, whose ranks' results are to be filled.
+using Homes = std::vector<const PeerMemory*>;
+
+// Runs one exchange; `ranks` holds the same alternative for each. Throws std::runtime_error where
+// a peer's memory cannot be read.
+void run_exchange(const Layout& layout, const std::vector<Operands>& ranks, const Homes& homes);
 
 }  // namespace freeio::host

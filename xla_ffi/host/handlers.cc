@@ -2,10 +2,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "core/buffers.h"
+#include "host/instance_name.h"
 #include "host/rendezvous.h"
 
 namespace freeio::host {
@@ -18,14 +20,32 @@ struct Instance {
   static inline ffi::TypeId id = {};
   Rendezvous rendezvous;
 
-  Instance(const Layout& layout, std::vector<int64_t> groups)
-      : rendezvous(layout, std::move(groups)) {}
+  Instance(const Layout& layout, std::vector<int64_t> groups, const InstanceName& name)
+      : rendezvous(layout, std::move(groups), name) {}
 };
 
+enum class Operation { kDispatch, kDispatchAlong, kCombine, kCombineTranspose };
+
+template <Operation kOperation>
 ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
   auto call = read_attributes(attributes);
   if (!call.has_value()) return ffi::Unexpected(call.error());
-  return std::make_unique<Instance>(call->layout, std::move(call->groups));
+  const Layout& layout = call->layout;
+  std::vector<int64_t> values = {static_cast<int64_t>(kOperation),
+                                 layout.num_ranks,
+                                 layout.num_tokens,
+                                 layout.top_k,
+                                 layout.num_experts,
+                                 layout.capacity,
+                                 layout.alignment};
+  values.insert(values.end(), call->groups.begin(), call->groups.end());
+  for (const char* flag : {"weighted", "rows", "weights"}) {
+    values.push_back(read_flag(attributes, flag));
+  }
+  if (const auto module = attributes.get<std::string_view>("module"); module.has_value()) {
+    values.insert(values.end(), module->begin(), module->end());
+  }
+  return std::make_unique<Instance>(layout, std::move(call->groups), name_instance(values));
 }
 
 Routes read_routes(Buffers& buffers) {
@@ -131,7 +151,14 @@ auto execute_binding() {
       .Attrs();
 }
 
-XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate, ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeDispatch, instantiate<Operation::kDispatch>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeDispatchAlong, instantiate<Operation::kDispatchAlong>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeCombine, instantiate<Operation::kCombine>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeCombineTranspose, instantiate<Operation::kCombineTranspose>,
+                       ffi::Ffi::BindInstantiate().Attrs());
 XLA_FFI_DEFINE_HANDLER(kDispatch, execute<read_dispatch>, execute_binding<read_dispatch>());
 XLA_FFI_DEFINE_HANDLER(kDispatchAlong, execute<read_dispatch_along>,
                        execute_binding<read_dispatch_along>());
@@ -158,16 +185,16 @@ py::dict ffi_types() {
 
 py::dict ffi_targets() {
   py::dict targets;
-  const auto add = [&](const char* name, XLA_FFI_Handler* handler) {
+  const auto add = [&](const char* name, XLA_FFI_Handler* make, XLA_FFI_Handler* execute) {
     py::dict stages;
-    stages["instantiate"] = capsule(kInstantiate);
-    stages["execute"] = capsule(handler);
+    stages["instantiate"] = capsule(make);
+    stages["execute"] = capsule(execute);
     targets[name] = stages;
   };
-  add("freeio_dispatch", kDispatch);
-  add("freeio_dispatch_along", kDispatchAlong);
-  add("freeio_combine", kCombine);
-  add("freeio_combine_transpose", kCombineTranspose);
+  add("freeio_dispatch", kMakeDispatch, kDispatch);
+  add("freeio_dispatch_along", kMakeDispatchAlong, kDispatchAlong);
+  add("freeio_combine", kMakeCombine, kCombine);
+  add("freeio_combine_transpose", kMakeCombineTranspose, kCombineTranspose);
   return targets;
 }
 

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <system_error>
@@ -101,13 +102,22 @@ struct ParallelWork {
   std::mutex mutex;
   std::condition_variable all_done;
   int64_t done = 0;
+  std::exception_ptr error;  // the first that `fn` threw
 
   void take_part() {
     const IeeeFloatingPoint ieee;
     int64_t finished = 0;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++finished) fn(i);
+    std::exception_ptr thrown;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++finished) {
+      try {
+        if (!thrown) fn(i);
+      } catch (...) {
+        thrown = std::current_exception();
+      }
+    }
     if (finished == 0) return;
     std::lock_guard lock(mutex);
+    if (thrown && !error) error = thrown;
     done += finished;
     if (done == count) all_done.notify_all();
   }
@@ -115,6 +125,7 @@ struct ParallelWork {
   void wait() {
     std::unique_lock lock(mutex);
     all_done.wait(lock, [this] { return done == count; });
+    if (error) std::rethrow_exception(error);
   }
 };
 

@@ -12,7 +12,8 @@ namespace freeio::host {
 // occupy every thread while the one that would release them waits in the queue.
 void run_on_own_thread(std::function<void()> task);
 
-// Calls fn(0) ... fn(count - 1), on the calling thread and idle cores. Returns when all are done.
+// Calls fn(0) ... fn(count - 1), on the calling thread and idle cores. Returns when all are done;
+// throws the first exception that one of them threw.
 // The caller never waits for a thread to become free, only for calls that already run. Floating
 // point is IEEE inside `fn`, whatever the threads had set (XLA flushes subnormals on some).
 // `bytes`: about how much memory all calls touch together; small work stays on the caller.

@@ -1,0 +1,197 @@
+"""How the processes of a program find and connect with those that share their host.
+
+Everything is published in JAX's key-value store: which host a process is on, and the random name of
+its socket in the abstract namespace, which vanishes with the process. Each pair of processes of a
+host then has one connection. Who connects must be the same user, as the kernel says (SO_PEERCRED),
+and know the job's token, so neither another user nor another job ever takes part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import socket
+import struct
+import time
+from pathlib import Path
+
+_SEND_BUFFER = 4 << 20
+
+
+class BootstrapError(RuntimeError):
+    """The processes of this program could not be connected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """Another process of this host, and the connection with it."""
+
+    process: int
+    pid: int
+    control: tuple[int, int]
+    connection: socket.socket
+
+
+def host_identity() -> str:
+    """Equal in processes that can connect by abstract sockets: of one boot, in one network."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/net')}"
+
+
+def credentials(connection: socket.socket) -> tuple[int, int]:
+    """(pid, uid) of the process at the other end, from the kernel."""
+    size = struct.calcsize("3i")
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    pid, uid, _ = struct.unpack("3i", raw)
+    return pid, uid
+
+
+class Listener:
+    """Takes connections from processes of this user that know the token; closes all others."""
+
+    def __init__(self, process: int, token: str, control: tuple[int, int]):
+        self.name = f"freeio-jax-{secrets.token_hex(16)}"
+        self._hello = {"token": token, "process": process, "control": list(control)}
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.bind(f"\0{self.name}")
+        self._socket.listen(128)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def accept(self, deadline: float) -> Peer | None:
+        """The next connection, or None if it was not from this job.
+
+        Raises:
+          TimeoutError: nobody came until ``deadline``, of ``time.monotonic``.
+        """
+        self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+        connection, _ = self._socket.accept()
+        with contextlib.ExitStack() as stack:
+            stack.callback(connection.close)
+            pid, uid = credentials(connection)
+            if uid != os.geteuid():
+                return None
+            peer = self._read_hello(connection, pid, deadline)
+            if peer is None:
+                return None
+            connection.send(json.dumps(self._hello).encode())
+            stack.pop_all()
+            return peer
+
+    def connect(self, process: int, name: str, deadline: float) -> Peer:
+        """Connects with the listener ``name`` of ``process``.
+
+        Raises:
+          BootstrapError: there is none, it is another user's, or it does not know the token.
+        """
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.ExitStack() as stack:
+            stack.callback(connection.close)
+            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+            try:
+                connection.connect(f"\0{name}")
+                pid, uid = credentials(connection)
+                if uid != os.geteuid():
+                    raise BootstrapError(
+                        f"freeio_jax: process {process} (pid {pid}) runs as user {uid}, this one "
+                        f"as user {os.geteuid()}: all processes must be of one user."
+                    )
+                connection.send(json.dumps(self._hello).encode())
+                peer = self._read_hello(connection, pid, deadline)
+            except OSError as error:
+                raise BootstrapError(
+                    f"freeio_jax: process {process} of this host could not be connected: {error}."
+                ) from error
+            if peer is None or peer.process != process:
+                raise BootstrapError(
+                    f"freeio_jax: what answers for process {process} is not of this job."
+                )
+            stack.pop_all()
+            return peer
+
+    def _read_hello(self, connection: socket.socket, pid: int, deadline: float) -> Peer | None:
+        # Who connects speaks at once: nobody can hold the others up by saying nothing.
+        connection.settimeout(min(max(deadline - time.monotonic(), 1e-3), 5.0))
+        try:
+            hello = json.loads(connection.recv(4096))
+            token, process = str(hello["token"]), int(hello["process"])
+            address, nonce = map(int, hello["control"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if not secrets.compare_digest(token.encode(), self._hello["token"].encode()):
+            return None
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        connection.setblocking(False)
+        return Peer(process, pid, (address, nonce), connection)
+
+
+def connect(
+    client,
+    process: int,
+    num_processes: int,
+    control: tuple[int, int],
+    timeout: float,
+    *,
+    generation: int,
+) -> tuple[list[Peer], list[int]]:
+    """Connects this process with the others of its host. Every process must call it.
+
+    Args:
+      client: JAX's client of the key-value store.
+      control: address and nonce of this process's control block, for the peers.
+      timeout: seconds until all must have called.
+      generation: how often the processes have been connected, this time included.
+
+    Returns:
+      (peers of this host, numbers of the processes of other hosts).
+
+    Raises:
+      BootstrapError: not all processes came in time, or could be connected.
+    """
+    where = f"freeio_jax/{generation}"
+    deadline = time.monotonic() + timeout
+    with contextlib.ExitStack() as stack:
+        try:
+            if process == 0:
+                client.key_value_set(f"{where}/token", secrets.token_hex(16))
+            token = client.blocking_key_value_get(f"{where}/token", int(timeout * 1000))
+            listener = Listener(process, token, control)
+            stack.callback(listener.close)
+            me = {"host": host_identity(), "name": listener.name}
+            client.key_value_set(f"{where}/process/{process}", json.dumps(me))
+            client.wait_at_barrier(f"{where}/published", int(timeout * 1000))
+            published = client.key_value_dir_get(f"{where}/process/")
+        except RuntimeError as error:  # what jaxlib's client raises, DEADLINE_EXCEEDED included
+            raise BootstrapError(
+                f"freeio_jax.initialize: not all {num_processes} processes came within "
+                f"{timeout:g} s. Every process must call it, after jax.distributed.initialize(). "
+                f"({error})"
+            ) from error
+        others = {int(key.rsplit("/", 1)[1]): json.loads(value) for key, value in published}
+        del others[process]
+        here = {p for p, other in others.items() if other["host"] == me["host"]}
+        peers: dict[int, Peer] = {}
+        stack.callback(lambda: [peer.connection.close() for peer in peers.values()])
+        for other in sorted(p for p in here if p < process):
+            peers[other] = listener.connect(other, others[other]["name"], deadline)
+        awaited = {p for p in here if p > process}
+        while awaited:
+            try:
+                peer = listener.accept(deadline)
+            except TimeoutError as error:
+                raise BootstrapError(
+                    f"freeio_jax.initialize: process(es) {sorted(awaited)} of this host did not "
+                    f"connect within {timeout:g} s."
+                ) from error
+            if peer is not None and peer.process in awaited:
+                awaited.remove(peer.process)
+                peers[peer.process] = peer
+            elif peer is not None:
+                peer.connection.close()
+        stack.pop_all()
+        listener.close()
+        return list(peers.values()), sorted(set(others) - here)

@@ -1,0 +1,135 @@
+"""The engines of this installation: what the lowering must know of each, and their registration."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import numpy as np
+from jax._src.mesh import get_concrete_mesh
+
+from freeio_jax import _native, runtime
+
+
+def _register(native, registry: str) -> None:
+    """Registers an engine's handlers with XLA.
+
+    The backend must exist by then: registrations made before it does are replayed in an order
+    that XLA refuses (state types must come before the handlers that use them).
+    """
+    for name, registration in native.ffi_types().items():
+        jax.ffi.register_ffi_type(name, registration, platform=registry)
+    for name, stages in native.ffi_targets().items():
+        jax.ffi.register_ffi_target(name, stages, platform=registry)
+
+
+class CpuEngine:
+    """Devices of one process, or of several on one host."""
+
+    needs_devices = False
+
+    def __init__(self):
+        self._last_module: object = None
+
+    def prepare(self, module: object) -> None:
+        """Called when a call is lowered; ``module`` is an object that its module alone has.
+
+        Raises:
+          RuntimeError: there are several processes, and ``initialize`` was not called.
+        """
+        runtime.require_initialize()
+        self._start()
+        if module is not self._last_module:
+            self._last_module = module
+            _native.begin_module()
+
+    @functools.cache  # noqa: B019 - engines live as long as the process
+    def _start(self) -> None:
+        jax.local_devices(backend="cpu")
+        _register(_native, "cpu")
+
+    def attributes(self, module_context):
+        """The module's name: part of what a call is called between processes."""
+        return {"module": module_context.module.operation.attributes["sym_name"].value}
+
+    def dispatch_scratch(self, layout):
+        return ()
+
+    def combine_scratch(self, layout, expert_out):
+        return ()
+
+
+class CudaEngine:
+    """GPUs of one process that reach each other's memory."""
+
+    @property
+    def needs_devices(self):
+        # A machine without the driver lowers for its CPU, also under a mesh without devices.
+        return _native.cuda.has_driver()
+
+    def prepare(self, module: object) -> None:
+        """Called when a call is lowered.
+
+        Raises:
+          NotImplementedError: there are several processes.
+        """
+        if jax.process_count() > 1:
+            raise NotImplementedError(
+                f"freeio_jax: this program has {jax.process_count()} processes, and exchanges "
+                "between GPUs of several processes are not implemented yet. Use one process for "
+                "all GPUs, or freeio_jax.reference, which has the same contract."
+            )
+        self._start()
+
+    @functools.cache  # noqa: B019 - engines live as long as the process
+    def _start(self) -> None:
+        devices = jax.local_devices(backend="cuda")
+        _native.cuda.start([device.local_hardware_id for device in devices])
+        _register(_native.cuda, "CUDA")
+
+    def attributes(self, module_context):
+        """The CUDA ordinal of each mesh device; the kernels check that it is the right one."""
+        mesh = module_context.axis_context.mesh
+        if not isinstance(mesh, jax.sharding.Mesh):
+            mesh = get_concrete_mesh()
+        if mesh.empty:
+            raise ValueError(
+                "freeio_jax: on GPUs the mesh's devices must be known when the program is lowered. "
+                "Call under jax.set_mesh(mesh), or pass mesh=... to jax.shard_map."
+            )
+        ordinals = [device.local_hardware_id for device in mesh.devices.flat]
+        return {"ordinals": np.asarray(ordinals, np.int64)}
+
+    def check(self, layout, num_leaves=1):
+        for name, value, most in (
+            ("the number of ranks", layout.num_ranks, _native.cuda.max_ranks),
+            ("num_experts", layout.num_experts, _native.cuda.max_experts),
+            ("top_k", layout.top_k, _native.cuda.max_top_k),
+            ("the number of token arrays", num_leaves, _native.cuda.max_leaves),
+        ):
+            if value > most:
+                raise ValueError(
+                    f"freeio_jax: {name} is {value}, and the CUDA engine takes at most {most}. "
+                    "freeio_jax.reference has no such bound."
+                )
+
+    def dispatch_scratch(self, layout):
+        """Route words: 64 bits for each assignment of each rank."""
+        self.check(layout)
+        return (((2 * layout.num_ranks * layout.num_assignments,), np.uint32),)
+
+    def combine_scratch(self, layout, expert_out):
+        """Slots for the partial sums of the other ranks, and their arrival flags."""
+        self.check(layout)
+        slots = layout.num_tokens * min(layout.top_k, layout.num_ranks - 1)
+        width = math.prod(expert_out.shape[1:])
+        # A slice has at least this many elements, or is the whole row.
+        slices = max(1, -(-width // _native.cuda.sum_slice(layout.num_tokens)))
+        return ((slots, width), expert_out.dtype), ((slots * slices,), np.uint32)
+
+
+#: Engines of this installation, by the platform as JAX's lowering names it.
+ENGINES = {"cpu": CpuEngine()}
+if hasattr(_native, "cuda"):
+    ENGINES["cuda"] = CudaEngine()

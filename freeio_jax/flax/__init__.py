@@ -1,0 +1,14 @@
+"""MoE layers for Flax: ``freeio_jax.flax.linen.MoE`` and ``freeio_jax.flax.nnx.MoE``."""
+
+try:
+    import flax as _flax  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "freeio_jax.flax needs Flax, which is not installed: pip install 'freeio_jax[flax]'."
+    ) from error
+
+from freeio_jax.flax import linen, nnx
+from freeio_jax.flax.moe import MoEConfig, Report, moe
+from freeio_jax.flax.router import Router
+
+__all__ = ["MoEConfig", "Report", "Router", "linen", "moe", "nnx"]

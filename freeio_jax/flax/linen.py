@@ -1,0 +1,118 @@
+"""The MoE layer for ``flax.linen``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from freeio_jax.flax.moe import MoEConfig, experts_are_manual, moe, per_expert
+from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer of SwiGLU experts, spread over a mesh axis.
+
+    ``__call__(x, deterministic=False)`` takes ``[..., H]``, under ``jit`` with a mesh a global
+    array, and returns ``[..., H]``. ``deterministic=True`` is for evaluation: no jitter, and the
+    router's bias stays.
+
+    What it reports, over all devices:
+      * collection ``losses``: ``aux_loss``, to add to the training loss;
+      * collection ``intermediates``: ``load`` (int32 ``[E]``, assignments to each expert),
+        ``dropped`` (int32), ``load_balance_loss`` and ``z_loss`` (without coefficients);
+      * collection ``router_state``: ``bias`` (float32 ``[E]``), where ``router.bias_update_rate``
+        is set: updated by each call that is not deterministic, so it must be mutable there.
+
+    Parameters: ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``, ``down``
+    ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``; the experts' carry
+    the partitioning ``(axis_name, None, None)``. Inside a shard_map over the expert axis they are
+    this rank's shards, ``[E/R, ...]``. The random stream of ``router.jitter`` is ``jitter``.
+
+    Attributes:
+      num_experts: E; a multiple of the expert axis's size.
+      top_k: K, experts of one token.
+      expert_width: F, hidden width of one expert.
+      router: how tokens choose their experts.
+      capacity_factor: room of a rank as a multiple of its even share; None: nothing is dropped.
+      alignment: the rows of each expert are padded to a multiple of it.
+      shared_expert_width: S, hidden width of an expert that sees every token; None for none.
+      axis_name: mesh axis, or axes, over which the experts are spread.
+      token_axes: mesh axes over which the tokens are sharded; None: the expert axes alone.
+      mesh: None: the current mesh (``jax.set_mesh``), or one device where there is none.
+      dtype: of the experts' computation; None: the common dtype of input and parameters.
+      param_dtype: of the experts' parameters.
+      kernel_init: initializer of each matrix, applied to each expert on its own.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from freeio_jax.flax.linen import MoE
+    >>> layer = MoE(num_experts=4, top_k=2, expert_width=16)
+    >>> x = jnp.ones((2, 3, 8))
+    >>> params = layer.init(jax.random.key(0), x)["params"]
+    >>> y, state = layer.apply({"params": params}, x, mutable=["intermediates", "losses"])
+    >>> y.shape, int(state["intermediates"]["load"][0].sum())
+    ((2, 3, 8), 12)
+    """
+
+    num_experts: int
+    top_k: int
+    expert_width: int
+    router: Router = DEFAULT_ROUTER
+    capacity_factor: float | None = None
+    alignment: int = 1
+    shared_expert_width: int | None = None
+    axis_name: str | tuple[str, ...] = "expert"
+    token_axes: tuple[str, ...] | None = None
+    mesh: Any = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
+        config = MoEConfig(
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            expert_width=self.expert_width,
+            router=self.router,
+            capacity_factor=self.capacity_factor,
+            alignment=self.alignment,
+            shared_expert_width=self.shared_expert_width,
+            axis_name=self.axis_name,
+            token_axes=self.token_axes,
+            dtype=self.dtype,
+        )
+        manual = experts_are_manual(config)
+        num_ranks = jax.lax.axis_size(config.expert_axes) if manual else 1
+        parameters = {}
+        for name, (shape, names) in config.parameters(
+            x.shape[-1], self.num_experts // num_ranks
+        ).items():
+            init = per_expert(self.kernel_init) if len(shape) == 3 else self.kernel_init
+            dtype = jnp.float32 if name == "router" else self.param_dtype
+            box = self.param(name, nn.with_partitioning(init, names), shape, dtype, unbox=False)
+            # Unboxing constrains the sharding, which shards of a shard_map have no use for.
+            parameters[name] = nn.meta.unbox(box) if not manual else _value(box)
+
+        bias, training = None, not deterministic and not self.is_initializing()
+        if self.router.bias_update_rate is not None:
+            variable = self.variable(
+                "router_state", "bias", jnp.zeros, (self.num_experts,), jnp.float32
+            )
+            bias = variable.value
+        jitters = training and self.router.jitter
+        jitter_key = self.make_rng("jitter") if jitters else None
+        y, report = moe(parameters, x, config, bias=bias, mesh=self.mesh, jitter_key=jitter_key)
+        if bias is not None and training:
+            variable.value = update_bias(bias, report.load, self.router.bias_update_rate)
+        self.sow("losses", "aux_loss", report.aux_loss)
+        for name in ("load", "dropped", "load_balance_loss", "z_loss"):
+            self.sow("intermediates", name, getattr(report, name))
+        return y
+
+
+def _value(box):
+    return box.value if isinstance(box, nn.meta.AxisMetadata) else box

@@ -1,0 +1,148 @@
+"""The MoE layer for ``flax.nnx``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from freeio_jax.flax.moe import MoEConfig, moe, per_expert
+from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
+
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+
+
+class AuxLoss(nnx.Intermediate):
+    """A layer's auxiliary loss, with its coefficients: add all of a model's to the training loss.
+
+    ``sum(jax.tree.leaves(nnx.state(model, AuxLoss)))``
+    """
+
+
+class ExpertLoad(nnx.Intermediate):
+    """int32 ``[E]``: assignments to each expert in the last call, before any drop."""
+
+
+class Dropped(nnx.Intermediate):
+    """int32: assignments of the last call that did not fit in the capacity."""
+
+
+class RouterBias(nnx.Variable):
+    """float32 ``[E]``: the bias of loss-free balancing; state like a running mean, no parameter."""
+
+
+class MoE(nnx.Module):
+    """A Mixture-of-Experts layer of SwiGLU experts, spread over a mesh axis.
+
+    ``layer(x, deterministic=None)`` takes ``[..., H]``, under ``nnx.jit`` with a mesh a global
+    array, and returns ``[..., H]``. ``deterministic=True`` (``layer.eval()``) is for evaluation: no
+    jitter, and the router's bias stays.
+
+    What it reports, over all devices, in Variables that each call overwrites: ``aux_loss``
+    (:class:`AuxLoss`), ``load`` (:class:`ExpertLoad`), ``dropped`` (:class:`Dropped`),
+    ``load_balance_loss`` and ``z_loss`` (``nnx.Intermediate``, without coefficients). All of them
+    are of type ``nnx.Intermediate``; leave that type out of checkpoints.
+
+    Parameters (``nnx.Param``): ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``,
+    ``down`` ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``; the
+    experts' carry ``out_sharding=(axis_name, None, None)``. ``bias`` (:class:`RouterBias`) where
+    ``router.bias_update_rate`` is set: updated by each call that is not deterministic.
+
+    Args:
+      width: H, features of a token.
+      num_experts: E; a multiple of the expert axis's size.
+      top_k: K, experts of one token.
+      expert_width: F, hidden width of one expert.
+      router: how tokens choose their experts.
+      capacity_factor: room of a rank as a multiple of its even share; None: nothing is dropped.
+      alignment: the rows of each expert are padded to a multiple of it.
+      shared_expert_width: S, hidden width of an expert that sees every token; None for none.
+      axis_name: mesh axis, or axes, over which the experts are spread.
+      token_axes: mesh axes over which the tokens are sharded; None: the expert axes alone.
+      mesh: None: the current mesh (``jax.set_mesh``), or one device where there is none.
+      dtype: of the experts' computation; None: the common dtype of input and parameters.
+      param_dtype: of the experts' parameters.
+      kernel_init: initializer of each matrix, applied to each expert on its own.
+      deterministic: the default of the calls; ``train()`` and ``eval()`` set it.
+      rngs: streams ``params``, and ``jitter`` for ``router.jitter``.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from freeio_jax.flax.nnx import MoE
+    >>> layer = MoE(8, num_experts=4, top_k=2, expert_width=16, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 3, 8))).shape, int(layer.load[...].sum())
+    ((2, 3, 8), 12)
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        expert_width: int,
+        router: Router = DEFAULT_ROUTER,
+        capacity_factor: float | None = None,
+        alignment: int = 1,
+        shared_expert_width: int | None = None,
+        axis_name: str | tuple[str, ...] = "expert",
+        token_axes: tuple[str, ...] | None = None,
+        mesh: Any = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Callable[..., jax.Array] = _KERNEL_INIT,
+        deterministic: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.config = MoEConfig(
+            num_experts=num_experts,
+            top_k=top_k,
+            expert_width=expert_width,
+            router=router,
+            capacity_factor=capacity_factor,
+            alignment=alignment,
+            shared_expert_width=shared_expert_width,
+            axis_name=axis_name,
+            token_axes=token_axes,
+            dtype=dtype,
+        )
+        self.mesh = mesh
+        self.deterministic = deterministic
+        # Flax shards a Variable when it is made, and refuses to where there is no mesh.
+        current = jax.sharding.get_abstract_mesh()
+        meshless = mesh is None and (current.empty or current.manual_axes)
+        placement = {"eager_sharding": False} if meshless else {"mesh": mesh}
+        for name, (shape, names) in self.config.parameters(width).items():
+            init = per_expert(kernel_init) if len(shape) == 3 else kernel_init
+            value = init(rngs.params(), shape, jnp.float32 if name == "router" else param_dtype)
+            setattr(self, name, nnx.Param(value, out_sharding=names, **placement))
+        if router.bias_update_rate is not None:
+            self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32))
+        self.rngs = rngs["jitter"].fork() if router.jitter else nnx.data(None)
+        self.load = ExpertLoad(jnp.zeros(num_experts, jnp.int32))
+        self.dropped = Dropped(jnp.zeros((), jnp.int32))
+        self.load_balance_loss = nnx.Intermediate(jnp.zeros((), jnp.float32))
+        self.z_loss = nnx.Intermediate(jnp.zeros((), jnp.float32))
+        self.aux_loss = AuxLoss(jnp.zeros((), jnp.float32))
+
+    def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
+        router = self.config.router
+        training = not (self.deterministic if deterministic is None else deterministic)
+        names = self.config.parameters(x.shape[-1])
+        bias = self.bias[...] if router.bias_update_rate is not None else None
+        y, report = moe(
+            {name: getattr(self, name)[...] for name in names},
+            x,
+            self.config,
+            bias=bias,
+            mesh=self.mesh,
+            jitter_key=self.rngs() if training and router.jitter else None,
+        )
+        if bias is not None and training:
+            self.bias[...] = update_bias(bias, report.load, router.bias_update_rate)
+        for name in ("load", "dropped", "load_balance_loss", "z_loss", "aux_loss"):
+            getattr(self, name)[...] = getattr(report, name)
+        return y

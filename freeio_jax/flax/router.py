@@ -1,0 +1,230 @@
+"""The router: scores, top-k, losses and balancing. Pure functions, all math in float32."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """How tokens choose their experts.
+
+    Attributes:
+      score: ``"softmax"`` over all experts, or ``"sigmoid"`` of each (DeepSeek-V3,
+        arXiv:2412.19437, section 2.1.2).
+      renormalize: the weights of a token's chosen experts are divided by their sum.
+      weight_scale: factor on the weights, after renormalization.
+      num_groups: the experts form this many groups of neighbours; 1 means no groups.
+      groups_per_token: a token's experts come from this many groups, those with the largest sum of
+        their two best scores (DeepSeek-V3, section 2.1.2, "node-limited routing").
+      bias_update_rate: None for no bias. Else each expert has a bias that is added to its score
+        when experts are chosen, not to its weight, and moves by this much a step towards even load
+        (:func:`update_bias`). It takes no gradient.
+      jitter: in training the router's input is multiplied with uniform noise from
+        ``[1 - jitter, 1 + jitter]`` (Switch Transformer, arXiv:2101.03961, section 2.2).
+      load_balance_coef: factor of the load-balance loss in the auxiliary loss.
+      z_loss_coef: factor of the z-loss in the auxiliary loss.
+    """
+
+    score: str = "softmax"
+    renormalize: bool = True
+    weight_scale: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    bias_update_rate: float | None = None
+    jitter: float = 0.0
+    load_balance_coef: float = 1e-2
+    z_loss_coef: float = 1e-3
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raises ValueError where the settings do not fit together, with the fix."""
+        if self.score not in ("softmax", "sigmoid"):
+            raise ValueError(f"router: score must be 'softmax' or 'sigmoid', got {self.score!r}.")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"router: top_k={top_k} must be between 1 and num_experts={num_experts}."
+            )
+        if self.num_groups < 1 or num_experts % self.num_groups:
+            raise ValueError(
+                f"router: num_groups={self.num_groups} must divide num_experts={num_experts}."
+            )
+        if not 1 <= self.groups_per_token <= self.num_groups:
+            raise ValueError(
+                f"router: groups_per_token={self.groups_per_token} must be between 1 and "
+                f"num_groups={self.num_groups}."
+            )
+        reachable = self.groups_per_token * (num_experts // self.num_groups)
+        if top_k > reachable:
+            raise ValueError(
+                f"router: top_k={top_k} exceeds the {reachable} experts of "
+                f"groups_per_token={self.groups_per_token} groups. Use more groups per token."
+            )
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"router: jitter must be in [0, 1), got {self.jitter}.")
+
+
+#: Softmax over all experts, weights renormalized, the losses with their usual coefficients.
+DEFAULT_ROUTER = Router()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """What a router decided for the tokens ``[T]`` of one shard.
+
+    Attributes:
+      topk_idx: int32 ``[T, K]``: the experts, best first; -1 for tokens that are masked out.
+      topk_weights: float32 ``[T, K]``.
+      load: int32 ``[E]``: assignments to each expert, of all shards.
+      load_balance_loss: float32 scalar, of all shards; 1 where load and scores are even.
+      z_loss: float32 scalar, of all shards.
+    """
+
+    topk_idx: jax.Array
+    topk_weights: jax.Array
+    load: jax.Array
+    load_balance_loss: jax.Array
+    z_loss: jax.Array
+
+
+def scores(logits: jax.Array, router: Router) -> jax.Array:
+    """Affinity of each token to each expert: float32 ``[T, E]`` in [0, 1]."""
+    logits = logits.astype(jnp.float32)
+    return jax.nn.softmax(logits) if router.score == "softmax" else jax.nn.sigmoid(logits)
+
+
+def select(
+    scores: jax.Array, top_k: int, router: Router, bias: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The experts of each token and their weights.
+
+    Args:
+      scores: float32 ``[T, E]``.
+      top_k: K.
+      router: the settings.
+      bias: float32 ``[E]``, added to the scores for the choice alone.
+
+    Returns:
+      topk_idx int32 ``[T, K]``, best first, a tie to the lower id; topk_weights float32 ``[T, K]``.
+
+    >>> import jax.numpy as jnp
+    >>> from freeio_jax.flax.router import Router, select
+    >>> idx, weights = select(jnp.array([[0.5, 0.125, 0.25, 0.125]]), 2, Router(renormalize=False))
+    >>> idx.tolist(), weights.tolist()
+    ([[0, 2]], [[0.5, 0.25]])
+    >>> bias = jnp.array([0.0, 0.0, 0.0, 1.0])
+    >>> idx, weights = select(jnp.array([[0.5, 0.125, 0.25, 0.125]]), 2, Router(), bias)
+    >>> idx.tolist(), weights.tolist()
+    ([[3, 0]], [[0.20000000298023224, 0.800000011920929]])
+    """
+    choice = lax.stop_gradient(scores if bias is None else scores + bias)
+    if router.num_groups > 1:
+        choice = _within_best_groups(choice, router)
+    topk_idx = lax.top_k(choice, top_k)[1].astype(jnp.int32)
+    weights = jnp.take_along_axis(scores, topk_idx, axis=-1)
+    if router.renormalize:
+        # Sigmoid scores can all underflow to zero; then the weights are zero, not NaN.
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    return topk_idx, weights * router.weight_scale
+
+
+def _within_best_groups(choice, router):
+    """``choice`` with -inf outside each token's best groups."""
+    num_tokens, num_experts = choice.shape
+    grouped = choice.reshape(num_tokens, router.num_groups, -1)
+    group_score = jnp.sum(lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
+    best = lax.top_k(group_score, router.groups_per_token)[1]
+    allowed = jnp.any(best[..., None] == jnp.arange(router.num_groups), axis=1)
+    return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
+
+
+def load_balance_loss(mean_scores: jax.Array, load: jax.Array) -> jax.Array:
+    """``E * sum_e f_e * P_e``: 1 where even, E where all goes to one expert.
+
+    ``f_e`` is the share of assignments that expert e gets (no gradient), ``P_e`` its mean share of
+    the tokens' scores (Switch Transformer, arXiv:2101.03961, equations 4 to 6, there for top-1).
+
+    Args:
+      mean_scores: float32 ``[E]``: P, which sums to 1.
+      load: int32 ``[E]``: assignments to each expert.
+    """
+    share = load / jnp.maximum(jnp.sum(load), 1)
+    return load.shape[0] * jnp.sum(lax.stop_gradient(share) * mean_scores)
+
+
+def update_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
+    """One step of loss-free balancing: experts above the mean load lose ``rate``, others gain it.
+
+    Source: arXiv:2408.15664, algorithm 1.
+
+    Args:
+      bias: float32 ``[E]``.
+      load: int32 ``[E]``: assignments to each expert in the last step.
+      rate: the step; the paper uses 0.001.
+    """
+    load = load.astype(jnp.float32)
+    return bias + rate * jnp.sign(jnp.mean(load) - load)
+
+
+def route(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    top_k: int,
+    router: Router,
+    bias: jax.Array | None = None,
+    token_mask: jax.Array | None = None,
+    token_axes: tuple[str, ...] = (),
+    jitter_key: jax.Array | None = None,
+) -> Routing:
+    """Routes the tokens of one shard; load and losses are those of all shards together.
+
+    Args:
+      x: ``[T, H]``, floating.
+      kernel: ``[H, E]``: logits are ``x @ kernel``, in float32.
+      top_k: K.
+      router: the settings.
+      bias: float32 ``[E]`` or None.
+      token_mask: bool ``[T]``: false for padding, which is routed nowhere and not counted.
+      token_axes: manual mesh axes over which the tokens are sharded.
+      jitter_key: PRNG key of this shard, for ``router.jitter``; None for none (evaluation).
+    """
+    x = x.astype(jnp.float32)
+    if jitter_key is not None and router.jitter:
+        low, high = 1 - router.jitter, 1 + router.jitter
+        x = x * jax.random.uniform(jitter_key, x.shape, jnp.float32, low, high)
+    logits = jnp.dot(x, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    token_scores = scores(logits, router)
+    topk_idx, topk_weights = select(token_scores, top_k, router, bias)
+    if token_mask is None:
+        token_mask = jnp.ones(x.shape[0], bool)
+    topk_idx = jnp.where(token_mask[:, None], topk_idx, -1)
+
+    def total(per_token):
+        local = jnp.sum(jnp.where(token_mask[:, None], per_token, 0), axis=0)
+        return lax.psum(local, token_axes) if token_axes else local
+
+    num_experts = kernel.shape[1]
+    load = total(jnp.sum(topk_idx[..., None] == jnp.arange(num_experts), axis=1, dtype=jnp.int32))
+    # The losses' sums over tokens, in one exchange: shares of the scores, z, and the token count.
+    share = token_scores
+    if router.score == "sigmoid":
+        share = share / jnp.maximum(
+            jnp.sum(share, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny
+        )
+    z = jax.nn.logsumexp(logits, axis=-1, keepdims=True) ** 2
+    sums = total(jnp.concatenate([share, z, jnp.ones_like(z)], axis=-1))
+    mean = sums / jnp.maximum(sums[-1], 1)
+    return Routing(
+        topk_idx=topk_idx,
+        topk_weights=topk_weights,
+        load=load,
+        load_balance_loss=load_balance_loss(mean[:num_experts], load),
+        # ST-MoE, arXiv:2202.08906, equation 5: keeps the logits small.
+        z_loss=mean[num_experts],
+    )

@@ -1,0 +1,64 @@
+"""Command line of the launcher: see ``python -m freeio_jax.launch --help``."""
+
+import argparse
+import os
+import sys
+
+from freeio_jax.launch.pod import Pod
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m freeio_jax.launch",
+        usage="%(prog)s -n PROCESSES [options] (script.py | -m module) [arguments ...]",
+        description="Runs a Python program in several processes of this host. In each of them "
+        "jax.distributed.initialize() needs no arguments. Output lines start with the number of "
+        "their process; when a process fails the others are stopped, and the exit status is its.",
+    )
+    parser.add_argument("-n", "--num-processes", type=int, required=True, metavar="PROCESSES")
+    parser.add_argument(
+        "--devices-per-process",
+        type=int,
+        default=1,
+        metavar="D",
+        help="CPU devices of each process (default 1); on GPUs each process has one",
+    )
+    parser.add_argument(
+        "--platform",
+        default=os.environ.get("JAX_PLATFORMS") or "cpu",
+        help="JAX_PLATFORMS of the processes (default: that of the environment, else cpu)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="time for the others to end by themselves once a process has failed (default 5)",
+    )
+    parser.add_argument("-m", dest="module", action="store_true", help="the program is a module")
+    parser.add_argument("program", help="script, or module after -m")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the program")
+    options = parser.parse_args(arguments)
+    for name in ("num_processes", "devices_per_process"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not options.module and not os.path.isfile(options.program):
+        parser.error(f"there is no script {options.program}")
+    return options
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    program = ["-m"] * options.module + [options.program, *options.arguments]
+    pod = Pod(
+        program,
+        num_processes=options.num_processes,
+        devices_per_process=options.devices_per_process,
+        platform=options.platform,
+        grace=options.grace,
+    )
+    return pod.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

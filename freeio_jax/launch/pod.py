@@ -1,0 +1,205 @@
+"""A pod of local processes: starts them, prefixes their output, and ends them together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+_MEMBER = Path(__file__).with_name("member.py")
+
+#: Between asking a process to end and killing it.
+_TERMINATION_SECONDS = 3.0
+
+
+def _reserve_port() -> socket.socket:
+    """A loopback port that stays ours while the socket is open.
+
+    gRPC, which serves JAX's coordinator, binds with SO_REUSEPORT and so may share it; nobody else
+    on the host is given the port in the meantime.
+    """
+    reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
+
+
+class Pod:
+    """``num_processes`` processes of one Python program on this host.
+
+    Args:
+      program: command line after ``python``: a script, or ``-m`` and a module, then arguments.
+      num_processes: how many.
+      devices_per_process: CPU devices of each.
+      platform: ``JAX_PLATFORMS`` of each. On GPUs process i sees GPU i.
+      grace: seconds that the others have to end by themselves once one has failed, so that their
+        own errors are seen too.
+      output: ``(rank, stream name, line)`` is called for each line that a process writes, one
+        call at a time. None writes it to this process's stream, after ``[rank]``.
+    """
+
+    def __init__(
+        self,
+        program: Sequence[str],
+        *,
+        num_processes: int,
+        devices_per_process: int = 1,
+        platform: str = "cpu",
+        grace: float = 5.0,
+        output=None,
+    ):
+        self._program = list(program)
+        self._num_processes = num_processes
+        self._devices = devices_per_process
+        self._platform = platform
+        self._grace = grace
+        self._output = output or self._print
+        self._printing = threading.Lock()
+        self._interrupted: int | None = None
+        self.processes: list[subprocess.Popen] = []
+
+    def run(self) -> int:
+        """Runs the program; returns 0, or the status of the first process that failed.
+
+        A process ended by signal s counts as status 128 + s. SIGINT and SIGTERM are passed on.
+        """
+        with contextlib.ExitStack() as stack:
+            port = stack.enter_context(contextlib.closing(_reserve_port())).getsockname()[1]
+            stack.callback(self._kill)
+            self._pass_on_signals(stack)
+            readers = []
+            for rank in range(self._num_processes):
+                process = self._start(rank, f"127.0.0.1:{port}")
+                self.processes.append(process)
+                for name in ("stdout", "stderr"):
+                    reader = threading.Thread(target=self._copy, args=(rank, process, name))
+                    reader.start()
+                    readers.append(reader)
+            status = self._supervise()
+            # A grandchild that outlives its parent may keep the pipes open.
+            deadline = time.monotonic() + _TERMINATION_SECONDS
+            for reader in readers:
+                reader.join(max(0.0, deadline - time.monotonic()))
+            return status
+
+    def _start(self, rank: int, coordinator: str) -> subprocess.Popen:
+        environment = dict(os.environ)
+        flags = environment.get("XLA_FLAGS", "")
+        flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", flags)
+        flags += f" --xla_force_host_platform_device_count={self._devices}"
+        environment |= {
+            "XLA_FLAGS": flags.strip(),
+            "JAX_PLATFORMS": self._platform,
+            "JAX_COORDINATOR_ADDRESS": coordinator,
+            "JAX_COORDINATOR_BIND_ADDRESS": coordinator,
+            "JAX_NUM_PROCESSES": str(self._num_processes),
+            "JAX_PROCESS_ID": str(rank),
+            "PYTHONUNBUFFERED": "1",
+        }
+        return subprocess.Popen(
+            [sys.executable, str(_MEMBER), str(os.getpid()), *self._program],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # Of its own, so that Ctrl-C reaches it once, from here, and its children end with it.
+            start_new_session=True,
+        )
+
+    def _copy(self, rank: int, process: subprocess.Popen, name: str) -> None:
+        with getattr(process, name) as stream:
+            for line in stream:
+                text = line.decode(errors="replace").rstrip("\n")
+                with self._printing:
+                    self._output(rank, name, text)
+
+    def _print(self, rank: int, name: str, line: str) -> None:
+        stream = getattr(sys, name)
+        width = len(str(self._num_processes - 1))
+        stream.write(f"[{rank:{width}d}] {line}\n")
+        stream.flush()
+
+    def _say(self, line: str) -> None:
+        with self._printing:
+            print(f"[launch] {line}", file=sys.stderr, flush=True)
+
+    def _pass_on_signals(self, stack: contextlib.ExitStack) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def handle(number, _frame):
+            # The second one does not wait for anybody.
+            self._signal(signal.SIGKILL if self._interrupted else number)
+            self._interrupted = number
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, handle))
+
+    def _running(self) -> list[int]:
+        return [i for i, process in enumerate(self.processes) if process.poll() is None]
+
+    def _signal(self, number: int) -> None:
+        """To every running process and its children."""
+        for rank in self._running():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.processes[rank].pid, number)
+
+    def _wait(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self._running():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def _supervise(self) -> int:
+        failed = None
+        while self._running() and failed is None and not self._interrupted:
+            time.sleep(0.02)
+            failed = self._first_failure()
+        if self._interrupted:
+            if not self._wait(self._grace):
+                self._end_the_rest()
+            return 128 + self._interrupted
+        failed = self._first_failure()
+        if failed is None:
+            return 0
+        rank, status = failed
+        process = self.processes[rank]
+        how = f"ended with status {status}"
+        if process.returncode < 0:
+            how = f"was ended by {signal.Signals(-process.returncode).name}"
+        self._say(f"process {rank} (pid {process.pid}) {how}")
+        if not self._wait(self._grace):
+            self._end_the_rest()
+        return status
+
+    def _first_failure(self) -> tuple[int, int] | None:
+        for rank, process in enumerate(self.processes):
+            if process.poll():
+                code = process.returncode
+                return rank, code if code > 0 else 128 - code
+        return None
+
+    def _end_the_rest(self) -> None:
+        late = ", ".join(f"{r} (pid {self.processes[r].pid})" for r in self._running())
+        self._say(f"stopping process(es) {late}; where they were follows")
+        # member.py prints all threads' stacks on SIGUSR2.
+        self._signal(signal.SIGUSR2)
+        time.sleep(0.5)
+        self._signal(signal.SIGCONT)
+        self._signal(signal.SIGTERM)
+        if not self._wait(_TERMINATION_SECONDS):
+            self._kill()
+
+    def _kill(self) -> None:
+        self._signal(signal.SIGKILL)
+        self._wait(_TERMINATION_SECONDS)

@@ -1,0 +1,19 @@
+"""Which mesh axes of the surrounding ``shard_map`` a value varies over (its ``check_vma`` type)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+from jax import lax
+
+
+def varying_axes(*arrays: jax.Array) -> frozenset[str]:
+    """The axes over which any of ``arrays`` varies; none where ``check_vma`` is off."""
+    return frozenset().union(*(jax.typeof(a).mat.varying for a in arrays))
+
+
+def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """``x``, also varying over ``axes``: its gradient is summed over those that are new."""
+    missing = frozenset(axes) - varying_axes(x)
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

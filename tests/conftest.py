@@ -1,0 +1,71 @@
+"""Eight CPU devices by default, a seed for every random test, and a bound on every test's time.
+
+In a pod (see pod.py) every process runs every test.
+"""
+
+import os
+import random
+import zlib
+
+import numpy as np
+import pytest
+
+# Before JAX is imported, which reads them.
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+TEST_TIMEOUT_SECONDS = 180
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=random.SystemRandom().randrange(2**32),
+        help="seed of the `rng` fixture; drawn anew in each run unless given",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # once the terminal reporter is there
+def pytest_configure(config):
+    import pod
+
+    if pod.is_pod():
+        pod.join(config)
+
+
+def pytest_ignore_collect(collection_path):
+    """Tests that start processes of their own do so once, not in every process of a pod."""
+    import pod
+
+    return True if pod.is_pod() and collection_path.name in pod.NOT_ON_PODS else None
+
+
+def pytest_report_header(config):
+    import jax
+
+    devices = jax.devices()
+    return (
+        f"jax {jax.__version__}, {len(devices)} {devices[0].platform} devices of "
+        f"{jax.process_count()} process(es), "
+        f"random tests: --seed={config.getoption('seed')}"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    # A thread watches the time: a test that hangs inside a native call does not see a signal.
+    for item in items:
+        if item.config.pluginmanager.hasplugin("timeout") and not item.get_closest_marker(
+            "timeout"
+        ):
+            item.add_marker(pytest.mark.timeout(TEST_TIMEOUT_SECONDS, method="thread"))
+
+
+@pytest.fixture
+def rng(request):
+    """A generator of its own for each test; the seed is shown when the test fails."""
+    seed = request.config.getoption("seed")
+    print(f"rerun with --seed={seed}")
+    return np.random.default_rng([seed, zlib.crc32(request.node.nodeid.encode())])

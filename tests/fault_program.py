@@ -1,0 +1,136 @@
+"""What a process of test_faults.py runs: exchanges, one of which goes wrong in process 1."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import freeio_jax as fio
+
+FAULT = sys.argv[1]
+TIMEOUT = 3.0
+
+
+def make_step(mesh, num_tokens=4, capacity=None, dtype=np.float32):
+    """A function that dispatches, combines and checks what came back."""
+    ranks, sharding = mesh.size, NamedSharding(mesh, P("expert"))
+
+    def layer(tokens, topk_idx):
+        out = fio.dispatch(
+            tokens, topk_idx, num_experts=ranks, axis_name="expert", capacity=capacity
+        )
+        return fio.combine(out.tokens, out.handle)
+
+    layer = jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=P("expert"), out_specs=P("expert")))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(-8, 8, (ranks * num_tokens, 5)).astype(dtype)
+    topk_idx = rng.permuted(np.tile(np.arange(ranks), (len(tokens), 1)), axis=1).astype(np.int32)
+
+    def step():
+        args = [
+            jax.make_array_from_callback(a.shape, sharding, lambda index, a=a: a[index])
+            for a in (tokens, topk_idx)
+        ]
+        z = jax.block_until_ready(layer(*args))
+        for shard in z.addressable_shards:
+            np.testing.assert_array_equal(
+                np.asarray(shard.data), np.asarray(ranks * tokens[shard.index], z.dtype)
+            )
+
+    return step
+
+
+def kill_myself():
+    report("FAULT")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main():
+    jax.distributed.initialize()
+    me = jax.process_index()
+    culprit = me == 1
+    mesh = Mesh(np.array(jax.devices()), ("expert",))
+    if FAULT != "not initialized":
+        fio.initialize()
+    fio.config(timeout=TIMEOUT)
+    if FAULT == "killed before":
+        if culprit:
+            kill_myself()
+        make_step(mesh)()
+        return
+    odd = {
+        "other shape": {"num_tokens": 6},
+        "other dtype": {"dtype": np.float16},
+        "other capacity": {"capacity": 12},
+    }
+    if culprit and FAULT in odd:
+        report("FAULT")
+        make_step(mesh, **odd[FAULT])()
+        return
+    step = make_step(mesh)
+    step()
+    if FAULT == "killed between":
+        if culprit:
+            kill_myself()
+    elif FAULT == "killed inside":
+        if me == 2:
+            time.sleep(100)
+        if culprit:
+            threading.Timer(0.5, kill_myself).start()
+    elif FAULT.startswith("stopped") and culprit:
+        report(f"FAULT {os.getpid()}")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif FAULT == "raises" and culprit:
+        report("FAULT")
+        raise ValueError("lost the plot")
+    elif FAULT == "fewer calls" and culprit:
+        report("FAULT")
+        time.sleep(100)
+    elif FAULT == "other program" and culprit:
+        report("FAULT")
+        make_other_program(mesh)()
+    elif FAULT == "shut down" and culprit:
+        report("FAULT")
+        fio.shutdown()
+        time.sleep(100)
+    for _ in range(3):
+        step()
+
+
+def make_other_program(mesh):
+    """Twice the exchange in one program."""
+
+    def layer(tokens, topk_idx):
+        for _ in range(2):
+            out = fio.dispatch(tokens, topk_idx, num_experts=mesh.size, axis_name="expert")
+            tokens = fio.combine(out.tokens, out.handle)
+        return tokens
+
+    layer = jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=P("expert"), out_specs=P("expert")))
+    tokens = np.zeros((4 * mesh.size, 7), np.float32)
+    return lambda: jax.block_until_ready(layer(tokens, np.zeros((len(tokens), 1), np.int32)))
+
+
+start = time.monotonic()
+
+
+def report(text):
+    # One write: lines of two threads must not mix. No orderly end: JAX's would wait for the others.
+    print(f"{time.monotonic() - start:.2f} {text}", flush=True)
+
+
+try:
+    main()
+except Exception as error:
+    if "lost the plot" in str(error):
+        raise
+    report("ERROR " + " ".join(str(error).split()))
+    time.sleep(1.0)  # the others see an error of their own, not the end of this process
+    os._exit(3)
+report("FINISHED")

@@ -1,0 +1,203 @@
+"""How processes of a host find each other, and whom they do not let in."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from freeio_jax import bootstrap
+from freeio_jax.bootstrap import BootstrapError, Listener
+
+NOBODY = 65534
+
+
+class Store:
+    """JAX's key-value store, for threads of one process."""
+
+    def __init__(self, num_processes):
+        self._values = {}
+        self._changed = threading.Condition()
+        self._num_processes = num_processes
+        self._barriers = {}
+
+    def key_value_set(self, key, value):
+        with self._changed:
+            assert key not in self._values
+            self._values[key] = value
+            self._changed.notify_all()
+
+    def _wait(self, ready, milliseconds):
+        if not self._changed.wait_for(ready, milliseconds / 1000):
+            raise RuntimeError("DEADLINE_EXCEEDED")
+
+    def blocking_key_value_get(self, key, milliseconds):
+        with self._changed:
+            self._wait(lambda: key in self._values, milliseconds)
+            return self._values[key]
+
+    def wait_at_barrier(self, barrier, milliseconds):
+        with self._changed:
+            self._barriers[barrier] = self._barriers.get(barrier, 0) + 1
+            self._changed.notify_all()
+            self._wait(lambda: self._barriers[barrier] == self._num_processes, milliseconds)
+
+    def key_value_dir_get(self, folder):
+        with self._changed:
+            return [(k, v) for k, v in self._values.items() if k.startswith(folder)]
+
+
+def connect_all(num_processes, timeout=20.0, absent=(), host_of=None, monkeypatch=None):
+    """(peers, elsewhere) of each process, or what it raised."""
+    store, results = Store(num_processes), {}
+    if host_of is not None:
+        monkeypatch.setattr(
+            bootstrap, "host_identity", lambda: host_of(int(threading.current_thread().name))
+        )
+
+    def run(process):
+        try:
+            results[process] = bootstrap.connect(
+                store, process, num_processes, (process, 100 + process), timeout, generation=1
+            )
+        except BootstrapError as error:
+            results[process] = error
+
+    threads = [
+        threading.Thread(target=run, args=(p,), name=str(p))
+        for p in range(num_processes)
+        if p not in absent
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_every_pair_has_a_connection(monkeypatch):
+    results = connect_all(5, monkeypatch=monkeypatch)
+    for process, (peers, elsewhere) in results.items():
+        assert elsewhere == []
+        assert {p.process for p in peers} == set(range(5)) - {process}
+        for peer in peers:
+            assert peer.pid == os.getpid()
+            assert peer.control == (peer.process, 100 + peer.process)
+            peer.connection.send(f"{process}-{peer.process}".encode())
+    for process, (peers, _) in results.items():
+        for peer in peers:
+            peer.connection.settimeout(10)
+            assert peer.connection.recv(100) == f"{peer.process}-{process}".encode()
+            peer.connection.close()
+
+
+def test_processes_of_other_hosts_are_told_apart(monkeypatch):
+    results = connect_all(5, host_of=lambda process: f"host {process % 2}", monkeypatch=monkeypatch)
+    for process, (peers, elsewhere) in results.items():
+        assert {p.process % 2 for p in peers} == {process % 2}
+        assert elsewhere == [p for p in range(5) if p % 2 != process % 2]
+
+
+def test_a_process_that_does_not_come(monkeypatch):
+    results = connect_all(3, timeout=0.5, absent=(2,), monkeypatch=monkeypatch)
+    for process in (0, 1):
+        assert isinstance(results[process], BootstrapError)
+        assert "not all 3 processes came within 0.5 s" in str(results[process])
+
+
+@pytest.fixture
+def listener():
+    listener = Listener(0, "token", (1, 2))
+    yield listener
+    listener.close()
+
+
+def call(name, message):
+    caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    caller.settimeout(10)
+    caller.connect(f"\0{name}")
+    # It may be closed before it has spoken.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        caller.send(message)
+    return caller
+
+
+def closed_silently(caller):
+    """Whether the other end was closed without a word."""
+    try:
+        return caller.recv(100) == b""
+    except ConnectionResetError:
+        return True
+
+
+HELLO = {"token": "token", "process": 1, "control": [3, 4]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"\x00\xff garbage",
+        b"[]",
+        json.dumps(HELLO | {"token": "another"}).encode(),
+        json.dumps({"token": "token", "process": 1}).encode(),
+        json.dumps(HELLO | {"control": ["x", 1]}).encode(),
+    ],
+)
+def test_foreign_messages_are_not_answered(message, listener):
+    with call(listener.name, message) as caller:
+        if not message:
+            caller.shutdown(socket.SHUT_WR)
+        assert listener.accept(time.monotonic() + 10) is None
+        assert closed_silently(caller)
+    # And the next one is served.
+    with call(listener.name, json.dumps(HELLO).encode()) as caller:
+        peer = listener.accept(time.monotonic() + 10)
+        assert (peer.process, peer.control) == (1, (3, 4))
+        assert json.loads(caller.recv(4096))["process"] == 0
+        peer.connection.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_is_not_let_in(listener):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setuid(NOBODY)
+            with call(listener.name, json.dumps(HELLO).encode()) as caller:
+                status = 0 if closed_silently(caller) else 2
+        finally:
+            os._exit(status)
+    assert listener.accept(time.monotonic() + 10) is None
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_listener_of_another_user_is_not_trusted(listener):
+    name = f"freeio-jax-test-{os.getpid()}"
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(NOBODY)
+            imposter = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            imposter.bind(f"\0{name}")
+            imposter.listen()
+            os.write(ready[1], b"x")
+            os.read(done[0], 1)
+        finally:
+            os._exit(0)
+    os.read(ready[0], 1)
+    with pytest.raises(BootstrapError, match=f"runs as user {NOBODY}"):
+        listener.connect(1, name, time.monotonic() + 10)
+    os.write(done[1], b"x")
+    os.waitpid(child, 0)
+
+
+def test_nobody_listens(listener):
+    with pytest.raises(BootstrapError, match="process 3 of this host could not be connected"):
+        listener.connect(3, "freeio-jax-nobody", time.monotonic() + 10)

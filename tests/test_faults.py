@@ -1,0 +1,147 @@
+"""What goes wrong between processes ends in an error that names the culprit, in real processes."""
+
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from freeio_jax.launch import Pod
+
+PROGRAM = Path(__file__).with_name("fault_program.py")
+TIMEOUT = 3.0
+
+
+class Run:
+    """One pod with a fault in process 1, and what its processes said."""
+
+    def __init__(self, fault, processes=2, on_line=None):
+        self.woken = False
+        self.lines = [[] for _ in range(processes)]
+        self.moments = {}  # of the fault, and of the first error
+        self._on_line = on_line
+        self.pod = Pod(
+            [str(PROGRAM), fault], num_processes=processes, grace=3 * TIMEOUT, output=self._take
+        )
+        self.status = self.pod.run()
+        if {"FAULT", "ERROR"} <= set(self.moments):
+            # Shown by pytest -rP: the table of docs/faults.md.
+            print(f"{fault}: {self.seconds():.2f} s")
+
+    def _take(self, rank, _stream, line):
+        self.lines[rank].append(line)
+        for word in ("FAULT", "ERROR"):
+            if f" {word}" in line and (word == "FAULT" or rank != 1):
+                self.moments.setdefault(word, time.monotonic())
+        if self._on_line is not None:
+            self._on_line(self, line)
+
+    def seconds(self):
+        """From the fault to the first error in another process."""
+        return self.moments["ERROR"] - self.moments["FAULT"]
+
+    def pid(self, rank):
+        return self.pod.processes[rank].pid
+
+    def error(self, rank):
+        """The message of the exception that process ``rank`` got."""
+        for line in self.lines[rank]:
+            if " ERROR " in line:
+                return line.split(" ERROR ", 1)[1]
+        raise AssertionError(f"process {rank} got no error:\n" + "\n".join(self.lines[rank]))
+
+
+def names_process_1(run, message):
+    return f"process 1 (pid {run.pid(1)})" in message.replace("Process", "process")
+
+
+@pytest.mark.parametrize(
+    "fault, processes", [("killed before", 2), ("killed between", 2), ("killed inside", 3)]
+)
+def test_a_killed_process_is_noticed_at_once(fault, processes):
+    run = Run(fault, processes)
+    message = run.error(0)
+    assert names_process_1(run, message) and "ended" in message, message
+    assert "freeio_jax.dispatch" in message or "freeio_jax.combine" in message, message
+    assert run.seconds() < TIMEOUT
+    assert run.status == 128 + signal.SIGKILL
+
+
+def test_a_stopped_process_is_named_after_the_time_out():
+    def wake(run, line):
+        # Once the others have given up, it goes on, and must not believe what it reads.
+        if " ERROR " in line and not run.woken:
+            run.woken = True
+            os.kill(run.pid(1), signal.SIGCONT)
+
+    run = Run("stopped past", on_line=wake)
+    message = run.error(0)
+    assert names_process_1(run, message) and "waited 3 s" in message, message
+    assert run.seconds() < TIMEOUT + 2
+    assert "rank 1 (mesh device 1)" in message, message
+    run.error(1)
+
+
+def test_a_process_that_goes_on_within_the_time_out_does_no_harm():
+    def wake(run, line):
+        if " FAULT " in line:
+            threading.Timer(1.0, os.kill, (int(line.split()[2]), signal.SIGCONT)).start()
+
+    run = Run("stopped within", on_line=wake)
+    assert run.status == 0, run.lines
+    assert all("FINISHED" in "".join(lines) for lines in run.lines)
+
+
+@pytest.mark.parametrize(
+    "fault, here, there",
+    [
+        ("other shape", "num_tokens=4", "num_tokens=6"),
+        ("other dtype", "bytes of a row: 20", "bytes of a row: 10"),
+        ("other capacity", "capacity=8", "capacity=12"),
+        ("other program", "bytes of a row: 20", "bytes of a row: 28"),
+    ],
+)
+def test_another_program_is_told_by_its_call(fault, here, there):
+    run = Run(fault)
+    message = run.error(0)
+    assert names_process_1(run, message), message
+    assert here in message and there in message, message
+    assert run.seconds() < TIMEOUT + 2
+    # The culprit learns it as well.
+    assert f"rocess 0 (pid {run.pid(0)})" in run.error(1)
+
+
+def test_fewer_calls():
+    run = Run("fewer calls")
+    message = run.error(0)
+    assert "process 1" in message.lower() and f"(pid {run.pid(1)})" in message, message
+    assert "waits in no exchange" in message, message
+
+
+@pytest.mark.parametrize("fault", ["raises", "shut down"])
+def test_a_process_that_leaves_is_noticed_at_once(fault):
+    run = Run(fault)
+    message = run.error(0)
+    assert names_process_1(run, message) and "left" in message, message
+    assert run.seconds() < TIMEOUT
+    if fault == "raises":
+        assert any("lost the plot" in line for line in run.lines[1])
+
+
+def test_forgetting_initialize():
+    run = Run("not initialized")
+    for rank in range(2):
+        assert re.search(r"has 2 processes. Call freeio_jax.initialize\(\)", run.error(rank))
+
+
+def test_two_jobs_at_once_do_not_meet():
+    runs = []
+    threads = [threading.Thread(target=lambda: runs.append(Run("none"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [run.status for run in runs] == [0, 0], [run.lines for run in runs]

@@ -1,0 +1,146 @@
+"""python -m freeio_jax.launch, with real processes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+
+def command(tmp_path, source, *options, processes=2, arguments=()):
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(source))
+    return [
+        *(sys.executable, "-m", "freeio_jax.launch", "-n", str(processes), *options),
+        *(str(script), *arguments),
+    ]
+
+
+def launch(*args, **kwargs):
+    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=120)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_initialize_without_arguments(tmp_path):
+    done = launch(
+        tmp_path,
+        """
+        import os, sys
+        os.environ["JAX_ENABLE_X64"] = "1"  # read when jax is imported, which is not before now
+        import jax
+        jax.distributed.initialize()
+        x = jax.numpy.zeros(1, float)
+        print(jax.process_index(), jax.process_count(), jax.local_device_count(), x.dtype)
+        print(*sys.argv[1:], __name__, file=sys.stderr)
+        """,
+        "--devices-per-process=3",
+        "--platform=cpu",
+        arguments=("-x", "--flag", "word"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["[0] 0 2 3 float64", "[1] 1 2 3 float64"]
+    for rank in range(2):
+        assert f"[{rank}] -x --flag word __main__" in done.stderr.splitlines()
+
+
+def test_a_module(tmp_path):
+    (tmp_path / "here.py").write_text("import sys; print(sys.argv[1:], __name__)")
+    done = subprocess.run(
+        [sys.executable, "-m", "freeio_jax.launch", "-n", "2", "-m", "here", "-m", "word"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = ["[0] ['-m', 'word'] __main__", "[1] ['-m', 'word'] __main__"]
+    assert sorted(done.stdout.splitlines()) == expected
+
+
+@pytest.mark.parametrize(
+    "end, status, how",
+    [
+        ("sys.exit(7)", 7, "ended with status 7"),
+        ("raise KeyError('lost')", 1, "ended with status 1"),
+        ("os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL"),
+    ],
+)
+def test_a_failure_stops_the_others_and_is_the_status(end, status, how, tmp_path):
+    start = time.monotonic()
+    done = launch(
+        tmp_path,
+        f"""
+        import os, sys, time
+        print("pid", os.getpid())
+        if os.environ["JAX_PROCESS_ID"] == "1":
+            {end}
+        time.sleep(100)
+        """,
+        "--grace=0.2",
+        processes=3,
+    )
+    assert done.returncode == status, done.stderr
+    assert time.monotonic() - start < 60
+    assert re.search(rf"\[launch\] process 1 \(pid \d+\) {how}", done.stderr)
+    # Where the others were is shown before they are stopped.
+    assert re.search(r"\[0\] .*program.py.* line 6", done.stderr)
+    assert re.search(r"\[2\] .*program.py.* line 6", done.stderr)
+    pids = [int(pid) for pid in re.findall(r"pid (\d+)", done.stdout)]
+    assert len(pids) == 3 and not any(map(is_running, pids))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_passed_on(number, tmp_path):
+    source = """
+        import os, signal, sys, time
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM"))
+        print("ready", flush=True)
+        try:
+            time.sleep(100)
+        except KeyboardInterrupt:
+            print("SIGINT")
+        """
+    with subprocess.Popen(
+        command(tmp_path, source), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        ready = [process.stdout.readline() for _ in range(2)]
+        assert sorted(ready) == ["[0] ready\n", "[1] ready\n"]
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, err
+    for rank in range(2):
+        assert f"[{rank}] {number.name}" in out + err
+
+
+def test_nothing_outlives_a_launcher_that_is_killed(tmp_path):
+    source = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
+    with subprocess.Popen(command(tmp_path, source), stdout=subprocess.PIPE, text=True) as process:
+        pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+        assert all(map(is_running, pids))
+        os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_wrong_use(tmp_path):
+    for arguments in (["-n", "2", "missing.py"], ["-n", "0", __file__], ["-m", "pytest"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "freeio_jax.launch", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 2 and "usage" in done.stderr

@@ -1,0 +1,149 @@
+#include "host/links.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <system_error>
+#include <utility>
+
+namespace freeio::host {
+namespace {
+
+// Of one message: what a call posts takes some hundred bytes.
+constexpr size_t kMaxMessage = 1 << 20;
+
+[[noreturn]] void fail(const char* call) {
+  throw std::system_error(errno, std::system_category(), call);
+}
+
+}  // namespace
+
+Links::Links(std::map<int, UniqueFd> sockets, std::function<void(int, std::string_view)> received,
+             std::function<void(int)> lost)
+    : received_(std::move(received)),
+      lost_(std::move(lost)),
+      wake_up_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      buffer_(kMaxMessage) {
+  if (wake_up_.get() < 0) fail("eventfd");
+  for (auto& [process, socket] : sockets) links_[process].socket = std::move(socket);
+  thread_ = std::thread([this] { serve(); });
+}
+
+void Links::wake() {
+  const uint64_t one = 1;
+  // It fails only when the counter is full, and then the thread is about to wake anyway.
+  (void)!write(wake_up_.get(), &one, sizeof(one));
+}
+
+void Links::send(int process, std::string_view message) {
+  if (message.size() > kMaxMessage) {
+    errno = EMSGSIZE;
+    fail("send to a peer");
+  }
+  std::lock_guard lock(mutex_);
+  const auto found = links_.find(process);
+  if (found == links_.end()) return;
+  Link& link = found->second;
+  if (link.unsent.empty()) {
+    const ssize_t sent =
+        ::send(link.socket.get(), message.data(), message.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent >= 0) return;
+    if (errno == EPIPE || errno == ECONNRESET) return;  // the thread will see it, too
+    if (errno != EAGAIN && errno != EINTR) fail("send to a peer");
+  }
+  link.unsent.emplace_back(message);
+  wake();
+}
+
+// Sends what is waiting; false: nothing more can be sent.
+bool Links::flush(Link& link) {
+  while (!link.unsent.empty()) {
+    const std::string& message = link.unsent.front();
+    if (::send(link.socket.get(), message.data(), message.size(), MSG_DONTWAIT | MSG_NOSIGNAL) <
+        0) {
+      return errno == EAGAIN || errno == EINTR;
+    }
+    link.unsent.pop_front();
+  }
+  return true;
+}
+
+// Reads what has come; false: the peer has closed its end.
+bool Links::receive(int process, int socket) {
+  while (true) {
+    const ssize_t size = recv(socket, buffer_.data(), buffer_.size(), MSG_DONTWAIT);
+    if (size > 0) {
+      received_(process, {buffer_.data(), static_cast<size_t>(size)});
+    } else if (size == 0) {
+      return false;
+    } else if (errno == EAGAIN) {
+      return true;
+    } else if (errno != EINTR) {
+      return false;
+    }
+  }
+}
+
+void Links::serve() {
+  std::vector<pollfd> polled;
+  std::vector<int> processes;
+  while (true) {
+    polled.assign(1, {wake_up_.get(), POLLIN, 0});
+    processes.assign(1, -1);
+    {
+      std::lock_guard lock(mutex_);
+      if (stopping_) return;
+      for (auto& [process, link] : links_) {
+        const bool full = !link.unsent.empty();
+        polled.push_back({link.socket.get(), static_cast<short>(POLLIN | (full ? POLLOUT : 0)), 0});
+        processes.push_back(process);
+      }
+    }
+    if (poll(polled.data(), polled.size(), -1) < 0) continue;  // EINTR
+    if (polled[0].revents != 0) {
+      uint64_t count;
+      (void)!read(wake_up_.get(), &count, sizeof(count));
+    }
+    for (size_t i = 1; i < polled.size(); ++i) {
+      if (polled[i].revents == 0) continue;
+      bool alive = (polled[i].revents & ~POLLOUT) == 0 || receive(processes[i], polled[i].fd);
+      std::unique_lock lock(mutex_);
+      // Only this thread and stop(), which waits for it, take links away.
+      const auto link = links_.find(processes[i]);
+      alive = alive && flush(link->second);
+      if (alive) continue;
+      links_.erase(link);
+      lock.unlock();
+      lost_(processes[i]);
+    }
+  }
+}
+
+void Links::stop() {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+  {
+    std::unique_lock lock(mutex_);
+    if (stopping_) return;
+    const auto unsent = [this] {
+      for (auto& [process, link] : links_) {
+        if (flush(link) && !link.unsent.empty()) return true;
+      }
+      return false;
+    };
+    while (unsent() && std::chrono::steady_clock::now() < deadline) {
+      lock.unlock();
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      lock.lock();
+    }
+    stopping_ = true;
+  }
+  wake();
+  thread_.join();
+  links_.clear();
+}
+
+}  // namespace freeio::host

@@ -1,0 +1,43 @@
+// An exchange whose ranks are all in this process.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "host/deadlines.h"
+#include "host/session.h"
+
+namespace freeio::host {
+
+// Collects the ranks' operands, then runs the exchange on the thread of the last to come, or fails.
+class LocalSession final : public Session,
+                           public Expiring,
+                           public std::enable_shared_from_this<LocalSession> {
+ public:
+  // `devices`: mesh devices of the ranks.
+  LocalSession(const Layout& layout, std::vector<int64_t> devices);
+
+  std::function<void()> arrive(int64_t rank, Operands&& operands, Done&& done) override;
+  bool all_arrived() const override;
+  Clock::time_point deadline() const override { return deadline_; }
+  void expire() override;
+
+ private:
+  void run(int64_t last_rank);
+  std::string timeout_message() const;
+
+  const Layout layout_;
+  const std::vector<int64_t> devices_;
+  const double timeout_;
+  const Clock::time_point deadline_;
+  mutable std::mutex mutex_;
+  int64_t arrived_ = 0;
+  bool running_ = false;
+  Status failure_;
+  std::vector<std::optional<Operands>> operands_;
+  std::vector<Done> done_;
+};
+
+}  // namespace freeio::host

@@ -1,0 +1,104 @@
+// The processes of this host that take part in one program, and the exchanges among their ranks.
+//
+// Each process posts its ranks' calls (the addresses of their operands) to the others. When the
+// calls of all ranks of a group are known, each process fills the results of its own ranks, reading
+// rows straight from the others' tensors, and says so. It gives its buffers back to XLA only when
+// all others have said so, or after announcing that it does not wait any longer: a peer that reads
+// on looks for that announcement before it believes what it has read.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/layout.h"
+#include "host/links.h"
+#include "host/peer_memory.h"
+#include "host/session.h"
+#include "host/wire.h"
+
+namespace freeio::host {
+
+// Which process has each rank of a group of one instance. Nothing tells before the first exchange:
+// its calls are posted to all processes, and from then on to those of the group alone.
+struct GroupProcesses {
+  std::vector<int> of_rank;  // empty: not known yet. Guarded by the pod.
+};
+
+class PodSession;
+
+class Pod {
+ public:
+  struct Member {
+    int process;
+    int pid;
+    uint64_t control_address;
+    uint64_t nonce;
+    int socket;  // connected; the pod's from now on
+  };
+
+  // Connects this process with the others of its host, `members`. `elsewhere`: processes of the
+  // program on other hosts. Throws std::runtime_error where the memory of one cannot be read.
+  static void join(int process, const std::vector<Member>& members, std::vector<int> elsewhere);
+
+  // Null before join(). Lives until the process ends.
+  static Pod* current();
+
+  // Tells the peers that this process leaves. Exchanges with them are errors from now on.
+  void leave();
+
+  bool is_local(const GroupProcesses& group);
+
+  // An exchange of a group that is not known to be in this process alone. `forget` is called when
+  // the exchange is complete, before any of its ranks is told.
+  std::shared_ptr<Session> open(const CallName& name, const Layout& layout,
+                                std::vector<int64_t> devices,
+                                std::shared_ptr<GroupProcesses> processes,
+                                std::function<void()> forget);
+
+ private:
+  friend class PodSession;
+
+  struct Peer {
+    explicit Peer(const PeerMemory& of) : memory(of) {}
+    const PeerMemory memory;
+    enum class State { kHere, kLeft, kDied } state = State::kHere;
+  };
+  struct Mail {
+    int process;
+    Message message;
+  };
+  // Things to do once the pod is unlocked.
+  using After = std::vector<std::function<void()>>;
+
+  Pod(int process, std::map<int, Peer> peers, std::vector<int> elsewhere);
+
+  void received(int process, std::string_view bytes);
+  void lost(int process);
+  // All below: with the pod locked.
+  void deliver(int process, Message&& message, After& after);
+  void send(int process, const Message& message);
+  PodSession* find(const CallName& name, const std::function<bool(PodSession&)>& matches);
+  void remove_if_over(PodSession& session);
+  std::string who(int process) const;  // "process 1 (pid 77)"
+  std::string elsewhere_note() const;  // what to say where a rank may be on another host
+  std::string waiting_in(int process, const std::string& here) const;
+
+  const int process_;
+  const std::vector<int> elsewhere_;
+  std::mutex mutex_;
+  bool left_ = false;
+  std::map<int, Peer> peers_;
+  std::map<CallName, std::list<std::shared_ptr<PodSession>>> sessions_;  // in order of opening
+  std::map<CallName, std::deque<Mail>> mail_;  // for exchanges that nobody here has begun
+  std::unique_ptr<Links> links_;
+};
+
+}  // namespace freeio::host

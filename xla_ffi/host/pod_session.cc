@@ -1,0 +1,346 @@
+#include "host/pod_session.h"
+
+#include <algorithm>
+#include <exception>
+#include <iomanip>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+
+#include "host/threads.h"
+
+namespace freeio::host {
+
+PodSession::PodSession(Pod& pod, const CallName& name, const Layout& layout,
+                       std::vector<int64_t> devices, std::shared_ptr<GroupProcesses> processes,
+                       std::function<void()> forget)
+    : pod_(pod),
+      name_(name),
+      layout_(layout),
+      devices_(std::move(devices)),
+      processes_(std::move(processes)),
+      forget_(std::move(forget)),
+      timeout_(timeout_in_seconds()),
+      deadline_(Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                   std::chrono::duration<double>(timeout_))),
+      to_all_(processes_->of_rank.empty()),
+      ranks_(layout.num_ranks) {}
+
+bool PodSession::lacks(int64_t rank, int process) const {
+  return rank >= 0 && rank < layout_.num_ranks && !ranks_[rank].here && awaits(process);
+}
+
+std::set<int> PodSession::peers_of_group() const {
+  std::set<int> peers(processes_->of_rank.begin(), processes_->of_rank.end());
+  for (const Rank& rank : ranks_) {
+    if (rank.here) peers.insert(rank.process);
+  }
+  peers.erase(pod_.process_);
+  return peers;
+}
+
+std::vector<int> PodSession::audience() const {
+  std::vector<int> processes;
+  if (to_all_ && state_ == State::kGathering) {
+    for (const auto& [process, peer] : pod_.peers_) processes.push_back(process);
+  } else {
+    const std::set<int> peers = peers_of_group();
+    processes.assign(peers.begin(), peers.end());
+  }
+  return processes;
+}
+
+std::function<void()> PodSession::arrive(int64_t rank, Operands&& operands, Done&& done) {
+  Pod::After after;
+  std::function<void()> rest;
+  {
+    std::lock_guard lock(pod_.mutex_);
+    Rank& mine = ranks_[rank];
+    mine.here = true;
+    mine.process = pod_.process_;
+    if (!failure_.ok()) {
+      pod_.remove_if_over(*this);
+      return [done = std::move(done), status = failure_] { done(status); };
+    }
+    mine.posted = {layout_, std::move(operands), control_block().give_ups};
+    mine.done = std::move(done);
+    if (!posted_) {
+      posted_ = true;
+      add_deadline(shared_from_this());
+      notice_who_is_gone(after);
+    }
+    try {
+      if (failure_.ok()) post(rank);
+      if (failure_.ok() && begin_if_complete()) {
+        rest = [self = shared_from_this()] { self->run(); };
+      }
+    } catch (const std::exception& error) {
+      fail(Code::kInternal, name() + ": " + error.what(), after);
+    }
+  }
+  for (auto& action : after) action();
+  return rest;
+}
+
+void PodSession::post(int64_t rank) {
+  Message message;
+  message.kind = Message::Kind::kArrived;
+  message.name = name_;
+  message.rank = rank;
+  message.posted = ranks_[rank].posted;
+  for (int process : audience()) pod_.send(process, message);
+}
+
+void PodSession::notice_who_is_gone(Pod::After& after) {
+  if (pod_.left_) {
+    fail(Code::kUnavailable,
+         name() + ": " + pod_.who(pod_.process_) +
+             " has called freeio_jax.shutdown(), and there are no more exchanges between processes",
+         after);
+  }
+  for (const auto& [process, peer] : pod_.peers_) {
+    if (peer.state != Pod::Peer::State::kHere) {
+      peer_lost(process, peer.state == Pod::Peer::State::kDied, after);
+    }
+  }
+}
+
+void PodSession::arrived(int process, Message&& message, Pod::After& after) {
+  Rank& rank = ranks_[message.rank];
+  rank.here = true;
+  rank.process = process;
+  rank.posted = std::move(message.posted);
+  if (begin_if_complete()) {
+    after.push_back([self = shared_from_this()] { run_on_own_thread([self] { self->run(); }); });
+  }
+}
+
+bool PodSession::begin_if_complete() {
+  if (state_ != State::kGathering) return false;
+  for (const Rank& rank : ranks_) {
+    if (!rank.here) return false;
+  }
+  state_ = State::kRunning;
+  if (to_all_) {
+    processes_->of_rank.clear();
+    for (const Rank& rank : ranks_) processes_->of_rank.push_back(rank.process);
+    const std::set<int> peers = peers_of_group();
+    Message message;
+    message.kind = Message::Kind::kRetracted;
+    message.name = name_;
+    for (const auto& [process, peer] : pod_.peers_) {
+      if (peers.count(process) == 0) pod_.send(process, message);
+    }
+  }
+  return true;
+}
+
+// All ranks are known, and their operands stay as they are until end().
+void PodSession::run() {
+  Status status;
+  try {
+    exchange();
+  } catch (const std::invalid_argument& error) {
+    status = {Code::kInvalidArgument, error.what()};
+  } catch (const std::exception& error) {
+    status = {Code::kUnavailable, name() + ": " + error.what()};
+  }
+  Pod::After after;
+  {
+    std::lock_guard lock(pod_.mutex_);
+    state_ = State::kReading;
+    if (!failure_.ok()) {
+      end(failure_, after);  // while this ran
+    } else if (!status.ok()) {
+      fail(status.code, status.message, after);
+    } else {
+      told_ = true;
+      Message message;
+      message.kind = Message::Kind::kDone;
+      message.name = name_;
+      for (int process : peers_of_group()) pod_.send(process, message);
+      end_if_done(after);
+    }
+  }
+  for (auto& action : after) action();
+}
+
+void PodSession::exchange() {
+  const std::string here = describe(layout_, ranks_[0].posted.operands);
+  Homes homes(ranks_.size());
+  std::vector<Operands> operands;
+  for (size_t r = 0; r < ranks_.size(); ++r) {
+    const std::string there = describe(ranks_[r].posted.layout, ranks_[r].posted.operands);
+    if (there != here) {
+      throw std::invalid_argument(
+          "freeio_jax: ranks of one exchange make different calls: rank 0 of " +
+          pod_.who(ranks_[0].process) + " " + here + ", rank " + std::to_string(r) + " of " +
+          pod_.who(ranks_[r].process) + " " + there);
+    }
+    operands.push_back(ranks_[r].posted.operands);
+    // The pod's peers stay where they are as long as it lives.
+    if (ranks_[r].process != pod_.process_) homes[r] = &pod_.peers_.at(ranks_[r].process).memory;
+  }
+  run_exchange(layout_, operands, homes);
+  for (size_t r = 0; r < ranks_.size(); ++r) {
+    if (homes[r] != nullptr && homes[r]->give_ups() != ranks_[r].posted.give_ups) {
+      throw std::runtime_error(pod_.who(ranks_[r].process) +
+                               " stopped waiting before its rows were read");
+    }
+  }
+}
+
+void PodSession::end_if_done(Pod::After& after) {
+  if (state_ != State::kReading) return;
+  for (int process : peers_of_group()) {
+    if (awaits(process)) return;
+  }
+  end({}, after);
+}
+
+void PodSession::end(const Status& status, Pod::After& after) {
+  state_ = State::kEnded;
+  failure_ = status;
+  remove_deadline(shared_from_this());
+  if (status.ok()) {
+    after.push_back(forget_);
+  } else {
+    // Before any buffer goes back to XLA: peers that still read look at this when they are done.
+    control_block().give_ups.fetch_add(1);
+  }
+  for (Rank& rank : ranks_) {
+    if (!rank.done) continue;
+    after.push_back([done = std::move(rank.done), status] {
+      run_on_own_thread([done, status] { done(status); });
+    });
+    rank.done = nullptr;
+  }
+  pod_.remove_if_over(*this);
+}
+
+void PodSession::fail(Code code, const std::string& text, Pod::After& after) {
+  if (!failure_.ok() || state_ == State::kEnded) return;
+  failure_ = {code, text};
+  // Once it has told the others that it has read all, they need not know of its failure.
+  if (posted_ && !told_) {
+    told_ = true;
+    Message message;
+    message.kind = Message::Kind::kFailed;
+    message.name = name_;
+    message.text = text;
+    for (int process : audience()) pod_.send(process, message);
+  }
+  // While it runs, run() ends it: the buffers are in use.
+  if (state_ != State::kRunning) end(failure_, after);
+}
+
+bool PodSession::over() const {
+  if (state_ != State::kEnded) return false;
+  if (failure_.ok()) return true;
+  for (size_t r = 0; r < ranks_.size(); ++r) {
+    if (!ranks_[r].here && (processes_->of_rank.empty() || awaits(processes_->of_rank[r]))) {
+      return false;
+    }
+  }
+  const std::set<int> peers = peers_of_group();
+  return std::none_of(peers.begin(), peers.end(), [this](int p) { return awaits(p); });
+}
+
+void PodSession::peer_done(int process, Pod::After& after) {
+  settled_.insert(process);
+  end_if_done(after);
+  pod_.remove_if_over(*this);
+}
+
+void PodSession::peer_failed(int process, const std::string& text, Pod::After& after) {
+  settled_.insert(process);
+  fail(Code::kUnavailable, text + " [reported by " + pod_.who(process) + "]", after);
+  pod_.remove_if_over(*this);
+}
+
+void PodSession::peer_lost(int process, bool died, Pod::After& after) {
+  const bool involved = peers_of_group().count(process) > 0;
+  // Before the first exchange of a group anybody may have its ranks.
+  const bool unknown = died && to_all_ && state_ == State::kGathering;
+  if (state_ != State::kEnded && awaits(process) && (involved || unknown)) {
+    fail(Code::kUnavailable,
+         name() + ": " + pod_.who(process) + ranks_of(process) +
+             (died ? " ended" : " left (freeio_jax.shutdown(), or the end of its program)") +
+             " while " + pod_.who(pod_.process_) + " waited for it",
+         after);
+  }
+  settled_.insert(process);
+  pod_.remove_if_over(*this);
+}
+
+void PodSession::expire() {
+  Pod::After after;
+  {
+    std::lock_guard lock(pod_.mutex_);
+    if (state_ != State::kEnded) fail(Code::kDeadlineExceeded, timeout_message(), after);
+  }
+  for (auto& action : after) action();
+}
+
+std::string PodSession::name() const {
+  for (const Rank& rank : ranks_) {
+    if (rank.here) return std::string("freeio_jax.") + name_of(rank.posted.operands);
+  }
+  return "freeio_jax";
+}
+
+// ", which has rank 2 (mesh device 2)," as far as known.
+std::string PodSession::ranks_of(int process) const {
+  std::vector<int64_t> ranks;
+  for (size_t r = 0; r < ranks_.size(); ++r) {
+    const bool known = !processes_->of_rank.empty() && processes_->of_rank[r] == process;
+    if (known || (ranks_[r].here && ranks_[r].process == process)) {
+      ranks.push_back(static_cast<int64_t>(r));
+    }
+  }
+  return ranks.empty() ? "" : ", which has " + list_of_ranks(ranks, devices_) + ",";
+}
+
+std::string PodSession::timeout_message() const {
+  std::vector<int64_t> here, missing;
+  std::string call;
+  for (size_t r = 0; r < ranks_.size(); ++r) {
+    if (!ranks_[r].here) missing.push_back(static_cast<int64_t>(r));
+    if (!ranks_[r].here || ranks_[r].process != pod_.process_) continue;
+    here.push_back(static_cast<int64_t>(r));
+    call = describe(layout_, ranks_[r].posted.operands);
+  }
+  std::ostringstream text;
+  text << name() << ": " << list_of_ranks(here, devices_) << " of " << pod_.who(pod_.process_)
+       << " waited " << std::setprecision(4) << timeout_ << " s for ";
+  if (missing.empty()) {
+    bool first = true;
+    for (int process : peers_of_group()) {
+      if (!awaits(process)) continue;
+      text << (first ? "" : "; ") << pod_.who(process) << ranks_of(process)
+           << " to finish this exchange";
+      first = false;
+    }
+    text << ". It has made the call, but does not go on: it may be stopped, or very slow.";
+  } else {
+    text << list_of_ranks(missing, devices_) << " of " << layout_.num_ranks
+         << ", which did not make this call. Here: " << call << ".";
+    std::set<int> suspects;
+    for (int64_t r : missing) {
+      if (!processes_->of_rank.empty()) suspects.insert(processes_->of_rank[r]);
+    }
+    if (suspects.empty()) {
+      for (const auto& [process, peer] : pod_.peers_) suspects.insert(process);
+    }
+    suspects.erase(pod_.process_);
+    for (int process : suspects) text << " " << pod_.waiting_in(process, call);
+    text << pod_.elsewhere_note()
+         << " All ranks of the expert axis must run the same program and make the same calls in "
+            "the same order.";
+  }
+  text << " If it is only slow, allow more time with freeio_jax.config(timeout=seconds) or "
+          "FREEIO_TIMEOUT.";
+  return text.str();
+}
+
+}  // namespace freeio::host

@@ -1,0 +1,90 @@
+// An exchange whose ranks are in several processes, or may be: see pod.h.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "host/deadlines.h"
+#include "host/pod.h"
+#include "host/session.h"
+#include "host/wire.h"
+
+namespace freeio::host {
+
+class PodSession final : public Session,
+                         public Expiring,
+                         public std::enable_shared_from_this<PodSession> {
+ public:
+  PodSession(Pod& pod, const CallName& name, const Layout& layout, std::vector<int64_t> devices,
+             std::shared_ptr<GroupProcesses> processes, std::function<void()> forget);
+
+  std::function<void()> arrive(int64_t rank, Operands&& operands, Done&& done) override;
+  bool all_arrived() const override { return false; }  // `forget` says so
+  Clock::time_point deadline() const override { return deadline_; }
+  void expire() override;
+
+  // All below: with the pod locked.
+
+  // A peer's rank has called.
+  bool lacks(int64_t rank, int process) const;
+  void arrived(int process, Message&& message, Pod::After& after);
+
+  // A peer has read all it wanted, or has given up: it says one of these once.
+  bool awaits(int process) const { return settled_.count(process) == 0; }
+  void peer_done(int process, Pod::After& after);
+  void peer_failed(int process, const std::string& text, Pod::After& after);
+
+  // A peer's end of its link is closed.
+  void peer_lost(int process, bool died, Pod::After& after);
+
+  void fail(Code code, const std::string& text, Pod::After& after);
+
+  // Nothing will ever be said about this exchange again.
+  bool over() const;
+
+  const CallName& call_name() const { return name_; }
+
+ private:
+  struct Rank {
+    bool here = false;
+    int process = -1;
+    Posted posted;
+    Done done;  // of ranks of this process
+  };
+  enum class State { kGathering, kRunning, kReading, kEnded };  // kReading: only peers still read
+
+  std::set<int> peers_of_group() const;  // processes, as far as known
+  std::vector<int> audience() const;     // processes to tell of this exchange
+  void post(int64_t rank);
+  void notice_who_is_gone(Pod::After& after);
+  bool begin_if_complete();
+  void run();
+  void exchange();
+  void end(const Status& status, Pod::After& after);
+  void end_if_done(Pod::After& after);
+  std::string name() const;
+  std::string ranks_of(int process) const;
+  std::string timeout_message() const;
+
+  Pod& pod_;
+  const CallName name_;
+  const Layout layout_;
+  const std::vector<int64_t> devices_;
+  const std::shared_ptr<GroupProcesses> processes_;
+  const std::function<void()> forget_;
+  const double timeout_;
+  const Clock::time_point deadline_;
+  const bool to_all_;  // the group's processes were not known when this began
+  State state_ = State::kGathering;
+  bool posted_ = false;  // peers know of this exchange
+  bool told_ = false;    // peers know that this process has read all, or has given up
+  Status failure_;
+  std::vector<Rank> ranks_;
+  std::set<int> settled_;  // peers that will not say anything about this exchange any more
+};
+
+}  // namespace freeio::host

@@ -1,0 +1,39 @@
+// One exchange of one group, while it collects the ranks that take part.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "core/layout.h"
+#include "core/status.h"
+#include "host/exchange.h"
+
+namespace freeio::host {
+
+// Seconds that a rank waits for its peers, for exchanges that begin from now on.
+void set_timeout(double seconds);
+double timeout_in_seconds();
+
+// Called exactly once: when the exchange is complete, or with the error that ended it.
+using Done = std::function<void(const Status&)>;
+
+class Session {
+ public:
+  virtual ~Session() = default;
+
+  // One rank's call. Returns what is left to do for the caller once it holds no lock, or nothing.
+  virtual std::function<void()> arrive(int64_t rank, Operands&& operands, Done&& done) = 0;
+
+  // No call of this exchange is to come any more.
+  virtual bool all_arrived() const = 0;
+};
+
+// "dispatch(num_tokens=4, ...)": all in which the ranks of one exchange must agree.
+std::string describe(const Layout& layout, const Operands& operands);
+
+// "3" or "ranks 3, 4 (mesh devices 5, 6)".
+std::string list_of_ranks(const std::vector<int64_t>& ranks, const std::vector<int64_t>& devices);
+
+}  // namespace freeio::host

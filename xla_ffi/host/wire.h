@@ -1,0 +1,58 @@
+// What the processes of a pod tell each other about a call, as bytes. Both ends are the same
+// program on the same host, so numbers travel as they lie in memory.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "core/layout.h"
+#include "host/exchange.h"
+
+namespace freeio::host {
+
+// A custom-call instance as all processes of a program name it.
+struct InstanceName {
+  uint64_t attributes = 0;  // hash of the operation and all its attributes
+  int64_t ordinal = 0;      // among the instances of one module that have these, as XLA makes them
+};
+
+// The calls of one group's ranks on one instance. The k-th exchange of a name in one process is the
+// k-th in every other: XLA runs what a program launches in the order of launches, on every device.
+// (XLA's run id tells runs apart in one process only: it is made from a fingerprint that differs
+// between a program that was compiled and the same one loaded from the compilation cache.)
+struct CallName {
+  InstanceName instance;
+  int64_t group = 0;
+};
+
+bool operator<(const CallName& a, const CallName& b);
+
+// One rank's call, as its process posts it.
+struct Posted {
+  Layout layout;
+  Operands operands;      // addresses in the process that posts them
+  uint64_t give_ups = 0;  // of that process, by then
+};
+
+struct Message {
+  enum class Kind : int32_t {
+    kArrived,    // `rank` has made its call: `posted`
+    kDone,       // the sender has read all it wanted of this exchange
+    kFailed,     // the sender has given the exchange up: `text`
+    kRetracted,  // the receiver has no part in this exchange after all
+    kLeaving,    // the sender will close its end, in good order
+  };
+  Kind kind = Kind::kLeaving;
+  CallName name;
+  int64_t rank = 0;
+  Posted posted;
+  std::string text;
+};
+
+std::string encode(const Message& message);
+
+// Throws std::runtime_error where the bytes are no message.
+Message decode(std::string_view bytes);
+
+}  // namespace freeio::host
