@@ -53,7 +53,7 @@ class CpuEngine:
         """The module's name: part of what a call is called between processes."""
         return {"module": module_context.module.operation.attributes["sym_name"].value}
 
-    def dispatch_scratch(self, layout):
+    def dispatch_scratch(self, layout, num_leaves):
         return ()
 
     def combine_scratch(self, layout, expert_out):
@@ -114,9 +114,9 @@ class CudaEngine:
                     "freeio_jax.reference has no such bound."
                 )
 
-    def dispatch_scratch(self, layout):
+    def dispatch_scratch(self, layout, num_leaves):
         """Route words: 64 bits for each assignment of each rank."""
-        self.check(layout)
+        self.check(layout, num_leaves)
         return (((2 * layout.num_ranks * layout.num_assignments,), np.uint32),)
 
     def combine_scratch(self, layout, expert_out):

@@ -211,7 +211,7 @@ def _dispatch_jvp(primals, tangents, *, axes, layout):
 
 
 def _dispatch_lowering(ctx, *args, layout, engine, **params):
-    scratch = engine.dispatch_scratch(layout)
+    scratch = engine.dispatch_scratch(layout, num_leaves=len(args) - 1)
     return _lower(
         "freeio_dispatch", ctx, *args, layout=layout, engine=engine, scratch=scratch, **params
     )

@@ -81,10 +81,14 @@ def test_a_failure_stops_the_others_and_is_the_status(end, status, how, tmp_path
     done = launch(
         tmp_path,
         f"""
-        import os, sys, time
-        print("pid", os.getpid())
+        import os, pathlib, sys, time
+        print("pid", os.getpid(), flush=True)
         if os.environ["JAX_PROCESS_ID"] == "1":
+            while len(list(pathlib.Path({str(tmp_path)!r}).glob("*.asleep"))) < 2:
+                time.sleep(0.01)
+            time.sleep(0.2)  # from the file to the sleep
             {end}
+        pathlib.Path({str(tmp_path)!r}, os.environ["JAX_PROCESS_ID"] + ".asleep").touch()
         time.sleep(100)
         """,
         "--grace=0.2",
@@ -94,8 +98,8 @@ def test_a_failure_stops_the_others_and_is_the_status(end, status, how, tmp_path
     assert time.monotonic() - start < 60
     assert re.search(rf"\[launch\] process 1 \(pid \d+\) {how}", done.stderr)
     # Where the others were is shown before they are stopped.
-    assert re.search(r"\[0\] .*program.py.* line 6", done.stderr)
-    assert re.search(r"\[2\] .*program.py.* line 6", done.stderr)
+    assert re.search(r"\[0\] .*program.py.* line 9", done.stderr)
+    assert re.search(r"\[2\] .*program.py.* line 9", done.stderr)
     pids = [int(pid) for pid in re.findall(r"pid (\d+)", done.stdout)]
     assert len(pids) == 3 and not any(map(is_running, pids))
 
@@ -105,8 +109,8 @@ def test_signals_are_passed_on(number, tmp_path):
     source = """
         import os, signal, sys, time
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM"))
-        print("ready", flush=True)
         try:
+            print("ready", flush=True)
             time.sleep(100)
         except KeyboardInterrupt:
             print("SIGINT")
