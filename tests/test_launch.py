@@ -98,8 +98,8 @@ def test_a_failure_stops_the_others_and_is_the_status(end, status, how, tmp_path
     assert time.monotonic() - start < 60
     assert re.search(rf"\[launch\] process 1 \(pid \d+\) {how}", done.stderr)
     # Where the others were is shown before they are stopped.
-    assert re.search(r"\[0\] .*program.py.* line 9", done.stderr)
-    assert re.search(r"\[2\] .*program.py.* line 9", done.stderr)
+    assert re.search(r"\[0\] .*program.py.* line 10", done.stderr)
+    assert re.search(r"\[2\] .*program.py.* line 10", done.stderr)
     pids = [int(pid) for pid in re.findall(r"pid (\d+)", done.stdout)]
     assert len(pids) == 3 and not any(map(is_running, pids))
 
