@@ -59,8 +59,8 @@ def dispatch(
         rank 1: out.tokens [a d . .]   out.group_sizes [1, 1]
 
     >>> import jax, jax.numpy as jnp, freeio_jax as fio
-    >>> from jax.sharding import PartitionSpec as P
-    >>> mesh = jax.make_mesh((1,), ("expert",))
+    >>> from jax.sharding import AxisType, PartitionSpec as P
+    >>> mesh = jax.make_mesh((1,), ("expert",), axis_types=(AxisType.Auto,))
     >>> def swap(tokens, topk_idx):
     ...     out = fio.dispatch(tokens, topk_idx, num_experts=2, axis_name="expert")
     ...     return out.tokens, out.group_sizes
