@@ -1,5 +1,6 @@
 #include "host/links.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -7,6 +8,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
+#include <cstring>
 #include <system_error>
 #include <utility>
 
@@ -20,10 +22,52 @@ constexpr size_t kMaxMessage = 1 << 20;
   throw std::system_error(errno, std::system_category(), call);
 }
 
+// One message as the kernel takes it: bytes, and room for one file descriptor beside them.
+struct Packet {
+  iovec bytes;
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr header = {};
+
+  Packet(void* data, size_t size) : bytes{data, size} {
+    header.msg_iov = &bytes;
+    header.msg_iovlen = 1;
+  }
+  Packet(const Packet&) = delete;
+  Packet& operator=(const Packet&) = delete;
+
+  void offer_file() {
+    header.msg_control = control;
+    header.msg_controllen = sizeof(control);
+  }
+  void attach(int file) {
+    offer_file();
+    cmsghdr* entry = CMSG_FIRSTHDR(&header);
+    entry->cmsg_level = SOL_SOCKET;
+    entry->cmsg_type = SCM_RIGHTS;
+    entry->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(entry), &file, sizeof(file));
+  }
+  UniqueFd take_file() {
+    int file = -1;
+    for (cmsghdr* entry = CMSG_FIRSTHDR(&header); entry != nullptr;
+         entry = CMSG_NXTHDR(&header, entry)) {
+      if (entry->cmsg_level == SOL_SOCKET && entry->cmsg_type == SCM_RIGHTS) {
+        std::memcpy(&file, CMSG_DATA(entry), sizeof(file));
+      }
+    }
+    return UniqueFd(file);
+  }
+};
+
+ssize_t send_packet(int socket, std::string_view message, int file) {
+  Packet packet(const_cast<char*>(message.data()), message.size());
+  if (file >= 0) packet.attach(file);
+  return sendmsg(socket, &packet.header, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
 }  // namespace
 
-Links::Links(std::map<int, UniqueFd> sockets, std::function<void(int, std::string_view)> received,
-             std::function<void(int)> lost)
+Links::Links(std::map<int, UniqueFd> sockets, Received received, std::function<void(int)> lost)
     : received_(std::move(received)),
       lost_(std::move(lost)),
       wake_up_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
@@ -39,7 +83,7 @@ void Links::wake() {
   (void)!write(wake_up_.get(), &one, sizeof(one));
 }
 
-void Links::send(int process, std::string_view message) {
+void Links::send(int process, std::string_view message, int file) {
   if (message.size() > kMaxMessage) {
     errno = EMSGSIZE;
     fail("send to a peer");
@@ -49,22 +93,21 @@ void Links::send(int process, std::string_view message) {
   if (found == links_.end()) return;
   Link& link = found->second;
   if (link.unsent.empty()) {
-    const ssize_t sent =
-        ::send(link.socket.get(), message.data(), message.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (sent >= 0) return;
+    if (send_packet(link.socket.get(), message, file) >= 0) return;
     if (errno == EPIPE || errno == ECONNRESET) return;  // the thread will see it, too
     if (errno != EAGAIN && errno != EINTR) fail("send to a peer");
   }
-  link.unsent.emplace_back(message);
+  UniqueFd kept(file >= 0 ? fcntl(file, F_DUPFD_CLOEXEC, 0) : -1);
+  if (file >= 0 && kept.get() < 0) fail("dup of a file for a peer");
+  link.unsent.push_back({std::string(message), std::move(kept)});
   wake();
 }
 
 // Sends what is waiting; false: nothing more can be sent.
 bool Links::flush(Link& link) {
   while (!link.unsent.empty()) {
-    const std::string& message = link.unsent.front();
-    if (::send(link.socket.get(), message.data(), message.size(), MSG_DONTWAIT | MSG_NOSIGNAL) <
-        0) {
+    const Unsent& next = link.unsent.front();
+    if (send_packet(link.socket.get(), next.message, next.file.get()) < 0) {
       return errno == EAGAIN || errno == EINTR;
     }
     link.unsent.pop_front();
@@ -75,9 +118,11 @@ bool Links::flush(Link& link) {
 // Reads what has come; false: the peer has closed its end.
 bool Links::receive(int process, int socket) {
   while (true) {
-    const ssize_t size = recv(socket, buffer_.data(), buffer_.size(), MSG_DONTWAIT);
+    Packet packet(buffer_.data(), buffer_.size());
+    packet.offer_file();
+    const ssize_t size = recvmsg(socket, &packet.header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (size > 0) {
-      received_(process, {buffer_.data(), static_cast<size_t>(size)});
+      received_(process, {buffer_.data(), static_cast<size_t>(size)}, packet.take_file());
     } else if (size == 0) {
       return false;
     } else if (errno == EAGAIN) {

@@ -1,4 +1,5 @@
-// Messages between the processes of a pod, over connected sockets that keep their boundaries.
+// Messages between the processes of a pod, over connected sockets that keep their boundaries. A
+// message may bring a file descriptor along: the receiver gets one of its own for the same file.
 #pragma once
 
 #include <sys/types.h>
@@ -18,23 +19,28 @@ namespace freeio::host {
 
 class Links {
  public:
+  using Received = std::function<void(int process, std::string_view message, UniqueFd file)>;
+
   // `received` and `lost` (the peer's end is closed) are called on the thread that serves all
   // links; what a peer has sent is received before it is lost.
-  Links(std::map<int, UniqueFd> sockets, std::function<void(int, std::string_view)> received,
-        std::function<void(int)> lost);
+  Links(std::map<int, UniqueFd> sockets, Received received, std::function<void(int)> lost);
   ~Links() { stop(); }
 
-  // Never blocks. Messages to one process arrive in order; those to a lost one go nowhere. Throws
-  // std::system_error where the kernel refuses the message.
-  void send(int process, std::string_view message);
+  // Never blocks. Messages to one process arrive in order; those to a lost one go nowhere. `file`
+  // stays the caller's; -1: none. Throws std::system_error where the kernel refuses the message.
+  void send(int process, std::string_view message, int file = -1);
 
   // Closes all links, after what was sent before has left, or a second has passed.
   void stop();
 
  private:
+  struct Unsent {
+    std::string message;
+    UniqueFd file;
+  };
   struct Link {
     UniqueFd socket;
-    std::deque<std::string> unsent;  // the socket was full
+    std::deque<Unsent> unsent;  // the socket was full
   };
 
   void serve();
@@ -42,7 +48,7 @@ class Links {
   bool flush(Link& link);
   void wake();
 
-  const std::function<void(int, std::string_view)> received_;
+  const Received received_;
   const std::function<void(int)> lost_;
   UniqueFd wake_up_;
   std::mutex mutex_;  // of all below

@@ -35,7 +35,9 @@ void Pod::join(int process, const std::vector<Member>& members, std::vector<int>
   Pod* const shared = pod.get();
   pod->links_ = std::make_unique<Links>(
       std::move(sockets),
-      [shared](int from, std::string_view bytes) { shared->received(from, bytes); },
+      [shared](int from, std::string_view bytes, UniqueFd file) {
+        shared->received(from, bytes, std::move(file));
+      },
       [shared](int from) { shared->lost(from); });
   current_pod.store(pod.release(), std::memory_order_release);
 }
@@ -95,12 +97,55 @@ std::shared_ptr<Session> Pod::open(const CallName& name, const Layout& layout,
   return session;
 }
 
-void Pod::received(int process, std::string_view bytes) {
+void Pod::admit(Guest& guest) {
+  std::unique_lock lock(mutex_);
+  // What comes meanwhile must not overtake what has come before.
+  while (!guest_mail_.empty()) {
+    const auto mail = std::exchange(guest_mail_, {});
+    lock.unlock();
+    for (const auto& item : mail) item(guest);
+    lock.lock();
+  }
+  guest_ = &guest;
+}
+
+void Pod::tell(int process, std::string text, int file) {
+  Message message;
+  message.kind = Message::Kind::kOther;
+  message.text = std::move(text);
+  links_->send(process, encode(message), file);
+}
+
+void Pod::to_guest(int process, std::string&& text, UniqueFd&& file, After& after) {
+  auto deliver_it = [process, text = std::move(text),
+                     file = std::make_shared<UniqueFd>(std::move(file))](Guest& guest) {
+    guest.received(process, text, std::move(*file));
+  };
+  if (guest_ == nullptr) {
+    guest_mail_.push_back(std::move(deliver_it));
+  } else {
+    after.push_back([this, deliver_it = std::move(deliver_it)] { deliver_it(*guest_); });
+  }
+}
+
+void Pod::tell_guest_gone(int process, bool died, After& after) {
+  if (guest_ == nullptr) {
+    guest_mail_.push_back([process, died](Guest& guest) { guest.gone(process, died); });
+  } else {
+    after.push_back([this, process, died] { guest_->gone(process, died); });
+  }
+}
+
+void Pod::received(int process, std::string_view bytes, UniqueFd file) {
   After after;
   try {
     Message message = decode(bytes);
     std::lock_guard lock(mutex_);
-    deliver(process, std::move(message), after);
+    if (message.kind == Message::Kind::kOther) {
+      to_guest(process, std::move(message.text), std::move(file), after);
+    } else {
+      deliver(process, std::move(message), after);
+    }
   } catch (const std::runtime_error&) {
     lost(process);  // what speaks there is not this engine
   }
@@ -119,6 +164,7 @@ void Pod::lost(int process) {
       open.insert(open.end(), sessions.begin(), sessions.end());
     }
     for (const auto& session : open) session->peer_lost(process, true, after);
+    tell_guest_gone(process, true, after);
   }
   run_all(after);
 }
@@ -171,8 +217,11 @@ void Pod::deliver(int process, Message&& message, After& after) {
         open.insert(open.end(), sessions.begin(), sessions.end());
       }
       for (const auto& waiting : open) waiting->peer_lost(process, false, after);
+      tell_guest_gone(process, false, after);
       return;
     }
+    case Message::Kind::kOther:
+      return;  // received() has it
   }
 }
 

@@ -48,6 +48,23 @@ class Pod {
   // program on other hosts. Throws std::runtime_error where the memory of one cannot be read.
   static void join(int process, const std::vector<Member>& members, std::vector<int> elsewhere);
 
+  // Another engine of this process that talks with its like in the others. It is called on the
+  // thread that serves the links, never with the pod locked.
+  class Guest {
+   public:
+    virtual ~Guest() = default;
+    virtual void received(int process, std::string_view text, UniqueFd file) = 0;
+    // The process has left or died. Called once for each.
+    virtual void gone(int process, bool died) = 0;
+  };
+
+  // From now on `guest` gets what comes for it, and what has come before. It must stay until the
+  // process ends.
+  void admit(Guest& guest);
+
+  // To the guest of another process. Throws as Links::send.
+  void tell(int process, std::string text, int file = -1);
+
   // Null before join(). Lives until the process ends.
   static Pod* current();
 
@@ -55,6 +72,8 @@ class Pod {
   void leave();
 
   bool is_local(const GroupProcesses& group);
+
+  std::string who(int process) const;  // "process 1 (pid 77)"
 
   // An exchange of a group that is not known to be in this process alone. `forget` is called when
   // the exchange is complete, before any of its ranks is told.
@@ -80,14 +99,15 @@ class Pod {
 
   Pod(int process, std::map<int, Peer> peers, std::vector<int> elsewhere);
 
-  void received(int process, std::string_view bytes);
+  void received(int process, std::string_view bytes, UniqueFd file);
   void lost(int process);
+  void to_guest(int process, std::string&& text, UniqueFd&& file, After& after);
+  void tell_guest_gone(int process, bool died, After& after);
   // All below: with the pod locked.
   void deliver(int process, Message&& message, After& after);
   void send(int process, const Message& message);
   PodSession* find(const CallName& name, const std::function<bool(PodSession&)>& matches);
   void remove_if_over(PodSession& session);
-  std::string who(int process) const;  // "process 1 (pid 77)"
   std::string elsewhere_note() const;  // what to say where a rank may be on another host
   std::string waiting_in(int process, const std::string& here) const;
 
@@ -98,6 +118,8 @@ class Pod {
   std::map<int, Peer> peers_;
   std::map<CallName, std::list<std::shared_ptr<PodSession>>> sessions_;  // in order of opening
   std::map<CallName, std::deque<Mail>> mail_;  // for exchanges that nobody here has begun
+  Guest* guest_ = nullptr;
+  std::vector<std::function<void(Guest&)>> guest_mail_;  // from before it came
   std::unique_ptr<Links> links_;
 };
 

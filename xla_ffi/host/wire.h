@@ -42,6 +42,7 @@ struct Message {
     kFailed,     // the sender has given the exchange up: `text`
     kRetracted,  // the receiver has no part in this exchange after all
     kLeaving,    // the sender will close its end, in good order
+    kOther,      // `text` is for the other engine of the process
   };
   Kind kind = Kind::kLeaving;
   CallName name;
