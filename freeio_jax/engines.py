@@ -24,10 +24,8 @@ def _register(native, registry: str) -> None:
         jax.ffi.register_ffi_target(name, stages, platform=registry)
 
 
-class CpuEngine:
-    """Devices of one process, or of several on one host."""
-
-    needs_devices = False
+class _Engine:
+    """What the engines have in common: each lowered call prepares its engine and names itself."""
 
     def __init__(self):
         self._last_module: object = None
@@ -44,14 +42,23 @@ class CpuEngine:
             self._last_module = module
             _native.begin_module()
 
-    @functools.cache  # noqa: B019 - engines live as long as the process
     def _start(self) -> None:
-        jax.local_devices(backend="cpu")
-        _register(_native, "cpu")
+        raise NotImplementedError
 
     def attributes(self, module_context):
         """The module's name: part of what a call is called between processes."""
         return {"module": module_context.module.operation.attributes["sym_name"].value}
+
+
+class CpuEngine(_Engine):
+    """Devices of one process, or of several on one host."""
+
+    needs_devices = False
+
+    @functools.cache  # noqa: B019 - engines live as long as the process
+    def _start(self) -> None:
+        jax.local_devices(backend="cpu")
+        _register(_native, "cpu")
 
     def dispatch_scratch(self, layout, num_leaves):
         return ()
@@ -60,36 +67,56 @@ class CpuEngine:
         return ()
 
 
-class CudaEngine:
-    """GPUs of one process that reach each other's memory."""
+def _gpus() -> list:
+    """JAX's GPUs of all processes, whichever backend is the default one."""
+    try:
+        return jax.devices("cuda")
+    except RuntimeError:  # there is none
+        return []
+
+
+class CudaEngine(_Engine):
+    """GPUs that reach each other's memory: of one process, or of several on one host."""
+
+    def __init__(self):
+        super().__init__()
+        runtime.add_pod_member(runtime.PodMember(self._join, self._leave))
 
     @property
     def needs_devices(self):
         # A machine without the driver lowers for its CPU, also under a mesh without devices.
         return _native.cuda.has_driver()
 
-    def prepare(self, module: object) -> None:
-        """Called when a call is lowered.
-
-        Raises:
-          NotImplementedError: there are several processes.
-        """
-        if jax.process_count() > 1:
-            raise NotImplementedError(
-                f"freeio_jax: this program has {jax.process_count()} processes, and exchanges "
-                "between GPUs of several processes are not implemented yet. Use one process for "
-                "all GPUs, or freeio_jax.reference, which has the same contract."
-            )
-        self._start()
+    def _start(self) -> None:
+        # In a pod the GPUs were made ready when it was joined.
+        if jax.process_count() == 1:
+            _native.cuda.start([device.local_hardware_id for device in self._numbers()])
+        self._register()
 
     @functools.cache  # noqa: B019 - engines live as long as the process
-    def _start(self) -> None:
-        devices = jax.local_devices(backend="cuda")
-        _native.cuda.start([device.local_hardware_id for device in devices])
+    def _register(self) -> None:
         _register(_native.cuda, "CUDA")
 
+    def _numbers(self) -> dict:
+        """The number of each GPU of this host, which all of its processes agree on."""
+        here = runtime.processes_here() or {jax.process_index()}
+        devices = [device for device in _gpus() if device.process_index in here]
+        devices.sort(key=lambda device: (device.process_index, device.local_hardware_id))
+        return {device: number for number, device in enumerate(devices)}
+
+    def _join(self, _here) -> None:
+        gpus = [
+            (number, device.process_index, device.local_hardware_id)
+            for device, number in self._numbers().items()
+        ]
+        if gpus:
+            _native.cuda.join(jax.process_index(), gpus)
+
+    def _leave(self) -> None:
+        _native.cuda.leave()
+
     def attributes(self, module_context):
-        """The CUDA ordinal of each mesh device; the kernels check that it is the right one."""
+        """The number of each mesh device's GPU; the kernels check that it is the right one."""
         mesh = module_context.axis_context.mesh
         if not isinstance(mesh, jax.sharding.Mesh):
             mesh = get_concrete_mesh()
@@ -98,8 +125,11 @@ class CudaEngine:
                 "freeio_jax: on GPUs the mesh's devices must be known when the program is lowered. "
                 "Call under jax.set_mesh(mesh), or pass mesh=... to jax.shard_map."
             )
-        ordinals = [device.local_hardware_id for device in mesh.devices.flat]
-        return {"ordinals": np.asarray(ordinals, np.int64)}
+        numbers = self._numbers()
+        # Groups on other hosts are their processes' affair; one that spans hosts is refused when
+        # it is called.
+        gpus = [numbers.get(device, -1) for device in mesh.devices.flat]
+        return {"gpus": np.asarray(gpus, np.int64), **super().attributes(module_context)}
 
     def check(self, layout, num_leaves=1):
         for name, value, most in (

@@ -110,6 +110,33 @@ def config(**settings: Any) -> dict[str, Any]:
 
 _pod_is_connected = False
 _pods = 0  # that this process has been in
+_here: frozenset[int] = frozenset()  # processes of this host, once they are connected
+
+
+@dataclasses.dataclass(frozen=True)
+class PodMember:
+    """What an engine does when this process joins and leaves a pod.
+
+    Attributes:
+      join: called with the numbers of the processes of this host, this one's included.
+      leave: called before the processes part.
+    """
+
+    join: Callable[[frozenset[int]], None]
+    leave: Callable[[], None]
+
+
+_pod_members: list[PodMember] = []
+
+
+def add_pod_member(member: PodMember) -> None:
+    """Has an engine take part in what :func:`initialize` and :func:`shutdown` do."""
+    _pod_members.append(member)
+
+
+def processes_here() -> frozenset[int]:
+    """Numbers of the connected processes of this host; empty without a pod."""
+    return _here
 
 
 def initialize() -> None:
@@ -121,9 +148,10 @@ def initialize() -> None:
 
     Raises:
       RuntimeError: ``jax.distributed.initialize()`` was not called, not all processes came within
-        the ``timeout`` setting, or the kernel forbids that they read each other's memory.
+        the ``timeout`` setting, the kernel forbids that they read each other's memory (CPU), or
+        the driver that they map it (GPUs).
     """
-    global _pod_is_connected, _pods
+    global _pod_is_connected, _pods, _here
     if _pod_is_connected or jax.process_count() == 1:
         return
     client = distributed.global_state.client
@@ -143,10 +171,16 @@ def initialize() -> None:
         generation=_pods,
     )
     members = [(p.process, p.pid, *p.control, p.connection.detach()) for p in peers]
-    _native.join_pod(jax.process_index(), members, elsewhere)
+    # GPUs map memory; where nothing is computed on CPUs, the kernel need not let them be read.
+    _native.join_pod(
+        jax.process_index(), members, elsewhere, read_memory=jax.default_backend() == "cpu"
+    )
     _pod_is_connected = True
+    _here = frozenset(p.process for p in peers) | {jax.process_index()}
     # Before JAX's own, which waits for the other processes: they are to know that this one leaves.
     atexit.register(shutdown)
+    for member in _pod_members:
+        member.join(_here)
 
 
 def shutdown() -> None:
@@ -155,11 +189,14 @@ def shutdown() -> None:
     Exchanges with other processes that still run, here or there, end with an error; so do later
     ones, unless every process calls :func:`initialize` again. Without a pod it does nothing.
     """
-    global _pod_is_connected
+    global _pod_is_connected, _here
     if _pod_is_connected:
         atexit.unregister(shutdown)
+        for member in _pod_members:
+            member.leave()
         _native.leave_pod()
         _pod_is_connected = False
+        _here = frozenset()
 
 
 def require_initialize() -> None:

@@ -231,8 +231,8 @@ __device__ void prepare_slots(const CombineParams& p, Session& s) {
   __syncthreads();
   if (threadIdx.x == 0 && add_acquire_release_device(&self(x).prepared, 1) == gridDim.x - 1) {
     fence_system();
-    post_address(x, s, kScratch, p.partial_sums);
-    post_address(x, s, kFlags, p.flags);
+    post_address(x, s, kScratch);
+    post_address(x, s, kFlags);
   }
 }
 
@@ -240,9 +240,9 @@ __device__ void post_buffers(const CombineParams& p, const Session& s) {
   const Exchange& x = p.exchange;
   post_signature(x, s);
   if (threadIdx.x != 0) return;
-  post_address(x, s, kDestRank, p.dest_rank);
-  post_address(x, s, kDestRow, p.dest_row);
-  post_address(x, s, kWeights, p.weights);
+  post_address(x, s, kDestRank);
+  post_address(x, s, kDestRow);
+  post_address(x, s, kWeights);
 }
 
 template <typename Element, int kCount>

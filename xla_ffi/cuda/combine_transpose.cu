@@ -182,11 +182,11 @@ __device__ void post_buffers(const CombineTransposeParams& p, const Session& s) 
   const Exchange& x = p.exchange;
   post_signature(x, s);
   if (threadIdx.x != 0) return;
-  post_address(x, s, kDestRank, p.dest_rank);
-  post_address(x, s, kDestRow, p.dest_row);
-  post_address(x, s, kWeights, p.weights);
-  post_address(x, s, kWeightGrads, p.weight_grads);
-  post_address(x, s, kFirstLeaf, p.tokens);
+  post_address(x, s, kDestRank);
+  post_address(x, s, kDestRow);
+  post_address(x, s, kWeights);
+  post_address(x, s, kWeightGrads);
+  post_address(x, s, kFirstLeaf);
 }
 
 template <typename Element, int kCount>

@@ -9,7 +9,7 @@
 
 namespace freeio::cuda {
 
-constexpr int kMaxRanks = 16;      // of one group, and GPUs of one process
+constexpr int kMaxRanks = 16;      // of one group, and GPUs of one host
 constexpr int kMaxExperts = 4096;  // of all ranks together: what a mailbox has room for
 constexpr int kMaxTopK = 32;       // one lane of a warp for each assignment of a token
 constexpr int kMaxLeaves = 16;     // arrays of one token pytree
@@ -41,6 +41,13 @@ enum Address : int {
   kMaxAddresses = kFirstLeaf + kMaxLeaves
 };
 
+// How ranks are told where a buffer is: the number of a region of the memory of its process above
+// kRegionShift bits of offset. Region 0 is all of the process's address space, for peers that share
+// it.
+constexpr int kRegionShift = 56;
+constexpr uint32_t kFirstRegion = 1;
+constexpr uint32_t kMaxRegions = 64;  // of one process; XLA's pool grows by doubling
+
 // A word that carries its own arrival flag: the exchange's epoch above 32 bits of value. Eight
 // bytes are stored and loaded as one, so no fence and no second store stand between value and flag.
 using Word = uint64_t;
@@ -51,14 +58,17 @@ struct Mailbox {
   Word counts[kMaxExperts];
 };
 
-// Words of the control block are counted by the peer's CUDA ordinal: groups differ from program to
-// program, ordinals do not.
+// Words of the control block are counted by the peer's GPU number, which all processes of the host
+// agree on: groups differ from program to program, these do not.
 struct ControlBlock {
   // Written by peers. Two mailboxes for each, used in turn: a peer may begin the next exchange
   // while some of this GPU's CTAs still read the last one's, but not the one after.
   Mailbox mailbox[2][kMaxRanks];
   uint32_t finished[kMaxRanks];  // epoch of the last exchange in which the peer is done with us
   uint32_t aborted[kMaxRanks];   // not 0: the peer gave up, and its memory must not be touched
+
+  // Written by this GPU's process, before it lets a peer use the region: where this GPU sees it.
+  uint64_t region_base[kMaxRanks][kMaxRegions];
 
   // Written by this GPU.
   uint32_t epoch[kMaxRanks];  // exchanges completed with each peer
@@ -73,6 +83,7 @@ enum Step : int {
   kWrongDevice,
   kSignatureDiffers,
   kPeerGaveUp,
+  kPeerLost,
   kWaitSignature,
   kWaitAddress,
   kWaitCounts,
@@ -81,10 +92,14 @@ enum Step : int {
   kWaitFinish
 };
 
+// What became of the process of a peer.
+enum Lost : uint32_t { kDied = 1, kLeft = 2 };
+
 // The first failure on one GPU, in host memory. `step` is written last.
 struct Failure {
   int32_t rank;
   int32_t peer;
+  int32_t peer_gpu;
   int32_t word;       // of the signature
   uint32_t expected;  // by this rank
   uint32_t found;
@@ -97,12 +112,13 @@ struct Failure {
 struct HostBlock {
   Failure failure;
   uint64_t timeout_ns;
+  uint32_t lost[kMaxRanks];  // 0: the GPU's process is there
 };
 
 // What every kernel is told of its exchange.
 struct Exchange {
   ControlBlock* control[kMaxRanks];  // by rank
-  int32_t ordinal[kMaxRanks];        // by rank
+  int32_t gpu[kMaxRanks];            // by rank
   HostBlock* host;
   const uint32_t* device;  // this device's index in the mesh, as XLA has it
   uint32_t expected_device;
@@ -114,6 +130,7 @@ struct Exchange {
   int32_t capacity;
   int32_t alignment;
   uint32_t signature[kSignatureWords];
+  uint64_t posted[kMaxAddresses];  // this rank's buffers, as the peers are told of them
 };
 
 // One array of a token pytree, cut into slices that one warp moves at a time.

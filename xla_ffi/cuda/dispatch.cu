@@ -39,7 +39,7 @@ __device__ void prepare_routes(const DispatchParams& p, Session& s) {
   __syncthreads();
   if (threadIdx.x == 0 && add_acquire_release_device(&self(x).prepared, 1) == gridDim.x - 1) {
     fence_system();
-    post_address(x, s, kScratch, p.routes);
+    post_address(x, s, kScratch);
   }
 }
 
@@ -362,10 +362,10 @@ __device__ void post_buffers(const DispatchParams& p, const Session& s) {
   post_signature(x, s);
   if (threadIdx.x != 0) return;
   if (!kRouted) {
-    post_address(x, s, kDestRank, p.dest_rank);
-    post_address(x, s, kDestRow, p.dest_row);
+    post_address(x, s, kDestRank);
+    post_address(x, s, kDestRow);
   }
-  for (int i = 0; i < p.num_leaves; ++i) post_address(x, s, kFirstLeaf + i, p.leaves[i].tokens);
+  for (int i = 0; i < p.num_leaves; ++i) post_address(x, s, kFirstLeaf + i);
 }
 
 template <bool kRouted>

@@ -4,49 +4,23 @@
 
 #include <algorithm>
 #include <atomic>
-#include <iomanip>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <sstream>
 #include <string>
+#include <utility>
 
+#include "cuda/current_device.h"
+#include "cuda/failure.h"
 #include "cuda/kernels.h"
+#include "cuda/memory.h"
+#include "cuda/peers.h"
 
 namespace freeio::cuda {
 namespace {
 
 constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32,    DType::kBFloat16,
                              DType::kFloat16, DType::kFloat8E5M2, DType::kFloat8E4M3FN};
-constexpr const char* kOps[] = {"dispatch", "dispatch_along", "combine", "combine_transpose"};
-constexpr const char* kSignatureNames[kSignatureWords] = {
-    "the operation", "the call in the program", "num_tokens",   "top_k", "num_experts", "capacity",
-    "alignment",     "the number of CTAs",      "the row types"};
-
-Status cuda_status(cudaError_t error, const char* call) {
-  if (error == cudaSuccess) return {};
-  return {Code::kInternal,
-          std::string("freeio_jax: ") + call + ": " + cudaGetErrorString(error) + "."};
-}
-
-// Sets the calling thread's GPU for a scope.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int ordinal) {
-    if (cudaGetDevice(&previous_) != cudaSuccess) previous_ = -1;
-    error_ = cudaSetDevice(ordinal);
-  }
-  ~CurrentDevice() {
-    if (previous_ >= 0) cudaSetDevice(previous_);
-  }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  int previous_;
-  cudaError_t error_;
-};
 
 struct FreeDevice {
   void operator()(void* pointer) const { cudaFree(pointer); }
@@ -55,17 +29,36 @@ struct FreeHost {
   void operator()(void* pointer) const { cudaFreeHost(pointer); }
 };
 
+// Memory of a control block: of this process alone, or to be shared with others.
+struct ControlMemory {
+  std::unique_ptr<void, FreeDevice> own;
+  Allocation allocation;
+  Mapping mapping;
+  size_t bytes = sizeof(ControlBlock);
+
+  ControlBlock* get() const {
+    return static_cast<ControlBlock*>(own != nullptr ? own.get() : mapping.base());
+  }
+};
+
+// One GPU of this process.
 struct Gpu {
-  std::unique_ptr<ControlBlock, FreeDevice> control;
+  int ordinal = 0;
+  ControlMemory control;
   std::unique_ptr<HostBlock, FreeHost> host;
   int num_sms = 0;
 };
 
 struct Engine {
   std::mutex mutex;
-  std::map<int, Gpu> gpus;  // by CUDA ordinal
+  std::map<int, Gpu> gpus;              // by GPU number
+  std::unique_ptr<Peers> peers;         // null: no other processes
+  std::vector<std::unique_ptr<Peers>> left;  // of pods that this process is in no more
+  bool started = false;
   std::atomic<uint64_t> timeout_ns{60'000'000'000};
   std::atomic<int64_t> num_sms{0};
+
+  double timeout() const { return static_cast<double>(timeout_ns) * 1e-9; }
 };
 
 // Lives until the process ends: kernels may still run when its other statics are destroyed.
@@ -111,23 +104,38 @@ Status load_kernels() {
   return status;
 }
 
-Status make_gpu(int ordinal, uint64_t timeout_ns, Gpu& gpu) {
+Status allocate_control(int ordinal, const std::vector<int>& shared_by, ControlMemory& control) {
+  Status status;
+  if (shared_by.empty()) {
+    void* memory = nullptr;
+    status = cuda_status(cudaMalloc(&memory, control.bytes), "cudaMalloc (control block)");
+    control.own.reset(memory);
+  } else {
+    status = Allocation::create(ordinal, control.bytes, control.allocation);
+    if (status.ok()) {
+      status = Mapping::make(control.allocation, control.bytes, shared_by, control.mapping);
+    }
+  }
+  if (!status.ok()) return status;
+  status = cuda_status(cudaMemset(control.get(), 0, sizeof(ControlBlock)), "cudaMemset");
+  if (status.ok()) status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  return status;
+}
+
+// `shared_by`: all GPUs of this process, by ordinal, where other processes take part; else none.
+Status make_gpu(int ordinal, const std::vector<int>& shared_by, uint64_t timeout_ns, Gpu& gpu) {
   CurrentDevice current(ordinal);
   Status status = cuda_status(current.error(), "cudaSetDevice");
   if (!status.ok()) return status;
-  void* control = nullptr;
-  status = cuda_status(cudaMalloc(&control, sizeof(ControlBlock)), "cudaMalloc (control block)");
-  if (!status.ok()) return status;
-  gpu.control.reset(static_cast<ControlBlock*>(control));
-  status = cuda_status(cudaMemset(control, 0, sizeof(ControlBlock)), "cudaMemset");
-  if (status.ok()) status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  gpu.ordinal = ordinal;
+  status = allocate_control(ordinal, shared_by, gpu.control);
   if (!status.ok()) return status;
   void* host = nullptr;
   status = cuda_status(
       cudaHostAlloc(&host, sizeof(HostBlock), cudaHostAllocMapped | cudaHostAllocPortable),
       "cudaHostAlloc");
   if (!status.ok()) return status;
-  gpu.host.reset(new (host) HostBlock{{}, timeout_ns});
+  gpu.host.reset(new (host) HostBlock{{}, timeout_ns, {}});
   status =
       cuda_status(cudaDeviceGetAttribute(&gpu.num_sms, cudaDevAttrMultiProcessorCount, ordinal),
                   "cudaDeviceGetAttribute");
@@ -155,6 +163,32 @@ Status connect(int from, int to) {
   return cuda_status(error, "cudaDeviceEnablePeerAccess");
 }
 
+// Of this process: makes their control blocks, and lets each access the others' memory.
+Status make_gpus(const std::map<int, int>& ordinals, bool shared, uint64_t timeout_ns,
+                 std::map<int, Gpu>& gpus) {
+  std::vector<int> shared_by;
+  for (const auto& [number, ordinal] : ordinals) {
+    if (number < 0 || number >= kMaxRanks) {
+      return {Code::kInvalidArgument, "freeio_jax: the engine takes at most " +
+                                          std::to_string(kMaxRanks) + " GPUs of one host."};
+    }
+    if (shared) shared_by.push_back(ordinal);
+  }
+  for (const auto& [number, ordinal] : ordinals) {
+    Gpu gpu;
+    Status status;
+    // Before the control block is mapped: the driver asks for it.
+    for (const auto& [peer_number, peer] : gpus) {
+      if (status.ok()) status = connect(ordinal, peer.ordinal);
+      if (status.ok()) status = connect(peer.ordinal, ordinal);
+    }
+    if (status.ok()) status = make_gpu(ordinal, shared_by, timeout_ns, gpu);
+    if (!status.ok()) return status;
+    gpus.emplace(number, std::move(gpu));
+  }
+  return {};
+}
+
 // CTAs of a kernel: one for each multiprocessor, so that all run at once, but not many more
 // than have tokens.
 uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
@@ -164,56 +198,23 @@ uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
   return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, 2 * layout.num_tokens)));
 }
 
-const char* text_of(int step) {
-  switch (step) {
-    case kWaitSignature:
-    case kWaitAddress:
-      return "the beginning of the call";
-    case kWaitCounts:
-      return "the number of rows for each expert";
-    case kWaitRoutes:
-      return "the rows that its tokens get";
-    case kWaitPartialSums:
-      return "partial sums";
-    default:
-      return "the end of the call";
+// The addresses of this rank's buffers, as its peers understand them.
+Status translate_addresses(Exchange& exchange) {
+  Peers* peers = nullptr;
+  {
+    std::lock_guard lock(engine().mutex);
+    for (int rank = 0; rank < exchange.num_ranks; ++rank) {
+      if (engine().gpus.count(exchange.gpu[rank]) == 0) peers = engine().peers.get();
+    }
   }
-}
-
-// What to tell the user of a failure; the engine on this GPU runs no exchange after it.
-Status to_status(const Failure& failure, double timeout) {
-  std::ostringstream text;
-  Code code = Code::kInternal;
-  text << "freeio_jax." << kOps[failure.op] << ": rank " << failure.rank;
-  switch (failure.step) {
-    case kWrongDevice:
-      text << " runs on mesh device " << failure.found << ", but was compiled for mesh device "
-           << failure.expected
-           << ". Give the mesh its devices when the call is traced: jax.set_mesh(mesh), or "
-              "jax.shard_map(..., mesh=mesh).";
-      break;
-    case kSignatureDiffers:
-      code = Code::kInvalidArgument;
-      text << " and rank " << failure.peer << " differ in " << kSignatureNames[failure.word] << " ("
-           << failure.expected << " and " << failure.found
-           << "). All ranks of the expert axis must make the same calls in the same order.";
-      break;
-    case kPeerGaveUp:
-      text << ": rank " << failure.peer << " gave this call up.";
-      break;
-    default:
-      code = Code::kDeadlineExceeded;
-      text << " waited " << std::setprecision(4) << timeout << " s for rank " << failure.peer
-           << ", for " << text_of(failure.step)
-           << ". All ranks of the expert axis must make the same calls in the same order. If a "
-              "rank is only slow, allow more time with freeio_jax.config(timeout=seconds) or "
-              "FREEIO_TIMEOUT.";
+  if (peers == nullptr) return {};
+  for (uint64_t& address : exchange.posted) {
+    if (address == 0) continue;
+    Status status =
+        peers->share(reinterpret_cast<const void*>(address), engine().timeout(), address);
+    if (!status.ok()) return status;
   }
-  text
-      << " It was exchange " << failure.epoch
-      << " of these two GPUs; what it and later calls returned is not to be used, and this process "
-         "can make no further exchange on this GPU.";
-  return {code, text.str()};
+  return {};
 }
 
 }  // namespace
@@ -221,53 +222,105 @@ Status to_status(const Failure& failure, double timeout) {
 void set_timeout(double seconds) {
   std::lock_guard lock(engine().mutex);
   engine().timeout_ns = static_cast<uint64_t>(std::min(seconds, 1e9) * 1e9);
-  for (auto& [ordinal, gpu] : engine().gpus) {
+  for (auto& [number, gpu] : engine().gpus) {
     *const_cast<volatile uint64_t*>(&gpu.host->timeout_ns) = engine().timeout_ns;
   }
 }
 
 void set_num_sms(int64_t num_sms) { engine().num_sms = num_sms; }
 
-int64_t device_bytes() { return sizeof(ControlBlock); }
+Memory memory() {
+  std::lock_guard lock(engine().mutex);
+  Memory memory;
+  for (const auto& [number, gpu] : engine().gpus) {
+    memory.owned_bytes = std::max(memory.owned_bytes, static_cast<int64_t>(gpu.control.bytes));
+  }
+  if (engine().peers != nullptr) {
+    memory.mapped_bytes = static_cast<int64_t>(engine().peers->mapped_bytes());
+  }
+  return memory;
+}
 
 Status start(const std::vector<int>& ordinals) {
   std::lock_guard lock(engine().mutex);
-  auto& gpus = engine().gpus;
-  for (const int ordinal : ordinals) {
-    if (ordinal < 0 || ordinal >= kMaxRanks) {
-      return {Code::kInvalidArgument, "freeio_jax: CUDA device " + std::to_string(ordinal) +
-                                          " is beyond the " + std::to_string(kMaxRanks) +
-                                          " devices that one process can use."};
-    }
-    if (gpus.count(ordinal) != 0) continue;
-    Gpu gpu;
-    Status status = make_gpu(ordinal, engine().timeout_ns, gpu);
-    for (const auto& [peer, unused] : gpus) {
-      if (status.ok()) status = connect(ordinal, peer);
-      if (status.ok()) status = connect(peer, ordinal);
-    }
-    if (!status.ok()) return status;
-    gpus.emplace(ordinal, std::move(gpu));
+  if (engine().started) return {};
+  std::map<int, int> numbers;
+  for (const int ordinal : ordinals) numbers[static_cast<int>(numbers.size())] = ordinal;
+  std::map<int, Gpu> gpus;
+  Status status = make_gpus(numbers, false, engine().timeout_ns, gpus);
+  if (!status.ok()) return status;
+  engine().gpus = std::move(gpus);
+  engine().started = true;
+  return {};
+}
+
+Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
+  std::map<int, int> numbers, processes;
+  for (const PodGpu& gpu : pod_gpus) {
+    if (gpu.process == process) numbers[gpu.number] = gpu.ordinal;
+    processes[gpu.number] = gpu.process;
   }
+  std::map<int, Gpu> gpus;
+  Status status = make_gpus(numbers, true, engine().timeout_ns, gpus);
+  if (!status.ok()) return status;
+  std::vector<OwnGpu> own;
+  for (const auto& [number, gpu] : gpus) {
+    own.push_back({number, gpu.ordinal, gpu.control.get(), gpu.host.get(),
+                   &gpu.control.allocation, gpu.control.bytes});
+  }
+  auto peers = std::make_unique<Peers>(pod, process, std::move(processes), std::move(own));
+  Peers* const connecting = peers.get();
+  {
+    std::lock_guard lock(engine().mutex);
+    engine().gpus = std::move(gpus);
+    engine().peers = std::move(peers);
+    engine().started = true;
+  }
+  // Not locked: a peer that dies meanwhile is heard of on another thread.
+  return connecting->connect(engine().timeout());
+}
+
+Status leave() {
+  std::lock_guard lock(engine().mutex);
+  if (engine().peers == nullptr) return {};
+  for (const auto& [number, gpu] : engine().gpus) {
+    CurrentDevice current(gpu.ordinal);
+    // Kernels that wait for peers end, at the latest, with the time-out.
+    Status status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    if (!status.ok()) return status;
+  }
+  engine().peers->release();
+  engine().left.push_back(std::move(engine().peers));
+  engine().gpus.clear();
+  engine().started = false;
   return {};
 }
 
 Status describe(const Layout& layout, const Member& member, Exchange& exchange) {
   std::lock_guard lock(engine().mutex);
   exchange = {};
-  for (size_t rank = 0; rank < member.ordinals.size(); ++rank) {
-    const auto gpu = engine().gpus.find(member.ordinals[rank]);
-    if (gpu == engine().gpus.end()) {
-      return {Code::kInternal, "freeio_jax: CUDA device " + std::to_string(member.ordinals[rank]) +
-                                   " of the mesh was not there when the engine started."};
+  const Peers* const peers = engine().peers.get();
+  for (size_t rank = 0; rank < member.gpus.size(); ++rank) {
+    const int number = member.gpus[rank];
+    const auto own = engine().gpus.find(number);
+    ControlBlock* control = own != engine().gpus.end() ? own->second.control.get()
+                            : peers != nullptr         ? peers->control(number)
+                                                       : nullptr;
+    if (control == nullptr) {
+      return {Code::kInternal,
+              "freeio_jax: GPU " + std::to_string(number) +
+                  " of the mesh is not connected: freeio_jax.shutdown() was called, or it was not "
+                  "there when the engine started."};
     }
-    exchange.control[rank] = gpu->second.control.get();
-    exchange.ordinal[rank] = member.ordinals[rank];
-    if (static_cast<int>(rank) == member.rank) exchange.host = gpu->second.host.get();
+    exchange.control[rank] = control;
+    exchange.gpu[rank] = number;
+    if (static_cast<int>(rank) == member.rank) exchange.host = own->second.host.get();
   }
   const auto* failure = const_cast<const volatile Failure*>(&exchange.host->failure);
   if (failure->step != kNone) {
-    return to_status(exchange.host->failure, static_cast<double>(engine().timeout_ns) * 1e-9);
+    const Failure& known = exchange.host->failure;
+    return to_status(known, engine().timeout(),
+                     peers != nullptr ? peers->who(known.peer_gpu) : "");
   }
   exchange.device = member.device;
   exchange.expected_device = member.mesh_device;
@@ -283,12 +336,22 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
   exchange.signature[kNumExperts] = static_cast<uint32_t>(layout.num_experts);
   exchange.signature[kCapacity] = static_cast<uint32_t>(layout.capacity);
   exchange.signature[kAlignment] = static_cast<uint32_t>(layout.alignment);
-  exchange.signature[kGrid] = grid_size(layout, engine().gpus.at(member.ordinals[member.rank]));
+  exchange.signature[kGrid] = grid_size(layout, engine().gpus.at(member.gpus[member.rank]));
   return {};
 }
 
-Status launch(const void* function, const Exchange& exchange, void* params, size_t shared_bytes,
+int gpu_number(int ordinal) {
+  std::lock_guard lock(engine().mutex);
+  for (const auto& [number, gpu] : engine().gpus) {
+    if (gpu.ordinal == ordinal) return number;
+  }
+  return -1;
+}
+
+Status launch(const void* function, Exchange& exchange, void* params, size_t shared_bytes,
               void* stream) {
+  Status status = translate_addresses(exchange);
+  if (!status.ok()) return status;
   void* arguments[] = {params};
   return cuda_status(cudaLaunchKernel(function, dim3(exchange.signature[kGrid]),
                                       dim3(static_cast<unsigned>(threads_per_cta())), arguments,

@@ -7,6 +7,7 @@
 #include "core/layout.h"
 #include "core/status.h"
 #include "cuda/control.h"
+#include "host/pod.h"
 
 namespace freeio::cuda {
 
@@ -16,28 +17,50 @@ void set_timeout(double seconds);
 // Multiprocessors that a kernel may use; 0: the default.
 void set_num_sms(int64_t num_sms);
 
-// Makes the control blocks of these GPUs (CUDA ordinals), lets each access the others' memory, and
-// loads every kernel on each: lazy loading would wait for kernels that wait for their peers. Again
-// for the same GPUs: nothing.
+// Makes the control blocks of these GPUs (CUDA ordinals; their numbers are their places here), lets
+// each access the others' memory, and loads every kernel on each: lazy loading would wait for
+// kernels that wait for their peers. For a program of one process. Once started: nothing.
 Status start(const std::vector<int>& ordinals);
 
-// Bytes of device memory that the engine owns on each GPU.
-int64_t device_bytes();
+// A GPU of this host that takes part in a program of several processes.
+struct PodGpu {
+  int number;  // the same in all processes
+  int process;
+  int ordinal;  // CUDA's, in that process
+};
+
+// The same for a program of several processes; all of them must call it. Waits until the control
+// blocks of all are mapped by all, at most as long as for an exchange.
+Status join(host::Pod& pod, int process, const std::vector<PodGpu>& gpus);
+
+// The counterpart of join(): waits for the kernels that run, and unmaps what the peers have shown.
+Status leave();
+
+// Bytes of device memory.
+struct Memory {
+  int64_t owned_bytes = 0;   // by the engine, on each GPU
+  int64_t mapped_bytes = 0;  // of other processes
+};
+Memory memory();
+
+// The number of this process's GPU with this ordinal; -1: the engine does not have it.
+int gpu_number(int ordinal);
 
 // A group's exchange as its member on one GPU sees it.
 struct Member {
-  std::vector<int> ordinals;  // of the group's GPUs, by rank
+  std::vector<int> gpus;  // of the group, by rank
   int rank;
   uint32_t mesh_device;  // this member's index in the mesh
   const uint32_t* device;
 };
 
-// Fills all of `exchange` but the signature's op, instance and rows. An error if this or an earlier
-// exchange on the GPU has failed.
+// Fills all of `exchange` but the signature's op, instance and rows, and what is posted. An error
+// if this or an earlier exchange on the GPU has failed.
 Status describe(const Layout& layout, const Member& member, Exchange& exchange);
 
-// Launches a kernel on this member's GPU. `stream` is a cudaStream_t.
-Status launch(const void* function, const Exchange& exchange, void* params, size_t shared_bytes,
+// Launches a kernel on this member's GPU. `exchange`, which is part of `params`, has this process's
+// addresses in `posted`. `stream` is a cudaStream_t.
+Status launch(const void* function, Exchange& exchange, void* params, size_t shared_bytes,
               void* stream);
 
 }  // namespace freeio::cuda

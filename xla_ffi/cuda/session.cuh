@@ -18,6 +18,7 @@ __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSi
 struct Session {
   uint32_t epoch[kMaxRanks];                   // of this exchange, with each rank
   uint64_t address[kMaxRanks][kMaxAddresses];  // of each rank's buffers
+  uint64_t first_region[kMaxRanks];            // of each rank's process: where it is seen here
   uint32_t failed;
   uint32_t device;     // this device's index in the mesh
   uint32_t next_item;  // of the CTA's work
@@ -42,6 +43,7 @@ __device__ inline void fail(const Exchange& x, Session& s, Step step, int peer, 
   Failure& failure = x.host->failure;
   failure.rank = x.rank;
   failure.peer = peer;
+  failure.peer_gpu = x.gpu[peer];
   failure.word = word;
   failure.expected = expected;
   failure.found = found;
@@ -51,11 +53,12 @@ __device__ inline void fail(const Exchange& x, Session& s, Step step, int peer, 
   *const_cast<volatile int32_t*>(&failure.step) = step;
   for (int rank = 0; rank < x.num_ranks; ++rank) {
     // Partner: the load in wait_until.
-    if (rank != x.rank) store_release_system(&x.control[rank]->aborted[x.ordinal[x.rank]], 1);
+    if (rank != x.rank) store_release_system(&x.control[rank]->aborted[x.gpu[x.rank]], 1);
   }
 }
 
-// The one wait: polls `ready` until it holds. False if the time is up, or a rank has given up.
+// The one wait: polls `ready` until it holds. False if the time is up, a rank has given up, or the
+// peer's process is there no more.
 template <typename Ready>
 __device__ bool wait_until(const Exchange& x, Session& s, Step step, int peer, const Ready& ready) {
   constexpr int kPollsBetweenChecks = 1024;
@@ -69,13 +72,19 @@ __device__ bool wait_until(const Exchange& x, Session& s, Step step, int peer, c
       return false;
     }
     // Partner: the store in fail().
-    if (load_acquire_system(&self(x).aborted[x.ordinal[peer]]) != 0) {
+    if (load_acquire_system(&self(x).aborted[x.gpu[peer]]) != 0) {
       fail(x, s, kPeerGaveUp, peer);
+      return false;
+    }
+    // Partner: Peers::gone(), on the host.
+    const volatile HostBlock& host = *x.host;
+    if (const uint32_t lost = host.lost[x.gpu[peer]]; lost != 0) {
+      fail(x, s, kPeerLost, peer, 0, 0, lost);
       return false;
     }
     const uint64_t now = nanoseconds();
     if (begin == 0) begin = now;
-    if (now - begin > *const_cast<volatile uint64_t*>(&x.host->timeout_ns)) {
+    if (now - begin > host.timeout_ns) {
       fail(x, s, step, peer);
       return false;
     }
@@ -101,7 +110,7 @@ __device__ inline bool wait_word(const Exchange& x, Session& s, Step step, int p
 // The mailbox of this exchange that `from` writes and `at` reads.
 __device__ inline Mailbox& mailbox(const Exchange& x, const Session& s, int at, int from) {
   const int peer = at == x.rank ? from : at;
-  return x.control[at]->mailbox[s.epoch[peer] % 2][x.ordinal[from]];
+  return x.control[at]->mailbox[s.epoch[peer] % 2][x.gpu[from]];
 }
 
 // First phase of every kernel. False: the engine has failed before, or this is not the device that
@@ -109,9 +118,12 @@ __device__ inline Mailbox& mailbox(const Exchange& x, const Session& s, int at, 
 __device__ inline bool open(const Exchange& x, Session& s) {
   const int thread = static_cast<int>(threadIdx.x);
   // Each load by a warp of its own: they are in flight together.
-  if (thread < x.num_ranks) s.epoch[thread] = self(x).epoch[x.ordinal[thread]] + 1;
+  if (thread < x.num_ranks) s.epoch[thread] = self(x).epoch[x.gpu[thread]] + 1;
   if (thread == kWarpSize) s.failed = load_relaxed_device(&self(x).failed);
   if (thread == 2 * kWarpSize) s.device = *x.device;
+  if (const int rank = thread - 3 * kWarpSize; rank >= 0 && rank < x.num_ranks) {
+    s.first_region[rank] = load_word(&self(x).region_base[x.gpu[rank]][kFirstRegion]);
+  }
   __syncthreads();
   if (s.failed == 0 && s.device != x.expected_device && thread == 0) {
     fail(x, s, kWrongDevice, x.rank, 0, x.expected_device, s.device);
@@ -120,15 +132,25 @@ __device__ inline bool open(const Exchange& x, Session& s) {
 }
 
 // Tells every peer where this rank's buffer is. One thread; the buffer is ready for its use.
-__device__ inline void post_address(const Exchange& x, const Session& s, int slot,
-                                    const void* buffer) {
-  const uint64_t address = reinterpret_cast<uint64_t>(buffer);
+__device__ inline void post_address(const Exchange& x, const Session& s, int slot) {
+  const uint64_t address = x.posted[slot];
   for (int rank = 0; rank < x.num_ranks; ++rank) {
     if (rank == x.rank) continue;
     Word* words = mailbox(x, s, rank, x.rank).address[slot];
     store_word(&words[0], make_word(s.epoch[rank], static_cast<uint32_t>(address)));
     store_word(&words[1], make_word(s.epoch[rank], static_cast<uint32_t>(address >> 32)));
   }
+}
+
+// Where this GPU sees what `rank` has posted.
+__device__ inline uint64_t to_local_address(const Exchange& x, const Session& s, int rank,
+                                            uint64_t posted) {
+  const auto region = static_cast<uint32_t>(posted >> kRegionShift);
+  if (region == 0) return posted;
+  // Once set, an entry stays; the first is mostly there before the kernel begins.
+  uint64_t base = region == kFirstRegion ? s.first_region[rank] : 0;
+  if (base == 0) base = load_word(&self(x).region_base[x.gpu[rank]][region % kMaxRegions]);
+  return base + (posted & ((uint64_t{1} << kRegionShift) - 1));
 }
 
 // Tells every peer what this rank is about to run. One thread for each word.
@@ -154,7 +176,14 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
     if (rank == x.rank) continue;
     const Mailbox& box = mailbox(x, s, x.rank, rank);
     if (word < kSignatureWords) {
+      // A peer that has posted all this and then given up has its buffers no more. Partner: the
+      // store in fail().
+      const uint32_t aborted = load_relaxed_device(&self(x).aborted[x.gpu[rank]]);
       Word found = load_word(&box.signature[word]);
+      if (aborted != 0) {
+        fail(x, s, kPeerGaveUp, rank);
+        break;
+      }
       if (!wait_word(x, s, kWaitSignature, rank, &box.signature[word], found)) break;
       if (value_of(found) != x.signature[word]) {
         fail(x, s, kSignatureDiffers, rank, word, x.signature[word], value_of(found));
@@ -165,7 +194,8 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
       Word high = load_word(&box.address[slot][1]);
       if (!wait_word(x, s, kWaitAddress, rank, &box.address[slot][0], low)) break;
       if (!wait_word(x, s, kWaitAddress, rank, &box.address[slot][1], high)) break;
-      s.address[rank][slot] = static_cast<uint64_t>(value_of(high)) << 32 | value_of(low);
+      s.address[rank][slot] = to_local_address(
+          x, s, rank, static_cast<uint64_t>(value_of(high)) << 32 | value_of(low));
     }
     // Partner: the fence before the peer's store_word, or the start of the peer's kernel.
     fence_system();
@@ -182,11 +212,11 @@ __device__ inline void conclude(const Exchange& x, Session& s) {
   if (__shfl_sync(kFullWarp, earlier, 0) != gridDim.x - 1 || has_failed(s)) return;
   ControlBlock& control = self(x);
   if (const int rank = lane_id(); rank < x.num_ranks && rank != x.rank) {
-    store_release_system(&x.control[rank]->finished[x.ordinal[x.rank]], s.epoch[rank]);
+    store_release_system(&x.control[rank]->finished[x.gpu[x.rank]], s.epoch[rank]);
     wait_until(x, s, kWaitFinish, rank, [&] {
-      return load_acquire_system(&control.finished[x.ordinal[rank]]) == s.epoch[rank];
+      return load_acquire_system(&control.finished[x.gpu[rank]]) == s.epoch[rank];
     });
-    control.epoch[x.ordinal[rank]] = s.epoch[rank];
+    control.epoch[x.gpu[rank]] = s.epoch[rank];
   }
   if (lane_id() == 0) control.prepared = control.done = 0;
 }

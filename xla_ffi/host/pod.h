@@ -45,8 +45,10 @@ class Pod {
   };
 
   // Connects this process with the others of its host, `members`. `elsewhere`: processes of the
-  // program on other hosts. Throws std::runtime_error where the memory of one cannot be read.
-  static void join(int process, const std::vector<Member>& members, std::vector<int> elsewhere);
+  // program on other hosts. Throws std::runtime_error where the memory of one cannot be read; unless
+  // `read_memory`, that is not tried before an exchange needs it.
+  static void join(int process, const std::vector<Member>& members, std::vector<int> elsewhere,
+                   bool read_memory);
 
   // Another engine of this process that talks with its like in the others. It is called on the
   // thread that serves the links, never with the pod locked.

@@ -1,0 +1,77 @@
+#include "cuda/failure.h"
+
+#include <iomanip>
+#include <sstream>
+
+namespace freeio::cuda {
+namespace {
+
+constexpr const char* kOps[] = {"dispatch", "dispatch_along", "combine", "combine_transpose"};
+constexpr const char* kSignatureNames[kSignatureWords] = {
+    "the operation", "the call in the program", "num_tokens",   "top_k", "num_experts", "capacity",
+    "alignment",     "the number of CTAs",      "the row types"};
+
+const char* text_of(int step) {
+  switch (step) {
+    case kWaitSignature:
+    case kWaitAddress:
+      return "the beginning of the call";
+    case kWaitCounts:
+      return "the number of rows for each expert";
+    case kWaitRoutes:
+      return "the rows that its tokens get";
+    case kWaitPartialSums:
+      return "partial sums";
+    default:
+      return "the end of the call";
+  }
+}
+
+}  // namespace
+
+Status to_status(const Failure& failure, double timeout, const std::string& peer_process) {
+  const std::string peer = "rank " + std::to_string(failure.peer) +
+                           (peer_process.empty() ? "" : " of " + peer_process);
+  std::ostringstream text;
+  Code code = Code::kInternal;
+  text << "freeio_jax." << kOps[failure.op] << ": rank " << failure.rank;
+  switch (failure.step) {
+    case kWrongDevice:
+      text << " runs on mesh device " << failure.found << ", but was compiled for mesh device "
+           << failure.expected
+           << ". Give the mesh its devices when the call is traced: jax.set_mesh(mesh), or "
+              "jax.shard_map(..., mesh=mesh).";
+      break;
+    case kSignatureDiffers:
+      code = Code::kInvalidArgument;
+      text << " and " << peer << " differ in " << kSignatureNames[failure.word] << " ("
+           << failure.expected << " and " << failure.found
+           << "). All ranks of the expert axis must make the same calls in the same order.";
+      break;
+    case kPeerGaveUp:
+      text << ": " << peer << " gave this call up.";
+      break;
+    case kPeerLost:
+      code = Code::kUnavailable;
+      text << ": " << peer
+           << (failure.found == kDied
+                   ? " ended"
+                   : " left (freeio_jax.shutdown(), or the end of its program)")
+           << " while it was waited for.";
+      break;
+    default:
+      code = Code::kDeadlineExceeded;
+      text << " waited " << std::setprecision(4) << timeout << " s for " << peer
+           << ", for " << text_of(failure.step)
+           << ". All ranks of the expert axis must make the same calls in the same order. If a "
+              "rank is only slow, allow more time with freeio_jax.config(timeout=seconds) or "
+              "FREEIO_TIMEOUT.";
+  }
+  text
+      << " It was exchange " << failure.epoch
+      << " of these two GPUs; what it and later calls returned is not to be used, and this process "
+         "can make no further exchange on this GPU.";
+  return {code, text.str()};
+}
+
+}  // namespace freeio::cuda

@@ -1,0 +1,97 @@
+// GPUs of the other processes of this host: their control blocks, and the memory that XLA's buffers
+// lie in.
+//
+// XLA takes its buffers from few large allocations, here called regions. A process exports each of
+// its own when a call first needs it, and makes that call only when all peers have it mapped; then
+// an address is a region's number and an offset, and every GPU knows where it sees that region.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <list>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/status.h"
+#include "cuda/control.h"
+#include "cuda/memory.h"
+#include "host/pod.h"
+
+namespace freeio::cuda {
+
+// One GPU of this process.
+struct OwnGpu {
+  int gpu;  // its number among all of the host that take part
+  int ordinal;
+  ControlBlock* control;
+  HostBlock* host;
+  const Allocation* allocation;  // of the control block
+  size_t bytes;
+};
+
+class Peers final : public host::Pod::Guest {
+ public:
+  // `processes`: which process has each GPU. The pointers in `own` stay good until the end.
+  Peers(host::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own);
+  ~Peers() override;
+
+  // Shows the control blocks of this process to the others, and maps theirs. Every process must
+  // call it; waits at most `timeout` seconds.
+  Status connect(double timeout);
+
+  // Null: not a GPU of another process, or not connected.
+  ControlBlock* control(int gpu) const;
+
+  // How the other processes are told of `pointer`. Shows its region to them if that is new, and
+  // waits at most `timeout` seconds until all have it mapped.
+  Status share(const void* pointer, double timeout, uint64_t& address);
+
+  // "process 1 (pid 77)"; empty for a GPU of this process.
+  std::string who(int gpu) const;
+
+  // Unmaps what the peers have shown. No kernel may run any more.
+  void release();
+
+  // Of other processes, mapped here.
+  size_t mapped_bytes() const;
+
+  void received(int process, std::string_view text, host::UniqueFd file) override;
+  void gone(int process, bool died) override;
+
+ private:
+  struct Note;
+  struct Region {
+    uint32_t number;
+    AddressRange range;
+    uint64_t identity;
+    std::set<int> awaited;  // processes that have not mapped it yet
+    std::string refusal;    // of one that cannot
+  };
+
+  void send(int process, const Note& note, const std::string& text = "", int file = -1);
+  Status map_file(const host::UniqueFd& file, size_t bytes, Mapping& mapping) const;
+  Status map_control(const Note& note, const host::UniqueFd& file);
+  Status map_region(int process, const Note& note, const host::UniqueFd& file);
+  Status publish(const void* pointer, Region& region);
+  std::vector<int> ordinals() const;
+
+  host::Pod& pod_;
+  const int process_;
+  const std::map<int, int> processes_;  // of each GPU
+  const std::vector<OwnGpu> own_;
+  std::vector<void*> streams_;  // of the own GPUs, beside XLA's
+  mutable std::mutex mutex_;    // of all below
+  std::condition_variable changed_;
+  std::set<int> others_;  // processes, as long as they are there
+  std::map<int, std::string> lost_;
+  std::map<int, Mapping> controls_;  // by GPU
+  std::list<Region> regions_;        // of this process
+  std::list<Mapping> mappings_;      // of the peers' regions
+  std::string failure_;              // of a control block that could not be mapped
+};
+
+}  // namespace freeio::cuda
