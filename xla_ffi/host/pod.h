@@ -69,7 +69,12 @@ class Pod {
   struct Peer {
     explicit Peer(const PeerMemory& of) : memory(of) {}
     const PeerMemory memory;
-    enum class State { kHere, kLeft, kDied } state = State::kHere;
+    enum class State {
+      kHere,
+      kLeft,
+      kDied,
+      kForeign,  // has sent what is no message: what speaks there is not this engine
+    } state = State::kHere;
   };
   struct Mail {
     int process;
@@ -81,7 +86,7 @@ class Pod {
   Pod(int process, std::map<int, Peer> peers, std::vector<int> elsewhere);
 
   void received(int process, std::string_view bytes);
-  void lost(int process);
+  void lost(int process, Peer::State how);
   // All below: with the pod locked.
   void deliver(int process, Message&& message, After& after);
   void send(int process, const Message& message);
