@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import secrets
@@ -19,6 +20,9 @@ import time
 from pathlib import Path
 
 _SEND_BUFFER = 4 << 20
+
+#: Between two looks at whether those that have not connected yet still live.
+_LOOK_SECONDS = 0.2
 
 
 class BootstrapError(RuntimeError):
@@ -41,6 +45,13 @@ def host_identity() -> str:
     return f"{boot} {os.readlink('/proc/self/ns/net')}"
 
 
+def has_ended(name: str) -> bool:
+    """Whether nobody listens at ``name``, of a process that has not connected yet."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+        caller.setblocking(False)
+        return caller.connect_ex(f"\0{name}") == errno.ECONNREFUSED
+
+
 def credentials(connection: socket.socket) -> tuple[int, int]:
     """(pid, uid) of the process at the other end, from the kernel."""
     size = struct.calcsize("3i")
@@ -57,7 +68,7 @@ class Listener:
         self._hello = {"token": token, "process": process, "control": list(control)}
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(f"\0{self.name}")
-        self._socket.listen(128)
+        self._socket.listen(4096)  # or as many as the kernel allows
 
     def close(self) -> None:
         self._socket.close()
@@ -75,10 +86,14 @@ class Listener:
             pid, uid = credentials(connection)
             if uid != os.geteuid():
                 return None
-            peer = self._read_hello(connection, pid, deadline)
-            if peer is None:
+            try:
+                # Who connects speaks at once: nobody can hold the others up by saying nothing.
+                peer = self._read_hello(connection, pid, min(deadline, time.monotonic() + 5.0))
+                if peer is None:
+                    return None
+                connection.send(json.dumps(self._hello).encode())
+            except OSError:
                 return None
-            connection.send(json.dumps(self._hello).encode())
             stack.pop_all()
             return peer
 
@@ -86,7 +101,8 @@ class Listener:
         """Connects with the listener ``name`` of ``process``.
 
         Raises:
-          BootstrapError: there is none, it is another user's, or it does not know the token.
+          ConnectionError: there is none, or it ended.
+          BootstrapError: it is another user's, or it does not know the token.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as stack:
@@ -102,6 +118,8 @@ class Listener:
                     )
                 connection.send(json.dumps(self._hello).encode())
                 peer = self._read_hello(connection, pid, deadline)
+            except ConnectionError:
+                raise
             except OSError as error:
                 raise BootstrapError(
                     f"freeio_jax: process {process} of this host could not be connected: {error}."
@@ -114,19 +132,32 @@ class Listener:
             return peer
 
     def _read_hello(self, connection: socket.socket, pid: int, deadline: float) -> Peer | None:
-        # Who connects speaks at once: nobody can hold the others up by saying nothing.
-        connection.settimeout(min(max(deadline - time.monotonic(), 1e-3), 5.0))
+        connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+        message = connection.recv(4096)
+        if not message:
+            raise ConnectionResetError("closed")
         try:
-            hello = json.loads(connection.recv(4096))
+            hello = json.loads(message)
             token, process = str(hello["token"]), int(hello["process"])
             address, nonce = map(int, hello["control"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return None
         if not secrets.compare_digest(token.encode(), self._hello["token"].encode()):
             return None
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         connection.setblocking(False)
         return Peer(process, pid, (address, nonce), connection)
+
+
+def _absent(client, where: str, num_processes: int) -> str:
+    """Who did not come, as far as the store still tells."""
+    try:
+        came = {
+            int(key.rsplit("/", 1)[1]) for key, _ in client.key_value_dir_get(f"{where}/process/")
+        }
+    except RuntimeError:
+        return ""
+    return f", which leaves process(es) {sorted(set(range(num_processes)) - came)}"
 
 
 def connect(
@@ -161,31 +192,48 @@ def connect(
             token = client.blocking_key_value_get(f"{where}/token", int(timeout * 1000))
             listener = Listener(process, token, control)
             stack.callback(listener.close)
-            me = {"host": host_identity(), "name": listener.name}
+            me = {"host": host_identity(), "name": listener.name, "pid": os.getpid()}
             client.key_value_set(f"{where}/process/{process}", json.dumps(me))
             client.wait_at_barrier(f"{where}/published", int(timeout * 1000))
             published = client.key_value_dir_get(f"{where}/process/")
         except RuntimeError as error:  # what jaxlib's client raises, DEADLINE_EXCEEDED included
             raise BootstrapError(
                 f"freeio_jax.initialize: not all {num_processes} processes came within "
-                f"{timeout:g} s. Every process must call it, after jax.distributed.initialize(). "
-                f"({error})"
+                f"{timeout:g} s{_absent(client, where, num_processes)}. Every process must call "
+                f"it, after jax.distributed.initialize(). ({error})"
             ) from error
         others = {int(key.rsplit("/", 1)[1]): json.loads(value) for key, value in published}
         del others[process]
         here = {p for p, other in others.items() if other["host"] == me["host"]}
         peers: dict[int, Peer] = {}
+
+        def ended(other: int) -> BootstrapError:
+            return BootstrapError(
+                f"freeio_jax.initialize: process {other} (pid {others[other]['pid']}) ended while "
+                f"process {process} connected with it."
+            )
+
         stack.callback(lambda: [peer.connection.close() for peer in peers.values()])
         for other in sorted(p for p in here if p < process):
-            peers[other] = listener.connect(other, others[other]["name"], deadline)
+            try:
+                peers[other] = listener.connect(other, others[other]["name"], deadline)
+            except ConnectionError as error:
+                raise ended(other) from error
         awaited = {p for p in here if p > process}
         while awaited:
             try:
-                peer = listener.accept(deadline)
+                peer = listener.accept(min(deadline, time.monotonic() + _LOOK_SECONDS))
             except TimeoutError as error:
+                # It listens until all have connected with it, this process included.
+                for other in sorted(awaited):
+                    if has_ended(others[other]["name"]):
+                        raise ended(other) from error
+                if time.monotonic() < deadline:
+                    continue
+                late = ", ".join(f"{p} (pid {others[p]['pid']})" for p in sorted(awaited))
                 raise BootstrapError(
-                    f"freeio_jax.initialize: process(es) {sorted(awaited)} of this host did not "
-                    f"connect within {timeout:g} s."
+                    f"freeio_jax.initialize: process(es) {late} of this host did not connect "
+                    f"within {timeout:g} s."
                 ) from error
             if peer is not None and peer.process in awaited:
                 awaited.remove(peer.process)

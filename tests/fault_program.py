@@ -1,6 +1,7 @@
 """What a process of test_faults.py runs: exchanges, one of which goes wrong in process 1."""
 
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -8,10 +9,12 @@ import time
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
+from freeio_jax import bootstrap
 
 FAULT = sys.argv[1]
 TIMEOUT = 3.0
@@ -51,15 +54,67 @@ def kill_myself():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def keep_connections(_culprit):
+    """So that the fault can write into them, past the engine."""
+    connect = bootstrap.connect
+
+    def connect_and_keep(*args, **kwargs):
+        connected = connect(*args, **kwargs)
+        connections.extend(os.dup(peer.connection.fileno()) for peer in connected[0])
+        return connected
+
+    bootstrap.connect = connect_and_keep
+
+
+connections = []
+
+
+def killed_before_it_connects(culprit):
+    if culprit:
+        bootstrap.Listener.connect = lambda *_: kill_myself()
+
+
+def killed_when_connected(culprit):
+    connect = bootstrap.connect
+
+    def connect_and_die(*args, **kwargs):
+        connected = connect(*args, **kwargs)
+        if culprit:
+            kill_myself()
+        for peer in connected[0]:
+            while peer.process == 1 and pathlib.Path(f"/proc/{peer.pid}").exists():
+                time.sleep(0.01)
+        return connected
+
+    bootstrap.connect = connect_and_die
+
+
+def killed_before_initialize(culprit):
+    if culprit:
+        kill_myself()
+
+
+IN_INITIALIZE = {
+    "killed before initialize": killed_before_initialize,
+    "killed before it connects": killed_before_it_connects,
+    "killed when connected": killed_when_connected,
+    "garbage": keep_connections,
+}
+
+
 def main():
     jax.distributed.initialize()
     me = jax.process_index()
     culprit = me == 1
     mesh = Mesh(np.array(jax.devices()), ("expert",))
+    fio.config(timeout=TIMEOUT)
+    if FAULT in IN_INITIALIZE:
+        IN_INITIALIZE[FAULT](culprit)
     if FAULT != "not initialized":
         fio.initialize()
-    fio.config(timeout=TIMEOUT)
     if FAULT == "killed before":
+        # Otherwise it might die while others are still in initialize().
+        distributed.global_state.client.wait_at_barrier("initialized", 60_000)
         if culprit:
             kill_myself()
         make_step(mesh)()
@@ -95,11 +150,17 @@ def main():
     elif FAULT == "other program" and culprit:
         report("FAULT")
         make_other_program(mesh)()
+    elif FAULT == "killed at some time" and culprit:
+        threading.Timer(float(sys.argv[2]), kill_myself).start()
+    elif FAULT == "garbage" and culprit:
+        report("FAULT")
+        for connection in connections:
+            os.write(connection, b"\x01garbage")
     elif FAULT == "shut down" and culprit:
         report("FAULT")
         fio.shutdown()
         time.sleep(100)
-    for _ in range(3):
+    for _ in range(3 if FAULT != "killed at some time" else 1_000_000):
         step()
 
 

@@ -106,6 +106,7 @@ def test_a_process_that_does_not_come(monkeypatch):
     for process in (0, 1):
         assert isinstance(results[process], BootstrapError)
         assert "not all 3 processes came within 0.5 s" in str(results[process])
+        assert "which leaves process(es) [2]" in str(results[process])
 
 
 @pytest.fixture
@@ -199,5 +200,22 @@ def test_a_listener_of_another_user_is_not_trusted(listener):
 
 
 def test_nobody_listens(listener):
-    with pytest.raises(BootstrapError, match="process 3 of this host could not be connected"):
+    with pytest.raises(ConnectionRefusedError):
         listener.connect(3, "freeio-jax-nobody", time.monotonic() + 10)
+
+
+def test_a_listener_that_closes_without_an_answer(listener):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        name = f"freeio-jax-test-{os.getpid()}"
+        other.bind(f"\0{name}")
+        other.listen()
+        closer = threading.Thread(target=lambda: other.accept()[0].close())
+        closer.start()
+        with pytest.raises(ConnectionError):
+            listener.connect(1, name, time.monotonic() + 10)
+        closer.join()
+
+
+def test_a_caller_that_ends_before_it_is_answered(listener):
+    call(listener.name, json.dumps(HELLO).encode()).close()
+    assert listener.accept(time.monotonic() + 10) is None

@@ -18,18 +18,21 @@ TIMEOUT = 3.0
 class Run:
     """One pod with a fault in process 1, and what its processes said."""
 
-    def __init__(self, fault, processes=2, on_line=None):
+    def __init__(self, fault, processes=2, on_line=None, arguments=()):
         self.woken = False
         self.lines = [[] for _ in range(processes)]
         self.moments = {}  # of the fault, and of the first error
         self._on_line = on_line
         self.pod = Pod(
-            [str(PROGRAM), fault], num_processes=processes, grace=3 * TIMEOUT, output=self._take
+            [str(PROGRAM), fault, *arguments],
+            num_processes=processes,
+            grace=3 * TIMEOUT,
+            output=self._take,
         )
         self.status = self.pod.run()
         if {"FAULT", "ERROR"} <= set(self.moments):
-            # Shown by pytest -rP: the table of docs/faults.md.
-            print(f"{fault}: {self.seconds():.2f} s")
+            # Shown by pytest -rP: the table of docs/processes.md.
+            print(f"{' '.join([fault, *arguments])}: {self.seconds():.2f} s")
 
     def _take(self, rank, _stream, line):
         self.lines[rank].append(line)
@@ -68,6 +71,43 @@ def test_a_killed_process_is_noticed_at_once(fault, processes):
     assert "freeio_jax.dispatch" in message or "freeio_jax.combine" in message, message
     assert run.seconds() < TIMEOUT
     assert run.status == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", ["0.01", "0.05", "0.1", "0.3"])
+def test_a_process_killed_at_some_time_is_named(moment):
+    """Wherever it was: between messages, while its rows were read, in its own code."""
+    run = Run("killed at some time", 3, arguments=[moment])
+    for rank in (0, 2):
+        message = run.error(rank)
+        assert names_process_1(run, message) and "ended" in message, message
+        assert "freeio_jax.dispatch: " in message or "freeio_jax.combine: " in message, message
+    assert run.seconds() < TIMEOUT
+
+
+@pytest.mark.parametrize("fault", ["killed before it connects", "killed when connected"])
+def test_a_process_killed_inside_initialize(fault):
+    run = Run(fault, 3)
+    for rank in (0, 2):
+        message = run.error(rank)
+        assert f"freeio_jax.initialize: process 1 (pid {run.pid(1)}) ended while" in message
+    assert run.seconds() < TIMEOUT
+
+
+def test_a_process_killed_before_initialize():
+    run = Run("killed before initialize", 3)
+    for rank in (0, 2):
+        assert "not all 3 processes came within 3 s, which leaves process(es) [1]" in run.error(
+            rank
+        )
+    assert run.seconds() < TIMEOUT + 2
+
+
+def test_garbage_instead_of_a_message():
+    run = Run("garbage")
+    message = run.error(0)
+    assert names_process_1(run, message) and "no message of this engine" in message, message
+    assert "freeio_jax.dispatch" in message or "freeio_jax.combine" in message, message
+    run.error(1)
 
 
 def test_a_stopped_process_is_named_after_the_time_out():

@@ -55,14 +55,14 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "join_pod",
       [](int process, const std::vector<std::tuple<int, int, uint64_t, uint64_t, int>>& members,
-         std::vector<int> elsewhere) {
+         std::vector<int> elsewhere, bool read_memory) {
         std::vector<freeio::host::Pod::Member> pod;
         for (const auto& [peer, pid, control, nonce, socket] : members) {
           pod.push_back({peer, pid, control, nonce, socket});
         }
-        freeio::host::Pod::join(process, pod, std::move(elsewhere));
+        freeio::host::Pod::join(process, pod, std::move(elsewhere), read_memory);
       },
-      py::arg("process"), py::arg("members"), py::arg("elsewhere"),
+      py::arg("process"), py::arg("members"), py::arg("elsewhere"), py::arg("read_memory"),
       "members: (process, pid, control address, nonce, connected socket), the sockets' owner from "
       "now on.");
   module.def(

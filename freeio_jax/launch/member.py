@@ -85,12 +85,13 @@ def main():
     faulthandler.register(signal.SIGUSR2, stderr, all_threads=True)
     sys.meta_path.insert(0, _WhenJaxIsImported())
     program = sys.argv[2:]
-    if program[0] == "-m":
-        sys.path[0] = os.getcwd()
+    is_module = program[0] == "-m"
+    if not sys.flags.safe_path:  # with it Python puts nothing there
+        sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(program[0]))
+    if is_module:
         sys.argv = program[1:]
         runpy.run_module(program[1], run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = os.path.dirname(os.path.abspath(program[0]))
         sys.argv = program
         runpy.run_path(program[0], run_name="__main__")
 

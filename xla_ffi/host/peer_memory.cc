@@ -26,24 +26,32 @@ constexpr size_t kMaxTogether = 1 << 20;
 // The kernel's IOV_MAX.
 constexpr size_t kMaxEntries = 1024;
 
-std::runtime_error read_error(int pid, int error) {
-  std::string text = "process_vm_readv from process " + std::to_string(pid) + ": " +
-                     std::system_category().message(error);
+std::string explain(const PeerMemory& peer, int error) {
+  if (error == ESRCH) return peer.who() + " ended";
+  std::string text = "the memory of " + peer.who() +
+                     " cannot be read: process_vm_readv: " + std::system_category().message(error);
   if (error == EPERM) {
     text +=
         ". The kernel forbids reading the memory of that process. Exchanges between processes "
         "need it: the same user for all, dumpable processes, kernel.yama.ptrace_scope at most 1, "
         "and in containers a seccomp profile that allows process_vm_readv (docker: "
         "--cap-add=SYS_PTRACE)";
-  } else if (error == ESRCH) {
-    text += ". The process has ended";
   } else if (error == ENOSYS) {
     text += ". This kernel is built without CONFIG_CROSS_MEMORY_ATTACH";
   }
-  return std::runtime_error(text);
+  return text;
 }
 
 }  // namespace
+
+ReadError::ReadError(const PeerMemory& peer, int error)
+    : std::runtime_error(explain(peer, error)), process_(peer.process()), error_(error) {}
+
+bool ReadError::peer_ended() const { return error_ == ESRCH; }
+
+std::string PeerMemory::who() const {
+  return "process " + std::to_string(process_) + " (pid " + std::to_string(pid_) + ")";
+}
 
 ControlBlock& control_block() {
   static ControlBlock* const block = [] {
@@ -80,9 +88,9 @@ void PeerMemory::read(const std::vector<Span>& spans) const {
                                              remote.size() - next, 0);
       if (moved < 0) {
         if (errno == EINTR) continue;
-        throw read_error(pid_, errno);
+        throw ReadError(*this, errno);
       }
-      if (moved == 0) throw read_error(pid_, EFAULT);
+      if (moved == 0) throw ReadError(*this, EFAULT);
       for (size_t rest = static_cast<size_t>(moved); rest > 0;) {
         const size_t step = std::min(rest, local[next].iov_len);
         for (iovec* entry : {&local[next], &remote[next]}) {
@@ -100,7 +108,7 @@ uint64_t PeerMemory::give_ups() const {
   uint64_t block[2] = {};
   static_assert(sizeof(ControlBlock) == sizeof(block));
   read({{reinterpret_cast<const void*>(control_), block, sizeof(block)}});
-  if (block[0] != nonce_) throw read_error(pid_, ESRCH);
+  if (block[0] != nonce_) throw ReadError(*this, ESRCH);
   return block[1];
 }
 

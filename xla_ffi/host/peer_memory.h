@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace freeio::host {
@@ -21,10 +23,25 @@ ControlBlock& control_block();
 // Has the kernel let processes of this user read this one, where Yama restricts that to parents.
 void allow_peers_to_read();
 
+class PeerMemory;
+
+// The memory of a peer could not be read; says whose, and why.
+class ReadError : public std::runtime_error {
+ public:
+  ReadError(const PeerMemory& peer, int error);
+
+  int process() const { return process_; }
+  bool peer_ended() const;
+
+ private:
+  int process_;
+  int error_;
+};
+
 class PeerMemory {
  public:
-  PeerMemory(int pid, uint64_t control_address, uint64_t nonce)
-      : pid_(pid), control_(control_address), nonce_(nonce) {}
+  PeerMemory(int process, int pid, uint64_t control_address, uint64_t nonce)
+      : process_(process), pid_(pid), control_(control_address), nonce_(nonce) {}
 
   struct Span {
     const void* remote;
@@ -32,15 +49,18 @@ class PeerMemory {
     size_t bytes;
   };
 
-  // Throws std::runtime_error where the kernel refuses or the addresses are not the peer's.
+  // Throws ReadError where the kernel refuses or the addresses are not the peer's.
   void read(const std::vector<Span>& spans) const;
 
   // The peer's control_block().give_ups now. Throws where it is another process by now.
   uint64_t give_ups() const;
 
+  int process() const { return process_; }
   int pid() const { return pid_; }
+  std::string who() const;  // "process 1 (pid 77)"
 
  private:
+  int process_;
   int pid_;
   uint64_t control_;
   uint64_t nonce_;

@@ -21,13 +21,21 @@ void run_all(std::vector<std::function<void()>>& after) {
 
 Pod* Pod::current() { return current_pod.load(std::memory_order_acquire); }
 
-void Pod::join(int process, const std::vector<Member>& members, std::vector<int> elsewhere) {
+void Pod::join(int process, const std::vector<Member>& members, std::vector<int> elsewhere,
+               bool read_memory) {
   std::map<int, Peer> peers;
   std::map<int, UniqueFd> sockets;
   for (const Member& member : members) sockets.emplace(member.process, UniqueFd(member.socket));
   for (const Member& member : members) {
-    const PeerMemory memory(member.pid, member.control_address, member.nonce);
-    memory.give_ups();  // throws where it cannot be read
+    const PeerMemory memory(member.process, member.pid, member.control_address, member.nonce);
+    try {
+      if (read_memory) memory.give_ups();
+    } catch (const ReadError& error) {
+      throw std::runtime_error(
+          std::string("freeio_jax.initialize: ") + error.what() +
+          (error.peer_ended() ? " while process " + std::to_string(process) + " connected with it"
+                              : ""));
+    }
     peers.emplace(member.process, memory);
   }
   // Never freed: XLA may call the engine until the process ends.
@@ -38,7 +46,7 @@ void Pod::join(int process, const std::vector<Member>& members, std::vector<int>
       [shared](int from, std::string_view bytes, UniqueFd file) {
         shared->received(from, bytes, std::move(file));
       },
-      [shared](int from) { shared->lost(from); });
+      [shared](int from) { shared->lost(from, Peer::State::kDied); });
   current_pod.store(pod.release(), std::memory_order_release);
 }
 
@@ -147,23 +155,23 @@ void Pod::received(int process, std::string_view bytes, UniqueFd file) {
       deliver(process, std::move(message), after);
     }
   } catch (const std::runtime_error&) {
-    lost(process);  // what speaks there is not this engine
+    lost(process, Peer::State::kForeign);
   }
   run_all(after);
 }
 
-void Pod::lost(int process) {
+void Pod::lost(int process, Peer::State how) {
   After after;
   {
     std::lock_guard lock(mutex_);
     Peer& peer = peers_.at(process);
     if (peer.state != Peer::State::kHere) return;
-    peer.state = Peer::State::kDied;
+    peer.state = how;
     std::vector<std::shared_ptr<PodSession>> open;
     for (const auto& [name, sessions] : sessions_) {
       open.insert(open.end(), sessions.begin(), sessions.end());
     }
-    for (const auto& session : open) session->peer_lost(process, true, after);
+    for (const auto& session : open) session->peer_lost(process, how, after);
     tell_guest_gone(process, true, after);
   }
   run_all(after);
@@ -211,12 +219,12 @@ void Pod::deliver(int process, Message&& message, After& after) {
       return;
     }
     case Message::Kind::kLeaving: {
-      peers_.at(process).state = Peer::State::kLeft;
+      const Peer::State how = peers_.at(process).state = Peer::State::kLeft;
       std::vector<std::shared_ptr<PodSession>> open;
       for (const auto& [name, sessions] : sessions_) {
         open.insert(open.end(), sessions.begin(), sessions.end());
       }
-      for (const auto& waiting : open) waiting->peer_lost(process, false, after);
+      for (const auto& waiting : open) waiting->peer_lost(process, how, after);
       tell_guest_gone(process, false, after);
       return;
     }
@@ -246,8 +254,7 @@ void Pod::remove_if_over(PodSession& session) {
 
 std::string Pod::who(int process) const {
   const auto peer = peers_.find(process);
-  const int pid = peer != peers_.end() ? peer->second.memory.pid() : getpid();
-  return "process " + std::to_string(process) + " (pid " + std::to_string(pid) + ")";
+  return (peer != peers_.end() ? peer->second.memory : PeerMemory(process, getpid(), 0, 0)).who();
 }
 
 std::string Pod::elsewhere_note() const {
@@ -265,6 +272,7 @@ std::string Pod::waiting_in(int process, const std::string& here) const {
   std::string text = "P" + who(process).substr(1);
   if (peer->second.state == Peer::State::kDied) return text + " has ended.";
   if (peer->second.state == Peer::State::kLeft) return text + " has left the program.";
+  if (peer->second.state == Peer::State::kForeign) return text + " has sent what is no message.";
   for (const auto& [name, mail] : mail_) {
     for (const Mail& item : mail) {
       if (item.process != process || item.message.kind != Message::Kind::kArrived) continue;

@@ -90,7 +90,12 @@ class Pod {
   struct Peer {
     explicit Peer(const PeerMemory& of) : memory(of) {}
     const PeerMemory memory;
-    enum class State { kHere, kLeft, kDied } state = State::kHere;
+    enum class State {
+      kHere,
+      kLeft,
+      kDied,
+      kForeign,  // has sent what is no message: what speaks there is not this engine
+    } state = State::kHere;
   };
   struct Mail {
     int process;
@@ -102,7 +107,7 @@ class Pod {
   Pod(int process, std::map<int, Peer> peers, std::vector<int> elsewhere);
 
   void received(int process, std::string_view bytes, UniqueFd file);
-  void lost(int process);
+  void lost(int process, Peer::State how);
   void to_guest(int process, std::string&& text, UniqueFd&& file, After& after);
   void tell_guest_gone(int process, bool died, After& after);
   // All below: with the pod locked.

@@ -1,10 +1,12 @@
 #include "host/pod_session.h"
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <iomanip>
 #include <sstream>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 
 #include "host/threads.h"
@@ -100,7 +102,7 @@ void PodSession::notice_who_is_gone(Pod::After& after) {
   }
   for (const auto& [process, peer] : pod_.peers_) {
     if (peer.state != Pod::Peer::State::kHere) {
-      peer_lost(process, peer.state == Pod::Peer::State::kDied, after);
+      peer_lost(process, peer.state, after);
     }
   }
 }
@@ -140,10 +142,19 @@ void PodSession::run() {
   Status status;
   try {
     exchange();
+  } catch (const ReadError& error) {
+    std::lock_guard lock(pod_.mutex_);
+    status = {
+        Code::kUnavailable,
+        name() + ": " +
+            (error.peer_ended() ? pod_.who(error.process()) + ranks_of(error.process()) +
+                                      " ended while " + pod_.who(pod_.process_) + " read its rows"
+                                : error.what())};
   } catch (const std::invalid_argument& error) {
     status = {Code::kInvalidArgument, error.what()};
   } catch (const std::exception& error) {
     status = {Code::kUnavailable, name() + ": " + error.what()};
+    await_reason();
   }
   Pod::After after;
   {
@@ -181,7 +192,29 @@ void PodSession::exchange() {
     // The pod's peers stay where they are as long as it lives.
     if (ranks_[r].process != pod_.process_) homes[r] = &pod_.peers_.at(ranks_[r].process).memory;
   }
-  run_exchange(layout_, operands, homes);
+  try {
+    run_exchange(layout_, operands, homes);
+  } catch (const ReadError& error) {
+    // Rows of one that gave up may be gone, which is no riddle then.
+    if (!error.peer_ended()) check_that_nobody_gave_up(homes);
+    throw;
+  }
+  check_that_nobody_gave_up(homes);
+}
+
+// Why a peer gave up, it has said before it did, or this process will see as it did: that names the
+// culprit, and may be on its way. Bounded, as the peer may have failed in another exchange.
+void PodSession::await_reason() {
+  for (int milliseconds = 0; milliseconds < 200; ++milliseconds) {
+    {
+      std::lock_guard lock(pod_.mutex_);
+      if (!failure_.ok()) return;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+void PodSession::check_that_nobody_gave_up(const Homes& homes) const {
   for (size_t r = 0; r < ranks_.size(); ++r) {
     if (homes[r] != nullptr && homes[r]->give_ups() != ranks_[r].posted.give_ups) {
       throw std::runtime_error(pod_.who(ranks_[r].process) +
@@ -258,14 +291,17 @@ void PodSession::peer_failed(int process, const std::string& text, Pod::After& a
   pod_.remove_if_over(*this);
 }
 
-void PodSession::peer_lost(int process, bool died, Pod::After& after) {
+void PodSession::peer_lost(int process, Pod::Peer::State how, Pod::After& after) {
+  using PeerState = Pod::Peer::State;
   const bool involved = peers_of_group().count(process) > 0;
   // Before the first exchange of a group anybody may have its ranks.
-  const bool unknown = died && to_all_ && state_ == State::kGathering;
+  const bool unknown = how != PeerState::kLeft && to_all_ && state_ == State::kGathering;
   if (state_ != State::kEnded && awaits(process) && (involved || unknown)) {
     fail(Code::kUnavailable,
          name() + ": " + pod_.who(process) + ranks_of(process) +
-             (died ? " ended" : " left (freeio_jax.shutdown(), or the end of its program)") +
+             (how == PeerState::kDied   ? " ended"
+              : how == PeerState::kLeft ? " left (freeio_jax.shutdown(), or the end of its program)"
+                                        : " sent bytes that are no message of this engine") +
              " while " + pod_.who(pod_.process_) + " waited for it",
          after);
   }

@@ -38,8 +38,8 @@ class PodSession final : public Session,
   void peer_done(int process, Pod::After& after);
   void peer_failed(int process, const std::string& text, Pod::After& after);
 
-  // A peer's end of its link is closed.
-  void peer_lost(int process, bool died, Pod::After& after);
+  // A peer's end of its link is closed, or should be.
+  void peer_lost(int process, Pod::Peer::State how, Pod::After& after);
 
   void fail(Code code, const std::string& text, Pod::After& after);
 
@@ -64,6 +64,8 @@ class PodSession final : public Session,
   bool begin_if_complete();
   void run();
   void exchange();
+  void check_that_nobody_gave_up(const Homes& homes) const;
+  void await_reason();
   void end(const Status& status, Pod::After& after);
   void end_if_done(Pod::After& after);
   std::string name() const;
