@@ -3,11 +3,9 @@
 #include <dlfcn.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,15 +13,13 @@
 #include "core/buffers.h"
 #include "cuda/engine.h"
 #include "cuda/geometry.h"
-#include "cuda/kernels.h"
 #include "cuda/measure.h"
+#include "cuda/params.h"
 
 namespace freeio::cuda {
 namespace {
 
 namespace py = pybind11;
-
-enum Op : uint32_t { kDispatchOp, kDispatchAlongOp, kCombineOp, kCombineTransposeOp };
 
 // One custom-call instance; XLA shares it among the devices that run the program.
 struct Instance {
@@ -65,64 +61,16 @@ ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) 
                std::vector<int64_t>(ordinals->begin(), ordinals->end()), ++instances});
 }
 
-// One launch, ready to go.
-struct Launch {
-  const void* function = nullptr;
-  size_t shared_bytes = 0;
-};
-
-// FNV-1a, for what the ranks' buffers must agree on beyond the layout.
-uint32_t digest(std::initializer_list<int64_t> values, uint32_t hash = 2166136261u) {
-  for (int64_t value : values) {
-    for (int byte = 0; byte < 8; ++byte, value >>= 8) {
-      hash = (hash ^ static_cast<uint32_t>(value & 0xff)) * 16777619u;
-    }
-  }
-  return hash;
-}
-
-// The widest access, up to 16 bytes, that suits rows of `row_bytes` at these addresses.
-int32_t access_bytes(int64_t row_bytes, std::initializer_list<const void*> buffers) {
-  uint64_t bits = 16 | static_cast<uint64_t>(row_bytes);
-  for (const void* buffer : buffers) bits |= reinterpret_cast<uint64_t>(buffer);
-  return static_cast<int32_t>(bits & (~bits + 1));
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Cuts `accesses` of a row evenly into slices of whole warps, at most `most` each.
-std::pair<int32_t, int32_t> slices_of(int64_t accesses, int64_t most) {
-  constexpr int64_t kWarp = 32;
-  const int64_t slices = std::max<int64_t>(1, ceil_div(accesses, most));
-  const int64_t each = std::max(kWarp, round_up(ceil_div(accesses, slices), kWarp));
-  return {static_cast<int32_t>(std::max<int64_t>(1, ceil_div(accesses, each))),
-          static_cast<int32_t>(each)};
-}
-
 void read_leaves(Buffers& buffers, DispatchParams& params) {
-  uint32_t hash = digest({});
   while (buffers.has_arg() && params.num_leaves < kMaxLeaves) {
-    Leaf& leaf = params.leaves[params.num_leaves];
     const ffi::AnyBuffer* tokens = buffers.arg();
     ffi::AnyBuffer* rows = buffers.ret();
     if (!buffers.ok()) return;
-    leaf.tokens = static_cast<const std::byte*>(tokens->untyped_data());
-    leaf.rows = static_cast<std::byte*>(rows->untyped_data());
-    leaf.row_bytes = Buffers::row_bytes(*tokens);
-    leaf.access_bytes = access_bytes(leaf.row_bytes, {leaf.tokens, leaf.rows});
-    const auto [slices, accesses] = slices_of(leaf.row_bytes / leaf.access_bytes, kCopySlice);
-    leaf.num_slices = slices;
-    leaf.slice_bytes = accesses * leaf.access_bytes;
-    hash = digest({leaf.row_bytes, leaf.access_bytes}, hash);
-    params.num_slices += slices;
-    ++params.num_leaves;
+    add_leaf(tokens->untyped_data(), rows->untyped_data(), Buffers::row_bytes(*tokens), params);
   }
-  params.exchange.signature[kRows] = hash;
 }
 
-Launch read_dispatch(Buffers& buffers, const ffi::Dictionary&, DispatchParams& params) {
-  params.exchange.signature[kOp] = kDispatchOp;
-  params.row_stride = spreading_stride(params.exchange.capacity);
+Kernel read_dispatch(Buffers& buffers, const ffi::Dictionary&, DispatchParams& params) {
   params.topk_idx = buffers.arg_data<int32_t>();
   read_leaves(buffers, params);
   params.dest_rank = buffers.ret_data<int32_t>();
@@ -133,92 +81,53 @@ Launch read_dispatch(Buffers& buffers, const ffi::Dictionary&, DispatchParams& p
   params.num_dropped = buffers.ret_data<int32_t>();
   params.num_invalid = buffers.ret_data<int32_t>();
   params.routes = buffers.ret_data<Word>();
-  return {dispatch_function(true), dispatch_shared_bytes(params.exchange.num_experts)};
+  return complete_dispatch(true, params);
 }
 
-Launch read_dispatch_along(Buffers& buffers, const ffi::Dictionary&, DispatchParams& params) {
-  params.exchange.signature[kOp] = kDispatchAlongOp;
-  params.row_stride = spreading_stride(params.exchange.capacity);
+Kernel read_dispatch_along(Buffers& buffers, const ffi::Dictionary&, DispatchParams& params) {
   // The kernel writes to them only where it routes.
   params.dest_rank = const_cast<int32_t*>(buffers.arg_data<int32_t>());
   params.dest_row = const_cast<int32_t*>(buffers.arg_data<int32_t>());
   params.row_source = const_cast<int32_t*>(buffers.arg_data<int32_t>());
   read_leaves(buffers, params);
-  return {dispatch_function(false), dispatch_shared_bytes(0)};
+  return complete_dispatch(false, params);
 }
 
-// Elements that one lane takes at a time.
-int32_t pack_of(DType dtype, bool wide) {
-  int32_t elements = 1;
-  with_element_type(dtype, [&](auto tag) {
-    if (wide) elements = wide_pack(sizeof(typename decltype(tag)::Type));
-  });
-  return elements;
+// The next argument's rows, and their type.
+const void* read_rows(Buffers& buffers, RowType& type) {
+  const ffi::AnyBuffer* rows = buffers.arg();
+  buffers.row_type(rows, type.dtype, type.width);
+  return rows == nullptr ? nullptr : rows->untyped_data();
 }
 
-int64_t bytes_of(DType dtype) {
-  int64_t bytes = 0;
-  with_element_type(dtype, [&](auto tag) { bytes = sizeof(typename decltype(tag)::Type); });
-  return bytes;
-}
-
-bool is_wide(DType dtype, int64_t width, std::initializer_list<const void*> buffers) {
-  const int64_t bytes = bytes_of(dtype);
-  return access_bytes(width * bytes, buffers) >= bytes * pack_of(dtype, true);
-}
-
-Launch read_combine(Buffers& buffers, const ffi::Dictionary& attributes, CombineParams& params) {
-  DType dtype = DType::kFloat32;
-  int64_t width = 0;
+Kernel read_combine(Buffers& buffers, const ffi::Dictionary& attributes, CombineParams& params) {
+  const bool weighted = read_flag(attributes, "weighted");
+  RowType type;
   params.dest_rank = buffers.arg_data<int32_t>();
   params.dest_row = buffers.arg_data<int32_t>();
   buffers.arg();  // row_source: the CPU engine's
-  const ffi::AnyBuffer* expert_out = buffers.arg();
-  buffers.row_type(expert_out, dtype, width);
-  if (expert_out != nullptr) params.expert_out = expert_out->untyped_data();
-  const bool weighted = read_flag(attributes, "weighted");
+  params.expert_out = read_rows(buffers, type);
   if (weighted) params.weights = buffers.arg_data<void>();
   params.sums = buffers.ret_data<void>();
   params.partial_sums = buffers.ret_data<void>();
   params.flags = buffers.ret_data<uint32_t>();
-  const bool wide = is_wide(dtype, width, {params.expert_out, params.sums, params.partial_sums});
-  const auto [slices, accesses] =
-      slices_of(width / pack_of(dtype, wide), sum_slice(params.exchange.num_tokens));
-  params.width = static_cast<int32_t>(width);
-  params.num_slots = std::min(params.exchange.top_k, params.exchange.num_ranks - 1);
-  params.num_slices = slices;
-  params.slice_width = accesses * pack_of(dtype, wide);
-  params.exchange.signature[kOp] = kCombineOp;
-  params.exchange.signature[kRows] = digest({static_cast<int>(dtype), width, wide, weighted});
-  return {combine_function(dtype, wide), combine_shared_bytes(dtype)};
+  return complete_combine(type, weighted, params);
 }
 
-Launch read_combine_transpose(Buffers& buffers, const ffi::Dictionary& attributes,
+Kernel read_combine_transpose(Buffers& buffers, const ffi::Dictionary& attributes,
                               CombineTransposeParams& params) {
-  DType dtype = DType::kFloat32;
-  int64_t width = 0;
+  const bool rows = read_flag(attributes, "rows");
+  const bool weights = read_flag(attributes, "weights");
+  RowType type;
   params.dest_rank = buffers.arg_data<int32_t>();
   params.dest_row = buffers.arg_data<int32_t>();
   params.row_source = buffers.arg_data<int32_t>();
-  const ffi::AnyBuffer* tokens = buffers.arg();
-  buffers.row_type(tokens, dtype, width);
-  if (tokens != nullptr) params.tokens = tokens->untyped_data();
-  const bool rows = read_flag(attributes, "rows");
-  const bool weights = read_flag(attributes, "weights");
+  params.tokens = read_rows(buffers, type);
   if (weights) params.expert_out = buffers.arg_data<void>();
   if (rows) params.weights = buffers.arg_data<void>();
   if (rows) params.rows = buffers.ret_data<void>();
   if (weights) params.weight_grads = buffers.ret_data<void>();
-  const bool wide = is_wide(dtype, width, {params.tokens, params.expert_out, params.rows});
-  const auto [slices, accesses] =
-      slices_of(width / pack_of(dtype, wide), sum_slice(params.exchange.num_tokens));
-  params.width = static_cast<int32_t>(width);
-  params.num_slices = slices;
-  params.slice_width = accesses * pack_of(dtype, wide);
-  params.row_stride = spreading_stride(params.exchange.capacity);
-  params.exchange.signature[kOp] = kCombineTransposeOp;
-  params.exchange.signature[kRows] = digest({static_cast<int>(dtype), width, wide, rows, weights});
-  return {combine_transpose_function(dtype, wide), combine_transpose_shared_bytes()};
+  return complete_combine_transpose(type, rows, weights, params);
 }
 
 template <typename Params, auto kRead>
@@ -237,7 +146,7 @@ ffi::Error execute(Instance* instance, void* stream, int32_t ordinal,
   if (!status.ok()) return to_error(status);
   params.exchange.signature[kInstance] = instance->number;
   Buffers buffers(args, rets);
-  const Launch kernel = kRead(buffers, attributes, params);
+  const Kernel kernel = kRead(buffers, attributes, params);
   if (!buffers.ok()) return buffers.error();
   return to_error(launch(kernel.function, params.exchange, &params, kernel.shared_bytes, stream));
 }

@@ -1,0 +1,124 @@
+#include "cuda/params.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <utility>
+
+#include "core/layout.h"
+#include "cuda/geometry.h"
+#include "cuda/kernels.h"
+
+namespace freeio::cuda {
+namespace {
+
+enum Op : uint32_t { kDispatchOp, kDispatchAlongOp, kCombineOp, kCombineTransposeOp };
+
+// FNV-1a, for what the ranks' buffers must agree on beyond the layout.
+constexpr uint32_t kNoDigest = 2166136261u;
+
+uint32_t digest(std::initializer_list<int64_t> values, uint32_t hash = kNoDigest) {
+  for (int64_t value : values) {
+    for (int byte = 0; byte < 8; ++byte, value >>= 8) {
+      hash = (hash ^ static_cast<uint32_t>(value & 0xff)) * 16777619u;
+    }
+  }
+  return hash;
+}
+
+// The widest access, up to 16 bytes, that suits rows of `row_bytes` at these addresses.
+int32_t access_bytes(int64_t row_bytes, std::initializer_list<const void*> buffers) {
+  uint64_t bits = 16 | static_cast<uint64_t>(row_bytes);
+  for (const void* buffer : buffers) bits |= reinterpret_cast<uint64_t>(buffer);
+  return static_cast<int32_t>(bits & (~bits + 1));
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Cuts `accesses` of a row evenly into slices of whole warps, at most `most` each.
+std::pair<int32_t, int32_t> slices_of(int64_t accesses, int64_t most) {
+  constexpr int64_t kWarp = 32;
+  const int64_t slices = std::max<int64_t>(1, ceil_div(accesses, most));
+  const int64_t each = std::max(kWarp, round_up(ceil_div(accesses, slices), kWarp));
+  return {static_cast<int32_t>(std::max<int64_t>(1, ceil_div(accesses, each))),
+          static_cast<int32_t>(each)};
+}
+
+// Elements that one lane takes at a time.
+int32_t pack_of(DType dtype, bool wide) {
+  int32_t elements = 1;
+  with_element_type(dtype, [&](auto tag) {
+    if (wide) elements = wide_pack(sizeof(typename decltype(tag)::Type));
+  });
+  return elements;
+}
+
+int64_t bytes_of(DType dtype) {
+  int64_t bytes = 0;
+  with_element_type(dtype, [&](auto tag) { bytes = sizeof(typename decltype(tag)::Type); });
+  return bytes;
+}
+
+bool is_wide(const RowType& type, std::initializer_list<const void*> buffers) {
+  const int64_t bytes = bytes_of(type.dtype);
+  return access_bytes(type.width * bytes, buffers) >= bytes * pack_of(type.dtype, true);
+}
+
+// Width and slices of the rows that are summed.
+template <typename Params>
+void cut_rows(const RowType& type, bool wide, Params& params) {
+  const int32_t pack = pack_of(type.dtype, wide);
+  const auto [slices, accesses] =
+      slices_of(type.width / pack, sum_slice(params.exchange.num_tokens));
+  params.width = static_cast<int32_t>(type.width);
+  params.num_slices = slices;
+  params.slice_width = accesses * pack;
+}
+
+}  // namespace
+
+void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params) {
+  Leaf& leaf = params.leaves[params.num_leaves++];
+  leaf.tokens = static_cast<const std::byte*>(tokens);
+  leaf.rows = static_cast<std::byte*>(rows);
+  leaf.row_bytes = row_bytes;
+  leaf.access_bytes = access_bytes(row_bytes, {tokens, rows});
+  const auto [slices, accesses] = slices_of(row_bytes / leaf.access_bytes, kCopySlice);
+  leaf.num_slices = slices;
+  leaf.slice_bytes = accesses * leaf.access_bytes;
+  params.num_slices += slices;
+}
+
+Kernel complete_dispatch(bool routed, DispatchParams& params) {
+  uint32_t rows = kNoDigest;
+  for (int i = 0; i < params.num_leaves; ++i) {
+    rows = digest({params.leaves[i].row_bytes, params.leaves[i].access_bytes}, rows);
+  }
+  params.row_stride = spreading_stride(params.exchange.capacity);
+  params.exchange.signature[kOp] = routed ? kDispatchOp : kDispatchAlongOp;
+  params.exchange.signature[kRows] = rows;
+  return {dispatch_function(routed),
+          dispatch_shared_bytes(routed ? params.exchange.num_experts : 0)};
+}
+
+Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params) {
+  const bool wide = is_wide(type, {params.expert_out, params.sums, params.partial_sums});
+  cut_rows(type, wide, params);
+  params.num_slots = std::min(params.exchange.top_k, params.exchange.num_ranks - 1);
+  params.exchange.signature[kOp] = kCombineOp;
+  params.exchange.signature[kRows] =
+      digest({static_cast<int>(type.dtype), type.width, wide, weighted});
+  return {combine_function(type.dtype, wide), combine_shared_bytes(type.dtype)};
+}
+
+Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,
+                                  CombineTransposeParams& params) {
+  const bool wide = is_wide(type, {params.tokens, params.expert_out, params.rows});
+  cut_rows(type, wide, params);
+  params.row_stride = spreading_stride(params.exchange.capacity);
+  params.exchange.signature[kOp] = kCombineTransposeOp;
+  params.exchange.signature[kRows] =
+      digest({static_cast<int>(type.dtype), type.width, wide, rows, weights});
+  return {combine_transpose_function(type.dtype, wide), combine_transpose_shared_bytes()};
+}
+
+}  // namespace freeio::cuda

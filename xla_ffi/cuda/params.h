@@ -1,0 +1,37 @@
+// From the buffers of a call to the parameters of its kernel; knows nothing of XLA.
+//
+// A handler puts the buffers' addresses and describe()'s exchange into the parameters. What follows
+// from them, and which kernel it is, is found here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "cuda/control.h"
+
+namespace freeio::cuda {
+
+// A kernel and what its launch needs beside the parameters.
+struct Kernel {
+  const void* function = nullptr;
+  size_t shared_bytes = 0;
+};
+
+// Rows that are summed: element type and elements of one row.
+struct RowType {
+  DType dtype = DType::kFloat32;
+  int64_t width = 0;
+};
+
+// Adds one array of the token pytree; at most kMaxLeaves.
+void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params);
+
+// Fill what is left of the parameters, the signature included. What a call has (routing, weights,
+// results) is said by flags: the address of an empty buffer may be null.
+Kernel complete_dispatch(bool routed, DispatchParams& params);
+Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params);
+Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,
+                                  CombineTransposeParams& params);
+
+}  // namespace freeio::cuda
