@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/dtype.h"
@@ -68,6 +69,23 @@ inline ffi::ErrorOr<CallAttributes> read_attributes(const ffi::Dictionary& attri
 inline bool read_flag(const ffi::Dictionary& attributes, const char* name) {
   const auto value = attributes.get<int64_t>(name);
   return value.has_value() && *value != 0;
+}
+
+// All that tells the calls of an operation apart, for name_instance().
+inline std::vector<int64_t> identity_of(int64_t operation, const CallAttributes& call,
+                                        const ffi::Dictionary& attributes) {
+  const Layout& layout = call.layout;
+  std::vector<int64_t> values = {operation,       layout.num_ranks,   layout.num_tokens,
+                                 layout.top_k,    layout.num_experts, layout.capacity,
+                                 layout.alignment};
+  values.insert(values.end(), call.groups.begin(), call.groups.end());
+  for (const char* flag : {"weighted", "rows", "weights"}) {
+    values.push_back(read_flag(attributes, flag));
+  }
+  if (const auto module = attributes.get<std::string_view>("module"); module.has_value()) {
+    values.insert(values.end(), module->begin(), module->end());
+  }
+  return values;
 }
 
 inline std::optional<DType> sum_dtype(ffi::DataType type) {

@@ -51,8 +51,8 @@ struct Gpu {
 
 struct Engine {
   std::mutex mutex;
-  std::map<int, Gpu> gpus;              // by GPU number
-  std::unique_ptr<Peers> peers;         // null: no other processes
+  std::map<int, Gpu> gpus;                   // by GPU number
+  std::unique_ptr<Peers> peers;              // null: no other processes
   std::vector<std::unique_ptr<Peers>> left;  // of pods that this process is in no more
   bool started = false;
   std::atomic<uint64_t> timeout_ns{60'000'000'000};
@@ -265,8 +265,8 @@ Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
   if (!status.ok()) return status;
   std::vector<OwnGpu> own;
   for (const auto& [number, gpu] : gpus) {
-    own.push_back({number, gpu.ordinal, gpu.control.get(), gpu.host.get(),
-                   &gpu.control.allocation, gpu.control.bytes});
+    own.push_back({number, gpu.ordinal, gpu.control.get(), gpu.host.get(), &gpu.control.allocation,
+                   gpu.control.bytes});
   }
   auto peers = std::make_unique<Peers>(pod, process, std::move(processes), std::move(own));
   Peers* const connecting = peers.get();
@@ -319,8 +319,7 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
   const auto* failure = const_cast<const volatile Failure*>(&exchange.host->failure);
   if (failure->step != kNone) {
     const Failure& known = exchange.host->failure;
-    return to_status(known, engine().timeout(),
-                     peers != nullptr ? peers->who(known.peer_gpu) : "");
+    return to_status(known, engine().timeout(), peers != nullptr ? peers->who(known.peer_gpu) : "");
   }
   exchange.device = member.device;
   exchange.expected_device = member.mesh_device;

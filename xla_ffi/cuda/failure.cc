@@ -30,8 +30,8 @@ const char* text_of(int step) {
 }  // namespace
 
 Status to_status(const Failure& failure, double timeout, const std::string& peer_process) {
-  const std::string peer = "rank " + std::to_string(failure.peer) +
-                           (peer_process.empty() ? "" : " of " + peer_process);
+  const std::string peer =
+      "rank " + std::to_string(failure.peer) + (peer_process.empty() ? "" : " of " + peer_process);
   std::ostringstream text;
   Code code = Code::kInternal;
   text << "freeio_jax." << kOps[failure.op] << ": rank " << failure.rank;
@@ -54,15 +54,14 @@ Status to_status(const Failure& failure, double timeout, const std::string& peer
     case kPeerLost:
       code = Code::kUnavailable;
       text << ": " << peer
-           << (failure.found == kDied
-                   ? " ended"
-                   : " left (freeio_jax.shutdown(), or the end of its program)")
+           << (failure.found == kDied ? " ended"
+                                      : " left (freeio_jax.shutdown(), or the end of its program)")
            << " while it was waited for.";
       break;
     default:
       code = Code::kDeadlineExceeded;
-      text << " waited " << std::setprecision(4) << timeout << " s for " << peer
-           << ", for " << text_of(failure.step)
+      text << " waited " << std::setprecision(4) << timeout << " s for " << peer << ", for "
+           << text_of(failure.step)
            << ". All ranks of the expert axis must make the same calls in the same order. If a "
               "rank is only slow, allow more time with freeio_jax.config(timeout=seconds) or "
               "FREEIO_TIMEOUT.";

@@ -3,18 +3,23 @@
 #include <dlfcn.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "core/buffers.h"
+#include "core/digest.h"
+#include "core/registration.h"
 #include "cuda/engine.h"
 #include "cuda/geometry.h"
 #include "cuda/measure.h"
 #include "cuda/params.h"
+#include "host/instance_name.h"
+#include "host/pod.h"
 
 namespace freeio::cuda {
 namespace {
@@ -26,20 +31,20 @@ struct Instance {
   static inline ffi::TypeId id = {};
 
   Layout layout;
-  std::vector<int64_t> groups;    // mesh device indices, a group after the other, by rank
-  std::vector<int64_t> ordinals;  // CUDA ordinal of each mesh device
-  uint32_t number;                // of the instance in this process
+  std::vector<int64_t> groups;  // mesh device indices, a group after the other, by rank
+  std::vector<int64_t> gpus;    // number of each mesh device's GPU; -1: of another host
+  uint32_t name;                // of the instance in its program
 
-  // The member that runs on the GPU `ordinal`; the rank is -1 if none does.
-  Member member(int32_t ordinal) const {
+  // The member that runs on the GPU; the rank is -1 if none does.
+  Member member(int gpu) const {
     Member found{{}, -1, 0, nullptr};
     for (size_t i = 0; i < groups.size(); ++i) {
-      if (ordinals[groups[i]] != ordinal) continue;
+      if (gpus[groups[i]] != gpu) continue;
       const auto num_ranks = static_cast<size_t>(layout.num_ranks);
       found.rank = static_cast<int>(i % num_ranks);
       found.mesh_device = static_cast<uint32_t>(groups[i]);
       for (size_t j = i - i % num_ranks; j < i - i % num_ranks + num_ranks; ++j) {
-        found.ordinals.push_back(static_cast<int>(ordinals[groups[j]]));
+        found.gpus.push_back(static_cast<int>(gpus[groups[j]]));
       }
       break;
     }
@@ -47,18 +52,20 @@ struct Instance {
   }
 };
 
+template <Operation kOperation>
 ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
-  static std::atomic<uint32_t> instances{0};
   auto call = read_attributes(attributes);
   if (!call.has_value()) return ffi::Unexpected(call.error());
-  auto ordinals = attributes.get<ffi::Span<const int64_t>>("ordinals");
-  if (!ordinals.has_value()) {
+  auto gpus = attributes.get<ffi::Span<const int64_t>>("gpus");
+  if (!gpus.has_value()) {
     return ffi::Unexpected(
-        ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call lacks attribute ordinals"));
+        ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call lacks attribute gpus"));
   }
-  return std::make_unique<Instance>(
-      Instance{call->layout, std::move(call->groups),
-               std::vector<int64_t>(ordinals->begin(), ordinals->end()), ++instances});
+  const host::InstanceName name =
+      host::name_instance(identity_of(static_cast<int64_t>(kOperation), *call, attributes));
+  return std::make_unique<Instance>(Instance{
+      call->layout, std::move(call->groups), std::vector<int64_t>(gpus->begin(), gpus->end()),
+      Digest({static_cast<int64_t>(name.attributes), name.ordinal}).folded()});
 }
 
 void read_leaves(Buffers& buffers, DispatchParams& params) {
@@ -134,7 +141,7 @@ template <typename Params, auto kRead>
 ffi::Error execute(Instance* instance, void* stream, int32_t ordinal,
                    ffi::Buffer<ffi::U32, 0> device, ffi::RemainingArgs args,
                    ffi::RemainingRets rets, ffi::Dictionary attributes) {
-  Member member = instance->member(ordinal);
+  Member member = instance->member(gpu_number(ordinal));
   member.device = device.typed_data();
   if (member.rank < 0) {
     return ffi::Error(
@@ -144,7 +151,7 @@ ffi::Error execute(Instance* instance, void* stream, int32_t ordinal,
   Params params = {};
   Status status = describe(instance->layout, member, params.exchange);
   if (!status.ok()) return to_error(status);
-  params.exchange.signature[kInstance] = instance->number;
+  params.exchange.signature[kInstance] = instance->name;
   Buffers buffers(args, rets);
   const Kernel kernel = kRead(buffers, attributes, params);
   if (!buffers.ok()) return buffers.error();
@@ -162,8 +169,16 @@ auto execute_binding() {
       .Attrs();
 }
 
+XLA_FFI_DEFINE_HANDLER(kMakeDispatch, instantiate<Operation::kDispatch>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeDispatchAlong, instantiate<Operation::kDispatchAlong>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeCombine, instantiate<Operation::kCombine>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeCombineTranspose, instantiate<Operation::kCombineTranspose>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+
 // The kernels advance their own state: a captured launch can be replayed as it is.
-XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate, ffi::Ffi::BindInstantiate().Attrs());
 XLA_FFI_DEFINE_HANDLER(kDispatch, (execute<DispatchParams, read_dispatch>), execute_binding(),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kDispatchAlong, (execute<DispatchParams, read_dispatch_along>),
@@ -173,11 +188,6 @@ XLA_FFI_DEFINE_HANDLER(kCombine, (execute<CombineParams, read_combine>), execute
 XLA_FFI_DEFINE_HANDLER(kCombineTranspose, (execute<CombineTransposeParams, read_combine_transpose>),
                        execute_binding(), {ffi::Traits::kCmdBufferCompatible});
 
-template <typename T>
-py::capsule capsule(T* pointer) {
-  return py::capsule(reinterpret_cast<void*>(pointer));
-}
-
 // Only looks for the library: initializing CUDA would be felt by a process that forks later.
 bool has_driver() {
   void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
@@ -186,29 +196,15 @@ bool has_driver() {
   return true;
 }
 
-py::dict ffi_types() {
-  static constexpr ffi::TypeInfo kInfo = ffi::MakeTypeInfo<Instance>();
-  py::dict type;
-  type["type_id"] = capsule(&Instance::id);
-  type["type_info"] = capsule(const_cast<ffi::TypeInfo*>(&kInfo));
-  py::dict types;
-  types["freeio_cuda_instance"] = type;
-  return types;
-}
+py::dict ffi_types() { return ffi_type<Instance>("freeio_cuda_instance"); }
 
 py::dict ffi_targets() {
-  py::dict targets;
-  const auto add = [&](const char* name, XLA_FFI_Handler* handler) {
-    py::dict stages;
-    stages["instantiate"] = capsule(kInstantiate);
-    stages["execute"] = capsule(handler);
-    targets[name] = stages;
-  };
-  add("freeio_dispatch", kDispatch);
-  add("freeio_dispatch_along", kDispatchAlong);
-  add("freeio_combine", kCombine);
-  add("freeio_combine_transpose", kCombineTranspose);
-  return targets;
+  return ffi_targets_of({kMakeDispatch, kDispatch}, {kMakeDispatchAlong, kDispatchAlong},
+                        {kMakeCombine, kCombine}, {kMakeCombineTranspose, kCombineTranspose});
+}
+
+void raise_unless_ok(const Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.message);
 }
 
 }  // namespace
@@ -222,15 +218,35 @@ void add_module(py::module_& native) {
   module.def("sum_slice", &sum_slice, py::arg("num_tokens"),
              "Elements, at least, in one slice of a row that combine sums.");
   module.def("has_driver", &has_driver, "Whether this machine has NVIDIA's driver.");
-  module.def("device_bytes", &device_bytes,
-             "Bytes of device memory that the engine owns on each GPU.");
   module.def(
-      "start",
-      [](const std::vector<int>& ordinals) {
-        const Status status = start(ordinals);
-        if (!status.ok()) throw std::runtime_error(status.message);
+      "memory",
+      [] {
+        const Memory bytes = memory();
+        return py::make_tuple(bytes.owned_bytes, bytes.mapped_bytes);
       },
-      py::arg("ordinals"), "Prepares these GPUs of the process, by CUDA ordinal.");
+      "Bytes of device memory that the engine owns on each GPU, and that it has mapped of other "
+      "processes.");
+  module.def(
+      "start", [](const std::vector<int>& ordinals) { raise_unless_ok(start(ordinals)); },
+      py::arg("ordinals"), py::call_guard<py::gil_scoped_release>(),
+      "Prepares the GPUs of the one process that there is, by CUDA ordinal.");
+  module.def(
+      "join",
+      [](int process, const std::vector<std::tuple<int, int, int>>& gpus) {
+        std::vector<PodGpu> pod_gpus;
+        for (const auto& [number, owner, ordinal] : gpus) {
+          pod_gpus.push_back({number, owner, ordinal});
+        }
+        host::Pod* const pod = host::Pod::current();
+        if (pod == nullptr) throw std::runtime_error("freeio_jax: this process is in no pod.");
+        raise_unless_ok(join(*pod, process, pod_gpus));
+      },
+      py::arg("process"), py::arg("gpus"), py::call_guard<py::gil_scoped_release>(),
+      "Prepares this process's GPUs and connects them with those of the pod's other processes. "
+      "gpus: (number, process, CUDA ordinal) of all.");
+  module.def(
+      "leave", [] { raise_unless_ok(leave()); }, py::call_guard<py::gil_scoped_release>(),
+      "Parts from the other processes' GPUs.");
   module.def("memory_bandwidth", &memory_bandwidth, py::arg("ordinal"), py::arg("bytes"));
   module.def("link_bandwidth", &link_bandwidth, py::arg("ordinals"), py::arg("bytes"),
              py::arg("ctas"), py::arg("pull"));

@@ -5,7 +5,7 @@
 
 namespace freeio::cuda {
 
-// Adds the submodule `cuda`: start(ordinals), device_bytes, and the FFI types and targets.
+// Adds the submodule `cuda`: starting and joining, memory, measurements, the FFI types and targets.
 void add_module(pybind11::module_& native);
 
 }  // namespace freeio::cuda

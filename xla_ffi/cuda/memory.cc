@@ -50,8 +50,8 @@ struct Driver {
     constexpr unsigned kVersion = 11020;  // of the signatures in this file
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, kVersion,
-                                                               cudaEnableDefault, &result);
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion(name, &found, kVersion, cudaEnableDefault, &result);
     if (error == cudaSuccess && result == cudaDriverEntryPointSuccess) {
       function = reinterpret_cast<Function>(found);
     } else if (status.ok()) {
@@ -102,9 +102,9 @@ Status Allocation::create(int ordinal, size_t& bytes, Allocation& made) {
   if (!driver().status.ok()) return driver().status;
   const CUmemAllocationProp properties = shared_memory_on(ordinal);
   size_t granularity = 0;
-  Status status = to_status(driver().get_granularity(&granularity, &properties,
-                                                     CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
-                            "cuMemGetAllocationGranularity");
+  Status status = to_status(
+      driver().get_granularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+      "cuMemGetAllocationGranularity");
   if (!status.ok()) return status;
   bytes = (bytes + granularity - 1) / granularity * granularity;
   CUmemGenericAllocationHandle handle = 0;
@@ -121,8 +121,7 @@ Status Allocation::import(const host::UniqueFd& file, Allocation& made) {
   CUmemGenericAllocationHandle handle = 0;
   // The driver takes the descriptor itself where it expects a pointer.
   Status status = to_status(
-      driver().import_handle(&handle,
-                             reinterpret_cast<void*>(static_cast<uintptr_t>(file.get())),
+      driver().import_handle(&handle, reinterpret_cast<void*>(static_cast<uintptr_t>(file.get())),
                              CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
       "cuMemImportFromShareableHandle");
   if (!status.ok()) return status;
@@ -144,10 +143,9 @@ Status Allocation::behind(const void* pointer, Allocation& found) {
 
 Status Allocation::export_to(host::UniqueFd& file) const {
   int descriptor = -1;
-  Status status =
-      to_status(driver().export_handle(&descriptor, handle_,
-                                       CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
-                "cuMemExportToShareableHandle");
+  Status status = to_status(
+      driver().export_handle(&descriptor, handle_, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+      "cuMemExportToShareableHandle");
   if (status.ok()) file = host::UniqueFd(descriptor);
   return status;
 }
@@ -198,9 +196,9 @@ Status Mapping::make(const Allocation& allocation, size_t bytes, const std::vect
 Status range_of(const void* pointer, AddressRange& range) {
   if (!driver().status.ok()) return driver().status;
   CUdeviceptr base = 0;
-  Status status = to_status(
-      driver().get_range(&base, &range.bytes, reinterpret_cast<CUdeviceptr>(pointer)),
-      "cuMemGetAddressRange");
+  Status status =
+      to_status(driver().get_range(&base, &range.bytes, reinterpret_cast<CUdeviceptr>(pointer)),
+                "cuMemGetAddressRange");
   range.base = base;
   return status;
 }
@@ -208,10 +206,9 @@ Status range_of(const void* pointer, AddressRange& range) {
 Status identity_of(const void* pointer, uint64_t& identity) {
   if (!driver().status.ok()) return driver().status;
   unsigned long long id = 0;
-  Status status =
-      to_status(driver().get_attribute(&id, CU_POINTER_ATTRIBUTE_BUFFER_ID,
-                                       reinterpret_cast<CUdeviceptr>(pointer)),
-                "cuPointerGetAttribute(BUFFER_ID)");
+  Status status = to_status(driver().get_attribute(&id, CU_POINTER_ATTRIBUTE_BUFFER_ID,
+                                                   reinterpret_cast<CUdeviceptr>(pointer)),
+                            "cuPointerGetAttribute(BUFFER_ID)");
   identity = id;
   return status;
 }

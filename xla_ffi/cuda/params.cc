@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <utility>
 
+#include "core/digest.h"
 #include "core/layout.h"
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
@@ -12,18 +13,6 @@ namespace freeio::cuda {
 namespace {
 
 enum Op : uint32_t { kDispatchOp, kDispatchAlongOp, kCombineOp, kCombineTransposeOp };
-
-// FNV-1a, for what the ranks' buffers must agree on beyond the layout.
-constexpr uint32_t kNoDigest = 2166136261u;
-
-uint32_t digest(std::initializer_list<int64_t> values, uint32_t hash = kNoDigest) {
-  for (int64_t value : values) {
-    for (int byte = 0; byte < 8; ++byte, value >>= 8) {
-      hash = (hash ^ static_cast<uint32_t>(value & 0xff)) * 16777619u;
-    }
-  }
-  return hash;
-}
 
 // The widest access, up to 16 bytes, that suits rows of `row_bytes` at these addresses.
 int32_t access_bytes(int64_t row_bytes, std::initializer_list<const void*> buffers) {
@@ -74,6 +63,16 @@ void cut_rows(const RowType& type, bool wide, Params& params) {
   params.slice_width = accesses * pack;
 }
 
+void post(Address slot, const void* buffer, Exchange& exchange) {
+  exchange.posted[slot] = reinterpret_cast<uint64_t>(buffer);
+}
+
+template <typename Params>
+void post_routes(Params& params) {
+  post(kDestRank, params.dest_rank, params.exchange);
+  post(kDestRow, params.dest_row, params.exchange);
+}
+
 }  // namespace
 
 void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params) {
@@ -89,13 +88,19 @@ void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams&
 }
 
 Kernel complete_dispatch(bool routed, DispatchParams& params) {
-  uint32_t rows = kNoDigest;
+  Digest rows;
   for (int i = 0; i < params.num_leaves; ++i) {
-    rows = digest({params.leaves[i].row_bytes, params.leaves[i].access_bytes}, rows);
+    rows.add({params.leaves[i].row_bytes, params.leaves[i].access_bytes});
+    post(static_cast<Address>(kFirstLeaf + i), params.leaves[i].tokens, params.exchange);
+  }
+  if (routed) {
+    post(kScratch, params.routes, params.exchange);
+  } else {
+    post_routes(params);
   }
   params.row_stride = spreading_stride(params.exchange.capacity);
   params.exchange.signature[kOp] = routed ? kDispatchOp : kDispatchAlongOp;
-  params.exchange.signature[kRows] = rows;
+  params.exchange.signature[kRows] = rows.folded();
   return {dispatch_function(routed),
           dispatch_shared_bytes(routed ? params.exchange.num_experts : 0)};
 }
@@ -103,10 +108,14 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
 Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params) {
   const bool wide = is_wide(type, {params.expert_out, params.sums, params.partial_sums});
   cut_rows(type, wide, params);
+  post_routes(params);
+  post(kWeights, params.weights, params.exchange);
+  post(kScratch, params.partial_sums, params.exchange);
+  post(kFlags, params.flags, params.exchange);
   params.num_slots = std::min(params.exchange.top_k, params.exchange.num_ranks - 1);
   params.exchange.signature[kOp] = kCombineOp;
   params.exchange.signature[kRows] =
-      digest({static_cast<int>(type.dtype), type.width, wide, weighted});
+      Digest({static_cast<int>(type.dtype), type.width, wide, weighted}).folded();
   return {combine_function(type.dtype, wide), combine_shared_bytes(type.dtype)};
 }
 
@@ -114,10 +123,14 @@ Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,
                                   CombineTransposeParams& params) {
   const bool wide = is_wide(type, {params.tokens, params.expert_out, params.rows});
   cut_rows(type, wide, params);
+  post_routes(params);
+  post(kWeights, params.weights, params.exchange);
+  post(kWeightGrads, params.weight_grads, params.exchange);
+  post(kFirstLeaf, params.tokens, params.exchange);
   params.row_stride = spreading_stride(params.exchange.capacity);
   params.exchange.signature[kOp] = kCombineTransposeOp;
   params.exchange.signature[kRows] =
-      digest({static_cast<int>(type.dtype), type.width, wide, rows, weights});
+      Digest({static_cast<int>(type.dtype), type.width, wide, rows, weights}).folded();
   return {combine_transpose_function(type.dtype, wide), combine_transpose_shared_bytes()};
 }
 

@@ -27,8 +27,8 @@ struct RowType {
 // Adds one array of the token pytree; at most kMaxLeaves.
 void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params);
 
-// Fill what is left of the parameters, the signature included. What a call has (routing, weights,
-// results) is said by flags: the address of an empty buffer may be null.
+// Fill what is left of the parameters, the signature and what is posted included. What a call has
+// (routing, weights, results) is said by flags: the address of an empty buffer may be null.
 Kernel complete_dispatch(bool routed, DispatchParams& params);
 Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params);
 Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,

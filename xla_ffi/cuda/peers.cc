@@ -23,8 +23,9 @@ std::chrono::steady_clock::time_point after(double seconds) {
 // Why XLA's memory may be of a kind that cannot be shared.
 std::string allocator_hint() {
   const char* allocator = std::getenv("XLA_PYTHON_CLIENT_ALLOCATOR");
-  std::string text = "Several processes need XLA's default allocator, whose memory can be mapped by "
-                     "other processes: ";
+  std::string text =
+      "Several processes need XLA's default allocator, whose memory can be mapped by "
+      "other processes: ";
   text += allocator != nullptr
               ? "unset XLA_PYTHON_CLIENT_ALLOCATOR, which is " + std::string(allocator) + " now."
               : "XLA_PYTHON_CLIENT_ALLOCATOR must not be set, and XLA_FLAGS must leave its memory "
@@ -191,9 +192,10 @@ Status Peers::publish(const void* pointer, Region& region) {
   if (status.ok()) status = Allocation::behind(pointer, allocation);
   if (status.ok()) status = allocation.export_to(file);
   if (!status.ok()) {
-    return {Code::kInternal, "freeio_jax: XLA's memory on this process's GPU cannot be shared with "
-                             "the other processes of the host. " +
-                                 allocator_hint() + " (" + status.message + ")"};
+    return {Code::kInternal,
+            "freeio_jax: XLA's memory on this process's GPU cannot be shared with "
+            "the other processes of the host. " +
+                allocator_hint() + " (" + status.message + ")"};
   }
   Note note;
   note.kind = Note::Kind::kRegion;
@@ -288,9 +290,8 @@ void Peers::received(int process, std::string_view text, host::UniqueFd file) {
         if (note.kind == Note::Kind::kMapped) {
           region.awaited.erase(process);
         } else {
-          region.refusal = "freeio_jax: " + pod_.who(process) +
-                           " cannot map the memory of " + pod_.who(process_) + ": " +
-                           std::string(text.substr(sizeof(note)));
+          region.refusal = "freeio_jax: " + pod_.who(process) + " cannot map the memory of " +
+                           pod_.who(process_) + ": " + std::string(text.substr(sizeof(note)));
         }
       }
       break;
@@ -303,9 +304,10 @@ void Peers::gone(int process, bool died) {
   {
     std::lock_guard lock(mutex_);
     others_.erase(process);
-    lost_[process] = pod_.who(process) +
-                     (died ? " has ended" : " has left (freeio_jax.shutdown(), or the end of its "
-                                            "program)");
+    lost_[process] =
+        pod_.who(process) + (died ? " has ended"
+                                  : " has left (freeio_jax.shutdown(), or the end of its "
+                                    "program)");
     for (Region& region : regions_) region.awaited.erase(process);
     for (const auto& [gpu, owner] : processes_) {
       if (owner != process) continue;

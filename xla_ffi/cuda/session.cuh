@@ -194,8 +194,8 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
       Word high = load_word(&box.address[slot][1]);
       if (!wait_word(x, s, kWaitAddress, rank, &box.address[slot][0], low)) break;
       if (!wait_word(x, s, kWaitAddress, rank, &box.address[slot][1], high)) break;
-      s.address[rank][slot] = to_local_address(
-          x, s, rank, static_cast<uint64_t>(value_of(high)) << 32 | value_of(low));
+      s.address[rank][slot] =
+          to_local_address(x, s, rank, static_cast<uint64_t>(value_of(high)) << 32 | value_of(low));
     }
     // Partner: the fence before the peer's store_word, or the start of the peer's kernel.
     fence_system();

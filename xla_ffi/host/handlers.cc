@@ -7,13 +7,12 @@
 #include <vector>
 
 #include "core/buffers.h"
+#include "core/registration.h"
 #include "host/instance_name.h"
 #include "host/rendezvous.h"
 
 namespace freeio::host {
 namespace {
-
-namespace py = pybind11;
 
 // One custom-call instance; XLA shares it among the devices that run the program.
 struct Instance {
@@ -24,28 +23,13 @@ struct Instance {
       : rendezvous(layout, std::move(groups), name) {}
 };
 
-enum class Operation { kDispatch, kDispatchAlong, kCombine, kCombineTranspose };
-
 template <Operation kOperation>
 ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
   auto call = read_attributes(attributes);
   if (!call.has_value()) return ffi::Unexpected(call.error());
-  const Layout& layout = call->layout;
-  std::vector<int64_t> values = {static_cast<int64_t>(kOperation),
-                                 layout.num_ranks,
-                                 layout.num_tokens,
-                                 layout.top_k,
-                                 layout.num_experts,
-                                 layout.capacity,
-                                 layout.alignment};
-  values.insert(values.end(), call->groups.begin(), call->groups.end());
-  for (const char* flag : {"weighted", "rows", "weights"}) {
-    values.push_back(read_flag(attributes, flag));
-  }
-  if (const auto module = attributes.get<std::string_view>("module"); module.has_value()) {
-    values.insert(values.end(), module->begin(), module->end());
-  }
-  return std::make_unique<Instance>(layout, std::move(call->groups), name_instance(values));
+  const std::vector<int64_t> identity =
+      identity_of(static_cast<int64_t>(kOperation), *call, attributes);
+  return std::make_unique<Instance>(call->layout, std::move(call->groups), name_instance(identity));
 }
 
 Routes read_routes(Buffers& buffers) {
@@ -166,36 +150,13 @@ XLA_FFI_DEFINE_HANDLER(kCombine, execute<read_combine>, execute_binding<read_com
 XLA_FFI_DEFINE_HANDLER(kCombineTranspose, execute<read_combine_transpose>,
                        execute_binding<read_combine_transpose>());
 
-template <typename T>
-py::capsule capsule(T* pointer) {
-  return py::capsule(reinterpret_cast<void*>(pointer));
-}
-
 }  // namespace
 
-py::dict ffi_types() {
-  static constexpr ffi::TypeInfo kInfo = ffi::MakeTypeInfo<Instance>();
-  py::dict type;
-  type["type_id"] = capsule(&Instance::id);
-  type["type_info"] = capsule(const_cast<ffi::TypeInfo*>(&kInfo));
-  py::dict types;
-  types["freeio_instance"] = type;
-  return types;
-}
+pybind11::dict ffi_types() { return ffi_type<Instance>("freeio_instance"); }
 
-py::dict ffi_targets() {
-  py::dict targets;
-  const auto add = [&](const char* name, XLA_FFI_Handler* make, XLA_FFI_Handler* execute) {
-    py::dict stages;
-    stages["instantiate"] = capsule(make);
-    stages["execute"] = capsule(execute);
-    targets[name] = stages;
-  };
-  add("freeio_dispatch", kMakeDispatch, kDispatch);
-  add("freeio_dispatch_along", kMakeDispatchAlong, kDispatchAlong);
-  add("freeio_combine", kMakeCombine, kCombine);
-  add("freeio_combine_transpose", kMakeCombineTranspose, kCombineTranspose);
-  return targets;
+pybind11::dict ffi_targets() {
+  return ffi_targets_of({kMakeDispatch, kDispatch}, {kMakeDispatchAlong, kDispatchAlong},
+                        {kMakeCombine, kCombine}, {kMakeCombineTranspose, kCombineTranspose});
 }
 
 }  // namespace freeio::host

@@ -3,6 +3,8 @@
 #include <map>
 #include <mutex>
 
+#include "core/digest.h"
+
 namespace freeio::host {
 namespace {
 
@@ -16,18 +18,6 @@ Ordinals& ordinals() {
   return instance;
 }
 
-// FNV-1a over the numbers' bytes.
-uint64_t hash(const std::vector<int64_t>& numbers) {
-  uint64_t result = 0xcbf29ce484222325u;
-  for (int64_t number : numbers) {
-    for (int shift = 0; shift < 64; shift += 8) {
-      result ^= (static_cast<uint64_t>(number) >> shift) & 0xff;
-      result *= 0x100000001b3u;
-    }
-  }
-  return result;
-}
-
 }  // namespace
 
 void begin_module() {
@@ -36,7 +26,7 @@ void begin_module() {
 }
 
 InstanceName name_instance(const std::vector<int64_t>& attributes) {
-  const uint64_t key = hash(attributes);
+  const uint64_t key = Digest(attributes).value();
   std::lock_guard lock(ordinals().mutex);
   return {key, ordinals().next[key]++};
 }

@@ -45,8 +45,8 @@ class Pod {
   };
 
   // Connects this process with the others of its host, `members`. `elsewhere`: processes of the
-  // program on other hosts. Throws std::runtime_error where the memory of one cannot be read; unless
-  // `read_memory`, that is not tried before an exchange needs it.
+  // program on other hosts. Throws std::runtime_error where the memory of one cannot be read;
+  // unless `read_memory`, that is not tried before an exchange needs it.
   static void join(int process, const std::vector<Member>& members, std::vector<int> elsewhere,
                    bool read_memory);
 

@@ -1,0 +1,52 @@
+// How an engine's handlers are handed to Python, which registers them with XLA.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "core/buffers.h"
+
+namespace freeio {
+
+enum class Operation { kDispatch, kDispatchAlong, kCombine, kCombineTranspose };
+
+template <typename T>
+pybind11::capsule capsule(T* pointer) {
+  return pybind11::capsule(reinterpret_cast<void*>(pointer));
+}
+
+// {name: registration} of an engine's state type.
+template <typename Instance>
+pybind11::dict ffi_type(const char* name) {
+  static constexpr ffi::TypeInfo kInfo = ffi::MakeTypeInfo<Instance>();
+  pybind11::dict type;
+  type["type_id"] = capsule(&Instance::id);
+  type["type_info"] = capsule(const_cast<ffi::TypeInfo*>(&kInfo));
+  pybind11::dict types;
+  types[name] = type;
+  return types;
+}
+
+// The two stages of one operation's custom call.
+struct Stages {
+  XLA_FFI_Handler* instantiate;
+  XLA_FFI_Handler* execute;
+};
+
+// {target: handlers}, as the lowering names the targets.
+inline pybind11::dict ffi_targets_of(const Stages& dispatch, const Stages& dispatch_along,
+                                     const Stages& combine, const Stages& combine_transpose) {
+  pybind11::dict targets;
+  const auto add = [&](const char* name, const Stages& stages) {
+    pybind11::dict handlers;
+    handlers["instantiate"] = capsule(stages.instantiate);
+    handlers["execute"] = capsule(stages.execute);
+    targets[name] = handlers;
+  };
+  add("freeio_dispatch", dispatch);
+  add("freeio_dispatch_along", dispatch_along);
+  add("freeio_combine", combine);
+  add("freeio_combine_transpose", combine_transpose);
+  return targets;
+}
+
+}  // namespace freeio
