@@ -116,19 +116,34 @@ struct Combine {
       store_sums(target, first, end, sums);
     });
     __syncwarp();
-    // Partner: the load in wait_for_partial_sums() on the peer.
-    if (lane_id() == 0) {
+    if (lane_id() != 0) return;
+    // Partner: the load in has_arrived() on the peer.
+    if (p.sends_routes) {
+      uint32_t* arrived = x.control[rank]->arrived[x.gpu[x.rank]];
+      store_release_system(&arrived[token * p.num_slices + slice], s.epoch[rank]);
+    } else {
       store_release_system(s.buffer<uint32_t>(rank, kFlags) + slot * p.num_slices + slice, 1);
     }
+  }
+
+  // Whether `rank` has stored its partial sum in that slot.
+  __device__ bool has_arrived(int rank, int token, int64_t slot, int slice) const {
+    // Partner: the store in push() on the peer.
+    if (p.sends_routes) {
+      // A peer may be in its next exchange already, and have stored that one's epoch.
+      const uint32_t* arrived = self(x).arrived[x.gpu[rank]];
+      const uint32_t epoch = load_acquire_system(&arrived[token * p.num_slices + slice]);
+      return static_cast<int32_t>(epoch - s.epoch[rank]) >= 0;
+    }
+    return load_acquire_system(p.flags + slot * p.num_slices + slice) != 0;
   }
 
   // Waits for the partial sums of one of this rank's tokens. Whole warp.
   __device__ void wait_for_partial_sums(uint32_t ranks, int token, int slice) const {
     if (const int rank = lane_id(); rank != x.rank && (ranks >> rank & 1) != 0) {
       const int64_t slot = slot_index(token, slot_of(rank, ranks, x.rank));
-      // Partner: the store in push() on the peer.
       wait_until(x, s, kWaitPartialSums, rank,
-                 [&] { return load_acquire_system(p.flags + slot * p.num_slices + slice) != 0; });
+                 [&] { return has_arrived(rank, token, slot, slice); });
     }
     __syncwarp();
   }
@@ -222,7 +237,7 @@ struct Combine {
 // Arrival flags start at zero; then the peers learn where everything is.
 __device__ void prepare_slots(const CombineParams& p, Session& s) {
   const Exchange& x = p.exchange;
-  if (x.num_ranks == 1) return;
+  if (x.num_ranks == 1 || p.sends_routes) return;
   const int64_t flags = static_cast<int64_t>(x.num_tokens) * p.num_slots * p.num_slices;
   const int64_t end = flags * (blockIdx.x + 1) / gridDim.x;
   for (int64_t i = flags * blockIdx.x / gridDim.x + threadIdx.x; i < end; i += kThreads) {
@@ -236,13 +251,36 @@ __device__ void prepare_slots(const CombineParams& p, Session& s) {
   }
 }
 
+// CTA 0.
 __device__ void post_buffers(const CombineParams& p, const Session& s) {
   const Exchange& x = p.exchange;
   post_signature(x, s);
-  if (threadIdx.x != 0) return;
-  post_address(x, s, kDestRank);
-  post_address(x, s, kDestRow);
-  post_address(x, s, kWeights);
+  if (p.sends_routes) {
+    if (threadIdx.x == 0) post_address(x, s, kScratch);
+    send_routes(x, s, p.dest_rank, p.dest_row, p.weights);
+  } else if (threadIdx.x == 0) {
+    post_address(x, s, kDestRank);
+    post_address(x, s, kDestRow);
+    post_address(x, s, kWeights);
+  }
+}
+
+// The routes of the tile, and at the first one where the peers' slots are.
+template <typename Accumulator>
+__device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& tile,
+                               RouteTile<Accumulator>& routes) {
+  const Exchange& x = p.exchange;
+  routes.begin(x, tile, 0, x.num_ranks);
+  if (p.sends_routes) {
+    routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights);
+    __syncthreads();
+    return !has_failed(s);
+  }
+  routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
+  // The slots' addresses come later than the others: their flags had to be cleared.
+  if (tile.number == 0) return receive_addresses(x, s, 1u << kScratch | 1u << kFlags);
+  __syncthreads();
+  return !has_failed(s);
 }
 
 template <typename Element, int kCount>
@@ -255,21 +293,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!open(x, s)) return;
   if (blockIdx.x == 0) post_buffers(p, s);
   prepare_slots(p, s);
-  constexpr uint32_t kRoutes = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
-  constexpr uint32_t kSlots = 1u << kScratch | 1u << kFlags;
-  if (receive_addresses(x, s, kRoutes)) {
-    RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
-    const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
-    bool ready = true;
-    tiles.for_each(s, [&](const Tile& tile) {
-      routes.fetch(x, s, tile, 0, x.num_ranks, p.dest_rank, p.dest_row, p.weights);
-      // The slots' addresses come later than the others: their flags had to be cleared.
-      ready = tile.number == 0 ? receive_addresses(x, s, kSlots) : ready;
-      // Only the routes are read from the peers, and those now are.
-      if (ready && tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude(x, s);
-      if (ready) Combine<Element, kCount>{p, x, s, routes, tile}.run();
-    });
-  }
+  const uint32_t first_slots =
+      p.sends_routes ? 1u << kScratch : 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
+  if (!receive_addresses(x, s, first_slots)) return;
+  RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
+  const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
+  bool ready = true;
+  tiles.for_each(s, [&](const Tile& tile) {
+    ready = ready && receive_routes(p, s, tile, routes);
+    if (!ready) return;
+    // Only the routes are read from the peers, and those now are.
+    if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude(x, s);
+    Combine<Element, kCount>{p, x, s, routes, tile}.run();
+  });
 }
 
 }  // namespace

@@ -208,7 +208,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
     const Tiles tiles(chunk, capacity / (x.num_ranks * x.top_k));
     tiles.for_each(s, [&](const Tile& tile) {
-      routes.fetch(x, s, tile, 0, x.num_ranks, p.dest_rank, p.dest_row, p.weights);
+      routes.begin(x, tile, 0, x.num_ranks);
+      routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
       __syncthreads();
       const Op op{p, x, s, routes, dots, tile};
       const Work work(tile, p.num_slices * x.num_ranks, p.rows == nullptr ? 0 : x.capacity,
@@ -218,9 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (p.weight_grads != nullptr) op.send_weight_grads();
     });
   }
-  __syncthreads();
-  // The weights' gradients are in the peers' memory; finish() tells the peers so.
-  if (threadIdx.x == 0) fence_system();
+  // The weights' gradients are in the peers' memory; this tells the peers so.
   finish(x, s);
 }
 

@@ -14,6 +14,13 @@ constexpr int kMaxExperts = 4096;  // of all ranks together: what a mailbox has 
 constexpr int kMaxTopK = 32;       // one lane of a warp for each assignment of a token
 constexpr int kMaxLeaves = 16;     // arrays of one token pytree
 
+// A call with few assignments is ruled by latency, and sends its routing itself instead of where to
+// find it: at most this many assignments of one rank, and of all ranks together.
+constexpr int kMaxSentAssignments = 2048;
+constexpr int kMaxSentByAll = 16384;
+constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
+constexpr int kMaxArrivals = 8192;    // partial sums of one rank: slices of its tokens
+
 // What two ranks must agree on before one reads the other's memory. Names for the error are in
 // engine.cc, in this order.
 enum Signature : int {
@@ -55,7 +62,7 @@ using Word = uint64_t;
 struct Mailbox {
   Word signature[kSignatureWords];
   Word address[kMaxAddresses][2];  // low half, high half
-  Word counts[kMaxExperts];
+  Word routing[kMaxExperts];       // counts for each expert; or ids; or rows and weights
 };
 
 // Words of the control block are counted by the peer's GPU number, which all processes of the host
@@ -64,16 +71,18 @@ struct ControlBlock {
   // Written by peers. Two mailboxes for each, used in turn: a peer may begin the next exchange
   // while some of this GPU's CTAs still read the last one's, but not the one after.
   Mailbox mailbox[2][kMaxRanks];
-  uint32_t finished[kMaxRanks];  // epoch of the last exchange in which the peer is done with us
+  uint32_t finished[kMaxRanks];  // CTAs, in all exchanges, in which the peer is done with us
   uint32_t aborted[kMaxRanks];   // not 0: the peer gave up, and its memory must not be touched
+  // Epoch of the last exchange in which the peer has stored that slice of that token's partial sum.
+  uint32_t arrived[kMaxRanks][kMaxArrivals];
 
   // Written by this GPU's process, before it lets a peer use the region: where this GPU sees it.
   uint64_t region_base[kMaxRanks][kMaxRegions];
 
   // Written by this GPU.
   uint32_t epoch[kMaxRanks];  // exchanges completed with each peer
+  uint32_t ended[kMaxRanks];  // CTAs of each peer in those exchanges
   uint32_t prepared;          // CTAs of the running kernel that have prepared their scratch
-  uint32_t done;              // CTAs of the running kernel that need their peers no more
   uint32_t failed;            // not 0: an exchange failed, and no further one is run
 };
 
@@ -173,6 +182,8 @@ struct CombineParams {
   int32_t num_slots;  // ranks other than its own in which a token can have rows
   int32_t num_slices;
   int32_t slice_width;
+  bool
+      sends_routes;  // few assignments: the routes are sent, and the arrival flags are the engine's
 };
 
 struct CombineTransposeParams {

@@ -117,6 +117,49 @@ struct TokenRoutes {
   }
 };
 
+// A row and its rank in one word.
+class SentRoute {
+ public:
+  __device__ explicit SentRoute(uint32_t word) : word_(word) {}
+  __device__ SentRoute(int rank, int row)
+      : word_(rank < 0
+                  ? 0
+                  : static_cast<uint32_t>(rank + 1) * kMaxSentRow + static_cast<uint32_t>(row)) {}
+  __device__ uint32_t word() const { return word_; }
+  __device__ int rank() const { return static_cast<int>(word_ / kMaxSentRow) - 1; }
+  __device__ int row() const {
+    return word_ < kMaxSentRow ? -1 : static_cast<int>(word_ % kMaxSentRow);
+  }
+
+ private:
+  uint32_t word_;
+};
+
+// Weights are sent where they have 32 bits.
+template <typename Accumulator>
+__device__ Accumulator weight_of(uint32_t word) {
+  return static_cast<Accumulator>(__uint_as_float(word));
+}
+
+// The routes of this rank's assignments, and their weights unless these are ones, to all peers.
+// All threads of one CTA.
+__device__ inline void send_routes(const Exchange& x, const Session& s, const int32_t* dest_rank,
+                                   const int32_t* dest_row, const void* weights) {
+  const int assignments = x.num_tokens * x.top_k;
+  for (int a = static_cast<int>(threadIdx.x); a < assignments; a += kThreads) {
+    const uint32_t route = SentRoute(dest_rank[a], dest_row[a]).word();
+    const uint32_t weight = weights != nullptr ? static_cast<const uint32_t*>(weights)[a] : 0;
+    for (int rank = 0; rank < x.num_ranks; ++rank) {
+      if (rank == x.rank) continue;
+      Word* words = mailbox(x, s, rank, x.rank).routing;
+      store_word(&words[a], make_word(s.epoch[rank], route));
+      if (weights != nullptr) {
+        store_word(&words[assignments + a], make_word(s.epoch[rank], weight));
+      }
+    }
+  }
+}
+
 // The routes of a tile's tokens, of some ranks: [ranks, tokens, K] in shared memory.
 template <typename Accumulator>
 struct RouteTile {
@@ -134,15 +177,18 @@ struct RouteTile {
         ranks(reinterpret_cast<int*>(weights + capacity)),
         rows(ranks + capacity) {}
 
-  // Reads the routes of `count` ranks all at once, the peers' over the link. All threads; a barrier
-  // must follow.
-  __device__ void fetch(const Exchange& x, const Session& s, const Tile& tile, int first, int count,
-                        const int32_t* dest_rank, const int32_t* dest_row, const void* weight) {
+  // The routes are those of `count` ranks.
+  __device__ void begin(const Exchange& x, const Tile& tile, int first, int count) {
     first_rank = first;
     num_ranks = count;
     modulus = x.num_ranks;
     top_k = x.top_k;
     per_rank = tile.size() * top_k;
+  }
+
+  // Reads them all at once, the peers' over the link. All threads; a barrier must follow.
+  __device__ void fetch(const Exchange& x, const Session& s, const Tile& tile,
+                        const int32_t* dest_rank, const int32_t* dest_row, const void* weight) {
     const int64_t begin = static_cast<int64_t>(tile.begin) * top_k;
     for (int i = static_cast<int>(threadIdx.x); i < size(); i += kThreads) {
       const int rank = rank_of(i);
@@ -153,6 +199,37 @@ struct RouteTile {
       ranks[i] = own ? dest_rank[a] : s.buffer<int32_t>(rank, kDestRank)[a];
       rows[i] = own ? dest_row[a] : s.buffer<int32_t>(rank, kDestRow)[a];
       weights[i] = weight != nullptr ? weight_array[a] : Accumulator{1};
+    }
+  }
+
+  // Takes the peers' from what they have sent (send_routes()). All threads; a barrier must follow.
+  __device__ void receive(const Exchange& x, Session& s, const Tile& tile, const int32_t* dest_rank,
+                          const int32_t* dest_row, const void* weight) {
+    const int begin = tile.begin * top_k;
+    const int weights_at = x.num_tokens * top_k;
+    for (int i = static_cast<int>(threadIdx.x); i < size(); i += kThreads) {
+      const int rank = rank_of(i);
+      const int a = begin + i % per_rank;
+      if (rank == x.rank) {
+        ranks[i] = dest_rank[a];
+        rows[i] = dest_row[a];
+        weights[i] =
+            weight != nullptr ? static_cast<const Accumulator*>(weight)[a] : Accumulator{1};
+        continue;
+      }
+      const Word* words = mailbox(x, s, x.rank, rank).routing;
+      Word route = load_word(&words[a]);
+      Word its_weight = weight != nullptr ? load_word(&words[weights_at + a]) : 0;
+      if (!wait_word(x, s, kWaitRoutes, rank, &words[a], route)) break;
+      if (weight != nullptr &&
+          !wait_word(x, s, kWaitRoutes, rank, &words[weights_at + a], its_weight)) {
+        break;
+      }
+      const SentRoute sent(value_of(route));
+      ranks[i] = sent.rank();
+      rows[i] = sent.row();
+      weights[i] =
+          weight != nullptr ? weight_of<Accumulator>(value_of(its_weight)) : Accumulator{1};
     }
   }
   __device__ int size() const { return per_rank * num_ranks; }

@@ -21,6 +21,7 @@ namespace {
 
 constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32,    DType::kBFloat16,
                              DType::kFloat16, DType::kFloat8E5M2, DType::kFloat8E4M3FN};
+constexpr Routes kAllRoutes[] = {Routes::kOfHandle, Routes::kByCounts, Routes::kByIds};
 
 struct FreeDevice {
   void operator()(void* pointer) const { cudaFree(pointer); }
@@ -68,7 +69,8 @@ Engine& engine() {
 }
 
 std::vector<const void*> all_kernels() {
-  std::vector<const void*> kernels = {dispatch_function(true), dispatch_function(false)};
+  std::vector<const void*> kernels;
+  for (const Routes routes : kAllRoutes) kernels.push_back(dispatch_function(routes));
   for (const DType dtype : kDTypes) {
     for (const bool wide : {true, false}) {
       kernels.push_back(combine_function(dtype, wide));
@@ -91,8 +93,12 @@ Status load_kernels() {
                                             static_cast<int>(bytes)),
                        "cudaFuncSetAttribute");
   };
-  Status status = allow(dispatch_function(true), dispatch_shared_bytes(kMaxExperts));
-  if (status.ok()) status = allow(dispatch_function(false), dispatch_shared_bytes(0));
+  Status status;
+  for (const Routes routes : kAllRoutes) {
+    if (!status.ok()) return status;
+    status =
+        allow(dispatch_function(routes), dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll));
+  }
   for (const DType dtype : kDTypes) {
     for (const bool wide : {true, false}) {
       if (status.ok()) status = allow(combine_function(dtype, wide), combine_shared_bytes(dtype));

@@ -8,9 +8,12 @@
 
 namespace freeio::cuda {
 
-// DispatchParams. `routed`: with routing; else along a handle.
-const void* dispatch_function(bool routed);
-size_t dispatch_shared_bytes(int num_experts);
+// Where dispatch has the rows of its assignments from.
+enum class Routes { kOfHandle, kByCounts, kByIds };
+
+// DispatchParams. `assignments_of_all`: of all ranks together.
+const void* dispatch_function(Routes routes);
+size_t dispatch_shared_bytes(Routes routes, int num_experts, int assignments_of_all);
 
 // CombineParams, CombineTransposeParams. `wide`: 16 bytes for each access of a lane, for rows and
 // buffers that allow it; else one element.

@@ -43,6 +43,12 @@ __device__ inline uint32_t add_acquire_release_device(uint32_t* counter, uint32_
   return before;
 }
 
+// Adds to a counter of a peer, or of this GPU, and publishes all that this thread wrote or has
+// seen. Partner: load_acquire_system where the counter is.
+__device__ inline void add_release_system(uint32_t* counter, uint32_t amount) {
+  asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
+}
+
 // A flag of this GPU that its own CTAs raise; nothing is ordered by it.
 __device__ inline uint32_t load_relaxed_device(const uint32_t* word) {
   uint32_t value;

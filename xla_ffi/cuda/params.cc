@@ -73,6 +73,12 @@ void post_routes(Params& params) {
   post(kDestRow, params.dest_row, params.exchange);
 }
 
+// Whether the call has so few assignments that it sends its routing itself.
+bool sends_routing(const Exchange& exchange) {
+  const int64_t assignments = int64_t{exchange.num_tokens} * exchange.top_k;
+  return assignments <= kMaxSentAssignments && assignments * exchange.num_ranks <= kMaxSentByAll;
+}
+
 }  // namespace
 
 void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params) {
@@ -93,25 +99,34 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
     rows.add({params.leaves[i].row_bytes, params.leaves[i].access_bytes});
     post(static_cast<Address>(kFirstLeaf + i), params.leaves[i].tokens, params.exchange);
   }
-  if (routed) {
-    post(kScratch, params.routes, params.exchange);
-  } else {
-    post_routes(params);
-  }
+  const Routes routes = !routed                          ? Routes::kOfHandle
+                        : sends_routing(params.exchange) ? Routes::kByIds
+                                                         : Routes::kByCounts;
+  if (routes == Routes::kOfHandle) post_routes(params);
+  if (routes == Routes::kByCounts) post(kScratch, params.routes, params.exchange);
   params.row_stride = spreading_stride(params.exchange.capacity);
   params.exchange.signature[kOp] = routed ? kDispatchOp : kDispatchAlongOp;
   params.exchange.signature[kRows] = rows.folded();
-  return {dispatch_function(routed),
-          dispatch_shared_bytes(routed ? params.exchange.num_experts : 0)};
+  const Exchange& x = params.exchange;
+  const int64_t all = int64_t{x.num_tokens} * x.top_k * x.num_ranks;
+  return {dispatch_function(routes),
+          dispatch_shared_bytes(routes, x.num_experts,
+                                static_cast<int>(std::min<int64_t>(all, kMaxSentByAll)))};
 }
 
 Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params) {
   const bool wide = is_wide(type, {params.expert_out, params.sums, params.partial_sums});
   cut_rows(type, wide, params);
-  post_routes(params);
-  post(kWeights, params.weights, params.exchange);
+  const Exchange& x = params.exchange;
+  params.sends_routes = x.num_ranks > 1 && sends_routing(x) && bytes_of(type.dtype) <= 4 &&
+                        x.capacity <= kMaxSentRow &&
+                        int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals;
   post(kScratch, params.partial_sums, params.exchange);
-  post(kFlags, params.flags, params.exchange);
+  if (!params.sends_routes) {
+    post_routes(params);
+    post(kWeights, params.weights, params.exchange);
+    post(kFlags, params.flags, params.exchange);
+  }
   params.num_slots = std::min(params.exchange.top_k, params.exchange.num_ranks - 1);
   params.exchange.signature[kOp] = kCombineOp;
   params.exchange.signature[kRows] =

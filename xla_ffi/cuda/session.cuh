@@ -204,21 +204,29 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
   return s.failed == 0;
 }
 
-// This CTA reads the peers' buffers no more. The last CTA to say so tells the peers, waits until
-// they have said the same, and closes the exchange. One warp.
+// This CTA needs its peers' buffers no more, nor do its peers theirs of it: says so, once in each
+// kernel. CTA 0 waits until all CTAs of all ranks have said it, and closes the exchange. One warp.
 __device__ inline void conclude(const Exchange& x, Session& s) {
-  uint32_t earlier = 0;
-  if (lane_id() == 0) earlier = add_acquire_release_device(&self(x).done, 1);
-  if (__shfl_sync(kFullWarp, earlier, 0) != gridDim.x - 1 || has_failed(s)) return;
   ControlBlock& control = self(x);
-  if (const int rank = lane_id(); rank < x.num_ranks && rank != x.rank) {
-    store_release_system(&x.control[rank]->finished[x.gpu[x.rank]], s.epoch[rank]);
-    wait_until(x, s, kWaitFinish, rank, [&] {
-      return load_acquire_system(&control.finished[x.gpu[rank]]) == s.epoch[rank];
+  const int rank = lane_id();
+  __syncwarp();
+  // Partner: the load below, of this GPU's CTA 0 and of the peers'.
+  if (has_failed(s)) return;
+  if (rank < x.num_ranks) add_release_system(&x.control[rank]->finished[x.gpu[x.rank]], 1);
+  if (blockIdx.x != 0) return;
+  if (rank < x.num_ranks) {
+    const int gpu = x.gpu[rank];
+    const uint32_t end = control.ended[gpu] + gridDim.x;
+    const bool all_ended = wait_until(x, s, kWaitFinish, rank, [&] {
+      return static_cast<int32_t>(load_acquire_system(&control.finished[gpu]) - end) >= 0;
     });
-    control.epoch[x.gpu[rank]] = s.epoch[rank];
+    if (all_ended) {
+      control.ended[gpu] = end;
+      control.epoch[gpu] = s.epoch[rank];
+    }
   }
-  if (lane_id() == 0) control.prepared = control.done = 0;
+  __syncwarp();
+  if (lane_id() == 0) control.prepared = 0;
 }
 
 // The same at the end of a kernel. All threads.

@@ -1,0 +1,82 @@
+// The groups of packed rows: where each begins and ends.
+#pragma once
+
+#include "cuda/session.cuh"
+
+namespace freeio::cuda {
+
+constexpr int kArraysOverExperts = 5;
+
+// Arrays over the experts, in dynamic shared memory.
+struct Routing {
+  uint32_t* before;  // this rank's assignments to the expert in earlier chunks
+  uint32_t* count;   // ... from this chunk on
+  uint32_t* load;    // all ranks' assignments to the expert
+  uint32_t* next;    // first row of the chunk's assignments to the expert
+  uint32_t* start;   // first row of the group, of this rank's experts; at most capacity
+
+  __device__ Routing(uint32_t* memory, int num_experts)
+      : before(memory),
+        count(before + num_experts),
+        load(count + num_experts),
+        next(load + num_experts),
+        start(next + num_experts),
+        num_experts_(num_experts) {}
+
+  // Behind the arrays, at a multiple of 16 bytes from where they begin.
+  __device__ void* end() const { return before + (kArraysOverExperts * num_experts_ + 3) / 4 * 4; }
+
+ private:
+  int num_experts_;
+};
+
+__device__ inline int64_t sum_of_lanes_before(int64_t value, int64_t& all) {
+  int64_t sum = value;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const int64_t other = __shfl_up_sync(kFullWarp, sum, distance);
+    if (lane_id() >= distance) sum += other;
+  }
+  all = __shfl_sync(kFullWarp, sum, kWarpSize - 1);
+  return sum - value;
+}
+
+// First rows of the groups: one warp for each rank's experts. Row numbers stop at capacity, past
+// which nothing is stored, so they fit whatever the alignment adds.
+__device__ inline void place_groups(const DispatchParams& p, const Routing& routing) {
+  const Exchange& x = p.exchange;
+  const int experts = x.num_experts / x.num_ranks;
+  for (int rank = warp_id(); rank < x.num_ranks; rank += kWarps) {
+    int64_t before = 0;
+    int dropped = 0;
+    for (int first = 0; first < experts; first += kWarpSize) {
+      const int group = first + lane_id();
+      const int e = rank * experts + group;
+      const int64_t load = group < experts ? routing.load[e] : 0;
+      // A division of 64 bits takes longer than all the rest here.
+      const int64_t padded =
+          x.alignment == 1 ? load : (load + x.alignment - 1) / x.alignment * x.alignment;
+      int64_t all;
+      const int64_t start = before + sum_of_lanes_before(padded, all);
+      before += all;
+      if (group >= experts) continue;
+      const auto first_row = static_cast<uint32_t>(min(start, static_cast<int64_t>(x.capacity)));
+      routing.next[e] += first_row;
+      if (rank != x.rank) continue;
+      routing.start[group] = first_row;
+      if (blockIdx.x != 0) continue;
+      const auto end = static_cast<uint32_t>(min(start + padded, static_cast<int64_t>(x.capacity)));
+      const int size = static_cast<int>(end - first_row);
+      p.expert_load[group] = static_cast<int>(load);
+      p.group_sizes[group] = size;
+      dropped += max(static_cast<int>(load) - size, 0);
+    }
+    if (rank == x.rank && blockIdx.x == 0) {
+      dropped = __reduce_add_sync(kFullWarp, dropped);
+      if (lane_id() == 0) *p.num_dropped = dropped;
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace freeio::cuda

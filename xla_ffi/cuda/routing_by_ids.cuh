@@ -1,0 +1,128 @@
+// Routing by ids, for calls with few assignments: each rank sends its ids to all others, and every
+// CTA finds the rows of all ranks' assignments to its tokens by itself. One trip over the link less
+// than routing by counts, for more work in each CTA.
+#pragma once
+
+#include "cuda/groups.cuh"
+
+namespace freeio::cuda {
+
+// The ids of all ranks' assignments, in the order of packed rows, in dynamic shared memory.
+struct AllIds {
+  static constexpr int kNone = 0xffff;  // "no expert", and ids that are none
+  static constexpr int kPerLane = 8;    // ids that a lane looks at together
+
+  uint16_t* ids;
+  int per_rank;
+
+  __device__ AllIds(void* memory, const Exchange& x)
+      : ids(static_cast<uint16_t*>(memory)), per_rank(x.num_tokens * x.top_k) {}
+
+  __device__ int words_per_rank() const { return (per_rank + 1) / 2; }
+
+  // Two ids in one word. Whoever has an odd number of them leaves the last half empty.
+  __device__ void put(int rank, int word, uint32_t value) const {
+    uint16_t* pair = ids + rank * per_rank + 2 * word;
+    pair[0] = static_cast<uint16_t>(value);
+    if (2 * word + 1 < per_rank) pair[1] = static_cast<uint16_t>(value >> 16);
+  }
+
+  // Assignments to `id` before `position`. Whole warp.
+  __device__ uint32_t count_before(int position, int id) const {
+    uint32_t found = 0;
+    for (int first = lane_id() * kPerLane; first < position; first += kWarpSize * kPerLane) {
+      uint16_t some[kPerLane];
+      memcpy(some, __builtin_assume_aligned(ids + first, sizeof(some)), sizeof(some));
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) found += some[i] == id && first + i < position;
+    }
+    return __reduce_add_sync(kFullWarp, found);
+  }
+};
+
+// Takes this rank's ids, and sends them to all peers (CTA 0). All threads.
+__device__ inline void send_ids(const DispatchParams& p, const Session& s, const AllIds& all) {
+  const Exchange& x = p.exchange;
+  __shared__ int all_invalid;
+  if (threadIdx.x == 0) all_invalid = 0;
+  __syncthreads();
+  int invalid = 0;
+  const auto valid_or_none = [&](int a) {
+    if (a >= all.per_rank) return uint32_t{AllIds::kNone};
+    const int id = p.topk_idx[a];
+    invalid += id < -1 || id >= x.num_experts;
+    return id >= 0 && id < x.num_experts ? static_cast<uint32_t>(id) : uint32_t{AllIds::kNone};
+  };
+  for (int word = static_cast<int>(threadIdx.x); word < all.words_per_rank(); word += kThreads) {
+    const uint32_t low = valid_or_none(2 * word);
+    const uint32_t value = valid_or_none(2 * word + 1) << 16 | low;
+    all.put(x.rank, word, value);
+    for (int rank = 0; blockIdx.x == 0 && rank < x.num_ranks; ++rank) {
+      if (rank == x.rank) continue;
+      store_word(&mailbox(x, s, rank, x.rank).routing[word], make_word(s.epoch[rank], value));
+    }
+  }
+  if (blockIdx.x != 0) return;
+  if (invalid != 0) atomicAdd(&all_invalid, invalid);
+  __syncthreads();
+  if (threadIdx.x == 0) *p.num_invalid = all_invalid;
+}
+
+__device__ inline void receive_ids(const Exchange& x, Session& s, const AllIds& all) {
+  const int words = all.words_per_rank();
+  for (int i = static_cast<int>(threadIdx.x); i < words * x.num_ranks; i += kThreads) {
+    const int rank = i / words;
+    const int word = i % words;
+    if (rank == x.rank) continue;
+    const Word* address = &mailbox(x, s, x.rank, rank).routing[word];
+    Word found = load_word(address);
+    if (!wait_word(x, s, kWaitCounts, rank, address, found)) break;
+    all.put(rank, word, value_of(found));
+  }
+}
+
+// The load of every expert; the first row of its group is found from it. All threads.
+__device__ inline void count_ids(const Exchange& x, const Routing& routing, const AllIds& all) {
+  for (int e = static_cast<int>(threadIdx.x); e < x.num_experts; e += kThreads) {
+    routing.load[e] = routing.next[e] = 0;
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < all.per_rank * x.num_ranks; i += kThreads) {
+    if (const int id = all.ids[i]; id != AllIds::kNone) atomicAdd(&routing.load[id], 1u);
+  }
+  __syncthreads();
+}
+
+// Rows of the tile's assignments: of all ranks' that have one here, in `rows` ([R, tokens, K] in
+// shared memory; -1: none), and of this rank's own, in the handle.
+__device__ inline void find_rows(const DispatchParams& p, const Routing& routing, const AllIds& all,
+                                 const Tile& tile, int* rows) {
+  const Exchange& x = p.exchange;
+  const int experts = x.num_experts / x.num_ranks;
+  const int tile_assignments = tile.size() * x.top_k;
+  const int first = tile.begin * x.top_k;
+  for (int i = warp_id(); i < tile_assignments * x.num_ranks; i += kWarps) {
+    const int rank = i / tile_assignments;
+    const int a = first + i % tile_assignments;
+    const int position = rank * all.per_rank + a;
+    const int id = all.ids[position];
+    const bool valid = id != AllIds::kNone;
+    int dest = valid ? id / experts : -1;
+    int row = -1;
+    if (valid && (rank == x.rank || dest == x.rank)) {
+      const uint32_t place = routing.next[id] + all.count_before(position, id);
+      const bool kept = place < static_cast<uint32_t>(x.capacity);
+      row = kept ? static_cast<int>(place) : -1;
+      dest = kept ? dest : -1;
+    }
+    if (lane_id() != 0) continue;
+    rows[i] = dest == x.rank ? row : -1;
+    if (rank == x.rank) {
+      p.dest_rank[a] = dest;
+      p.dest_row[a] = row;
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace freeio::cuda
