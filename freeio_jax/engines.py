@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
+import threading
+import time
 
 import jax
 import numpy as np
 from jax._src.mesh import get_concrete_mesh
 
 from freeio_jax import _native, runtime
+
+_log = logging.getLogger("freeio_jax")
+
+_WATCH_SECONDS = 0.1
 
 
 def _register(native, registry: str) -> None:
@@ -67,6 +74,14 @@ class CpuEngine(_Engine):
         return ()
 
 
+def _watch() -> None:
+    """Says at once what went wrong on a GPU: XLA hears of it only by the next call there."""
+    while True:
+        time.sleep(_WATCH_SECONDS)
+        if failure := _native.cuda.take_failure():
+            _log.error("%s", failure)
+
+
 def _gpus() -> list:
     """JAX's GPUs of all processes, whichever backend is the default one."""
     try:
@@ -96,6 +111,7 @@ class CudaEngine(_Engine):
     @functools.cache  # noqa: B019 - engines live as long as the process
     def _register(self) -> None:
         _register(_native.cuda, "CUDA")
+        threading.Thread(target=_watch, name="freeio_jax failures", daemon=True).start()
 
     def _numbers(self) -> dict:
         """The number of each GPU of this host, which all of its processes agree on."""

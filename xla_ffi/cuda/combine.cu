@@ -284,10 +284,7 @@ __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& t
 }
 
 template <typename Element, int kCount>
-__global__ void __launch_bounds__(kThreads, 1)
-    combine_kernel(const __grid_constant__ CombineParams p) {
-  extern __shared__ uint64_t shared_memory[];
-  __shared__ Session s;
+__device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const Chunk chunk(x.num_tokens);
   if (!open(x, s)) return;
@@ -306,6 +303,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude(x, s);
     Combine<Element, kCount>{p, x, s, routes, tile}.run();
   });
+}
+
+template <typename Element, int kCount>
+__global__ void __launch_bounds__(kThreads, 1)
+    combine_kernel(const __grid_constant__ CombineParams p) {
+  extern __shared__ uint64_t shared_memory[];
+  __shared__ Session s;
+  exchange<Element, kCount>(p, s, shared_memory);
+  __syncthreads();
+  if (!has_failed(s)) return;
+  spoil(p.sums, int64_t{p.exchange.num_tokens} * p.width * static_cast<int64_t>(sizeof(Element)));
 }
 
 }  // namespace

@@ -190,37 +190,46 @@ __device__ void post_buffers(const CombineTransposeParams& p, const Session& s) 
 }
 
 template <typename Element, int kCount>
-__global__ void __launch_bounds__(kThreads, 1)
-    combine_transpose_kernel(const __grid_constant__ CombineTransposeParams p) {
-  extern __shared__ uint64_t shared_memory[];
-  __shared__ Session s;
+__device__ void exchange(const CombineTransposeParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const Chunk chunk(x.num_tokens);
   if (!open(x, s)) return;
   if (blockIdx.x == 0) post_buffers(p, s);
   constexpr uint32_t kSlots =
       1u << kDestRank | 1u << kDestRow | 1u << kWeights | 1u << kWeightGrads | 1u << kFirstLeaf;
-  if (receive_addresses(x, s, kSlots)) {
-    using Op = CombineTranspose<Element, kCount>;
-    using Accumulator = typename Element::Accumulator;
-    const int capacity = Op::tile_capacity(p.num_slices);
-    auto* dots = reinterpret_cast<Accumulator*>(shared_memory);
-    RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
-    const Tiles tiles(chunk, capacity / (x.num_ranks * x.top_k));
-    tiles.for_each(s, [&](const Tile& tile) {
-      routes.begin(x, tile, 0, x.num_ranks);
-      routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
-      __syncthreads();
-      const Op op{p, x, s, routes, dots, tile};
-      const Work work(tile, p.num_slices * x.num_ranks, p.rows == nullptr ? 0 : x.capacity,
-                      p.row_stride);
-      run_work(
-          work, s, [&](int item) { op.pull(item); }, [&](int64_t row) { op.zero_padding(row); });
-      if (p.weight_grads != nullptr) op.send_weight_grads();
-    });
-  }
+  if (!receive_addresses(x, s, kSlots)) return;
+  using Op = CombineTranspose<Element, kCount>;
+  using Accumulator = typename Element::Accumulator;
+  const int capacity = Op::tile_capacity(p.num_slices);
+  auto* dots = static_cast<Accumulator*>(shared_memory);
+  RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
+  const Tiles tiles(chunk, capacity / (x.num_ranks * x.top_k));
+  tiles.for_each(s, [&](const Tile& tile) {
+    routes.begin(x, tile, 0, x.num_ranks);
+    routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
+    __syncthreads();
+    const Op op{p, x, s, routes, dots, tile};
+    const Work work(tile, p.num_slices * x.num_ranks, p.rows == nullptr ? 0 : x.capacity,
+                    p.row_stride);
+    run_work(work, s, [&](int item) { op.pull(item); }, [&](int64_t row) { op.zero_padding(row); });
+    if (p.weight_grads != nullptr) op.send_weight_grads();
+  });
   // The weights' gradients are in the peers' memory; this tells the peers so.
   finish(x, s);
+}
+
+template <typename Element, int kCount>
+__global__ void __launch_bounds__(kThreads, 1)
+    combine_transpose_kernel(const __grid_constant__ CombineTransposeParams p) {
+  extern __shared__ uint64_t shared_memory[];
+  __shared__ Session s;
+  exchange<Element, kCount>(p, s, shared_memory);
+  __syncthreads();
+  if (!has_failed(s)) return;
+  const Exchange& x = p.exchange;
+  const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
+  spoil(p.rows, int64_t{x.capacity} * p.width * static_cast<int64_t>(sizeof(Element)));
+  spoil(p.weight_grads, assignments * static_cast<int64_t>(sizeof(typename Element::Accumulator)));
 }
 
 }  // namespace

@@ -152,13 +152,10 @@ __device__ void post_buffers(const DispatchParams& p, const Session& s) {
 }
 
 template <Routes kRoutes>
-__global__ void __launch_bounds__(kThreads, 1)
-    dispatch_kernel(const __grid_constant__ DispatchParams p) {
-  extern __shared__ uint4 shared_memory[];
-  __shared__ Session s;
+__device__ void exchange(const DispatchParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   constexpr bool kRouted = kRoutes != Routes::kOfHandle;
-  int* rows = reinterpret_cast<int*>(shared_memory);
+  int* rows = static_cast<int*>(shared_memory);
   const Routing routing(reinterpret_cast<uint32_t*>(rows + kTileAssignments), x.num_experts);
   const AllIds all_ids(routing.end(), x);
   const Chunk chunk(x.num_tokens);
@@ -197,6 +194,37 @@ __global__ void __launch_bounds__(kThreads, 1)
         [&](int64_t row) { zero_padding<kRouted>(p, routing, row); });
   });
   finish(x, s);
+}
+
+template <bool kRouted>
+__device__ void spoil_results(const DispatchParams& p) {
+  const Exchange& x = p.exchange;
+  for (int i = 0; i < p.num_leaves; ++i) {
+    spoil(p.leaves[i].rows, p.leaves[i].row_bytes * x.capacity);
+  }
+  if (!kRouted) return;
+  const int64_t assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
+  const int64_t int_bytes = sizeof(int32_t);
+  const int experts = x.num_experts / x.num_ranks;
+  spoil(p.dest_rank, assignments * int_bytes);
+  spoil(p.dest_row, assignments * int_bytes);
+  spoil(p.row_source, x.capacity * int_bytes);
+  spoil(p.expert_load, experts * int_bytes);
+  spoil(p.num_dropped, int_bytes);
+  spoil(p.num_invalid, int_bytes);
+  // Sizes that a matrix product can live with.
+  if (blockIdx.x != 0) return;
+  for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) p.group_sizes[e] = 0;
+}
+
+template <Routes kRoutes>
+__global__ void __launch_bounds__(kThreads, 1)
+    dispatch_kernel(const __grid_constant__ DispatchParams p) {
+  extern __shared__ uint4 shared_memory[];
+  __shared__ Session s;
+  exchange<kRoutes>(p, s, shared_memory);
+  __syncthreads();
+  if (has_failed(s)) spoil_results<kRoutes != Routes::kOfHandle>(p);
 }
 
 }  // namespace

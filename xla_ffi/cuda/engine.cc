@@ -48,6 +48,7 @@ struct Gpu {
   ControlMemory control;
   std::unique_ptr<HostBlock, FreeHost> host;
   int num_sms = 0;
+  bool told = false;  // the failure, if there is one
 };
 
 struct Engine {
@@ -204,6 +205,15 @@ uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
   return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, 2 * layout.num_tokens)));
 }
 
+// With the engine locked. OK: no exchange on the GPU has failed.
+Status failure_of(const HostBlock& host) {
+  const volatile Failure& failure = host.failure;
+  if (failure.step == kNone) return {};
+  const Peers* const peers = engine().peers.get();
+  return to_status(host.failure, engine().timeout(),
+                   peers != nullptr ? peers->who(host.failure.peer_gpu) : "");
+}
+
 // The addresses of this rank's buffers, as its peers understand them.
 Status translate_addresses(Exchange& exchange) {
   Peers* peers = nullptr;
@@ -322,11 +332,7 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
     exchange.gpu[rank] = number;
     if (static_cast<int>(rank) == member.rank) exchange.host = own->second.host.get();
   }
-  const auto* failure = const_cast<const volatile Failure*>(&exchange.host->failure);
-  if (failure->step != kNone) {
-    const Failure& known = exchange.host->failure;
-    return to_status(known, engine().timeout(), peers != nullptr ? peers->who(known.peer_gpu) : "");
-  }
+  if (Status status = failure_of(*exchange.host); !status.ok()) return status;
   exchange.device = member.device;
   exchange.expected_device = member.mesh_device;
   exchange.rank = member.rank;
@@ -343,6 +349,17 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
   exchange.signature[kAlignment] = static_cast<uint32_t>(layout.alignment);
   exchange.signature[kGrid] = grid_size(layout, engine().gpus.at(member.gpus[member.rank]));
   return {};
+}
+
+std::string take_failure() {
+  std::lock_guard lock(engine().mutex);
+  for (auto& [number, gpu] : engine().gpus) {
+    if (gpu.told) continue;
+    const Status status = failure_of(*gpu.host);
+    gpu.told = !status.ok();
+    if (gpu.told) return status.message;
+  }
+  return "";
 }
 
 int gpu_number(int ordinal) {

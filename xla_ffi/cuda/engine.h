@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "core/layout.h"
@@ -57,6 +58,10 @@ struct Member {
 // Fills all of `exchange` but the signature's op, instance and rows, and what is posted. An error
 // if this or an earlier exchange on the GPU has failed.
 Status describe(const Layout& layout, const Member& member, Exchange& exchange);
+
+// What became of an exchange on one of this process's GPUs that failed, once for each GPU; empty:
+// nothing new. The next call there returns the same as an error.
+std::string take_failure();
 
 // Launches a kernel on this member's GPU. `exchange`, which is part of `params`, has this process's
 // addresses in `posted`. `stream` is a cudaStream_t.

@@ -235,6 +235,19 @@ __device__ inline void finish(const Exchange& x, Session& s) {
   if (warp_id() == 0) conclude(x, s);
 }
 
+// Fills this CTA's share of a failed exchange's result with ones: NaN, or -1, which nobody takes
+// for data, and later calls not for a row. All threads.
+__device__ inline void spoil(void* result, int64_t bytes) {
+  if (result == nullptr) return;
+  auto* words = static_cast<uint32_t*>(result);
+  const int64_t count = bytes / static_cast<int64_t>(sizeof(uint32_t));
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t i = begin; i < count; i += step) words[i] = ~0u;
+  auto* rest = static_cast<uint8_t*>(result) + count * sizeof(uint32_t);
+  if (begin < bytes % static_cast<int64_t>(sizeof(uint32_t))) rest[begin] = 0xff;
+}
+
 // Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them.
 struct Chunk {
   int begin;
