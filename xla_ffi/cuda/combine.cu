@@ -7,6 +7,7 @@
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
 #include "cuda/session.cuh"
+#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {
@@ -248,7 +249,6 @@ __device__ void post_buffers(const CombineParams& p, const Session& s) {
 template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_kernel(const __grid_constant__ CombineParams p) {
-  extern __shared__ uint64_t shared_memory[];
   __shared__ Session s;
   const Exchange& x = p.exchange;
   const Chunk chunk(x.num_tokens);
@@ -258,7 +258,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr uint32_t kRoutes = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
   constexpr uint32_t kSlots = 1u << kScratch | 1u << kFlags;
   if (receive_addresses(x, s, kRoutes)) {
-    RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
+    RouteTile<typename Element::Accumulator> routes(dynamic_shared_memory<void>(),
+                                                    kTileAssignments);
     const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
     bool ready = true;
     tiles.for_each(s, [&](const Tile& tile) {

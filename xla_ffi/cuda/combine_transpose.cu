@@ -6,6 +6,7 @@
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
 #include "cuda/rows.cuh"
+#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {
@@ -192,7 +193,6 @@ __device__ void post_buffers(const CombineTransposeParams& p, const Session& s) 
 template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_transpose_kernel(const __grid_constant__ CombineTransposeParams p) {
-  extern __shared__ uint64_t shared_memory[];
   __shared__ Session s;
   const Exchange& x = p.exchange;
   const Chunk chunk(x.num_tokens);
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     using Op = CombineTranspose<Element, kCount>;
     using Accumulator = typename Element::Accumulator;
     const int capacity = Op::tile_capacity(p.num_slices);
-    auto* dots = reinterpret_cast<Accumulator*>(shared_memory);
+    auto* dots = dynamic_shared_memory<Accumulator>();
     RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
     const Tiles tiles(chunk, capacity / (x.num_ranks * x.top_k));
     tiles.for_each(s, [&](const Tile& tile) {

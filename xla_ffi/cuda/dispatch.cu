@@ -6,6 +6,7 @@
 // all peers, both as words that carry their own flag; no data waits for a flag of its own.
 #include "cuda/kernels.h"
 #include "cuda/rows.cuh"
+#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {
@@ -371,10 +372,9 @@ __device__ void post_buffers(const DispatchParams& p, const Session& s) {
 template <bool kRouted>
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch_kernel(const __grid_constant__ DispatchParams p) {
-  extern __shared__ uint4 shared_memory[];
   __shared__ Session s;
   const Exchange& x = p.exchange;
-  int* rows = reinterpret_cast<int*>(shared_memory);
+  int* rows = dynamic_shared_memory<int>();
   const Routing routing(reinterpret_cast<uint32_t*>(rows + kTileAssignments), x.num_experts);
   const Chunk chunk(x.num_tokens);
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
