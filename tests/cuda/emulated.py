@@ -16,10 +16,8 @@ import ctypes as c
 import dataclasses
 import shutil
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
-import jax.numpy as jnp
 import numpy as np
 
 from freeio_jax.layout import dropless_capacity
@@ -131,7 +129,7 @@ class _Buffer:
 
 
 class Emulator:
-    """A machine of its own: an engine that has failed does not reach the next one's state."""
+    """GPUs and an engine of their own: what one of them has been through, no other one knows."""
 
     def __init__(self, library, *, seed=0, num_gpus=8, num_sms=3, timeout=60.0):
         # One library holds one engine, for as long as the process lives.
@@ -145,6 +143,7 @@ class Emulator:
             getattr(self._library, name).restype = c.c_char_p
         self._library.emulator_steps.restype = c.c_uint64
         self._buffers = {}
+        self._broken = False
         self._library.emulator_set_devices(num_gpus, num_sms)
         self.set_seed(seed)
         self.set_timeout(timeout)
@@ -162,13 +161,23 @@ class Emulator:
 
     @property
     def steps(self):
+        """Switches between threads so far."""
         return self._library.emulator_steps()
+
+    def is_broken(self):
+        """Whether an error came up, or launches are left: not to be used by another test."""
+        return self._broken or bool(self._buffers)
+
+    def close(self):
+        """Gives the threads' stacks back. The machine cannot be used after it."""
+        self._library.emulator_close()
 
     def synchronize(self):
         """Runs what was launched, on all GPUs."""
         error = self._library.emulator_synchronize()
         buffers, self._buffers = self._buffers, {}
         if error:
+            self._broken = True
             raise MachineError(error.decode())
         for what, buffer in buffers.values():
             buffer.check(what)
@@ -322,24 +331,11 @@ class Emulator:
         function = getattr(self._library, f"engine_{name}")
         self._check(function(c.byref(call), c.byref(buffers)))
 
-    @staticmethod
-    def _check(error):
+    def _check(self, error):
         if error:
+            self._broken = True
             raise EngineError(error.decode())
 
 
 def _accumulator(dtype):
     return np.float64 if dtype == np.float64 else np.float32
-
-
-assert all(jnp.dtype(name) for name in DTYPES)
-
-
-def library():
-    """The built emulator; `build.NotHereError` where it cannot be built."""
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parent / "emulator"))
-    import build
-
-    return build.library()

@@ -264,8 +264,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     bool ready = true;
     tiles.for_each(s, [&](const Tile& tile) {
       routes.fetch(x, s, tile, 0, x.num_ranks, p.dest_rank, p.dest_row, p.weights);
-      // The slots' addresses come later than the others: their flags had to be cleared.
-      ready = tile.number == 0 ? receive_addresses(x, s, kSlots) : ready;
+      if (tile.number == 0) {
+        // The slots' addresses come later than the others: their flags had to be cleared.
+        ready = receive_addresses(x, s, kSlots);
+      } else {
+        __syncthreads();
+      }
       // Only the routes are read from the peers, and those now are.
       if (ready && tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude(x, s);
       if (ready) Combine<Element, kCount>{p, x, s, routes, tile}.run();

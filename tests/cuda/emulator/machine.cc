@@ -154,6 +154,12 @@ class Machine {
     return error_;
   }
 
+  void close() {
+    error_ = "emulator: closed";
+    for (const auto& [stacks, bytes] : all_stacks_) munmap(stacks, bytes);
+    all_stacks_.clear();
+  }
+
   uint64_t steps() const { return steps_; }
 
   // --- Called on a fiber -------------------------------------------------------------------------
@@ -366,8 +372,9 @@ class Machine {
     void* memory = mmap(nullptr, threads * kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) abort();
-    // A huge page for each few threads that touch one small page would be a waste.
+    // Each thread touches a page or two.
     madvise(memory, threads * kStackBytes, MADV_NOHUGEPAGE);
+    all_stacks_.emplace_back(memory, threads * kStackBytes);
     return static_cast<std::byte*>(memory);
   }
 
@@ -608,6 +615,7 @@ class Machine {
   Context scheduler_;
   Thread* sleeping_[1 << 12] = {};
   std::vector<Word> in_flight_[kMaxGpus];
+  std::vector<std::pair<void*, size_t>> all_stacks_;
   std::unordered_map<size_t, std::vector<std::byte*>> free_stacks_;  // by threads of a CTA
 };
 
@@ -632,6 +640,7 @@ void set_seed(uint64_t seed) { machine().seed(seed); }
 void set_real_time(bool real) { machine().set_real_time(real); }
 void enqueue(int stream, Launch launch) { machine().enqueue(stream, std::move(launch)); }
 std::string run(int stream) { return machine().run(stream); }
+void close() { machine().close(); }
 uint64_t steps() { return machine().steps(); }
 void barrier(Place place) { machine().barrier(place); }
 const uint64_t* gather(Together what, uint64_t value, uint32_t mask, Place place) {

@@ -52,6 +52,9 @@ void enqueue(int stream, Launch launch);
 // After that nothing runs any more.
 std::string run(int stream);
 
+// Gives all stacks back; nothing can run any more.
+void close();
+
 // Switches between fibers so far.
 uint64_t steps();
 
