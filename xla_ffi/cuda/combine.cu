@@ -7,6 +7,7 @@
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
 #include "cuda/session.cuh"
+#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {
@@ -234,13 +235,13 @@ struct Combine {
   }
 };
 
-// Arrival flags start at zero; then the peers learn where everything is.
-__device__ void prepare_slots(const CombineParams& p, Session& s) {
+// Arrival flags start at zero; then the peers learn where everything is. Each CTA clears those that
+// it is to read itself: it waits for no other CTA before it does.
+__device__ void prepare_slots(const CombineParams& p, const Chunk& chunk, Session& s) {
   const Exchange& x = p.exchange;
   if (x.num_ranks == 1 || p.sends_routes) return;
-  const int64_t flags = static_cast<int64_t>(x.num_tokens) * p.num_slots * p.num_slices;
-  const int64_t end = flags * (blockIdx.x + 1) / gridDim.x;
-  for (int64_t i = flags * blockIdx.x / gridDim.x + threadIdx.x; i < end; i += kThreads) {
+  const int64_t of_token = static_cast<int64_t>(p.num_slots) * p.num_slices;
+  for (int64_t i = chunk.begin * of_token + threadIdx.x; i < chunk.end * of_token; i += kThreads) {
     p.flags[i] = 0;
   }
   __syncthreads();
@@ -289,7 +290,7 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
   const Chunk chunk(x.num_tokens);
   if (!open(x, s)) return;
   if (blockIdx.x == 0) post_buffers(p, s);
-  prepare_slots(p, s);
+  prepare_slots(p, chunk, s);
   const uint32_t first_slots =
       p.sends_routes ? 1u << kScratch : 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
   if (!receive_addresses(x, s, first_slots)) return;
@@ -308,9 +309,8 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
 template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_kernel(const __grid_constant__ CombineParams p) {
-  extern __shared__ uint64_t shared_memory[];
   __shared__ Session s;
-  exchange<Element, kCount>(p, s, shared_memory);
+  exchange<Element, kCount>(p, s, dynamic_shared_memory<void>());
   __syncthreads();
   if (!has_failed(s)) return;
   spoil(p.sums, int64_t{p.exchange.num_tokens} * p.width * static_cast<int64_t>(sizeof(Element)));

@@ -6,6 +6,7 @@
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
 #include "cuda/rows.cuh"
+#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {
@@ -221,9 +222,8 @@ __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shar
 template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_transpose_kernel(const __grid_constant__ CombineTransposeParams p) {
-  extern __shared__ uint64_t shared_memory[];
   __shared__ Session s;
-  exchange<Element, kCount>(p, s, shared_memory);
+  exchange<Element, kCount>(p, s, dynamic_shared_memory<void>());
   __syncthreads();
   if (!has_failed(s)) return;
   const Exchange& x = p.exchange;

@@ -10,6 +10,7 @@
 #include "cuda/routing_by_counts.cuh"
 #include "cuda/routing_by_ids.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {
@@ -170,7 +171,7 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
     count_ids(x, routing, all_ids);
     place_groups(p, routing);
   } else if constexpr (kRoutes == Routes::kByCounts) {
-    prepare_routes(p, s);
+    prepare_routes(p, chunk, s);
     count(p, routing, chunk);
     if (blockIdx.x == 0) send_counts(x, s, routing);
     const Ids ids(p.topk_idx, chunk.begin * x.top_k, chunk.end * x.top_k);
@@ -220,9 +221,8 @@ __device__ void spoil_results(const DispatchParams& p) {
 template <Routes kRoutes>
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch_kernel(const __grid_constant__ DispatchParams p) {
-  extern __shared__ uint4 shared_memory[];
   __shared__ Session s;
-  exchange<kRoutes>(p, s, shared_memory);
+  exchange<kRoutes>(p, s, dynamic_shared_memory<void>());
   __syncthreads();
   if (has_failed(s)) spoil_results<kRoutes != Routes::kOfHandle>(p);
 }

@@ -6,14 +6,19 @@
 
 namespace freeio::cuda {
 
-// Route words start as "not arrived": XLA's buffer may hold anything, an old call's words too.
-__device__ inline void prepare_routes(const DispatchParams& p, Session& s) {
+// Route words start as "not arrived": XLA's buffer may hold anything, an old call's words too. Each
+// CTA clears those that it is to read itself: it waits for no other CTA before it does.
+__device__ inline void prepare_routes(const DispatchParams& p, const Chunk& chunk, Session& s) {
   const Exchange& x = p.exchange;
   if (x.num_ranks == 1) return;
-  const int64_t words = static_cast<int64_t>(x.num_ranks) * x.num_tokens * x.top_k;
-  const int64_t begin = words * blockIdx.x / gridDim.x;
-  const int64_t end = words * (blockIdx.x + 1) / gridDim.x;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) p.routes[i] = 0;
+  const int64_t of_rank = static_cast<int64_t>(x.num_tokens) * x.top_k;
+  for (int rank = 0; rank < x.num_ranks; ++rank) {
+    Word* words = p.routes + rank * of_rank;
+    const int end = chunk.end * x.top_k;
+    for (int a = chunk.begin * x.top_k + static_cast<int>(threadIdx.x); a < end; a += kThreads) {
+      words[a] = 0;
+    }
+  }
   __syncthreads();
   if (threadIdx.x == 0 && add_acquire_release_device(&self(x).prepared, 1) == gridDim.x - 1) {
     fence_system();

@@ -209,24 +209,24 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
 __device__ inline void conclude(const Exchange& x, Session& s) {
   ControlBlock& control = self(x);
   const int rank = lane_id();
-  __syncwarp();
+  // The whole warp stays together, whatever its lanes have seen of a failure.
+  if (__any_sync(kFullWarp, has_failed(s))) return;
   // Partner: the load below, of this GPU's CTA 0 and of the peers'.
-  if (has_failed(s)) return;
   if (rank < x.num_ranks) add_release_system(&x.control[rank]->finished[x.gpu[x.rank]], 1);
   if (blockIdx.x != 0) return;
+  const int gpu = x.gpu[rank < x.num_ranks ? rank : x.rank];
+  const uint32_t end = control.ended[gpu] + gridDim.x;
+  const bool ended =
+      rank >= x.num_ranks || wait_until(x, s, kWaitFinish, rank, [&] {
+        return static_cast<int32_t>(load_acquire_system(&control.finished[gpu]) - end) >= 0;
+      });
+  // Not before all have ended: a CTA of this GPU may yet have to look at the epochs.
+  if (!__all_sync(kFullWarp, ended)) return;
   if (rank < x.num_ranks) {
-    const int gpu = x.gpu[rank];
-    const uint32_t end = control.ended[gpu] + gridDim.x;
-    const bool all_ended = wait_until(x, s, kWaitFinish, rank, [&] {
-      return static_cast<int32_t>(load_acquire_system(&control.finished[gpu]) - end) >= 0;
-    });
-    if (all_ended) {
-      control.ended[gpu] = end;
-      control.epoch[gpu] = s.epoch[rank];
-    }
+    control.ended[gpu] = end;
+    control.epoch[gpu] = s.epoch[rank];
   }
-  __syncwarp();
-  if (lane_id() == 0) control.prepared = 0;
+  if (rank == 0) control.prepared = 0;
 }
 
 // The same at the end of a kernel. All threads.

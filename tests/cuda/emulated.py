@@ -1,0 +1,341 @@
+"""The CUDA engine on emulated GPUs, called with numpy arrays.
+
+    emulator = Emulator(library, seed=1)
+    group = Group((0, 1))
+    out = [emulator.dispatch(group, rank, geometry, topk_idx[rank], [x[rank]]) for rank in (0, 1)]
+    emulator.synchronize()
+    out[0].rows, out[0].group_sizes, ...
+
+Results hold garbage until `synchronize` has run the launches. It also checks that nothing was
+written next to a result, nor into an operand.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import dataclasses
+import shutil
+import tempfile
+from types import SimpleNamespace
+
+import numpy as np
+
+from freeio_jax.layout import dropless_capacity
+
+#: In the order of DType in core/dtype.h.
+DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]
+
+GUARD_BYTES = 64
+GARBAGE = 0xA5
+
+
+class EngineError(RuntimeError):
+    """What the engine's host side returned."""
+
+
+class MachineError(RuntimeError):
+    """The kernels deadlocked, or used the machine in a way that no GPU allows."""
+
+
+def _struct(name, *fields):
+    return type(name, (c.Structure,), {"_fields_": list(fields)})
+
+
+def _pointers(*names):
+    return [(name, c.c_void_p) for name in names]
+
+
+_LAYOUT = ("num_ranks", "num_tokens", "top_k", "num_experts", "capacity", "alignment")
+_Call = _struct(
+    "Call",
+    *((name, c.c_int64) for name in _LAYOUT),
+    *_pointers("ordinals", "device"),
+    ("mesh_device", c.c_uint32),
+    ("instance", c.c_uint32),
+    ("rank", c.c_int32),
+    ("dtype", c.c_int32),
+    ("width", c.c_int64),
+)
+_ROUTING = ("dest_rank", "dest_row", "row_source")
+_COUNTS = ("group_sizes", "expert_load", "num_dropped", "num_invalid")
+_Dispatch = _struct(
+    "Dispatch",
+    ("routed", c.c_int32),
+    ("num_leaves", c.c_int32),
+    *_pointers("tokens", "rows", "row_bytes", "topk_idx", *_ROUTING, *_COUNTS, "routes"),
+)
+_Combine = _struct(
+    "Combine",
+    *_pointers("dest_rank", "dest_row", "expert_out", "weights", "sums", "partial_sums", "flags"),
+)
+_CombineTranspose = _struct(
+    "CombineTranspose",
+    *_pointers(*_ROUTING, "tokens", "expert_out", "weights", "rows", "weight_grads"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The GPUs of one EP group, by rank, and the mesh devices that they are."""
+
+    ordinals: tuple
+    mesh_devices: tuple | None = None
+
+    @property
+    def size(self):
+        return len(self.ordinals)
+
+    def mesh_device(self, rank):
+        return (self.mesh_devices or self.ordinals)[rank]
+
+
+def capacity_of(geometry):
+    """Packed rows of one rank."""
+    if geometry.capacity is not None:
+        return geometry.capacity
+    return dropless_capacity(
+        num_ranks=geometry.num_ranks,
+        num_tokens=geometry.num_tokens,
+        top_k=geometry.top_k,
+        num_experts=geometry.num_experts,
+        alignment=geometry.alignment,
+    )
+
+
+class _Buffer:
+    """Device memory of one array, with guards on both sides."""
+
+    def __init__(self, shape, dtype, value=None, offset=0):
+        dtype = np.dtype(dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        self.memory = np.full(size + 2 * GUARD_BYTES + 256, GARBAGE, np.uint8)
+        # Aligned as XLA's buffers are, or off by `offset` bytes.
+        self.begin = GUARD_BYTES + -(self.memory.ctypes.data + GUARD_BYTES) % 128 + offset
+        self.end = self.begin + size
+        bytes_ = self.memory[self.begin : self.end]
+        self.array = bytes_.view(dtype).reshape(shape)
+        self.before = None
+        if value is not None:
+            self.array[...] = value
+            self.before = bytes_.copy()
+        self.address = self.memory.ctypes.data + self.begin
+
+    def check(self, what):
+        outside = (self.memory[: self.begin], self.memory[self.end :])
+        assert all((part == GARBAGE).all() for part in outside), f"wrote next to {what}"
+        if self.before is not None:
+            after = self.memory[self.begin : self.end]
+            assert np.array_equal(after, self.before), f"wrote into the operand {what}"
+
+
+class Emulator:
+    """GPUs and an engine of their own: what one of them has been through, no other one knows."""
+
+    def __init__(self, library, *, seed=0, num_gpus=8, num_sms=3, timeout=60.0):
+        # One library holds one engine, for as long as the process lives.
+        with tempfile.NamedTemporaryFile(suffix=".so") as copy:
+            shutil.copyfile(library, copy.name)
+            self._library = c.CDLL(copy.name)
+        for name in (
+            *("emulator_synchronize", "engine_start", "engine_dispatch", "engine_combine"),
+            "engine_combine_transpose",
+        ):
+            getattr(self._library, name).restype = c.c_char_p
+        self._library.emulator_steps.restype = c.c_uint64
+        self._buffers = {}
+        self._broken = False
+        self._library.emulator_set_devices(num_gpus, num_sms)
+        self.set_seed(seed)
+        self.set_timeout(timeout)
+        self._check(self._library.engine_start((c.c_int32 * num_gpus)(*range(num_gpus)), num_gpus))
+
+    def set_seed(self, seed):
+        """Of the schedule from now on."""
+        self._library.emulator_set_seed(c.c_uint64(int(seed)))
+
+    def set_timeout(self, seconds):
+        self._library.engine_set_timeout(c.c_double(seconds))
+
+    def set_num_sms(self, num_sms):
+        self._library.engine_set_num_sms(c.c_int64(num_sms))
+
+    @property
+    def steps(self):
+        """Switches between threads so far."""
+        return self._library.emulator_steps()
+
+    def is_broken(self):
+        """Whether an error came up, or launches are left: not to be used by another test."""
+        return self._broken or bool(self._buffers)
+
+    def close(self):
+        """Gives the threads' stacks back. The machine cannot be used after it."""
+        self._library.emulator_close()
+
+    def synchronize(self):
+        """Runs what was launched, on all GPUs."""
+        error = self._library.emulator_synchronize()
+        buffers, self._buffers = self._buffers, {}
+        if error:
+            self._broken = True
+            raise MachineError(error.decode())
+        for what, buffer in buffers.values():
+            buffer.check(what)
+
+    # --- Operations of one rank ------------------------------------------------------------------
+
+    def dispatch(self, group, rank, geometry, topk_idx, leaves, *, offset=0, **call):
+        """Launches dispatch; the results' fields are those of the handle, and ``rows``."""
+        rows = capacity_of(geometry)
+        experts = geometry.num_experts // geometry.num_ranks
+        shapes = {
+            "dest_rank": topk_idx.shape,
+            "dest_row": topk_idx.shape,
+            "row_source": (rows,),
+            "group_sizes": (experts,),
+            "expert_load": (experts,),
+            "num_dropped": (),
+            "num_invalid": (),
+        }
+        out = {name: self._new(name, shape, np.int32) for name, shape in shapes.items()}
+        routes = self._new("routes", (geometry.num_ranks, *topk_idx.shape), np.uint64)
+        leaf_fields, packed = self._leaves(leaves, rows, offset)
+        buffers = _Dispatch(
+            routed=1,
+            topk_idx=self._in("topk_idx", topk_idx).address,
+            routes=routes.address,
+            **leaf_fields,
+            **{name: buffer.address for name, buffer in out.items()},
+        )
+        self._launch("dispatch", group, rank, geometry, buffers, **call)
+        return SimpleNamespace(rows=packed, **{name: buffer.array for name, buffer in out.items()})
+
+    def dispatch_along(self, group, rank, geometry, handle, leaves, *, offset=0, **call):
+        """Launches dispatch along a handle; the list of packed rows."""
+        leaf_fields, packed = self._leaves(leaves, capacity_of(geometry), offset)
+        buffers = _Dispatch(
+            routed=0,
+            **leaf_fields,
+            **{name: self._in(name, getattr(handle, name)).address for name in _ROUTING},
+        )
+        self._launch("dispatch", group, rank, geometry, buffers, **call)
+        return packed
+
+    def combine(self, group, rank, geometry, handle, expert_out, weights=None, **call):
+        """Launches combine; the sums."""
+        width = int(np.prod(expert_out.shape[1:]))
+        slots = geometry.num_tokens * max(min(geometry.top_k, geometry.num_ranks - 1), 0)
+        sums = self._new("sums", (geometry.num_tokens, width), expert_out.dtype)
+        partial_sums = self._new("partial_sums", (slots, width), expert_out.dtype)
+        flags = self._new("flags", (slots * max(1, -(-width // 64)),), np.uint32)
+        buffers = _Combine(
+            dest_rank=self._in("dest_rank", handle.dest_rank).address,
+            dest_row=self._in("dest_row", handle.dest_row).address,
+            expert_out=self._in("expert_out", expert_out).address,
+            weights=self._weights(weights, expert_out.dtype),
+            sums=sums.address,
+            partial_sums=partial_sums.address,
+            flags=flags.address,
+        )
+        self._launch(
+            "combine", group, rank, geometry, buffers, dtype=expert_out.dtype, width=width, **call
+        )
+        return sums.array.reshape(geometry.num_tokens, *expert_out.shape[1:])
+
+    def combine_transpose(
+        self, group, rank, geometry, handle, cotangent, *, weights=None, expert_out=None, **call
+    ):
+        """Launches combine_transpose; the gradients by rows (given weights) and by weights (given
+        expert outputs), or None."""
+        width = int(np.prod(cotangent.shape[1:]))
+        accumulator = _accumulator(cotangent.dtype)
+        rows = grads = None
+        if weights is not None:
+            rows = self._new("rows", (capacity_of(geometry), width), cotangent.dtype)
+        if expert_out is not None:
+            grads = self._new("weight_grads", handle.dest_rank.shape, accumulator)
+        buffers = _CombineTranspose(
+            **{name: self._in(name, getattr(handle, name)).address for name in _ROUTING},
+            tokens=self._in("tokens", cotangent).address,
+            expert_out=None if grads is None else self._in("expert_out", expert_out).address,
+            weights=self._weights(weights, cotangent.dtype),
+            rows=None if rows is None else rows.address,
+            weight_grads=None if grads is None else grads.address,
+        )
+        self._launch(
+            *("combine_transpose", group, rank, geometry, buffers),
+            **{"dtype": cotangent.dtype, "width": width, **call},
+        )
+        return (
+            None if rows is None else rows.array.reshape(-1, *cotangent.shape[1:]),
+            None if grads is None else grads.array,
+        )
+
+    # --- Buffers and launches --------------------------------------------------------------------
+
+    def _keep(self, what, buffer):
+        self._buffers[id(buffer)] = (what, buffer)
+        return buffer
+
+    def _new(self, what, shape, dtype, offset=0):
+        return self._keep(what, _Buffer(shape, dtype, offset=offset))
+
+    def _in(self, what, value, offset=0):
+        value = np.asarray(value)
+        return self._keep(what, _Buffer(value.shape, value.dtype, value, offset))
+
+    def _weights(self, weights, dtype):
+        if weights is None:
+            return None
+        return self._in("weights", weights.astype(_accumulator(dtype))).address
+
+    def _leaves(self, leaves, rows, offset):
+        tokens = [self._in(f"tokens[{i}]", leaf, offset) for i, leaf in enumerate(leaves)]
+        packed = [
+            self._new(f"rows[{i}]", (rows, *leaf.shape[1:]), leaf.dtype, offset)
+            for i, leaf in enumerate(leaves)
+        ]
+        row_bytes = [int(np.prod(leaf.shape[1:])) * leaf.dtype.itemsize for leaf in leaves]
+        arrays = {
+            "tokens": [buffer.address for buffer in tokens],
+            "rows": [buffer.address for buffer in packed],
+            "row_bytes": row_bytes,
+        }
+        fields = {name: self._in(name, np.array(a, np.int64)).address for name, a in arrays.items()}
+        return {"num_leaves": len(leaves), **fields}, [buffer.array for buffer in packed]
+
+    def _launch(
+        self,
+        *args,
+        dtype="float32",
+        width=0,
+        instance=1,
+        device=None,
+    ):
+        name, group, rank, geometry, buffers = args
+        expected = group.mesh_device(rank)
+        device = np.uint32(expected if device is None else device)
+        call = _Call(
+            **{
+                **{name: getattr(geometry, name) for name in _LAYOUT},
+                "capacity": capacity_of(geometry),
+            },
+            ordinals=self._in("ordinals", np.array(group.ordinals, np.int32)).address,
+            device=self._in("device", device).address,
+            mesh_device=expected,
+            instance=instance,
+            rank=rank,
+            dtype=DTYPES.index(np.dtype(dtype).name),
+            width=width,
+        )
+        function = getattr(self._library, f"engine_{name}")
+        self._check(function(c.byref(call), c.byref(buffers)))
+
+    def _check(self, error):
+        if error:
+            self._broken = True
+            raise EngineError(error.decode())
+
+
+def _accumulator(dtype):
+    return np.float64 if dtype == np.float64 else np.float32

@@ -1,0 +1,107 @@
+"""Builds the emulator: the CUDA engine's sources, compiled as C++ against a machine of fibers.
+
+Needs a C++17 compiler for Linux and nothing of CUDA. Built once for each state of the sources, into
+the user's cache directory; processes that want it at the same time build it once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ENGINE = HERE.parents[2] / "xla_ffi"
+KERNELS = ["combine.cu", "combine_transpose.cu", "dispatch.cu"]
+HOST = ["engine.cc", "failure.cc", "memory.cc", "params.cc", "peers.cc"]
+POD = sorted(path.name for path in (ENGINE / "host").glob("*.cc") if path.name != "handlers.cc")
+MACHINE = ["api.cc", "kernel_table.cc", "machine.cc", "runtime.cc"]
+
+# The machine's headers come first: some stand for the engine's own.
+FLAGS = [
+    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"),
+    *("-Wall", "-Wextra", "-Werror", "-ffp-contract=off"),
+    *(f"-I{HERE}", f"-I{HERE / 'include'}", f"-I{ENGINE}"),
+]
+KERNEL_FLAGS = ["-include", "device.h", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+#: Libraries of other states of the sources, which other trees may be using.
+KEEP_SECONDS = 7 * 24 * 3600
+
+
+class NotHereError(RuntimeError):
+    """The emulator cannot be built on this machine."""
+
+
+def _compiler():
+    if not sys.platform.startswith("linux"):
+        raise NotHereError("the emulator is for Linux")
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return shutil.which(name)
+    raise NotHereError("the emulator needs a C++ compiler, and there is none")
+
+
+def _commands(compiler, folder):
+    """(command, object) for each source."""
+    kernels = [(ENGINE / "cuda" / name, [*KERNEL_FLAGS, "-x", "c++"]) for name in KERNELS]
+    host = [(ENGINE / "cuda" / name, []) for name in HOST]
+    host += [(ENGINE / "host" / name, []) for name in POD]
+    machine = [(HERE / name, ["-Wshadow", "-O2"]) for name in MACHINE]
+    begin, end = ([(HERE / name, [])] for name in ("shared_begin.cc", "shared_end.cc"))
+    for source, flags in begin + kernels + end + host + machine:  # in the order of linking
+        target = str(folder / f"{source.name}.o")
+        yield [compiler, *FLAGS, *flags, "-c", str(source), "-o", target], target
+
+
+def _key(compiler):
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(version + repr((FLAGS, KERNEL_FLAGS, os.uname().machine)).encode())
+    for folder in (ENGINE / "cuda", ENGINE / "core", ENGINE / "host", HERE):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in {".cc", ".h", ".cu", ".cuh", ".py"}:
+                digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _run(command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def library() -> Path:
+    """The shared library, built if it is not there.
+
+    Raises:
+      NotHereError: this machine lacks what it takes.
+      RuntimeError: a source does not compile.
+    """
+    compiler = _compiler()
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freeio_jax"
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / f"emulator-{_key(compiler)}.so"
+    with open(root / "emulator.lock", "w") as lock, tempfile.TemporaryDirectory() as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
+        commands, objects = zip(*_commands(compiler, Path(folder)), strict=True)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        linked = root / f"{target.name}.{os.getpid()}"
+        _run([compiler, "-shared", "-o", str(linked), *objects])
+        linked.rename(target)
+        for old in root.glob("emulator-*.so"):
+            if time.time() - old.stat().st_mtime > KEEP_SECONDS:
+                old.unlink()
+    return target
+
+
+if __name__ == "__main__":
+    print(library())

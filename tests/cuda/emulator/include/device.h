@@ -1,0 +1,186 @@
+// What the CUDA compiler knows by itself, for a C++ compiler: included before each kernel source.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "machine.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+// One copy, which the machine fills with the running CTA's values; see shared_section.h.
+#define __shared__ static __attribute__((used))
+
+#define threadIdx (::emulator::thread_index)
+#define blockIdx (::emulator::block_index)
+#define blockDim (::emulator::block_size)
+#define gridDim (::emulator::grid_size)
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+
+inline int min(int a, int b) { return b < a ? b : a; }
+inline int max(int a, int b) { return a < b ? b : a; }
+inline unsigned min(unsigned a, unsigned b) { return b < a ? b : a; }
+inline unsigned max(unsigned a, unsigned b) { return a < b ? b : a; }
+inline int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
+inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
+inline uint64_t min(uint64_t a, uint64_t b) { return b < a ? b : a; }
+inline uint64_t max(uint64_t a, uint64_t b) { return a < b ? b : a; }
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+inline void __syncthreads(emulator::Place place = emulator::Place::here()) {
+  emulator::barrier(place);
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffffu,
+                       emulator::Place place = emulator::Place::here()) {
+  emulator::gather(emulator::Together::kNothing, 0, mask, place);
+}
+
+namespace emulator {
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+inline int lane() { return static_cast<int>(thread_index.x) % kLanes; }
+
+template <typename T>
+uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(value));
+  return bits;
+}
+template <typename T>
+T from_bits(uint64_t bits) {
+  T value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// What lane `from` gives; the lane's own value where there is no such lane.
+template <typename T>
+T shuffle(unsigned mask, T value, int from, Place place) {
+  const uint64_t* values = gather(Together::kShuffle, to_bits(value), mask, place);
+  return from < 0 || from >= kLanes ? value : from_bits<T>(values[from]);
+}
+
+template <typename T, typename F>
+T reduce(unsigned mask, T value, Place place, const F& f) {
+  const uint64_t* values = gather(Together::kReduce, to_bits(value), mask, place);
+  T all = from_bits<T>(values[0]);
+  for (int i = 1; i < kLanes; ++i) all = f(all, from_bits<T>(values[i]));
+  return all;
+}
+
+}  // namespace emulator
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int from, emulator::Place place = emulator::Place::here()) {
+  return emulator::shuffle(mask, value, from % emulator::kLanes, place);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int distance,
+                 emulator::Place place = emulator::Place::here()) {
+  return emulator::shuffle(mask, value, emulator::lane() - distance, place);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int distance,
+                   emulator::Place place = emulator::Place::here()) {
+  return emulator::shuffle(mask, value, emulator::lane() + distance, place);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes,
+                  emulator::Place place = emulator::Place::here()) {
+  return emulator::shuffle(mask, value, emulator::lane() ^ lanes, place);
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool value,
+                              emulator::Place place = emulator::Place::here()) {
+  const uint64_t* values = emulator::gather(emulator::Together::kBallot, value, mask, place);
+  unsigned bits = 0;
+  for (int i = 0; i < emulator::kLanes; ++i) bits |= static_cast<unsigned>(values[i] != 0) << i;
+  return bits;
+}
+inline bool __any_sync(unsigned mask, bool value, emulator::Place place = emulator::Place::here()) {
+  return __ballot_sync(mask, value, place) != 0;
+}
+inline bool __all_sync(unsigned mask, bool value, emulator::Place place = emulator::Place::here()) {
+  return __ballot_sync(mask, value, place) == emulator::kAllLanes;
+}
+
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T value, emulator::Place place = emulator::Place::here()) {
+  const uint64_t own = emulator::to_bits(value);
+  const uint64_t* values = emulator::gather(emulator::Together::kMatch, own, mask, place);
+  unsigned bits = 0;
+  for (int i = 0; i < emulator::kLanes; ++i) bits |= static_cast<unsigned>(values[i] == own) << i;
+  return bits;
+}
+
+template <typename T>
+T __reduce_add_sync(unsigned mask, T value, emulator::Place place = emulator::Place::here()) {
+  return emulator::reduce(mask, value, place, [](T a, T b) { return a + b; });
+}
+template <typename T>
+T __reduce_max_sync(unsigned mask, T value, emulator::Place place = emulator::Place::here()) {
+  return emulator::reduce(mask, value, place, [](T a, T b) { return max(a, b); });
+}
+template <typename T>
+T __reduce_min_sync(unsigned mask, T value, emulator::Place place = emulator::Place::here()) {
+  return emulator::reduce(mask, value, place, [](T a, T b) { return min(a, b); });
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value,
+                                 emulator::Place place = emulator::Place::here()) {
+  return emulator::reduce(mask, value, place, [](unsigned a, unsigned b) { return a | b; });
+}
+inline unsigned __reduce_and_sync(unsigned mask, unsigned value,
+                                  emulator::Place place = emulator::Place::here()) {
+  return emulator::reduce(mask, value, place, [](unsigned a, unsigned b) { return a & b; });
+}
+
+template <typename T>
+T atomicAdd(T* address, T amount) {
+  emulator::preempt();
+  const T before = *address;
+  *address = before + amount;
+  emulator::stored(address);
+  return before;
+}
+template <typename T>
+T atomicExch(T* address, T value) {
+  emulator::preempt();
+  const T before = *address;
+  *address = value;
+  emulator::stored(address);
+  return before;
+}

@@ -1,0 +1,659 @@
+#include "machine.h"
+
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <unordered_map>
+#include <vector>
+
+#include "fiber.h"
+#include "shared_section.h"
+
+#ifdef __x86_64__
+asm(R"(
+.text
+.globl emulator_switch
+.hidden emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+.size emulator_switch, .-emulator_switch
+)");
+#endif
+
+namespace emulator {
+
+Index thread_index, block_index, block_size, grid_size;
+
+namespace {
+
+constexpr size_t kStackBytes = 32 << 10;
+constexpr size_t kGuardBytes = 64;  // after the dynamic shared memory
+constexpr std::byte kGarbage{0xa5};
+constexpr uint64_t kMillisecond = 1'000'000;
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 0x853c49e6748fea9bu) {
+    for (int i = 0; i < 8; ++i) next();
+  }
+  uint32_t next() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return static_cast<uint32_t>((state_ * 0x2545f4914f6cdd1du) >> 32);
+  }
+  uint32_t below(uint32_t bound) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(next()) * bound >> 32);
+  }
+  bool one_in(uint32_t n) { return below(n) == 0; }
+  // Some bit of a mask that is not empty.
+  int bit_of(uint32_t mask) {
+    const uint32_t turn = next() % 32;
+    const uint32_t turned = mask >> turn | mask << ((32 - turn) % 32);
+    return static_cast<int>((static_cast<uint32_t>(__builtin_ctz(turned)) + turn) % 32);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+struct Cta;
+
+enum class State : uint8_t { kReady, kBarrier, kWarp, kPolls, kDone };
+
+struct Thread {
+  Context context;
+  Cta* cta = nullptr;
+  int number = 0;
+  State state = State::kReady;
+  Place place = {};
+  // The last load for which others may store, if nothing came after it.
+  const void* address = nullptr;
+  size_t bytes = 0;
+  uint64_t value = 0;
+  int free_polls = 0;      // that do not sleep: on the way to a look at the clock
+  Thread* next = nullptr;  // of those that sleep on addresses of one bucket
+};
+
+struct Warp {
+  uint32_t all = 0;
+  uint32_t ready = 0;
+  uint32_t arrived = 0;
+  Together what = Together::kNothing;
+  uint64_t arriving[kLanes];
+  uint64_t gathered[kLanes];
+};
+
+struct Kernel;
+
+struct Cta {
+  Kernel* kernel = nullptr;
+  unsigned number = 0;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  uint32_t ready_warps = 0;
+  unsigned at_barrier = 0;
+  unsigned live = 0;
+  uint32_t priority = 0;
+  std::byte* stacks = nullptr;
+  std::unique_ptr<std::byte[]> dynamic_memory;
+  std::byte* dynamic = nullptr;             // aligned
+  std::unique_ptr<std::byte[]> statically;  // the section, while another CTA runs
+};
+
+struct Kernel {
+  Launch launch;
+  std::vector<std::unique_ptr<Cta>> ctas;
+  size_t live = 0;
+};
+
+struct Word {
+  uint64_t* address;
+  uint64_t value;
+};
+
+class Machine {
+ public:
+  void seed(uint64_t seed) { random_ = Random(seed); }
+  void set_real_time(bool real) { real_time_ = real; }
+  void enqueue(int stream, Launch launch) { queues_[stream].push_back(std::move(launch)); }
+
+  std::string run(int stream) {
+    draw_policy();
+    while (error_.empty() && has_work(stream)) {
+      start_kernels();
+      Cta* cta = choose();
+      if (cta != nullptr) {
+        run_cta(*cta);
+      } else if (!wake_changed()) {
+        idle();
+      }
+      if (random_.one_in(4)) deliver_one();
+    }
+    return error_;
+  }
+
+  void close() {
+    error_ = "emulator: closed";
+    for (const auto& [stacks, bytes] : all_stacks_) munmap(stacks, bytes);
+    all_stacks_.clear();
+  }
+
+  uint64_t steps() const { return steps_; }
+
+  // --- Called on a fiber -------------------------------------------------------------------------
+
+  void barrier(Place place) {
+    Thread& thread = *current_;
+    thread.address = nullptr;
+    Cta& cta = *thread.cta;
+    if (++cta.at_barrier < cta.threads.size()) return block(State::kBarrier, place);
+    cta.at_barrier = 0;
+    for (Thread& other : cta.threads) {
+      if (&other != &thread) ready(other);
+    }
+  }
+
+  const uint64_t* gather(Together what, uint64_t value, uint32_t mask, Place place) {
+    Thread& thread = *current_;
+    thread.address = nullptr;
+    Warp& warp = thread.cta->warps[static_cast<size_t>(thread.number / kLanes)];
+    const int lane = thread.number % kLanes;
+    if ((mask & warp.all) != warp.all) give_up("names some lanes of the warp only", place);
+    if (warp.arrived != 0 && warp.what != what) {
+      give_up("meets lanes of its warp in another operation", place);
+    }
+    warp.what = what;
+    warp.arriving[lane] = value;
+    warp.arrived |= 1u << lane;
+    if (warp.arrived != warp.all) {
+      block(State::kWarp, place);
+    } else {
+      warp.arrived = 0;
+      memcpy(warp.gathered, warp.arriving, sizeof(warp.gathered));
+      const auto first = static_cast<size_t>(thread.number - lane);
+      for (int other = 0; other < kLanes; ++other) {
+        if (other != lane && (warp.all >> other & 1) != 0) {
+          ready(thread.cta->threads[first + static_cast<size_t>(other)]);
+        }
+      }
+    }
+    return warp.gathered;
+  }
+
+  void* shared_memory() const { return current_->cta->dynamic; }
+
+  void preempt() {
+    current_->address = nullptr;
+    maybe_yield();
+  }
+
+  void before_load(const void* address, size_t bytes, Place place) {
+    Thread& thread = *current_;
+    if (thread.free_polls > 0) {
+      --thread.free_polls;
+      return;
+    }
+    maybe_yield();
+    if (thread.address == address && thread.value == load(address, bytes)) {
+      Thread*& bucket = bucket_of(address);
+      thread.next = bucket;
+      bucket = &thread;
+      block(State::kPolls, place);
+    }
+    thread.address = address;
+    thread.bytes = bytes;
+    thread.value = load(address, bytes);
+  }
+
+  void send_word(uint64_t* address, uint64_t value) {
+    preempt();
+    in_flight_[gpu()].push_back({address, value});
+  }
+
+  void fence() {
+    preempt();
+    deliver_all(gpu());
+  }
+
+  void stored(const void* address) {
+    leap_ = kMillisecond;
+    // Those who poll for it.
+    for (Thread** link = &bucket_of(address); *link != nullptr;) {
+      Thread& thread = **link;
+      if (thread.address == address && load(address, thread.bytes) != thread.value) {
+        *link = thread.next;
+        ready(thread);
+      } else {
+        link = &thread.next;
+      }
+    }
+  }
+
+  uint64_t nanoseconds() {
+    current_->address = nullptr;
+    current_->free_polls = 0;
+    if (!real_time_) return now_;
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return static_cast<uint64_t>(time.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(time.tv_nsec);
+  }
+
+ private:
+  // How the next CTA is chosen. A CTA that sleeps for long while its peers run far ahead is what
+  // shows most mistakes, and a fair choice hardly ever makes one.
+  enum class Policy { kFair, kCtaPriority, kGpuPriority };
+
+  static uint64_t load(const void* address, size_t bytes) {
+    return bytes == sizeof(uint64_t)
+               ? __atomic_load_n(static_cast<const uint64_t*>(address), __ATOMIC_ACQUIRE)
+               : __atomic_load_n(static_cast<const uint32_t*>(address), __ATOMIC_ACQUIRE);
+  }
+
+  Thread*& bucket_of(const void* address) {
+    const uint64_t bits = reinterpret_cast<uint64_t>(address) >> 2;
+    return sleeping_[(bits ^ bits >> 12) % std::size(sleeping_)];
+  }
+
+  size_t gpu() const { return static_cast<size_t>(current_->cta->kernel->launch.gpu); }
+
+  void draw_policy() {
+    policy_ = static_cast<Policy>(random_.below(3));
+    yield_interval_ = 1u << random_.below(14);
+    until_yield_ = 1 + random_.below(2 * yield_interval_);
+    for (uint32_t& priority : gpu_priority_) priority = random_.next();
+    for (auto& [stream, kernel] : running_) {
+      for (auto& cta : kernel->ctas) cta->priority = random_.next();
+    }
+  }
+
+  bool has_work(int stream) const {
+    const auto busy = [&](int which) {
+      const auto queue = queues_.find(which);
+      return running_.count(which) != 0 || (queue != queues_.end() && !queue->second.empty());
+    };
+    if (stream >= 0) return busy(stream);
+    return !running_.empty() || std::any_of(queues_.begin(), queues_.end(),
+                                            [](const auto& q) { return !q.second.empty(); });
+  }
+
+  void start_kernels() {
+    for (auto& [stream, queue] : queues_) {
+      if (queue.empty() || running_.count(stream) != 0) continue;
+      // A GPU may be late.
+      if (!active_ctas_.empty() && random_.one_in(2)) continue;
+      running_[stream] = make_kernel(std::move(queue.front()));
+      queue.pop_front();
+    }
+  }
+
+  std::unique_ptr<Kernel> make_kernel(Launch launch) {
+    auto kernel = std::make_unique<Kernel>();
+    kernel->launch = std::move(launch);
+    const Launch& it = kernel->launch;
+    kernel->live = it.ctas;
+    for (unsigned number = 0; number < it.ctas; ++number) {
+      auto cta = std::make_unique<Cta>();
+      cta->kernel = kernel.get();
+      cta->number = number;
+      cta->live = it.threads;
+      cta->priority = random_.next();
+      cta->stacks = new_stacks(it.threads);
+      const size_t shared_bytes = it.shared_bytes + kGuardBytes;
+      cta->dynamic_memory = std::make_unique<std::byte[]>(shared_bytes + 16);
+      cta->dynamic = cta->dynamic_memory.get() + 16 -
+                     reinterpret_cast<uint64_t>(cta->dynamic_memory.get()) % 16;
+      std::fill_n(cta->dynamic, shared_bytes, kGarbage);
+      cta->statically = std::make_unique<std::byte[]>(section_bytes());
+      std::fill_n(cta->statically.get(), section_bytes(), kGarbage);
+      cta->threads.resize(it.threads);
+      cta->warps.resize((it.threads + kLanes - 1) / kLanes);
+      for (unsigned i = 0; i < it.threads; ++i) {
+        Thread& thread = cta->threads[i];
+        thread.cta = cta.get();
+        thread.number = static_cast<int>(i);
+        make_context(thread.context, stack_of(thread), stack_bytes(thread), &run_thread);
+        cta->warps[i / kLanes].all |= 1u << i % kLanes;
+        ready(thread);
+      }
+      active_ctas_.push_back(cta.get());
+      kernel->ctas.push_back(std::move(cta));
+    }
+    return kernel;
+  }
+
+  void end_cta(Cta& cta) {
+    const std::byte* guard = cta.dynamic + cta.kernel->launch.shared_bytes;
+    if (std::any_of(guard, guard + kGuardBytes, [](std::byte b) { return b != kGarbage; })) {
+      error_ = "emulator: a CTA wrote behind its shared memory";
+    }
+    free_stacks_[cta.threads.size()].push_back(cta.stacks);
+    cta.stacks = nullptr;
+    if (loaded_ == &cta) loaded_ = nullptr;
+    active_ctas_.erase(std::find(active_ctas_.begin(), active_ctas_.end(), &cta));
+    Kernel& kernel = *cta.kernel;
+    if (--kernel.live > 0) return;
+    deliver_all(static_cast<size_t>(kernel.launch.gpu));
+    for (auto it = running_.begin(); it != running_.end(); ++it) {
+      if (it->second.get() != &kernel) continue;
+      running_.erase(it);
+      break;
+    }
+  }
+
+  std::byte* new_stacks(unsigned threads) {
+    auto& free = free_stacks_[threads];
+    if (!free.empty()) {
+      std::byte* stacks = free.back();
+      free.pop_back();
+      return stacks;
+    }
+    void* memory = mmap(nullptr, threads * kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) abort();
+    // Each thread touches a page or two.
+    madvise(memory, threads * kStackBytes, MADV_NOHUGEPAGE);
+    all_stacks_.emplace_back(memory, threads * kStackBytes);
+    return static_cast<std::byte*>(memory);
+  }
+
+  static std::byte* stack_of(const Thread& thread) {
+    return thread.cta->stacks + static_cast<size_t>(thread.number) * kStackBytes;
+  }
+  // Threads begin at different offsets: else the hot lines of all share a few sets of the cache.
+  static size_t stack_bytes(const Thread& thread) {
+    return kStackBytes - static_cast<size_t>(thread.number) % 61 * 128;
+  }
+
+  static std::byte* section() { return emulator_shared_begin + sizeof(emulator_shared_begin); }
+  static size_t section_bytes() { return static_cast<size_t>(emulator_shared_end - section()); }
+
+  static void ready(Thread& thread) {
+    thread.state = State::kReady;
+    Cta& cta = *thread.cta;
+    const int warp = thread.number / kLanes;
+    cta.warps[static_cast<size_t>(warp)].ready |= 1u << thread.number % kLanes;
+    cta.ready_warps |= 1u << warp;
+  }
+
+  uint32_t priority_of(const Cta& cta) const {
+    constexpr uint32_t kHigh = 0xffff0000u;
+    const uint32_t of_gpu = gpu_priority_[cta.kernel->launch.gpu];
+    return policy_ == Policy::kGpuPriority ? (of_gpu & kHigh) | cta.priority >> 16 : cta.priority;
+  }
+
+  // A CTA with threads that are ready; null: there is none.
+  Cta* choose() {
+    if (active_ctas_.empty()) return nullptr;
+    const size_t first = random_.below(static_cast<uint32_t>(active_ctas_.size()));
+    if (random_.one_in(64)) active_ctas_[first]->priority = random_.next();
+    if (random_.one_in(512)) draw_policy();
+    Cta* best = nullptr;
+    for (size_t i = 0; i < active_ctas_.size(); ++i) {
+      Cta* cta = active_ctas_[(first + i) % active_ctas_.size()];
+      if (cta->ready_warps == 0) continue;
+      if (policy_ == Policy::kFair) return cta;
+      if (best == nullptr || priority_of(*cta) > priority_of(*best)) best = cta;
+    }
+    return best;
+  }
+
+  void load_cta(Cta& cta) {
+    if (loaded_ == &cta) return;
+    if (loaded_ != nullptr) {
+      memcpy(loaded_->statically.get(), section(), section_bytes());
+    }
+    memcpy(section(), cta.statically.get(), section_bytes());
+    loaded_ = &cta;
+    block_index.x = cta.number;
+    block_size.x = cta.kernel->launch.threads;
+    grid_size.x = cta.kernel->launch.ctas;
+  }
+
+  void run_cta(Cta& cta) {
+    load_cta(cta);
+    for (int warp = -1; cta.ready_warps != 0;) {
+      if (warp < 0 || (cta.ready_warps >> warp & 1) == 0 || random_.one_in(64)) {
+        warp = random_.bit_of(cta.ready_warps);
+      }
+      Warp& it = cta.warps[static_cast<size_t>(warp)];
+      const int lane = random_.bit_of(it.ready);
+      it.ready &= ~(1u << lane);
+      if (it.ready == 0) cta.ready_warps &= ~(1u << warp);
+      resume(cta.threads[static_cast<size_t>(warp * kLanes + lane)]);
+      if (!error_.empty()) return;
+      if (cta.live == 0) return end_cta(cta);
+      if (yielded_ && random_.one_in(2)) return;
+    }
+  }
+
+  void resume(Thread& thread) {
+    current_ = &thread;
+    thread_index.x = static_cast<unsigned>(thread.number);
+    yielded_ = false;
+    ++steps_;
+    now_ += 20;
+    switch_context(scheduler_, thread.context);
+    if (thread.state != State::kDone && overflows(thread.context, stack_of(thread))) {
+      error_ = "emulator: a thread's stack is too small";
+    }
+  }
+
+  static void run_thread();
+
+  void leave() { switch_context(current_->context, scheduler_); }
+
+  void block(State state, Place place) {
+    current_->state = state;
+    current_->place = place;
+    leave();
+  }
+
+  void maybe_yield() {
+    if (--until_yield_ != 0) return;
+    until_yield_ = 1 + random_.below(2 * yield_interval_);
+    ready(*current_);
+    yielded_ = true;
+    leave();
+  }
+
+  [[noreturn]] void give_up(const char* what, Place place) {
+    std::ostringstream text;
+    text << "emulator: " << name_of(*current_) << " at " << name_of(place) << " " << what;
+    error_ = text.str();
+    leave();
+    abort();
+  }
+
+  void deliver(size_t gpu, size_t index) {
+    auto& words = in_flight_[gpu];
+    const Word word = words[index];
+    // Words for one address stay in order.
+    for (size_t i = 0; i < index; ++i) {
+      if (words[i].address == word.address) return;
+    }
+    words.erase(words.begin() + static_cast<ptrdiff_t>(index));
+    arrive(word);
+  }
+
+  void arrive(const Word& word) {
+    __atomic_store_n(word.address, word.value, __ATOMIC_RELAXED);
+    stored(word.address);
+  }
+
+  void deliver_one() {
+    const size_t gpu = random_.below(kMaxGpus);
+    const size_t words = in_flight_[gpu].size();
+    if (words == 0) return;
+    // Some of them: one by one would take long where there are thousands.
+    for (size_t i = 0; i < 1 + words / 8; ++i) {
+      deliver(gpu, random_.below(static_cast<uint32_t>(in_flight_[gpu].size())));
+    }
+  }
+
+  void deliver_all(size_t gpu) {
+    std::vector<Word> words;
+    words.swap(in_flight_[gpu]);
+    for (const Word& word : words) arrive(word);
+  }
+
+  // Wakes the sleeping threads whose values have changed, by other processes or plain stores.
+  bool wake_changed() {
+    bool any = false;
+    for (size_t gpu = 0; gpu < kMaxGpus; ++gpu) {
+      any |= !in_flight_[gpu].empty();
+      deliver_all(gpu);
+    }
+    for (Thread*& bucket : sleeping_) {
+      for (Thread** link = &bucket; *link != nullptr;) {
+        Thread& thread = **link;
+        if (load(thread.address, thread.bytes) != thread.value) {
+          *link = thread.next;
+          ready(thread);
+          any = true;
+        } else {
+          link = &thread.next;
+        }
+      }
+    }
+    return any;
+  }
+
+  // Nothing can go on: let time pass, and all who poll look at the clock.
+  void idle() {
+    constexpr int kPollsBetweenLooks = 2048;
+    if (real_time_) {
+      const timespec pause = {0, 50'000};
+      nanosleep(&pause, nullptr);
+      if (++pauses_ % 64 != 0) return;
+    }
+    now_ += leap_;
+    leap_ *= 8;
+    bool any = false;
+    for (Thread*& bucket : sleeping_) {
+      while (bucket != nullptr) {
+        Thread& thread = *bucket;
+        bucket = thread.next;
+        thread.free_polls = kPollsBetweenLooks;
+        ready(thread);
+        any = true;
+      }
+    }
+    if (!any && !active_ctas_.empty()) report_deadlock();
+  }
+
+  static std::string name_of(const Thread& thread) {
+    const Launch& launch = thread.cta->kernel->launch;
+    return "GPU " + std::to_string(launch.gpu) + ", CTA " + std::to_string(thread.cta->number) +
+           ", thread " + std::to_string(thread.number);
+  }
+  static std::string name_of(const Place& place) {
+    const char* slash = strrchr(place.file, '/');
+    return std::string(slash == nullptr ? place.file : slash + 1) + ":" +
+           std::to_string(place.line);
+  }
+
+  void report_deadlock() {
+    std::map<std::string, std::pair<int, const Thread*>> waits;
+    for (const Cta* cta : active_ctas_) {
+      for (const Thread& thread : cta->threads) {
+        if (thread.state == State::kDone) continue;
+        const char* what = thread.state == State::kBarrier ? "the CTA's barrier" : "its warp";
+        auto& [count, example] = waits[std::string(what) + " at " + name_of(thread.place)];
+        ++count;
+        example = &thread;
+      }
+    }
+    std::ostringstream text;
+    text << "emulator: deadlock.";
+    for (const auto& [where, who] : waits) {
+      text << " " << who.first << " threads wait for " << where << ": " << name_of(*who.second)
+           << ".";
+    }
+    error_ = text.str();
+  }
+
+  Random random_{0};
+  Policy policy_ = Policy::kFair;
+  uint32_t yield_interval_ = 64;
+  uint32_t until_yield_ = 64;
+  uint32_t gpu_priority_[kMaxGpus] = {};
+  bool real_time_ = false;
+  uint64_t now_ = 1'000'000'000;
+  uint64_t leap_ = kMillisecond;
+  uint64_t pauses_ = 0;
+  uint64_t steps_ = 0;
+  std::string error_;
+
+  std::map<int, std::deque<Launch>> queues_;  // by stream
+  std::map<int, std::unique_ptr<Kernel>> running_;
+  std::vector<Cta*> active_ctas_;
+  Cta* loaded_ = nullptr;  // whose static shared memory is in the section
+  Thread* current_ = nullptr;
+  bool yielded_ = false;
+  Context scheduler_;
+  Thread* sleeping_[1 << 12] = {};
+  std::vector<Word> in_flight_[kMaxGpus];
+  std::vector<std::pair<void*, size_t>> all_stacks_;
+  std::unordered_map<size_t, std::vector<std::byte*>> free_stacks_;  // by threads of a CTA
+};
+
+// Never destroyed: it may hold fibers that never ended.
+Machine& machine() {
+  static Machine* const instance = std::make_unique<Machine>().release();
+  return *instance;
+}
+
+void Machine::run_thread() {
+  Thread& thread = *machine().current_;
+  thread.cta->kernel->launch.call();
+  thread.state = State::kDone;
+  --thread.cta->live;
+  machine().leave();
+  abort();
+}
+
+}  // namespace
+
+void set_seed(uint64_t seed) { machine().seed(seed); }
+void set_real_time(bool real) { machine().set_real_time(real); }
+void enqueue(int stream, Launch launch) { machine().enqueue(stream, std::move(launch)); }
+std::string run(int stream) { return machine().run(stream); }
+void close() { machine().close(); }
+uint64_t steps() { return machine().steps(); }
+void barrier(Place place) { machine().barrier(place); }
+const uint64_t* gather(Together what, uint64_t value, uint32_t mask, Place place) {
+  return machine().gather(what, value, mask, place);
+}
+void* shared_memory() { return machine().shared_memory(); }
+void preempt() { machine().preempt(); }
+void before_load(const void* address, size_t bytes, Place place) {
+  machine().before_load(address, bytes, place);
+}
+void send_word(uint64_t* address, uint64_t value) { machine().send_word(address, value); }
+void fence() { machine().fence(); }
+void stored(const void* address) { machine().stored(address); }
+uint64_t nanoseconds() { return machine().nanoseconds(); }
+
+}  // namespace emulator

@@ -1,0 +1,215 @@
+#include "runtime.h"
+
+#include <cuda_runtime_api.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <map>
+
+#include "kernel_table.h"
+#include "machine.h"
+
+// A stream of its own; the null stream of a GPU is its number.
+struct CUstream_st {
+  int gpu;
+  int number;
+};
+
+namespace emulator {
+namespace {
+
+constexpr size_t kAlignment = 256;
+constexpr size_t kMaxSharedBytes = 227 << 10;
+constexpr size_t kDefaultSharedBytes = 48 << 10;
+
+int device_count = kMaxGpus;
+int multiprocessors = 4;
+int current_device = 0;
+cudaError_t last_error = cudaSuccess;
+std::string machine_error;
+std::map<const void*, size_t> max_shared_bytes;
+bool peer_access[kMaxGpus][kMaxGpus];
+
+cudaError_t result(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+bool is_device(int device) { return device >= 0 && device < device_count; }
+
+int gpu_of(cudaStream_t stream) { return stream == nullptr ? current_device : stream->gpu; }
+int number_of(cudaStream_t stream) { return stream == nullptr ? current_device : stream->number; }
+
+cudaError_t run_stream(int stream) {
+  const std::string error = run(stream);
+  if (!error.empty()) machine_error = error;
+  return result(error.empty() ? cudaSuccess : cudaErrorLaunchFailure);
+}
+
+cudaError_t allocate(void** pointer, size_t bytes) {
+  *pointer = aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  if (*pointer == nullptr) return result(cudaErrorMemoryAllocation);
+  memset(*pointer, 0xa5, bytes);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+void set_devices(int count, int multiprocessors_of_each) {
+  device_count = count;
+  multiprocessors = multiprocessors_of_each;
+}
+
+std::string synchronize() { return run_stream(-1) == cudaSuccess ? std::string() : machine_error; }
+
+}  // namespace emulator
+
+using namespace emulator;
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorLaunchFailure:
+      return machine_error.c_str();
+    case cudaErrorInvalidDeviceFunction:
+      return "the emulator's table lacks this kernel";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "more CTAs than multiprocessors: not all would run at once";
+    case cudaErrorPeerAccessAlreadyEnabled:
+      return "peer access is already enabled";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorInvalidValue:
+      break;
+  }
+  return "invalid argument";
+}
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = device_count;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = current_device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  if (!is_device(device)) return result(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (!is_device(device)) return result(cudaErrorInvalidDevice);
+  if (attribute != cudaDevAttrMultiProcessorCount) return result(cudaErrorInvalidValue);
+  *value = multiprocessors;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceCanAccessPeer(int* possible, int device, int peer) {
+  if (!is_device(device) || !is_device(peer)) return result(cudaErrorInvalidDevice);
+  *possible = device != peer;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags) {
+  if (flags != 0 || peer == current_device) return result(cudaErrorInvalidValue);
+  if (!is_device(peer)) return result(cudaErrorInvalidDevice);
+  bool& enabled = peer_access[current_device][peer];
+  if (enabled) return result(cudaErrorPeerAccessAlreadyEnabled);
+  enabled = true;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize() { return run_stream(-1); }
+
+cudaError_t cudaMalloc(void** pointer, size_t bytes) { return allocate(pointer, bytes); }
+
+cudaError_t cudaFree(void* pointer) {
+  free(pointer);
+  return cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
+  return allocate(pointer, bytes);
+}
+
+cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
+
+cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
+  memset(pointer, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t stream) {
+  Launch copy;
+  copy.gpu = gpu_of(stream);
+  copy.call = [=] { memcpy(to, from, bytes); };
+  enqueue(number_of(stream), std::move(copy));
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  static int streams = kMaxGpus;
+  *stream = new CUstream_st{current_device, streams++};
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  const cudaError_t error = cudaStreamSynchronize(stream);
+  delete stream;
+  return error;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return run_stream(number_of(stream)); }
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  const auto bytes = max_shared_bytes.find(function);
+  const size_t most = bytes == max_shared_bytes.end() ? kDefaultSharedBytes : bytes->second;
+  attributes->maxDynamicSharedSizeBytes = static_cast<int>(most);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
+      static_cast<size_t>(value) > kMaxSharedBytes) {
+    return result(cudaErrorInvalidValue);
+  }
+  max_shared_bytes[function] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
+                             size_t shared_bytes, cudaStream_t stream) {
+  if (!machine_error.empty()) return result(cudaErrorLaunchFailure);
+  cudaFuncAttributes attributes;
+  cudaFuncGetAttributes(&attributes, function);
+  if (block.x > 1024 || grid.x == 0 || block.x == 0 ||
+      shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) {
+    return result(cudaErrorInvalidValue);
+  }
+  if (grid.x > static_cast<unsigned>(multiprocessors)) {
+    return result(cudaErrorCooperativeLaunchTooLarge);
+  }
+  Launch launch;
+  launch.gpu = gpu_of(stream);
+  launch.ctas = grid.x;
+  launch.threads = block.x;
+  launch.shared_bytes = shared_bytes;
+  launch.call = bind_kernel(function, arguments[0]);
+  if (launch.call == nullptr) return result(cudaErrorInvalidDeviceFunction);
+  enqueue(number_of(stream), std::move(launch));
+  return cudaSuccess;
+}
