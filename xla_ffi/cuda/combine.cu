@@ -220,15 +220,14 @@ struct Combine {
   }
 };
 
-// Arrival flags start at zero; then the peers learn where everything is.
-__device__ void prepare_slots(const CombineParams& p, Session& s) {
+// Arrival flags start at zero; then the peers learn where everything is. Each CTA clears the flags
+// that it waits for: no other barrier stands between the two.
+__device__ void prepare_slots(const CombineParams& p, Session& s, const Chunk& chunk) {
   const Exchange& x = p.exchange;
   if (x.num_ranks == 1) return;
-  const int64_t flags = static_cast<int64_t>(x.num_tokens) * p.num_slots * p.num_slices;
-  const int64_t end = flags * (blockIdx.x + 1) / gridDim.x;
-  for (int64_t i = flags * blockIdx.x / gridDim.x + threadIdx.x; i < end; i += kThreads) {
-    p.flags[i] = 0;
-  }
+  const int64_t of_token = int64_t{p.num_slots} * p.num_slices;
+  const int64_t end = chunk.end * of_token;
+  for (int64_t i = chunk.begin * of_token + threadIdx.x; i < end; i += kThreads) p.flags[i] = 0;
   __syncthreads();
   if (threadIdx.x == 0 && add_acquire_release_device(&self(x).prepared, 1) == gridDim.x - 1) {
     fence_system();
@@ -254,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Chunk chunk(x.num_tokens);
   if (!open(x, s)) return;
   if (blockIdx.x == 0) post_buffers(p, s);
-  prepare_slots(p, s);
+  prepare_slots(p, s, chunk);
   constexpr uint32_t kRoutes = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
   constexpr uint32_t kSlots = 1u << kScratch | 1u << kFlags;
   if (receive_addresses(x, s, kRoutes)) {

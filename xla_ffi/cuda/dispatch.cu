@@ -29,14 +29,20 @@ struct Routing {
         start(next + num_experts) {}
 };
 
-// Route words start as "not arrived": XLA's buffer may hold anything, an old call's words too.
-__device__ void prepare_routes(const DispatchParams& p, Session& s) {
+// Route words start as "not arrived": XLA's buffer may hold anything, an old call's words too. Each
+// CTA clears the words that it waits for: no other barrier stands between the two.
+__device__ void prepare_routes(const DispatchParams& p, Session& s, const Chunk& chunk) {
   const Exchange& x = p.exchange;
   if (x.num_ranks == 1) return;
-  const int64_t words = static_cast<int64_t>(x.num_ranks) * x.num_tokens * x.top_k;
-  const int64_t begin = words * blockIdx.x / gridDim.x;
-  const int64_t end = words * (blockIdx.x + 1) / gridDim.x;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) p.routes[i] = 0;
+  const int64_t num_assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
+  const int end = chunk.end * x.top_k;
+  for (int rank = 0; rank < x.num_ranks; ++rank) {
+    if (rank == x.rank) continue;
+    Word* words = p.routes + rank * num_assignments;
+    for (int i = chunk.begin * x.top_k + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
+      words[i] = 0;
+    }
+  }
   __syncthreads();
   if (threadIdx.x == 0 && add_acquire_release_device(&self(x).prepared, 1) == gridDim.x - 1) {
     fence_system();
@@ -381,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!open(x, s)) return;
   if (blockIdx.x == 0) post_buffers<kRouted>(p, s);
   if constexpr (kRouted) {
-    prepare_routes(p, s);
+    prepare_routes(p, s, chunk);
     count(p, routing, chunk);
     if (blockIdx.x == 0) send_counts(x, s, routing);
   }
