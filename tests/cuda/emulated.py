@@ -144,6 +144,7 @@ class Emulator:
         self._library.emulator_steps.restype = c.c_uint64
         self._buffers = {}
         self._broken = False
+        self._launches = {}  # by (GPU, peer)
         self._library.emulator_set_devices(num_gpus, num_sms)
         self.set_seed(seed)
         self.set_timeout(timeout)
@@ -199,6 +200,9 @@ class Emulator:
         }
         out = {name: self._new(name, shape, np.int32) for name, shape in shapes.items()}
         routes = self._new("routes", (geometry.num_ranks, *topk_idx.shape), np.uint64)
+        for source, words in enumerate(routes.array):
+            # The worst that can be in the memory: words that look as if they had arrived.
+            words[...] = self._epoch(group.ordinals[rank], group.ordinals[source]) << 32 | 1
         leaf_fields, packed = self._leaves(leaves, rows, offset)
         buffers = _Dispatch(
             routed=1,
@@ -228,6 +232,7 @@ class Emulator:
         sums = self._new("sums", (geometry.num_tokens, width), expert_out.dtype)
         partial_sums = self._new("partial_sums", (slots, width), expert_out.dtype)
         flags = self._new("flags", (slots * max(1, -(-width // 64)),), np.uint32)
+        flags.array[...] = 1  # the worst that can be in the memory
         buffers = _Combine(
             dest_rank=self._in("dest_rank", handle.dest_rank).address,
             dest_row=self._in("dest_row", handle.dest_row).address,
@@ -272,6 +277,10 @@ class Emulator:
         )
 
     # --- Buffers and launches --------------------------------------------------------------------
+
+    def _epoch(self, ordinal, peer):
+        """Number of the next exchange of two GPUs."""
+        return self._launches.get((ordinal, peer), 0) + 1
 
     def _keep(self, what, buffer):
         self._buffers[id(buffer)] = (what, buffer)
@@ -330,6 +339,9 @@ class Emulator:
         )
         function = getattr(self._library, f"engine_{name}")
         self._check(function(c.byref(call), c.byref(buffers)))
+        for peer in group.ordinals:
+            pair = (group.ordinals[rank], peer)
+            self._launches[pair] = self._epoch(*pair)
 
     def _check(self, error):
         if error:

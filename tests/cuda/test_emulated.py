@@ -642,5 +642,5 @@ def test_another_mesh_device_than_the_compiled_one(new_machine):
 
 def test_a_gpu_that_is_not_started(new_machine):
     machine = new_machine(num_gpus=2)
-    with pytest.raises(EngineError, match="CUDA device 3 of the mesh was not there"):
+    with pytest.raises(EngineError, match="GPU 3 of the mesh is not connected"):
         launch_dispatch(machine, Group((0, 3)), 0)

@@ -13,6 +13,7 @@ __device__ inline void prepare_routes(const DispatchParams& p, const Chunk& chun
   if (x.num_ranks == 1) return;
   const int64_t of_rank = static_cast<int64_t>(x.num_tokens) * x.top_k;
   for (int rank = 0; rank < x.num_ranks; ++rank) {
+    if (rank == x.rank) continue;
     Word* words = p.routes + rank * of_rank;
     const int end = chunk.end * x.top_k;
     for (int a = chunk.begin * x.top_k + static_cast<int>(threadIdx.x); a < end; a += kThreads) {

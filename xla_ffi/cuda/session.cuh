@@ -33,6 +33,17 @@ __device__ inline bool has_failed(const Session& s) {
   return *const_cast<const volatile uint32_t*>(&s.failed) != 0;
 }
 
+// The same answer for all threads of the CTA, or of the warp: what they do next, they do together.
+__device__ inline bool cta_has_failed(const Session& s) {
+  __syncthreads();
+  const bool failed = has_failed(s);
+  __syncthreads();  // nobody goes on, and fails, before all have looked
+  return failed;
+}
+__device__ inline bool warp_has_failed(const Session& s) {
+  return __any_sync(kFullWarp, has_failed(s));
+}
+
 __device__ inline ControlBlock& self(const Exchange& x) { return *x.control[x.rank]; }
 
 // Ends the exchange with an error: records it, if it is this GPU's first, and tells the peers.
@@ -128,7 +139,7 @@ __device__ inline bool open(const Exchange& x, Session& s) {
   if (s.failed == 0 && s.device != x.expected_device && thread == 0) {
     fail(x, s, kWrongDevice, x.rank, 0, x.expected_device, s.device);
   }
-  return s.failed == 0 && s.device == x.expected_device;
+  return !cta_has_failed(s);
 }
 
 // Tells every peer where this rank's buffer is. One thread; the buffer is ready for its use.
@@ -200,8 +211,7 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
     // Partner: the fence before the peer's store_word, or the start of the peer's kernel.
     fence_system();
   }
-  __syncthreads();
-  return s.failed == 0;
+  return !cta_has_failed(s);
 }
 
 // This CTA needs its peers' buffers no more, nor do its peers theirs of it: says so, once in each
@@ -209,8 +219,7 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
 __device__ inline void conclude(const Exchange& x, Session& s) {
   ControlBlock& control = self(x);
   const int rank = lane_id();
-  // The whole warp stays together, whatever its lanes have seen of a failure.
-  if (__any_sync(kFullWarp, has_failed(s))) return;
+  if (warp_has_failed(s)) return;
   // Partner: the load below, of this GPU's CTA 0 and of the peers'.
   if (rank < x.num_ranks) add_release_system(&x.control[rank]->finished[x.gpu[x.rank]], 1);
   if (blockIdx.x != 0) return;
