@@ -32,6 +32,7 @@ def machine(emulator_library, _shared_machine, rng):
         _shared_machine.append(Emulator(emulator_library, num_gpus=16, num_sms=16))
     shared = _shared_machine[0]
     shared.set_num_sms(3)
+    shared.set_sends_routing(True)
     shared.set_seed(rng.integers(2**32))
     yield shared
     if shared.is_broken():

@@ -160,6 +160,10 @@ class Emulator:
     def set_num_sms(self, num_sms):
         self._library.engine_set_num_sms(c.c_int64(num_sms))
 
+    def set_sends_routing(self, sends):
+        """Whether calls with few assignments send their routing itself, or as all others do."""
+        self._library.engine_set_max_sent_assignments(c.c_int64(2**31 if sends else -1))
+
     @property
     def steps(self):
         """Switches between threads so far."""

@@ -134,6 +134,17 @@ def check_transposed(out, geometry, placement, cotangent, weights, expert_out):
             assert np.all(np.abs(our_grads - grads[rank]) <= bounds[rank])
 
 
+#: Two protocols: calls with few assignments send their routing itself, all others where it is.
+both_protocols = pytest.mark.parametrize(
+    "machine_sends_routing", [True, False], ids=["sent", "fetched"], indirect=True
+)
+
+
+@pytest.fixture
+def machine_sends_routing(request, machine):
+    machine.set_sends_routing(request.param)
+
+
 # --- dispatch ------------------------------------------------------------------------------------
 
 GEOMETRIES = {
@@ -155,11 +166,15 @@ GEOMETRIES = {
 }
 
 
+@both_protocols
+@pytest.mark.usefixtures("machine_sends_routing")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_dispatch(machine, rng, name):
     run_dispatch(machine, rng, GEOMETRIES[name])
 
 
+@both_protocols
+@pytest.mark.usefixtures("machine_sends_routing")
 @pytest.mark.parametrize("skew", ROUTINGS)
 def test_dispatch_of_any_routing(machine, rng, skew):
     run_dispatch(machine, rng, Geometry(4, 23, 4, 12, capacity=64), skew)
@@ -223,6 +238,8 @@ def test_combine_dtypes(machine, rng, dtype, weighted):
         )
 
 
+@both_protocols
+@pytest.mark.usefixtures("machine_sends_routing")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_combine(machine, rng, name):
     """Any weights: bitwise where products and sums round one by one, else within their rounding."""
@@ -301,6 +318,8 @@ def all_operations(machine, geometry, topk_idx, x, weights, group=None):
     return out, expert_out, z, grads
 
 
+@both_protocols
+@pytest.mark.usefixtures("machine_sends_routing")
 def test_results_do_not_depend_on_the_schedule(machine, rng):
     geometry = Geometry(4, 13, 4, 16, alignment=2)
     topk_idx = routing(rng, geometry)
@@ -339,6 +358,7 @@ class Calls:
     def launch(self, group):
         """Some operation: dispatch, or one along the last handle of the group."""
         rng, handle = self.rng, self.handles.get(group)
+        self.machine.set_sends_routing(rng.random() < 0.5)
         operation = rng.integers(4) if handle else 0
         if operation == 0:
             self._dispatch(group)
@@ -477,6 +497,7 @@ def test_any_geometry(machine, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
     machine.set_seed(rng.integers(2**32))
     machine.set_num_sms(data.draw(st.integers(1, 4), "num_sms"))
+    machine.set_sends_routing(data.draw(st.booleans(), "sends_routing"))
     skew = data.draw(st.sampled_from(sorted(ROUTINGS)), "skew")
     width = data.draw(st.integers(1, 40), "width")
     dtype = data.draw(st.sampled_from(["float32", "float64"]), "dtype")

@@ -217,6 +217,9 @@ void add_module(py::module_& native) {
   module.attr("max_leaves") = kMaxLeaves;
   module.def("sum_slice", &sum_slice, py::arg("num_tokens"),
              "Elements, at least, in one slice of a row that combine sums.");
+  module.attr("max_sent_assignments") = kMaxSentAssignments;
+  module.def("set_max_sent_assignments", &set_max_sent_assignments, py::arg("assignments"),
+             "Calls with at most this many assignments of a rank send their routing itself.");
   module.def("has_driver", &has_driver, "Whether this machine has NVIDIA's driver.");
   module.def(
       "memory",

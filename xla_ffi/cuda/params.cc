@@ -1,6 +1,7 @@
 #include "cuda/params.h"
 
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
 #include <utility>
 
@@ -11,6 +12,8 @@
 
 namespace freeio::cuda {
 namespace {
+
+std::atomic<int64_t> max_sent_assignments{kMaxSentAssignments};
 
 enum Op : uint32_t { kDispatchOp, kDispatchAlongOp, kCombineOp, kCombineTransposeOp };
 
@@ -76,10 +79,14 @@ void post_routes(Params& params) {
 // Whether the call has so few assignments that it sends its routing itself.
 bool sends_routing(const Exchange& exchange) {
   const int64_t assignments = int64_t{exchange.num_tokens} * exchange.top_k;
-  return assignments <= kMaxSentAssignments && assignments * exchange.num_ranks <= kMaxSentByAll;
+  return assignments <= max_sent_assignments && assignments * exchange.num_ranks <= kMaxSentByAll;
 }
 
 }  // namespace
+
+void set_max_sent_assignments(int64_t assignments) {
+  max_sent_assignments = std::min<int64_t>(assignments, kMaxSentAssignments);
+}
 
 void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params) {
   Leaf& leaf = params.leaves[params.num_leaves++];
@@ -106,6 +113,7 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
   if (routes == Routes::kByCounts) post(kScratch, params.routes, params.exchange);
   params.row_stride = spreading_stride(params.exchange.capacity);
   params.exchange.signature[kOp] = routed ? kDispatchOp : kDispatchAlongOp;
+  if (routes == Routes::kByCounts) rows.add({1});  // another protocol than that of few assignments
   params.exchange.signature[kRows] = rows.folded();
   const Exchange& x = params.exchange;
   const int64_t all = int64_t{x.num_tokens} * x.top_k * x.num_ranks;
@@ -130,7 +138,8 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
   params.num_slots = std::min(params.exchange.top_k, params.exchange.num_ranks - 1);
   params.exchange.signature[kOp] = kCombineOp;
   params.exchange.signature[kRows] =
-      Digest({static_cast<int>(type.dtype), type.width, wide, weighted}).folded();
+      Digest({static_cast<int>(type.dtype), type.width, wide, weighted, params.sends_routes})
+          .folded();
   return {combine_function(type.dtype, wide), combine_shared_bytes(type.dtype)};
 }
 

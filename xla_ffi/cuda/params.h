@@ -24,6 +24,10 @@ struct RowType {
   int64_t width = 0;
 };
 
+// Calls with at most this many assignments of one rank send their routing itself; the default, and
+// the most, is kMaxSentAssignments. For measurements and tests: all ranks must have the same.
+void set_max_sent_assignments(int64_t assignments);
+
 // Adds one array of the token pytree; at most kMaxLeaves.
 void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params);
 

@@ -74,6 +74,9 @@ EMULATOR_API const char* emulator_synchronize() { return text(emulator::synchron
 
 EMULATOR_API void engine_set_timeout(double seconds) { set_timeout(seconds); }
 EMULATOR_API void engine_set_num_sms(int64_t num_sms) { set_num_sms(num_sms); }
+EMULATOR_API void engine_set_max_sent_assignments(int64_t assignments) {
+  set_max_sent_assignments(assignments);
+}
 EMULATOR_API const char* engine_start(const int32_t* ordinals, int count) {
   return text(start(std::vector<int>(ordinals, ordinals + count)));
 }

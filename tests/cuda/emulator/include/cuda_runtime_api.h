@@ -72,4 +72,8 @@ enum cudaDriverEntryPointQueryResult {
   cudaDriverEntryPointSymbolNotFound = 1
 };
 constexpr unsigned long long cudaEnableDefault = 0;
-inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long, cudaDriverEntryPointQueryResult*){return cudaErrorInvalidValue;}
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned,
+                                                    unsigned long long,
+                                                    cudaDriverEntryPointQueryResult*) {
+  return cudaErrorInvalidValue;
+}
