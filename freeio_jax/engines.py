@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax._src.mesh import get_concrete_mesh
 
-from freeio_jax import _native, runtime
+from freeio_jax import _native, log, runtime
 
 
 def _register(native, registry: str) -> None:
@@ -46,8 +46,11 @@ class CpuEngine:
 
     @functools.cache  # noqa: B019 - engines live as long as the process
     def _start(self) -> None:
-        jax.local_devices(backend="cpu")
+        local = jax.local_devices(backend="cpu")
         _register(_native, "cpu")
+        log.logger.info(
+            "CPU engine: %d of %d devices are in this process", len(local), jax.device_count("cpu")
+        )
 
     def attributes(self, module_context):
         """The module's name: part of what a call is called between processes."""
@@ -87,6 +90,11 @@ class CudaEngine:
         devices = jax.local_devices(backend="cuda")
         _native.cuda.start([device.local_hardware_id for device in devices])
         _register(_native.cuda, "CUDA")
+        log.logger.info(
+            "CUDA engine: %d GPUs map each other's memory, %d bytes of each are the engine's",
+            len(devices),
+            _native.cuda.device_bytes(),
+        )
 
     def attributes(self, module_context):
         """The CUDA ordinal of each mesh device; the kernels check that it is the right one."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import difflib
 import math
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax._src import distributed
 
-from freeio_jax import bootstrap
+from freeio_jax import bootstrap, log
 
 try:
     from freeio_jax import _native
@@ -50,6 +52,7 @@ def _sms(value: Any) -> int | None:
 _SETTINGS = {
     "timeout": _Setting(60.0, _seconds, _native.set_timeout),
     "num_sms": _Setting(None, _sms, lambda sms: _native.set_num_sms(sms or 0)),
+    "verbosity": _Setting(0, log.parse_verbosity, log.set_verbosity),
 }
 _values: dict[str, Any] = {}
 
@@ -67,8 +70,11 @@ def _read_environment() -> None:
     known = {f"FREEIO_{name.upper()}": name for name in _SETTINGS}
     for variable in os.environ:
         if variable.startswith("FREEIO_") and variable not in known:
+            close = difflib.get_close_matches(variable, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(
-                f"freeio_jax: unknown environment variable {variable}. Known: {', '.join(known)}."
+                f"freeio_jax: unknown environment variable {variable}.{hint} "
+                f"Known: {', '.join(known)}."
             )
     for variable, name in known.items():
         _set(name, os.environ.get(variable, _SETTINGS[name].default), variable)
@@ -87,6 +93,10 @@ def config(**settings: Any) -> dict[str, Any]:
       num_sms: multiprocessors of a GPU that one exchange may use. Default None: the engine's
         choice; environment variable ``FREEIO_NUM_SMS``. Holds for programs and command buffers
         that begin after the call.
+      verbosity: what goes to the logger ``freeio_jax``: 0 nothing, 1 what was chosen when
+        something started (engine, processes, how long it took), 2 each compiled exchange as well.
+        Written to stderr where the program has not set up Python's logging. Default 0; environment
+        variable ``FREEIO_VERBOSITY``.
 
     Raises:
       TypeError: an unknown setting.
@@ -96,7 +106,7 @@ def config(**settings: Any) -> dict[str, Any]:
     >>> fio.config(timeout=30)["timeout"]
     30.0
     >>> fio.config(timeout=60.0)
-    {'timeout': 60.0, 'num_sms': None}
+    {'timeout': 60.0, 'num_sms': None, 'verbosity': 0}
     """
     unknown = set(settings) - set(_SETTINGS)
     if unknown:
@@ -110,6 +120,12 @@ def config(**settings: Any) -> dict[str, Any]:
 
 _pod_is_connected = False
 _pods = 0  # that this process has been in
+_members: dict[int, int] = {}  # pid of each other process of this host that is connected
+
+
+def members() -> dict[int, int] | None:
+    """Pids of the other processes of this host, by process; None before :func:`initialize`."""
+    return dict(_members) if _pod_is_connected else None
 
 
 def initialize() -> None:
@@ -132,6 +148,7 @@ def initialize() -> None:
             f"freeio_jax.initialize: this program has {jax.process_count()} processes, but "
             "jax.distributed.initialize() was not called in it, which is how they find each other."
         )
+    start = time.monotonic()
     _native.allow_peers_to_read()
     _pods += 1
     peers, elsewhere = bootstrap.connect(
@@ -145,6 +162,16 @@ def initialize() -> None:
     members = [(p.process, p.pid, *p.control, p.connection.detach()) for p in peers]
     _native.join_pod(jax.process_index(), members, elsewhere)
     _pod_is_connected = True
+    _members.update({p.process: p.pid for p in peers})
+    log.logger.info(
+        "process %d (pid %d) of %d is connected with processes %s of this host in %.3f s%s",
+        jax.process_index(),
+        os.getpid(),
+        jax.process_count(),
+        sorted(_members),
+        time.monotonic() - start,
+        f"; on other hosts: {elsewhere}" if elsewhere else "",
+    )
     # Before JAX's own, which waits for the other processes: they are to know that this one leaves.
     atexit.register(shutdown)
 
@@ -159,6 +186,7 @@ def shutdown() -> None:
     if _pod_is_connected:
         atexit.unregister(shutdown)
         _native.leave_pod()
+        _members.clear()
         _pod_is_connected = False
 
 
