@@ -228,6 +228,11 @@ void set_timeout(double seconds) {
 
 void set_num_sms(int64_t num_sms) { engine().num_sms = num_sms; }
 
+bool can_access_peer(int from, int to) {
+  int possible = 0;
+  return cudaDeviceCanAccessPeer(&possible, from, to) == cudaSuccess && possible != 0;
+}
+
 int64_t device_bytes() { return sizeof(ControlBlock); }
 
 Status start(const std::vector<int>& ordinals) {

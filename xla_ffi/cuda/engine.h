@@ -21,6 +21,9 @@ void set_num_sms(int64_t num_sms);
 // for the same GPUs: nothing.
 Status start(const std::vector<int>& ordinals);
 
+// Whether GPU `from` can map the memory of GPU `to` (CUDA ordinals).
+bool can_access_peer(int from, int to);
+
 // Bytes of device memory that the engine owns on each GPU.
 int64_t device_bytes();
 

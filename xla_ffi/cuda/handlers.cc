@@ -313,6 +313,7 @@ void add_module(py::module_& native) {
   module.def("sum_slice", &sum_slice, py::arg("num_tokens"),
              "Elements, at least, in one slice of a row that combine sums.");
   module.def("has_driver", &has_driver, "Whether this machine has NVIDIA's driver.");
+  module.def("can_access_peer", &can_access_peer, py::arg("from_ordinal"), py::arg("to_ordinal"));
   module.def("device_bytes", &device_bytes,
              "Bytes of device memory that the engine owns on each GPU.");
   module.def(
