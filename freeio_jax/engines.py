@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import threading
 import time
@@ -12,9 +11,7 @@ import jax
 import numpy as np
 from jax._src.mesh import get_concrete_mesh
 
-from freeio_jax import _native, runtime
-
-_log = logging.getLogger("freeio_jax")
+from freeio_jax import _native, log, runtime
 
 _WATCH_SECONDS = 0.1
 
@@ -64,8 +61,11 @@ class CpuEngine(_Engine):
 
     @functools.cache  # noqa: B019 - engines live as long as the process
     def _start(self) -> None:
-        jax.local_devices(backend="cpu")
+        local = jax.local_devices(backend="cpu")
         _register(_native, "cpu")
+        log.logger.info(
+            "CPU engine: %d of %d devices are in this process", len(local), jax.device_count("cpu")
+        )
 
     def dispatch_scratch(self, layout, num_leaves):
         return ()
@@ -79,7 +79,7 @@ def _watch() -> None:
     while True:
         time.sleep(_WATCH_SECONDS)
         if failure := _native.cuda.take_failure():
-            _log.error("%s", failure)
+            log.logger.error("%s", failure)
 
 
 def _gpus() -> list:
@@ -111,16 +111,25 @@ class CudaEngine(_Engine):
     @functools.cache  # noqa: B019 - engines live as long as the process
     def _register(self) -> None:
         _register(_native.cuda, "CUDA")
+        owned, mapped = _native.cuda.memory()
+        log.logger.info(
+            "CUDA engine: %d of %d GPUs are in this process; %d bytes of each are the engine's, and "
+            "%d bytes of other processes are mapped",
+            jax.local_device_count("cuda"),
+            jax.device_count("cuda"),
+            owned,
+            mapped,
+        )
         threading.Thread(target=_watch, name="freeio_jax failures", daemon=True).start()
 
     def _numbers(self) -> dict:
         """The number of each GPU of this host, which all of its processes agree on."""
-        here = runtime.processes_here() or {jax.process_index()}
+        here = {jax.process_index(), *(runtime.members() or ())}
         devices = [device for device in _gpus() if device.process_index in here]
         devices.sort(key=lambda device: (device.process_index, device.local_hardware_id))
         return {device: number for number, device in enumerate(devices)}
 
-    def _join(self, _here) -> None:
+    def _join(self) -> None:
         gpus = [
             (number, device.process_index, device.local_hardware_id)
             for device, number in self._numbers().items()

@@ -13,6 +13,7 @@ no derivative of anything exchanges it again.
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import partial
 
@@ -23,9 +24,11 @@ from jax import lax
 from jax._src import config, core, dispatch
 from jax._src.ad_util import p2tz
 from jax._src.lib.mlir.dialects import hlo
+from jax._src.mesh import get_concrete_mesh
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from freeio_jax import log
 from freeio_jax.arguments import COMBINE_DTYPES, accumulator_dtype
 from freeio_jax.engines import ENGINES
 
@@ -77,6 +80,20 @@ def _groups(mesh, axes):
     return np.moveaxis(devices, positions, range(-len(axes), 0)).reshape(-1, num_ranks)
 
 
+def _where(mesh, axes):
+    """Which devices exchange with each other, in words."""
+    groups = _groups(mesh, axes)
+    text = f"{len(groups)} group(s) of {groups.shape[1]} rank(s) along {axes}"
+    if not isinstance(mesh, Mesh):
+        mesh = get_concrete_mesh()
+    if mesh.empty:
+        return text  # the devices are known when it runs
+    process = np.array([device.process_index for device in mesh.devices.flat])
+    spread = max(len(set(process[group])) for group in groups)
+    within = "each in one process" if spread == 1 else f"each across {spread} processes"
+    return f"{text} on {mesh.devices.flat[0].device_kind} devices, {within}"
+
+
 def _lower(target, ctx, *operands, axes, layout, engine, scratch=(), **attributes):
     """One custom call: the device's mesh index, then the operands, as the engines expect.
 
@@ -86,6 +103,11 @@ def _lower(target, ctx, *operands, axes, layout, engine, scratch=(), **attribute
     # Each module has an iterator of its own; contexts within a module share it.
     engine.prepare(ctx.module_context.channel_iterator)
     mesh = ctx.module_context.axis_context.mesh
+    if log.logger.isEnabledFor(logging.DEBUG):
+        operand_types = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in ctx.avals_in)
+        log.logger.debug(
+            "compiles %s(%s), %s, %s", target, operand_types, layout, _where(mesh, axes)
+        )
     device_index_aval = core.ShapedArray((), np.uint32)
     rule = jax.ffi.ffi_lowering(target)
     results = rule(

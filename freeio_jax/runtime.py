@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import difflib
 import math
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax._src import distributed
 
-from freeio_jax import bootstrap
+from freeio_jax import bootstrap, log
 
 try:
     from freeio_jax import _native
@@ -50,6 +52,7 @@ def _sms(value: Any) -> int | None:
 _SETTINGS = {
     "timeout": _Setting(60.0, _seconds, _native.set_timeout),
     "num_sms": _Setting(None, _sms, lambda sms: _native.set_num_sms(sms or 0)),
+    "verbosity": _Setting(0, log.parse_verbosity, log.set_verbosity),
 }
 _values: dict[str, Any] = {}
 
@@ -67,8 +70,11 @@ def _read_environment() -> None:
     known = {f"FREEIO_{name.upper()}": name for name in _SETTINGS}
     for variable in os.environ:
         if variable.startswith("FREEIO_") and variable not in known:
+            close = difflib.get_close_matches(variable, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(
-                f"freeio_jax: unknown environment variable {variable}. Known: {', '.join(known)}."
+                f"freeio_jax: unknown environment variable {variable}.{hint} "
+                f"Known: {', '.join(known)}."
             )
     for variable, name in known.items():
         _set(name, os.environ.get(variable, _SETTINGS[name].default), variable)
@@ -87,6 +93,10 @@ def config(**settings: Any) -> dict[str, Any]:
       num_sms: multiprocessors of a GPU that one exchange may use. Default None: the engine's
         choice; environment variable ``FREEIO_NUM_SMS``. Holds for programs and command buffers
         that begin after the call.
+      verbosity: what goes to the logger ``freeio_jax``: 0 nothing, 1 what was chosen when
+        something started (engine, processes, how long it took), 2 each compiled exchange as well.
+        Written to stderr where the program has not set up Python's logging. Default 0; environment
+        variable ``FREEIO_VERBOSITY``.
 
     Raises:
       TypeError: an unknown setting.
@@ -96,7 +106,7 @@ def config(**settings: Any) -> dict[str, Any]:
     >>> fio.config(timeout=30)["timeout"]
     30.0
     >>> fio.config(timeout=60.0)
-    {'timeout': 60.0, 'num_sms': None}
+    {'timeout': 60.0, 'num_sms': None, 'verbosity': 0}
     """
     unknown = set(settings) - set(_SETTINGS)
     if unknown:
@@ -110,7 +120,7 @@ def config(**settings: Any) -> dict[str, Any]:
 
 _pod_is_connected = False
 _pods = 0  # that this process has been in
-_here: frozenset[int] = frozenset()  # processes of this host, once they are connected
+_members: dict[int, int] = {}  # pid of each other process of this host that is connected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +128,11 @@ class PodMember:
     """What an engine does when this process joins and leaves a pod.
 
     Attributes:
-      join: called with the numbers of the processes of this host, this one's included.
-      leave: called before the processes part.
+      join: called once the processes of this host are connected.
+      leave: called before they part.
     """
 
-    join: Callable[[frozenset[int]], None]
+    join: Callable[[], None]
     leave: Callable[[], None]
 
 
@@ -134,9 +144,9 @@ def add_pod_member(member: PodMember) -> None:
     _pod_members.append(member)
 
 
-def processes_here() -> frozenset[int]:
-    """Numbers of the connected processes of this host; empty without a pod."""
-    return _here
+def members() -> dict[int, int] | None:
+    """Pids of the other processes of this host, by process; None before :func:`initialize`."""
+    return dict(_members) if _pod_is_connected else None
 
 
 def initialize() -> None:
@@ -151,7 +161,7 @@ def initialize() -> None:
         the ``timeout`` setting, the kernel forbids that they read each other's memory (CPU), or
         the driver that they map it (GPUs).
     """
-    global _pod_is_connected, _pods, _here
+    global _pod_is_connected, _pods
     if _pod_is_connected or jax.process_count() == 1:
         return
     client = distributed.global_state.client
@@ -160,6 +170,7 @@ def initialize() -> None:
             f"freeio_jax.initialize: this program has {jax.process_count()} processes, but "
             "jax.distributed.initialize() was not called in it, which is how they find each other."
         )
+    start = time.monotonic()
     _native.allow_peers_to_read()
     _pods += 1
     peers, elsewhere = bootstrap.connect(
@@ -176,11 +187,20 @@ def initialize() -> None:
         jax.process_index(), members, elsewhere, read_memory=jax.default_backend() == "cpu"
     )
     _pod_is_connected = True
-    _here = frozenset(p.process for p in peers) | {jax.process_index()}
+    _members.update({p.process: p.pid for p in peers})
+    log.logger.info(
+        "process %d (pid %d) of %d is connected with processes %s of this host in %.3f s%s",
+        jax.process_index(),
+        os.getpid(),
+        jax.process_count(),
+        sorted(_members),
+        time.monotonic() - start,
+        f"; on other hosts: {elsewhere}" if elsewhere else "",
+    )
     # Before JAX's own, which waits for the other processes: they are to know that this one leaves.
     atexit.register(shutdown)
     for member in _pod_members:
-        member.join(_here)
+        member.join()
 
 
 def shutdown() -> None:
@@ -189,14 +209,14 @@ def shutdown() -> None:
     Exchanges with other processes that still run, here or there, end with an error; so do later
     ones, unless every process calls :func:`initialize` again. Without a pod it does nothing.
     """
-    global _pod_is_connected, _here
+    global _pod_is_connected
     if _pod_is_connected:
         atexit.unregister(shutdown)
         for member in _pod_members:
             member.leave()
         _native.leave_pod()
+        _members.clear()
         _pod_is_connected = False
-        _here = frozenset()
 
 
 def require_initialize() -> None:

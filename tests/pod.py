@@ -6,17 +6,34 @@ Every process runs the same tests in the same order, with the same seed; process
 
 from __future__ import annotations
 
+import faulthandler
+import itertools
 import json
 import os
+import sys
+import threading
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src import array, clusters, distributed
+from jax import lax
+from jax._src import array, distributed
 from jax.experimental import multihost_utils
 
-#: Files whose tests start pods themselves, or look at one process only.
-NOT_ON_PODS = {"test_bootstrap.py", "test_faults.py", "test_launch.py", "test_processes.py"}
+from freeio_jax import cluster
+
+#: Files whose tests start programs of their own, or look at one process only.
+NOT_ON_PODS = {
+    "test_bootstrap.py",
+    "test_docs.py",
+    "test_faults.py",
+    "test_launch.py",
+    "test_pod.py",
+    "test_processes.py",
+    "test_train_moe_lm.py",
+}
 
 #: Seconds to wait for another process to end the test that has ended here.
 PATIENCE_SECONDS = 240
@@ -24,10 +41,7 @@ PATIENCE_SECONDS = 240
 
 def is_pod() -> bool:
     """Whether JAX's own cluster detection finds that this is one of several processes."""
-    return any(
-        not env.opt_in_only_method and env.is_env_present()
-        for env in clusters.ClusterEnv._cluster_types
-    )
+    return cluster.num_processes() > 1
 
 
 def fetch_whole_arrays() -> None:
@@ -41,9 +55,16 @@ def fetch_whole_arrays() -> None:
     def value(self):
         if self.is_fully_addressable or self.is_fully_replicated:
             return local.fget(self)
-        return np.asarray(multihost_utils.process_allgather(self, tiled=True))
+        # XLA gathers fp8 as a wider type, which makes all NaNs the same.
+        narrow = self.dtype.itemsize == 1 and jnp.issubdtype(self.dtype, jnp.floating)
+        bits = jax.jit(_bits)(self) if narrow else self
+        return np.asarray(multihost_utils.process_allgather(bits, tiled=True)).view(self.dtype)
 
     array.ArrayImpl._value = property(value)
+
+
+def _bits(array):
+    return lax.bitcast_convert_type(array, np.uint8)
 
 
 class PodPlugin:
@@ -53,8 +74,7 @@ class PodPlugin:
         self._client = distributed.global_state.client
         self._process = jax.process_index()
         self._others = [p for p in range(jax.process_count()) if p != self._process]
-        self._tests = 0
-        self._here: list[str] = []  # what went wrong in this test so far
+        self._phases = 0  # setups, calls and teardowns so far
         self._share_seed(config)
         if self._process != 0:
             reporter = config.pluginmanager.get_plugin("terminalreporter")
@@ -65,40 +85,97 @@ class PodPlugin:
             self._client.key_value_set("pytest/seed", str(config.option.seed))
         config.option.seed = int(self._client.blocking_key_value_get("pytest/seed", 60_000))
 
+    def _publish(self, key, value):
+        self._client.key_value_set(f"pytest/{key}", json.dumps(value))
+
+    def _read(self, key):
+        """Waits for it; raises RuntimeError if it does not come."""
+        key, patience = f"pytest/{key}", PATIENCE_SECONDS * 1000
+        return json.loads(self._client.blocking_key_value_get(key, patience))
+
+    def _agree(self, key, trouble):
+        """What process 0 says of ``trouble`` that it found, in all processes."""
+        if self._process == 0:
+            self._publish(f"{key}/verdict", trouble)
+            return trouble
+        return self._read(f"{key}/verdict")
+
+    def pytest_collection_finish(self, session):
+        """Ends the run where the processes have not selected the same tests in the same order."""
+        here, trouble = [item.nodeid for item in session.items], []
+        self._publish(f"selected/{self._process}", here)
+        for process in self._others if self._process == 0 else ():
+            there = self._read(f"selected/{process}")
+            if there != here:
+                pairs = itertools.zip_longest(here, there, fillvalue="none")
+                number, (mine, its) = next(x for x in enumerate(pairs, 1) if x[1][0] != x[1][1])
+                trouble.append(
+                    f"test {number} of process 0 is {mine}, that of process {process} is {its}"
+                )
+        if trouble := self._agree("selected", trouble):
+            pytest.exit("the processes have selected different tests: " + "; ".join(trouble), 2)
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self, item, call):
+        """Each phase of a test ends in the same way in all processes: badly, if it did in one."""
         report = yield
-        if report.failed:
-            self._here.append(f"{report.when}:\n{report.longreprtext}\n{report.capstderr}")
-        if report.when == "teardown":
-            self._gather(report)
-        return report
-
-    def _gather(self, report):
-        """Adds to process 0's last report of a test what went wrong elsewhere."""
-        self._tests += 1
-        key, here = f"pytest/test/{self._tests}", self._here
-        self._here = []
-        if self._process != 0:
-            self._client.key_value_set(f"{key}/{self._process}", json.dumps([report.nodeid, here]))
-            return
-        trouble = []
-        for process in self._others:
-            try:
-                text = self._client.blocking_key_value_get(
-                    f"{key}/{process}", PATIENCE_SECONDS * 1000
-                )
-            except RuntimeError as error:
-                trouble.append(f"process {process} did not end this test: {error}")
-                continue
-            self._client.key_value_delete(f"{key}/{process}")
-            nodeid, failures = json.loads(text)
-            if nodeid != report.nodeid:
-                trouble.append(f"process {process} runs another test: {nodeid}")
-            trouble += [f"process {process}, {failure}" for failure in failures]
+        self._phases += 1
+        here = [report.when, report.outcome, f"{report.longreprtext}\n{report.capstderr}"]
+        trouble = self._agree(f"phase/{self._phases}", self._gather(here))
         if trouble:
             report.outcome = "failed"
-            report.longrepr = "\n".join(trouble)
+            report.longrepr = trouble
+        return report
+
+    def _gather(self, here):
+        """What to say, in process 0, of a phase that failed anywhere or ended in different ways."""
+        key = f"phase/{self._phases}"
+        if self._process != 0:
+            self._publish(f"{key}/{self._process}", here)
+            return None
+        ends = {0: here}
+        for process in self._others:
+            try:
+                ends[process] = self._read(f"{key}/{process}")
+            except RuntimeError as error:
+                ends[process] = ["nothing", "failed", f"it did not end this test: {error}"]
+        if self._phases > 1:
+            # All have read it, or they would not have come to this one.
+            self._client.key_value_delete(f"pytest/phase/{self._phases - 1}")
+        if all(end[1] != "failed" and end[:2] == here[:2] for end in ends.values()):
+            return None
+        said = {}
+        for process, (when, outcome, text) in ends.items():
+            said.setdefault((when, outcome, text), []).append(str(process))
+        return "\n".join(
+            f"process {', '.join(processes)}: {when} {outcome}"
+            + f"\n{text}" * (outcome != "passed")
+            for (when, outcome, text), processes in said.items()
+        )
+
+    # pytest-timeout's own hooks, to show the stacks of every process, not of process 0 alone.
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_timeout_set_timer(self, item, settings):
+        self._timer = threading.Timer(settings.timeout, self._end_hanging, [item, settings.timeout])
+        self._timer.daemon = True
+        self._timer.start()
+        return True
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_timeout_cancel_timer(self, item):
+        self._timer.cancel()
+        return True
+
+    def _end_hanging(self, item, seconds):
+        item.config.pluginmanager.getplugin("capturemanager").suspend_global_capture()
+        sys.__stderr__.write(
+            f"process {self._process} (pid {os.getpid()}) ran {item.nodeid} for {seconds:g} s:\n"
+        )
+        sys.__stderr__.flush()
+        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        time.sleep(1)  # the others show where they are, and are not ended before they have
+        os._exit(1)
 
 
 def join(config) -> None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from freeio_jax import bootstrap
+from freeio_jax import _native, bootstrap
 from freeio_jax.bootstrap import BootstrapError, Listener
 
 NOBODY = 65534
@@ -197,6 +197,21 @@ def test_a_listener_of_another_user_is_not_trusted(listener):
         listener.connect(1, name, time.monotonic() + 10)
     os.write(done[1], b"x")
     os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(
+    "pid, control, error",
+    [
+        (0, 0, "process 1 of this host is in another PID namespace than process 0"),
+        # The address is nobody's, and so is the number, in that order of looking.
+        (os.getpid(), 1, r"the memory of process 1 \(pid \d+\) cannot be read: .* Bad address"),
+        (2**22 - 1, 0, r"process 1 \(pid 4194303\) ended while process 0 connected with it"),
+    ],
+)
+def test_memory_that_cannot_be_read(pid, control, error):
+    mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with other, pytest.raises(RuntimeError, match=f"freeio_jax.initialize: {error}"):
+        _native.join_pod(0, [(1, pid, control, 1, mine.detach())], [])
 
 
 def test_nobody_listens(listener):

@@ -84,6 +84,14 @@ def test_a_process_killed_at_some_time_is_named(moment):
     assert run.seconds() < TIMEOUT
 
 
+def test_the_next_job_starts_clean():
+    before = set(os.listdir("/dev/shm"))
+    crashed = Run("killed at some time", arguments=["0.2"])
+    assert all(process.poll() is not None for process in crashed.pod.processes)
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if "freeio" in name]
+    assert Run("none").status == 0
+
+
 @pytest.mark.parametrize("fault", ["killed before it connects", "killed when connected"])
 def test_a_process_killed_inside_initialize(fault):
     run = Run(fault, 3)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import make_mesh
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from freeio_jax.grouped_matmul import grouped_matmul, implementation
@@ -96,7 +98,8 @@ def test_second_derivatives(rng):
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma, rng):
     """Weights that are replicated over an axis get the sum of its gradients."""
-    mesh = jax.make_mesh((2, 2), ("data", "expert"), devices=jax.devices()[:4])
+    explicit = (AxisType.Explicit, AxisType.Explicit)
+    mesh = make_mesh((2, 2), ("data", "expert"), axis_types=explicit)
     rows, weights = draw(rng, 4 * 50, 4)
     sizes = np.array([[10, 20], [0, 45], [50, 0], [1, 2]], np.int32)  # by (data, expert)
 

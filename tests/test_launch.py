@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from freeio_jax.launch.pod import member_environment, visible_gpus
+
 
 def command(tmp_path, source, *options, processes=2, arguments=()):
     script = tmp_path / "program.py"
@@ -62,6 +64,7 @@ def test_a_module(tmp_path):
         text=True,
         timeout=120,
         cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"},
     )
     assert done.returncode == 0, done.stderr
     expected = ["[0] ['-m', 'word'] __main__", "[1] ['-m', 'word'] __main__"]
@@ -137,6 +140,40 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path):
     while any(map(is_running, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def environment(rank=0, **options):
+    options = {"num_processes": 2, "devices_per_process": 1, "platform": "cuda"} | options
+    return member_environment(rank, coordinator="127.0.0.1:1", **options)
+
+
+def test_each_process_sees_its_own_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-77,0,1,-1,2")
+    gpus = visible_gpus()
+    assert gpus == ["3", "GPU-77", "0", "1"]
+    seen = [environment(rank, gpus=gpus)["CUDA_VISIBLE_DEVICES"] for rank in range(2)]
+    assert seen == ["3", "GPU-77"]
+    seen = [
+        environment(rank, gpus=gpus, devices_per_process=2)["CUDA_VISIBLE_DEVICES"]
+        for rank in range(2)
+    ]
+    assert seen == ["3,GPU-77", "0,1"]
+    with pytest.raises(ValueError, match=r"2 processes of 3 GPU\(s\) need 6 GPUs, .* are 4 \(CUDA"):
+        environment(gpus=gpus, devices_per_process=3)
+    assert "CUDA_VISIBLE_DEVICES" not in environment(platform="cpu", gpus=gpus)
+
+
+def test_too_few_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = launch(tmp_path, "", "--platform=cuda")
+    assert done.returncode == 1
+    assert "2 processes of 1 GPU(s) need 2 GPUs, and there are 0" in done.stderr
+
+
+def test_flags_of_the_environment_are_kept(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--a --xla_force_host_platform_device_count=8 --b")
+    flags = environment(platform="cpu", devices_per_process=3)["XLA_FLAGS"].split()
+    assert flags == ["--a", "--b", "--xla_force_host_platform_device_count=3"]
 
 
 def test_wrong_use(tmp_path):

@@ -21,7 +21,7 @@ def parse(arguments):
         type=int,
         default=1,
         metavar="D",
-        help="CPU devices of each process (default 1); on GPUs each process has one",
+        help="CPU devices, or GPUs, of each process (default 1)",
     )
     parser.add_argument(
         "--platform",
@@ -50,13 +50,16 @@ def parse(arguments):
 def main(arguments=None):
     options = parse(arguments)
     program = ["-m"] * options.module + [options.program, *options.arguments]
-    pod = Pod(
-        program,
-        num_processes=options.num_processes,
-        devices_per_process=options.devices_per_process,
-        platform=options.platform,
-        grace=options.grace,
-    )
+    try:
+        pod = Pod(
+            program,
+            num_processes=options.num_processes,
+            devices_per_process=options.devices_per_process,
+            platform=options.platform,
+            grace=options.grace,
+        )
+    except ValueError as error:
+        sys.exit(f"freeio_jax.launch: {error}")
     return pod.run()
 
 

@@ -38,11 +38,6 @@ def _define_cluster(clusters):
         def get_process_id(cls):
             return int(os.environ["JAX_PROCESS_ID"])
 
-        @classmethod
-        def get_local_process_id(cls):
-            """The GPU that is this process's; CPU devices are its own anyway."""
-            return None if os.environ["JAX_PLATFORMS"] == "cpu" else cls.get_process_id()
-
     # Before Slurm's and the others': a pod may be started inside an allocation of theirs.
     clusters.ClusterEnv._cluster_types.remove(LaunchedPod)
     clusters.ClusterEnv._cluster_types.insert(0, LaunchedPod)

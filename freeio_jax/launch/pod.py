@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import re
 import signal
@@ -19,6 +21,9 @@ _MEMBER = Path(__file__).with_name("member.py")
 #: Between asking a process to end and killing it.
 _TERMINATION_SECONDS = 3.0
 
+#: ``JAX_PLATFORMS`` on which a process must be told which GPUs are its own.
+GPU_PLATFORMS = ("cuda", "gpu")
+
 
 def _reserve_port() -> socket.socket:
     """A loopback port that stays ours while the socket is open.
@@ -32,18 +37,76 @@ def _reserve_port() -> socket.socket:
     return reserved
 
 
+def visible_gpus() -> list[str]:
+    """What ``CUDA_VISIBLE_DEVICES`` may name: the GPUs it names already, or all of this host."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        devices = Path("/proc/driver/nvidia/gpus")
+        return [str(i) for i in range(len(list(devices.iterdir())))] if devices.exists() else []
+    # As CUDA reads it: what follows an invalid entry is not visible either.
+    names = [name.strip() for name in listed.split(",")]
+    return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
+
+
+def member_environment(
+    rank: int,
+    *,
+    num_processes: int,
+    devices_per_process: int,
+    platform: str,
+    coordinator: str,
+    gpus: Sequence[str] = (),
+) -> dict[str, str]:
+    """What process ``rank`` has in its environment beside, or instead of, what is there.
+
+    ``gpus``: those that the pod may use; each process sees ``devices_per_process`` of them.
+
+    Raises:
+      ValueError: there are too few GPUs.
+    """
+    flags = re.sub(
+        r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", "")
+    )
+    flags += f" --xla_force_host_platform_device_count={devices_per_process}"
+    environment = {
+        "XLA_FLAGS": flags.strip(),
+        "JAX_PLATFORMS": platform,
+        "JAX_COORDINATOR_ADDRESS": coordinator,
+        "JAX_COORDINATOR_BIND_ADDRESS": coordinator,
+        "JAX_NUM_PROCESSES": str(num_processes),
+        "JAX_PROCESS_ID": str(rank),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if platform.split(",")[0] in GPU_PLATFORMS:
+        needed = num_processes * devices_per_process
+        if needed > len(gpus):
+            named = os.environ.get("CUDA_VISIBLE_DEVICES")
+            raise ValueError(
+                f"{num_processes} processes of {devices_per_process} GPU(s) need {needed} GPUs, "
+                f"and there are {len(gpus)}"
+                + (f" (CUDA_VISIBLE_DEVICES={named})" if named is not None else "")
+            )
+        first = rank * devices_per_process
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + devices_per_process])
+    return environment
+
+
 class Pod:
     """``num_processes`` processes of one Python program on this host.
 
     Args:
       program: command line after ``python``: a script, or ``-m`` and a module, then arguments.
       num_processes: how many.
-      devices_per_process: CPU devices of each.
-      platform: ``JAX_PLATFORMS`` of each. On GPUs process i sees GPU i.
+      devices_per_process: CPU devices, or GPUs, of each.
+      platform: ``JAX_PLATFORMS`` of each. On GPUs the first process sees the first
+        ``devices_per_process`` of those that are visible here, the next one the next ones.
       grace: seconds that the others have to end by themselves once one has failed, so that their
         own errors are seen too.
       output: ``(rank, stream name, line)`` is called for each line that a process writes, one
         call at a time. None writes it to this process's stream, after ``[rank]``.
+
+    Raises:
+      ValueError: there are too few GPUs.
     """
 
     def __init__(
@@ -58,8 +121,14 @@ class Pod:
     ):
         self._program = list(program)
         self._num_processes = num_processes
-        self._devices = devices_per_process
-        self._platform = platform
+        self._environment = functools.partial(
+            member_environment,
+            num_processes=num_processes,
+            devices_per_process=devices_per_process,
+            platform=platform,
+            gpus=visible_gpus(),
+        )
+        self._environment(num_processes - 1, coordinator="")  # that there are GPUs enough
         self._grace = grace
         self._output = output or self._print
         self._printing = threading.Lock()
@@ -91,22 +160,9 @@ class Pod:
             return status
 
     def _start(self, rank: int, coordinator: str) -> subprocess.Popen:
-        environment = dict(os.environ)
-        flags = environment.get("XLA_FLAGS", "")
-        flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", flags)
-        flags += f" --xla_force_host_platform_device_count={self._devices}"
-        environment |= {
-            "XLA_FLAGS": flags.strip(),
-            "JAX_PLATFORMS": self._platform,
-            "JAX_COORDINATOR_ADDRESS": coordinator,
-            "JAX_COORDINATOR_BIND_ADDRESS": coordinator,
-            "JAX_NUM_PROCESSES": str(self._num_processes),
-            "JAX_PROCESS_ID": str(rank),
-            "PYTHONUNBUFFERED": "1",
-        }
         return subprocess.Popen(
             [sys.executable, str(_MEMBER), str(os.getpid()), *self._program],
-            env=environment,
+            env=os.environ | self._environment(rank, coordinator=coordinator),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

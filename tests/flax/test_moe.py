@@ -178,7 +178,7 @@ def test_without_a_mesh_one_device_suffices(rng):
     config = MoEConfig(**settings())
     parameters, x = draw_parameters(config, rng), draw_tokens(rng, 2, 5)
     expected_y, expected_report, _ = dense(parameters, x, config)
-    device = jax.devices()[-1]
+    device = jax.local_devices()[-1]
     for arguments in ((parameters, x), jax.device_put((parameters, x), device)):
         y, report = moe(*arguments, config)
         assert_close((y, report), (expected_y, expected_report))

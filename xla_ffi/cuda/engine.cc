@@ -257,6 +257,11 @@ Memory memory() {
   return memory;
 }
 
+bool can_access_peer(int from, int to) {
+  int possible = 0;
+  return cudaDeviceCanAccessPeer(&possible, from, to) == cudaSuccess && possible != 0;
+}
+
 Status start(const std::vector<int>& ordinals) {
   std::lock_guard lock(engine().mutex);
   if (engine().started) return {};

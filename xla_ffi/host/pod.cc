@@ -27,6 +27,13 @@ void Pod::join(int process, const std::vector<Member>& members, std::vector<int>
   std::map<int, UniqueFd> sockets;
   for (const Member& member : members) sockets.emplace(member.process, UniqueFd(member.socket));
   for (const Member& member : members) {
+    if (member.pid == 0) {  // what the kernel says of who has no number here
+      throw std::runtime_error(
+          "freeio_jax.initialize: process " + std::to_string(member.process) +
+          " of this host is in another PID namespace than process " + std::to_string(process) +
+          ", so its memory cannot be read. Run both in one container, or let containers share the "
+          "namespace (docker: --pid=host; Kubernetes: shareProcessNamespace: true)");
+    }
     const PeerMemory memory(member.process, member.pid, member.control_address, member.nonce);
     try {
       if (read_memory) memory.give_ups();
