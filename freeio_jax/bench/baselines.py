@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import freeio_jax
 from freeio_jax.arguments import accumulator_dtype, dispatch_arguments
 from freeio_jax.handle import Dispatched
 from freeio_jax.layout import INT32_MAX, Layout
@@ -308,9 +309,10 @@ class Ragged(_Baseline):
     XLA runs one block of 128 threads for each update, so their number decides the speed.
 
     Attributes:
-      updates: of each peer, of equal size (``by_expert``: of each expert).
-      by_expert: updates that lie within one expert and land in packed order at once. False: what a
-        peer sends lands together, and another gather brings it into packed order.
+      updates: of each peer, of equal size.
+      by_expert: as many for each of the peer's experts, ``updates`` at least in all, that land in
+        packed order at once. False: what a peer sends lands together, and another gather brings it
+        into packed order.
     """
 
     updates: int = 128
@@ -324,8 +326,8 @@ class Ragged(_Baseline):
             send, sizes = send[..., :1], jnp.sum(kept, axis=-1, keepdims=True)
             land = _before(sizes, axis=0)
             arrival, back = _arrivals(kept, starts, land[:, me, 0], me, layout, layout.capacity)
-        part = jnp.arange(self.updates + 1, dtype=jnp.int32)
-        cuts = sizes[..., None] * part // self.updates
+        parts = -(-self.updates // sizes.shape[-1])
+        cuts = sizes[..., None] * jnp.arange(parts + 1, dtype=jnp.int32) // parts
         within, sizes = cuts[..., :-1], jnp.diff(cuts, axis=-1)
         send, land = send[..., None] + within, land[..., None] + within
         slices = (send[me], sizes[me], land[me], sizes[:, me], land[:, me], send[:, me])
@@ -359,3 +361,26 @@ _ragged.defvjp(
         None,
     ),
 )
+
+
+def named(name: str, *, slots: int | None = None) -> Any:
+    """The exchange of a name of :data:`NAMES`, for ``dispatch``, ``combine`` and the MoE layers.
+
+    ``slots``: of ``dense``; None: its default.
+    """
+    if name == "dense":
+        return Dense(slots=slots)
+    if name == "freeio":
+        return freeio_jax
+    if name == "reference":
+        return freeio_jax.reference
+    return _RAGGED[name]
+
+
+_RAGGED = {
+    "ragged": Ragged(),
+    "ragged-by-expert": Ragged(by_expert=True),
+    "ragged-32": Ragged(32),
+    "ragged-1": Ragged(1),
+}
+NAMES = ("freeio", "reference", *_RAGGED, "dense")
