@@ -1,11 +1,11 @@
 """XLA's own exchanges at their best, with the signatures of ``dispatch`` and ``combine``.
 
-What one writes without this package: sort the assignments by expert, gather the rows in that order,
-exchange, and bring what has landed into packed order; and all of it back. Two exchanges are there,
-``lax.ragged_all_to_all`` (:class:`Ragged`) and ``lax.all_to_all`` (:class:`Dense`). Either serves as
-``exchange`` of the MoE layers.
+What one writes without this package: sort the assignments by expert, gather the rows in that
+order, exchange, and bring what has landed into packed order; and all of it back. There is one over
+``lax.ragged_all_to_all`` (:class:`Ragged`) and one over ``lax.all_to_all`` (:class:`Dense`). Either
+serves as ``exchange`` of the MoE layers.
 
-The contract is :func:`freeio_jax.dispatch`'s and :func:`freeio_jax.combine`'s, but for one rounding:
+The contract is :func:`freeio_jax.dispatch`'s and :func:`freeio_jax.combine`'s, but for a rounding:
 each row crosses a link by itself, so ``combine`` rounds once, at the end, and not once a rank.
 """
 

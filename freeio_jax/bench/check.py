@@ -20,6 +20,7 @@ from freeio_jax.bench import baselines
 from freeio_jax.bench.cases import ROUTINGS, Shape, expert_mesh
 from freeio_jax.bench.programs import per_shard, put
 from freeio_jax.bench.report import Report
+from freeio_jax.layout import round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +57,17 @@ SHAPES = (
 )
 
 
-def difference(api: Any, shape: Shape, alignment: int) -> Callable[..., dict[str, jax.Array]]:
-    """A function of one rank's (tokens, topk_idx, weights): how many elements differ, on all ranks.
-
-    Rows, sizes and counts bit by bit; sums and gradients by more than their roundings can.
-    """
+@functools.cache
+def _layer(api: Any, shape: Shape, alignment: int) -> Callable[..., Any]:
+    """(tokens, topk_idx, weights) -> what must be equal, and sums with gradients; compiled."""
     options = {
         "num_experts": shape.num_experts,
         "axis_name": "expert",
-        "capacity": None if shape.capacity is None else -(-shape.capacity // alignment) * alignment,
+        "capacity": None if shape.capacity is None else round_up(shape.capacity, alignment),
         "alignment": alignment,
     }
 
-    def everything(api, tokens, topk_idx, weights):
+    def everything(tokens, topk_idx, weights):
         def layer(tokens, weights):
             out = api.dispatch(tokens, topk_idx, **options)
             z = api.combine(out.tokens * jnp.asarray(1.5, out.tokens.dtype), out.handle, weights)
@@ -81,22 +80,20 @@ def difference(api: Any, shape: Shape, alignment: int) -> Callable[..., dict[str
         by_tokens, by_weights = pull(jnp.roll(tokens, 1, axis=0))
         return exact, {"z": z, "d_tokens": by_tokens, "d_weights": by_weights}
 
-    def count(tokens, topk_idx, weights):
-        exact, sums = everything(api, tokens, topk_idx, weights)
-        right, right_sums = everything(reference, tokens, topk_idx, weights)
-        # The largest that each sum could have been, term by term.
-        _, magnitudes = everything(reference, jnp.abs(tokens), topk_idx, jnp.abs(weights))
-        wrong = {name: jnp.sum(_bits(exact[name]) != _bits(right[name])) for name in exact}
-        for name, value in sums.items():
-            wide = [a.astype(jnp.float32) for a in (value, right_sums[name], magnitudes[name])]
-            # Sums of K rows may be rounded at each step, those over H are of float32.
-            units = 64 if value.dtype == jnp.float32 else 2 + shape.top_k
-            unit = units * float(jnp.finfo(value.dtype).eps)
-            # Not greater than: NaN differs from all.
-            wrong[name] = jnp.sum(~(jnp.abs(wide[0] - wide[1]) <= unit * wide[2]))
-        return {name: lax.psum(n.astype(jnp.int32), "expert") for name, n in wrong.items()}
+    return per_shard(everything, expert_mesh(shape.num_ranks))
 
-    return count
+
+@functools.partial(jax.jit, static_argnums=3)
+def _count_differing(ours, right, magnitudes, top_k):
+    """Elements that differ: exact ones bit by bit, sums by more than their roundings can."""
+    wrong = {name: jnp.sum(_bits(ours[0][name]) != _bits(right[0][name])) for name in ours[0]}
+    for name, value in ours[1].items():
+        # Sums of K rows may be rounded at each step, those over H are of float32.
+        units = 64 if value.dtype == jnp.float32 else 2 + top_k
+        bound = units * float(jnp.finfo(value.dtype).eps) * magnitudes[1][name].astype(jnp.float32)
+        apart = jnp.abs(value.astype(jnp.float32) - right[1][name].astype(jnp.float32))
+        wrong[name] = jnp.sum(~(apart <= bound))  # so that NaN differs from all
+    return wrong
 
 
 def _bits(array):
@@ -105,30 +102,28 @@ def _bits(array):
     return lax.bitcast_convert_type(array, jnp.dtype(f"uint{array.dtype.itemsize * 8}"))
 
 
-@functools.cache
-def _compiled(api, shape, alignment):
-    return per_shard(difference(api, shape, alignment), expert_mesh(shape.num_ranks))
-
-
 def compare(api: Any, check: CheckShape, num_ranks: int, routing: str, seed: int) -> dict[str, int]:
-    """What differs, by name and number of elements; empty where all is right."""
+    """What differs from the reference, by name and number of elements; empty if all is right."""
     shape = check.of(num_ranks)
     rng = np.random.default_rng(seed)
     lead = (num_ranks, check.num_tokens)
     tokens = rng.standard_normal((*lead, check.hidden), np.float32)
+    tokens = tokens.astype(jnp.dtype(check.dtype))
     topk_idx = ROUTINGS[routing](shape, seed).reshape(*lead, check.top_k)
     # Skipped ids, and some out of range.
     topk_idx[rng.random(topk_idx.shape) < 0.1] = -1
     topk_idx[rng.random(topk_idx.shape) < 0.02] = shape.num_experts + 5
-    args = (
-        tokens.astype(jnp.dtype(check.dtype)),
-        topk_idx,
-        rng.random(topk_idx.shape, np.float32),
+    weights = rng.random(topk_idx.shape, np.float32)
+    mesh = expert_mesh(num_ranks)
+    args, positive = (put(mesh, (a, topk_idx, weights)) for a in (tokens, abs(tokens)))
+    expected = _layer(reference, shape, check.alignment)
+    wrong = _count_differing(
+        _layer(api, shape, check.alignment)(*args),
+        expected(*args),
+        expected(*positive),
+        shape.top_k,
     )
-    function = _compiled(api, shape, check.alignment)
-    wrong = function(*put(expert_mesh(num_ranks), args))
-    counts = {name: int(np.max(np.asarray(n))) for name, n in wrong.items()}
-    return {name: n for name, n in counts.items() if n}
+    return {name: int(n) for name, n in wrong.items() if int(n)}
 
 
 def _expect_nothing(wrong: dict[str, int], what: str) -> None:
@@ -144,7 +139,8 @@ def run(
     shapes: Sequence[CheckShape] = SHAPES,
 ) -> None:
     """Checks each exchange on each shape and kind of routing."""
-    report.table("Checks", {"exchange": "exchange", "shape": "shape", "wrong": "wrong"})
+    columns = {field.name: field.name for field in dataclasses.fields(CheckShape)}
+    report.table("Checks", {"exchange": "exchange", **columns, "wrong": "wrong"})
     for name in exchanges:
         for shape in shapes:
 
@@ -156,11 +152,11 @@ def run(
                     _expect_nothing(wrong, f"{name} with routing {routing}")
                 return {"wrong": "nothing"}
 
-            report.guarded("check", {"exchange": name, "shape": str(shape)}, measure)
-    _compiled.cache_clear()
+            report.guarded("check", {"exchange": name, **dataclasses.asdict(shape)}, measure)
+    _layer.cache_clear()
 
 
-# --- The soak --------------------------------------------------------------------------------------
+# --- The soak ------------------------------------------------------------------------------------
 
 
 def memory(devices: Sequence[jax.Device]) -> dict[str, int]:
@@ -218,4 +214,4 @@ def soak(
         )
 
     report.guarded("soak", {"calls": calls}, measure)
-    _compiled.cache_clear()
+    _layer.cache_clear()

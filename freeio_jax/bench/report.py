@@ -41,7 +41,7 @@ class Report:
     def guarded(
         self, part: str, about: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]
     ) -> bool:
-        """Adds ``about`` with what ``measure`` finds; an error is reported, and the others go on."""
+        """Adds ``about`` with what ``measure`` finds; an error is reported, and no more."""
         begin = time.perf_counter()
         try:
             record = dict(measure())

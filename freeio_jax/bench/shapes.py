@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -126,27 +127,32 @@ def run(
     report.table("Exchanges", _COLUMNS)
     for suite in suites:
         for num_tokens in suite.tokens:
-            case = Case(suite, num_tokens, num_ranks, dtype)
-            programs, moved = case.programs(), case.traffic()
-            ours: dict[str, float] = {}
-            for name in exchanges:
-                api = case.exchange(name)
-                for op in ops if name == "freeio" else [op for op in ops if op in BASELINE_OPS]:
+            _run_case(report, limits, Case(suite, num_tokens, num_ranks, dtype), ops, exchanges)
 
-                    def measure(name=name, api=api, op=op, programs=programs, case=case, ours=ours):
-                        program = programs.build(api, op, case.calls)
-                        wall = timing.seconds_per_run(program) / case.calls
-                        times = {"wall_s": wall, "merged": program.found < program.calls}
-                        if name != "freeio":
-                            return {**times, "of_freeio": wall / ours.get(op, math.nan)}
-                        ours[op] = wall
-                        kernel = kernel_seconds(program, op)
-                        return {**times, **_against(limits, moved[op], kernel), "kernel_s": kernel}
 
-                    report.guarded("shapes", {**case.about, "op": op, "exchange": name}, measure)
-                    if report.data["shapes"][-1].get("merged"):
-                        print("\nXLA merged calls of this program: its time is no use.\n")
-            del programs
+def _run_case(report, limits, case, ops, exchanges):
+    programs, moved = case.programs(), case.traffic()
+    ours: dict[str, float] = {}
+
+    def measure(name, api, op):
+        program = programs.build(api, op, case.calls)
+        wall = timing.seconds_per_run(program) / case.calls
+        times = {"wall_s": wall, "merged": program.found < program.calls}
+        if name != "freeio":
+            return {**times, "of_freeio": wall / ours.get(op, math.nan)}
+        ours[op] = wall
+        kernel = kernel_seconds(program, op)
+        return {**times, **_against(limits, moved[op], kernel), "kernel_s": kernel}
+
+    for name in exchanges:
+        api = case.exchange(name)
+        for op in ops:
+            if name != "freeio" and op not in BASELINE_OPS:
+                continue
+            about = {**case.about, "op": op, "exchange": name}
+            report.guarded("shapes", about, functools.partial(measure, name, api, op))
+            if report.data["shapes"][-1].get("merged"):
+                print("\nXLA merged calls of this program: its time is no use.\n")
 
 
 def _against(limits: Limits, moved: Traffic, seconds: float) -> dict[str, float]:
