@@ -38,8 +38,9 @@ rows are 1.25 x T*K, or as many as the routing needs; so are the slots of the de
 floor = max(link_bytes / link_bw, hbm_bytes / hbm_bw) + 2 flag trips, where the bandwidths and the
 trip are measured first, on the same GPUs, and the bytes are those that must move at least.
 
-wall: of one more call in a program of several that wait for each other, for all exchanges alike;
-command buffers are off, so that no recording of them is timed, unless XLA_FLAGS says otherwise.
+wall: of one call in a program of several that wait for each other, programs in a row, for all
+exchanges alike, a kernel of a few numbers between two calls included. Command buffers are off, so
+that no recording of them is timed, unless XLA_FLAGS says otherwise.
 kernel: the median duration of the one kernel that an operation is, by jax.profiler.
 
 exchanges:
@@ -152,7 +153,8 @@ def run_parts(arguments: argparse.Namespace) -> int:
 
     devices = jax.devices()[: arguments.ranks]
     on_gpu = devices[0].platform == "gpu"
-    freeio_jax.config(num_sms=arguments.num_sms)
+    if arguments.num_sms is not None:
+        freeio_jax.config(num_sms=arguments.num_sms)
 
     def exchanges(*left_out):
         names = arguments.exchanges or [name for name in NAMES if name not in left_out]
@@ -179,7 +181,9 @@ def run_parts(arguments: argparse.Namespace) -> int:
         elif part == "shapes":
             limits = Limits.measure(devices)
             report.data["about"]["limits"] = dataclasses.asdict(limits)
-            print(f"# {limits}", flush=True)
+            memory = check.memory(devices)
+            report.data["about"]["engine_bytes"] = memory.get("engine")
+            print(f"# {limits}; bytes in use: {memory}", flush=True)
             suites = _suites(arguments)
             names = exchanges("reference")
             shapes.run(report, limits, suites, ops=arguments.ops, exchanges=names, **sizes)

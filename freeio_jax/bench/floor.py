@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from freeio_jax import _native
+from freeio_jax.engines import ENGINES
+
 #: The exchanges that are timed, and the kernels that they are, by the names in a profile.
 KERNELS = {
     "dispatch": "dispatch_kernel",
@@ -70,8 +73,8 @@ class Limits:
         """The link's figure is the better one of pushing and pulling, by CTAs on all SMs."""
         if devices[0].platform != "gpu":
             return cls(math.nan, math.nan, math.nan)
-        from freeio_jax import _native
-
+        # The engine lets the GPUs reach each other's memory.
+        ENGINES["cuda"].prepare(None)
         ordinals = [device.local_hardware_id for device in devices]
         size = 256 << 20
         memory = _native.cuda.memory_bandwidth(ordinals[0], 4 * size)

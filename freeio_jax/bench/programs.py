@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,7 +15,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from freeio_jax.bench.baselines import BaselineHandle
 from freeio_jax.bench.cases import Shape
+from freeio_jax.handle import Handle
 
 
 def put(mesh: Mesh, tree: Any) -> Any:
@@ -37,7 +41,10 @@ class Programs:
     """Programs of one shape and routing.
 
     The calls of a program wait for each other, as layers do, and return all that they compute:
-    XLA neither merges them, nor leaves out what nobody reads, nor runs two at a time.
+    XLA neither merges them, nor leaves out what nobody reads, nor runs two at a time. For that the
+    indices of a call depend on the results of the one before, which costs a kernel of a few
+    numbers for each call, whatever the exchange. An optimization barrier is not enough: XLA may
+    drop it and merge equal calls after that.
 
     Args:
       shape: the sizes and the rows' dtype.
@@ -49,8 +56,11 @@ class Programs:
         self.mesh, self.num_experts, self.capacity = mesh, shape.num_experts, capacity
         rng = np.random.default_rng(0)
         lead = (shape.num_ranks, shape.num_tokens)
-        tokens = rng.standard_normal((*lead, shape.hidden), np.float32)
-        self.tokens = put(mesh, tokens.astype(jnp.dtype(shape.dtype)))
+        num_rows = shape.num_ranks * shape.num_tokens
+        # A million numbers, again and again: to draw all of them takes longer than to time.
+        some = rng.standard_normal(min(1 << 20, num_rows * shape.hidden), np.float32)
+        tokens = np.resize(some.astype(jnp.dtype(shape.dtype)), (*lead, shape.hidden))
+        self.tokens = put(mesh, tokens)
         self.weights = put(mesh, rng.random((*lead, shape.top_k), np.float32))
         self.topk_idx = put(mesh, topk_idx)
         self._last_dispatched: tuple[Any, Any] = (None, None)
@@ -64,17 +74,34 @@ class Programs:
             or ``dispatch_along``, the gradient of an unweighted one.
           calls: their number.
         """
+        return self._lowered(api, op, calls)()
+
+    def build_all(self, wanted: Iterable[tuple[Any, str]], calls: int) -> list[Future[Program]]:
+        """As :meth:`build`, for each ``(api, op)``; compiled side by side, and all of them done."""
+        with ThreadPoolExecutor() as pool:
+            return [self._submit(pool, api, op, calls) for api, op in wanted]
+
+    def _submit(self, pool, api, op, calls):
+        try:
+            return pool.submit(self._lowered(api, op, calls))
+        except Exception as error:  # for whoever asks for the result
+            failed: Future[Program] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _lowered(self, api, op, calls):
+        """A function that compiles the program; any thread may call it."""
         once, args = getattr(self, f"_{op}")(api)
 
         def many(*args):
             outs = []
             for _ in range(calls):
-                if outs:
-                    args, outs[-1] = lax.optimization_barrier((args, outs[-1]))
-                outs.append(once(*args))
+                after = [_after(outs[-1], arg) for arg in args] if outs else args
+                outs.append(once(*after))
             return outs
 
-        return Program(per_shard(many, self.mesh).lower(*args).compile(), args, calls)
+        lowered = per_shard(many, self.mesh).lower(*args)
+        return lambda: Program(lowered.compile(), args, calls)
 
     def dispatch_once(self, api: Any, tokens: jax.Array, topk_idx: jax.Array):
         return api.dispatch(
@@ -92,7 +119,7 @@ class Programs:
         return once, (self.tokens, self.topk_idx)
 
     def _dispatched(self, api):
-        if self._last_dispatched[0] is not api:
+        if self._last_dispatched[0] != api:
             once, args = self._dispatch(api)
             out = per_shard(once, self.mesh)(*args)
             self._last_dispatched = api, (out.tokens, out.handle)
@@ -114,6 +141,24 @@ class Programs:
             return pull(cotangent)
 
         return once, (*self._dispatched(api), self.tokens)
+
+
+def _after(result, arg):
+    """``arg``, and so all that is computed from it, in need of ``result``; otherwise the same."""
+    element = jax.tree.leaves(result)[0]
+    element = lax.slice(element, [n - 1 for n in element.shape], element.shape).reshape(())
+    zero = (element != element).astype(jnp.int32)  # not NaN: but XLA does not know
+    if isinstance(arg, Handle):
+        return dataclasses.replace(arg, _dest_rank=arg._dest_rank + zero)
+    if isinstance(arg, BaselineHandle):
+        plan = arg._plan
+        changed = {"order": plan.order + zero}
+        if plan.back is not None:
+            changed["back"] = plan.back + zero
+        if plan.slices is not None:
+            changed["slices"] = (*plan.slices[:3], plan.slices[3] + zero, *plan.slices[4:])
+        return dataclasses.replace(arg, _plan=dataclasses.replace(plan, **changed))
+    return arg + zero if jnp.issubdtype(arg.dtype, jnp.integer) else arg
 
 
 class Program:

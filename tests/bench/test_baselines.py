@@ -89,7 +89,7 @@ def test_gradients_with_drops_are_the_reference_ones(rng):
 
     expected, *others = (
         per_shard(functools.partial(gradients, api), make_mesh(4))(tokens, topk_idx, weights)
-        for api in (reference, *EXCHANGES.values())
+        for api in (reference, *(EXCHANGES[n] for n in ("dense", "ragged 3", "by expert 5")))
     )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     for got in others:

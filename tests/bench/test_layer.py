@@ -5,7 +5,6 @@ import jax
 import numpy as np
 import pytest
 
-import freeio_jax
 from freeio_jax import reference
 from freeio_jax.bench import layer
 from freeio_jax.bench.baselines import Dense, Ragged
@@ -14,7 +13,6 @@ from freeio_jax.bench.report import Report
 SIZES = layer.Sizes(2, 12, hidden=8, top_k=2, num_experts=4, expert_width=6, dtype="float32")
 EXCHANGES = {
     "reference": reference,
-    "freeio": freeio_jax,
     "ragged": Ragged(3),
     "by expert": Ragged(3, by_expert=True),
     "dense": Dense(slots_factor=2.0),

@@ -18,6 +18,11 @@ SUITE = shapes.Suite("tiny", 8, 2, 8, "half", (6,))
 LIMITS = Limits(link=1e9, memory=1e10, trip=1e-6)
 
 
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch):
+    monkeypatch.setattr(shapes.Case, "calls", 2)
+
+
 @pytest.fixture(scope="module")
 def case():
     return shapes.Case(SUITE, 6, 4, "float32")
@@ -88,6 +93,16 @@ def test_table(capsys, monkeypatch):
     assert dense["of_freeio"] == dense["wall_s"] / ours["wall_s"]
     assert not dense["merged"]
     assert "| tiny | 6 | dispatch | dense |" in capsys.readouterr().out
+
+
+def test_what_does_not_compile_is_reported_and_the_rest_timed(capsys):
+    report = Report({})
+    options = {"num_ranks": 2, "ops": ["dispatch"], "dtype": "float32"}
+    shapes.run(report, LIMITS, [SUITE], exchanges=["ragged", "freeio"], **options)
+    ragged, ours = report.data["shapes"]
+    assert report.failed == 1
+    assert "agged" in ragged["error"]  # XLA has no such collective for CPU
+    assert ours["wall_s"] > 0
 
 
 def test_sweep(monkeypatch):
