@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -78,16 +79,17 @@ class Programs:
 
     def build_all(self, wanted: Iterable[tuple[Any, str]], calls: int) -> list[Future[Program]]:
         """As :meth:`build`, for each ``(api, op)``; compiled side by side, and all of them done."""
+        # All inputs are there before: what XLA loads while an exchange waits for its peers on a
+        # GPU may wait for it in turn.
+        lowered = [self._try_to_lower(api, op, calls) for api, op in wanted]
         with ThreadPoolExecutor() as pool:
-            return [self._submit(pool, api, op, calls) for api, op in wanted]
+            return [pool.submit(compile_it) for compile_it in lowered]
 
-    def _submit(self, pool, api, op, calls):
+    def _try_to_lower(self, *args):
         try:
-            return pool.submit(self._lowered(api, op, calls))
-        except Exception as error:  # for whoever asks for the result
-            failed: Future[Program] = Future()
-            failed.set_exception(error)
-            return failed
+            return self._lowered(*args)
+        except Exception as error:
+            return functools.partial(_raise, error)  # for whoever asks for the result
 
     def _lowered(self, api, op, calls):
         """A function that compiles the program; any thread may call it."""
@@ -121,7 +123,7 @@ class Programs:
     def _dispatched(self, api):
         if self._last_dispatched[0] != api:
             once, args = self._dispatch(api)
-            out = per_shard(once, self.mesh)(*args)
+            out = jax.block_until_ready(per_shard(once, self.mesh)(*args))
             self._last_dispatched = api, (out.tokens, out.handle)
         return self._last_dispatched[1]
 
@@ -141,6 +143,10 @@ class Programs:
             return pull(cotangent)
 
         return once, (*self._dispatched(api), self.tokens)
+
+
+def _raise(error):
+    raise error
 
 
 def _after(result, arg):
