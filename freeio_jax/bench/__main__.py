@@ -30,7 +30,7 @@ EPILOG = """\
 shapes, of bfloat16 rows:
   large   H=7168 K=8 E=256, uniform routing, T of 1, 8, 128, 1024, 4096, 8192
   small   H=2048 K=4 E=64, likewise
-  half    as large, T of 128 and 4096; half of all assignments go to one rank
+  half    as large, T of 128 and 4096; half of all assignments go to one rank (of 2: as large)
   zipf    as large, T of 128 and 4096; the n-th most popular expert is drawn with weight 1/n
 --hidden, --top-k or --experts make one suite of their own, "custom", of uniform routing. The packed
 rows are 1.25 x T*K, or as many as the routing needs; so are the slots of the dense exchange.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from freeio_jax.bench import baselines, profile, timing
@@ -43,23 +43,28 @@ class Layer:
         self.sizes, self.room = sizes, room
         self.mesh = expert_mesh(sizes.num_ranks)
         dtype = jnp.dtype(sizes.dtype)
+        config, hidden = self.config(None), sizes.hidden
+        shapes = config.parameters(hidden, sizes.num_experts // sizes.num_ranks)
+
+        def normal(key, shape, dtype):
+            return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[0] ** -0.5, dtype)
 
         def draw(key):
-            arrays = {}
-            for name, (shape, _) in self.config(None).parameters(sizes.hidden).items():
-                key, of_this = jax.random.split(key)
-                kind = jnp.float32 if name == "router" else dtype
-                scale = jnp.asarray(shape[-2] ** -0.5, kind)
-                arrays[name] = jax.random.normal(of_this, shape, kind) * scale
-            tokens = (sizes.num_ranks * sizes.num_tokens, sizes.hidden)
-            return arrays, jax.random.normal(key, tokens, dtype)
+            """One rank's part, expert by expert: the generator needs several times their memory."""
+            router_key, *keys = jax.random.split(key, 1 + len(shapes))
+            keys = [jax.random.fold_in(key, jax.lax.axis_index("expert")) for key in keys]
+            arrays = {"router": normal(router_key, shapes["router"][0], jnp.float32)}
+            for name in ("gate_up", "down"):
+                experts, *shape = shapes[name][0]
+                one = functools.partial(normal, shape=shape, dtype=dtype)
+                arrays[name] = jax.lax.map(
+                    lambda k, one=one: one(k), jax.random.split(keys.pop(), experts)
+                )
+            return arrays, jax.random.normal(keys.pop(), (sizes.num_tokens, hidden), dtype)
 
-        specs = {
-            name: P(*names)
-            for name, (_, names) in self.config(None).parameters(sizes.hidden).items()
-        }
-        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), (specs, P("expert")))
-        self.parameters, self.x = jax.jit(draw, out_shardings=shardings)(jax.random.key(0))
+        specs = {name: P(*names) for name, (_, names) in shapes.items()}
+        draw = jax.shard_map(draw, mesh=self.mesh, in_specs=P(), out_specs=(specs, P("expert")))
+        self.parameters, self.x = jax.jit(draw)(jax.random.key(0))
 
     def config(self, exchange: object) -> MoEConfig:
         sizes = self.sizes
