@@ -124,6 +124,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         op, tokens = arguments.once
         if op not in OPS:
             parser.error(f"--once {op}: the operations are {', '.join(OPS)}")
+        if len(arguments.suites or ()) > 1:
+            parser.error("--once is of one of the --suites")
         try:
             arguments.once = op, count(tokens)
         except (ValueError, argparse.ArgumentTypeError):

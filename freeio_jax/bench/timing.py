@@ -30,10 +30,11 @@ def compare(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 MOST_RUNS = 20
 
 
-def seconds_per_run(run: Callable[[], object], samples: int = 3, least: float = 0.1) -> float:
+def seconds_per_run(run: Callable[[], object], least: float = 0.1) -> float:
     """Median seconds of a run in a row of runs, so that the host's launches overlap the devices.
 
-    After a warm-up. A sample has as many runs as take ``least`` seconds, ``MOST_RUNS`` at most.
+    After a warm-up. Seven samples, each of as many runs as take ``least`` seconds, ``MOST_RUNS`` at
+    most; three samples where one run takes longer.
     """
     jax.block_until_ready(run())
 
@@ -45,4 +46,4 @@ def seconds_per_run(run: Callable[[], object], samples: int = 3, least: float = 
         return (time.perf_counter() - begin) / runs
 
     runs = min(MOST_RUNS, 1 + int(least / sample(1)))
-    return statistics.median(sample(runs) for _ in range(samples))
+    return statistics.median(sample(runs) for _ in range(7 if runs > 1 else 3))

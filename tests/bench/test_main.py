@@ -22,6 +22,7 @@ from freeio_jax.bench import baselines, floor, shapes
         (["--once", "scatter", "4"], "the operations are dispatch, combine"),
         (["--once", "dispatch", "-4"], "T must be a positive number"),
         (["--once", "dispatch"], "expected 2 arguments"),
+        (["--once", "dispatch", "4", "--suites", "half", "zipf"], "of one of the --suites"),
         (["--soak", "none"], "invalid int value"),
         (["--top-k", "9", "--experts", "8"], "--top-k 9 exceeds --experts 8"),
         (["--suites", "large", "--hidden", "8"], "have sizes of their own"),
