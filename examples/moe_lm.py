@@ -45,7 +45,7 @@ def rotate(x):
 class Block(nnx.Module):
     """Causal attention, then a Mixture of Experts, each on normalized input and added to it."""
 
-    def __init__(self, config: ModelConfig, capacity_factor, dtype, rngs):
+    def __init__(self, config: ModelConfig, moe_options, dtype, rngs):
         self.heads = config.heads
         self.attention_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
         linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
@@ -57,10 +57,10 @@ class Block(nnx.Module):
             num_experts=config.experts,
             top_k=config.top_k,
             expert_width=config.expert_width,
-            capacity_factor=capacity_factor,
             token_axes=MESH_AXES,
             dtype=dtype,
             rngs=rngs,
+            **moe_options,
         )
 
     def __call__(self, x):
@@ -75,12 +75,12 @@ class Block(nnx.Module):
 class ByteTransformer(nnx.Module):
     """Decoder-only: bytes ``[B, L]`` to the logits of each next byte, float32 ``[B, L, 256]``."""
 
-    def __init__(self, config: ModelConfig, capacity_factor, dtype, rngs):
+    def __init__(self, config: ModelConfig, moe_options, dtype, rngs):
         embed = functools.partial(nnx.Embed, features=config.width, dtype=dtype, rngs=rngs)
         small = nnx.initializers.normal(0.02)
         self.embed = embed(VOCABULARY, embedding_init=small)
         self.blocks = nnx.List(
-            [Block(config, capacity_factor, dtype, rngs) for _ in range(config.layers)]
+            [Block(config, moe_options, dtype, rngs) for _ in range(config.layers)]
         )
         self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
 
@@ -107,14 +107,15 @@ class Trainer:
 
     ``state`` is a pytree of global arrays: parameters, optimizer state and the step. The experts'
     parameters and their optimizer state are spread over the expert axis, all else is replicated.
+    ``moe_options``: what the MoE layers get beside the shapes: ``capacity_factor``, ``exchange``.
     """
 
-    def __init__(self, config, mesh, *, capacity_factor, optimizer, seed):
+    def __init__(self, config, mesh, *, moe_options, optimizer, seed):
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.mesh, self.optimizer = mesh, optimizer
 
         def create():
-            return ByteTransformer(config, capacity_factor, dtype, nnx.Rngs(seed))
+            return ByteTransformer(config, moe_options, dtype, nnx.Rngs(seed))
 
         def init():
             _, params, _ = nnx.split(create(), nnx.Param, nnx.Intermediate)

@@ -10,6 +10,7 @@ of the loss and of each expert's load to ``--out``, and prints a sample of what 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -26,6 +27,8 @@ from jax.sharding import PartitionSpec as P
 from moe_lm import MESH_AXES, ModelConfig, Trainer
 from text import UserError, draw_windows, read_text, split_text
 from tqdm import tqdm
+
+from freeio_jax.bench import baselines, profile
 
 BITS = 1 / math.log(2)  # bits per nat
 
@@ -118,6 +121,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         default=None,
         help="room for this multiple of an even load, the rest is dropped; default: no drops",
     )
+    add(
+        "--exchange",
+        choices=baselines.NAMES,
+        default="freeio",
+        help="what moves tokens to experts and back; the others are for comparison",
+    )
+    add("--trace", metavar="DIR", help="profile the last step, for XProf or Perfetto, into DIR")
     add("--learning-rate", type=positive(float), default=4e-3, help="its peak, after the warm-up")
     add("--seed", type=int, default=0)
     add("--eval-every", type=count, default=50, metavar="STEPS")
@@ -179,7 +189,10 @@ def train(arguments) -> None:
         trainer = Trainer(
             config,
             mesh,
-            capacity_factor=arguments.capacity_factor,
+            moe_options={
+                "capacity_factor": arguments.capacity_factor,
+                "exchange": baselines.named(arguments.exchange),
+            },
             optimizer=optimizer,
             seed=arguments.seed,
         )
@@ -215,9 +228,12 @@ def train(arguments) -> None:
             for step in range(first + 1, arguments.steps + 1):
                 began = time.perf_counter()
                 window = windows(train_text, arguments.seed, step)
-                trainer.state, report = trainer.train_step(trainer.state, window)
-                report = jax.device_get(report)
-                seconds.append(time.perf_counter() - began)
+                traced = arguments.trace and step == arguments.steps
+                with jax.profiler.trace(arguments.trace) if traced else contextlib.nullcontext():
+                    trainer.state, report = trainer.train_step(trainer.state, window)
+                    report = jax.device_get(report)
+                if not traced:
+                    seconds.append(time.perf_counter() - began)
                 history.train_bits.append(float(report["nats"]) * BITS)
                 history.load.append(report["load"].tolist())
                 history.dropped.append(int(report["dropped"]))
@@ -254,7 +270,10 @@ def print_summary(history, seconds, arguments, out) -> None:
     print(f"held-out loss: {before:.3f} bits per byte before training, {after:.3f} after")
     if len(seconds) > 1:  # the first step's time is compilation
         rate = arguments.batch * arguments.context * (len(seconds) - 1) / sum(seconds[1:])
-        print(f"speed: {rate:,.0f} tokens/s in training steps")
+        print(f"speed: {rate:,.0f} tokens/s in training steps, exchange: {arguments.exchange}")
+    shares = profile.shares(profile.read(arguments.trace)) if arguments.trace else {}
+    if shares:  # GPUs only
+        print(f"communication: {shares['communication_share']:.1%} of the last step's time")
     print(f"drops: {sum(history.dropped):,} of {assignments:,} assignments")
     print(f"checkpoint: {out / 'checkpoints'}   plots: {out / 'loss.png'}, {out / 'load.png'}")
 

@@ -113,8 +113,8 @@ class CudaEngine(_Engine):
         _register(_native.cuda, "CUDA")
         owned, mapped = _native.cuda.memory()
         log.logger.info(
-            "CUDA engine: %d of %d GPUs are in this process; %d bytes of each are the engine's, and "
-            "%d bytes of other processes are mapped",
+            "CUDA engine: %d of %d GPUs are in this process; the engine owns %d bytes of each, and "
+            "has mapped %d bytes of other processes",
             jax.local_device_count("cuda"),
             jax.device_count("cuda"),
             owned,

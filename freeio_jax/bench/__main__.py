@@ -4,137 +4,244 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import os
 import pathlib
+import platform
 import sys
 
 import jax
+
+PARTS = ("check", "shapes", "sms", "soak", "layer", "once")
+OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
+NAMES = ("freeio", "reference", "ragged", "ragged-by-expert", "ragged-32", "ragged-1", "dense")
+SUITES = ("large", "small", "half", "zipf")
+DTYPES = ("bfloat16", "float16", "float32")
+#: What --all does when no other number is said, and --soak without one.
+SOAK_CALLS = 2000
+
+DESCRIPTION = """\
+Times dispatch and combine on the devices of this process.
+
+On CPU: dispatch, combine and both with gradients, against the same contract over dense
+lax.all_to_all. On GPUs: the parts below, --shapes unless others are named.
+"""
+
+EPILOG = """\
+shapes, of bfloat16 rows:
+  large   H=7168 K=8 E=256, uniform routing, T of 1, 8, 128, 1024, 4096, 8192
+  small   H=2048 K=4 E=64, likewise
+  half    as large, T of 128 and 4096; half of all assignments go to one rank (of 2: as large)
+  zipf    as large, T of 128 and 4096; the n-th most popular expert is drawn with weight 1/n
+--hidden, --top-k or --experts make one suite of their own, "custom", of uniform routing. The packed
+rows are 1.25 x T*K, or as many as the routing needs; so are the slots of the dense exchange.
+
+floor = max(link_bytes / link_bw, hbm_bytes / hbm_bw) + 2 flag trips, where the bandwidths and the
+trip are measured first, on the same GPUs, and the bytes are those that must move at least.
+
+wall: of one call in a program of several that wait for each other, programs in a row, for all
+exchanges alike, a kernel of a few numbers between two calls included. Command buffers are off, so
+that no recording of them is timed, unless XLA_FLAGS says otherwise.
+kernel: the median duration of the one kernel that an operation is, by jax.profiler.
+
+exchanges:
+  freeio            this package's engine
+  reference         freeio_jax.reference: dense lax.all_to_all with slots for the worst case
+  ragged            lax.ragged_all_to_all, what goes to a peer in 128 updates
+  ragged-32, -1     likewise, in 32 updates, or in one
+  ragged-by-expert  likewise, in updates of one expert each, that land in packed order at once
+  dense             lax.all_to_all with slots for 1.25 of an even load
+"""
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m freeio_jax.bench",
-        description="Times dispatch, combine and both with gradients on the devices of this "
-        "process, against the same contract over dense lax.all_to_all, in one run.",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--ranks", type=int, default=8, help="R, devices (virtual ones on CPU)")
-    add(
-        "--tokens",
-        type=int,
-        nargs="+",
-        default=[128, 256, 512, 1024],
-        help="T, tokens of one rank; several give the growth with T",
+    count = _at_least_one
+    parts = parser.add_argument_group("parts").add_argument
+    parts("--check", action="store_true", help="each exchange against freeio_jax.reference")
+    parts("--shapes", action="store_true", help="times on each shape, next to the floor")
+    parts("--sms", action="store_true", help="how many SMs an exchange needs")
+    parts(
+        "--soak",
+        type=count,
+        nargs="?",
+        const=SOAK_CALLS,
+        metavar="N",
+        help=f"N checked calls of changing shape, and the memory they leave; default {SOAK_CALLS}",
     )
-    add("--hidden", type=int, default=1024, help="H, elements of one row")
-    add("--top-k", type=int, default=8, help="K, experts of one token")
-    add("--experts", type=int, default=64, help="E, experts of all ranks")
-    add("--dtype", default="float32", help="dtype of the rows")
-    add(
+    parts("--layer", action="store_true", help="an MoE layer end to end, over each exchange")
+    parts(
+        "--once",
+        nargs=2,
+        metavar=("OP", "T"),
+        help="one launch of one operation, for other profilers; see docs/performance.md",
+    )
+    parts("--all", action="store_true", help="all parts but --once")
+
+    sizes = parser.add_argument_group("sizes").add_argument
+    sizes("--ranks", type=count, help="R, devices; default: 8 (virtual ones) on CPU, else all")
+    sizes("--tokens", type=count, nargs="+", metavar="T", help="tokens of one rank")
+    sizes("--hidden", type=count, help="H, elements of one row")
+    sizes("--top-k", type=count, help="K, experts of one token")
+    sizes("--experts", type=count, help="E, experts of all ranks")
+    sizes("--expert-width", type=count, default=2048, help="of the layer; default %(default)s")
+    sizes("--dtype", choices=DTYPES, help="of the rows; default: float32 on CPU, else bfloat16")
+    sizes(
         "--capacity-factor",
         type=float,
-        default=None,
-        help="rows per rank as a multiple of T*K; default: the dropless bound",
+        help="on CPU: rows per rank as a multiple of T*K; default: the dropless bound",
     )
-    add("--repeats", type=int, default=5, help="rounds; the median counts")
-    add("--json", type=pathlib.Path, help="also write all figures to this file")
-    add("--plot", type=pathlib.Path, help="also draw the times over T to this PNG")
-    return parser.parse_args(argv)
+
+    what = parser.add_argument_group("what of it").add_argument
+    what("--suites", nargs="+", choices=SUITES, help="of --shapes; default: all")
+    what("--ops", nargs="+", choices=OPS, default=OPS, help="of --shapes and --sms; default: all")
+    what(
+        "--exchanges",
+        nargs="+",
+        choices=NAMES,
+        help="default: all, but no reference in --shapes, and no -32 and -1 in --layer",
+    )
+    what("--num-sms", type=count, help="as in freeio_jax.config")
+    what("--repeats", type=count, default=5, help="on CPU: rounds; the median counts")
+    what("--json", type=pathlib.Path, help="also write all figures to this file, as they come")
+    what("--png", type=pathlib.Path, help="also draw the times over T")
+    arguments = parser.parse_args(argv)
+
+    arguments.parts = [p for p in PARTS if getattr(arguments, p) not in (None, False)]
+    if arguments.all:
+        arguments.parts = [p for p in PARTS if p != "once" or p in arguments.parts]
+        arguments.soak = arguments.soak or SOAK_CALLS
+    for suites in (arguments.hidden, arguments.top_k, arguments.experts):
+        if suites is not None and arguments.suites:
+            parser.error("--suites have sizes of their own: leave out --hidden, --top-k, --experts")
+    if (arguments.top_k or 8) > (arguments.experts or 64):
+        parser.error(f"--top-k {arguments.top_k} exceeds --experts {arguments.experts}")
+    if arguments.once is not None:
+        op, tokens = arguments.once
+        if op not in OPS:
+            parser.error(f"--once {op}: the operations are {', '.join(OPS)}")
+        if len(arguments.suites or ()) > 1:
+            parser.error("--once is of one of the --suites")
+        try:
+            arguments.once = op, count(tokens)
+        except (ValueError, argparse.ArgumentTypeError):
+            parser.error(f"--once {op} {tokens}: T must be a positive number")
+    for path in (arguments.json, arguments.png):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"{path}: there is no folder {path.parent}")
+    return arguments
 
 
-def measure(arguments: argparse.Namespace) -> list[dict]:
-    """One row for each T and operation: seconds of both implementations and their ratio."""
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+_at_least_one.__name__ = "int"
+
+
+def run_parts(arguments: argparse.Namespace) -> int:
+    """The parts, in order, on the first ``arguments.ranks`` devices; 1 if something failed."""
     import freeio_jax
-    from freeio_jax.bench import cases, timing
+    from freeio_jax.bench import check, layer, shapes
+    from freeio_jax.bench.floor import Limits
+    from freeio_jax.bench.report import Report, plot_shapes
 
-    results = []
-    for num_tokens in arguments.tokens:
-        shape = cases.Shape(
-            num_ranks=arguments.ranks,
-            num_tokens=num_tokens,
-            hidden=arguments.hidden,
-            top_k=arguments.top_k,
-            num_experts=arguments.experts,
-            dtype=arguments.dtype,
-            capacity_factor=arguments.capacity_factor,
-        )
-        engine = cases.operations(shape, freeio_jax)
-        baseline = cases.operations(shape, freeio_jax.reference)
-        for name in engine:
-            seconds = timing.compare(
-                {"engine": engine[name], "baseline": baseline[name]}, arguments.repeats
-            )
-            results.append(
-                {
-                    **dataclasses.asdict(shape),
-                    "operation": name,
-                    "engine_s": seconds["engine"],
-                    "all_to_all_s": seconds["baseline"],
-                    "ratio": seconds["engine"] / seconds["baseline"],
-                }
-            )
-            print(format_row(results[-1]), flush=True)
-    return results
+    devices = jax.devices()[: arguments.ranks]
+    on_gpu = devices[0].platform == "gpu"
+    if arguments.num_sms is not None:
+        freeio_jax.config(num_sms=arguments.num_sms)
+
+    def exchanges(*left_out):
+        names = arguments.exchanges or [name for name in NAMES if name not in left_out]
+        if on_gpu:
+            return names
+        print("# lax.ragged_all_to_all exists on GPUs alone: left out")
+        return [name for name in names if not name.startswith("ragged")]
+
+    dtype = arguments.dtype or "bfloat16"
+    about = {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": devices[0].device_kind,
+        "ranks": len(devices),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "settings": freeio_jax.config(),
+    }
+    print(f"# {len(devices)} x {devices[0].device_kind}, jax {jax.__version__}", flush=True)
+    report = Report(about, arguments.json)
+    sizes = {"num_ranks": len(devices), "dtype": dtype}
+    for part in arguments.parts:
+        if part == "check":
+            check.run(report, num_ranks=len(devices), exchanges=exchanges("reference"))
+        elif part == "shapes":
+            limits = Limits.measure(devices)
+            report.data["about"]["limits"] = dataclasses.asdict(limits)
+            memory = check.memory(devices)
+            report.data["about"]["engine_bytes"] = memory.get("engine")
+            print(f"# {limits}; bytes in use: {memory}", flush=True)
+            suites = _suites(arguments)
+            names = exchanges("reference")
+            shapes.run(report, limits, suites, ops=arguments.ops, exchanges=names, **sizes)
+            if arguments.png:
+                plot_shapes(report.data["shapes"], arguments.png)
+        elif part == "sms":
+            suites = _suites(arguments, "large", (128, 4096))
+            numbers = shapes.numbers_of_sms()
+            shapes.sweep(report, suites, ops=arguments.ops, sms=numbers, **sizes)
+        elif part == "soak":
+            check.soak(report, arguments.soak, num_ranks=len(devices))
+        elif part == "layer":
+            given = {"hidden": arguments.hidden, "top_k": arguments.top_k}
+            given |= {"num_experts": arguments.experts, "expert_width": arguments.expert_width}
+            given = {name: value for name, value in given.items() if value is not None}
+            tokens = arguments.tokens or (4096,)
+            all_sizes = [layer.Sizes(num_tokens=t, **sizes, **given) for t in tokens]
+            layer.run(report, all_sizes, exchanges("ragged-32", "ragged-1"))
+        elif part == "once":
+            op, tokens = arguments.once
+            (suite,) = _suites(arguments, "large", (tokens,), override=False)
+            shapes.once(op, shapes.Case(suite, tokens, **sizes))
+    if report.failed:
+        print(f"\n{report.failed} measurement(s) failed, see above", file=sys.stderr)
+    return min(report.failed, 1)
 
 
-HEADER = f"{'T':>6}  {'operation':<17}{'freeio_jax ms':>14}{'all_to_all ms':>15}{'ratio':>8}"
+def _suites(arguments, only=None, tokens=None, override=True):
+    """The suites asked for: ``only`` one and ``tokens``, unless the command line names others."""
+    from freeio_jax.bench.shapes import SUITES, Suite
 
-
-def format_row(row: dict) -> str:
-    return (
-        f"{row['num_tokens']:>6}  {row['operation']:<17}{row['engine_s'] * 1e3:>14.1f}"
-        f"{row['all_to_all_s'] * 1e3:>15.1f}{row['ratio']:>8.2f}"
-    )
-
-
-def print_growth(results: list[dict]) -> None:
-    """Time per token relative to that at the largest T: flat means linear in T."""
-    tokens = sorted({row["num_tokens"] for row in results})
-    if len(tokens) < 2:
-        return
-    print("\nfreeio_jax, time per token relative to the largest T (1.0 throughout: linear in T)")
-    print(f"{'operation':<17}" + "".join(f"{f'T={t}':>10}" for t in tokens))
-    for name in dict.fromkeys(row["operation"] for row in results):
-        per_token = {
-            row["num_tokens"]: row["engine_s"] / row["num_tokens"]
-            for row in results
-            if row["operation"] == name
-        }
-        print(
-            f"{name:<17}"
-            + "".join(f"{per_token[t] / per_token[tokens[-1]]:>10.2f}" for t in tokens)
-        )
-
-
-def plot(results: list[dict], path: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys(row["operation"] for row in results))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        rows = [row for row in results if row["operation"] == name]
-        tokens = [row["num_tokens"] for row in rows]
-        for key, label, marker in (
-            ("all_to_all_s", "dense all_to_all", "s"),
-            ("engine_s", "freeio_jax", "o"),
-        ):
-            axis.plot(tokens, [row[key] * 1e3 for row in rows], marker=marker, label=label)
-        axis.set(title=name, xlabel="tokens per rank", ylabel="ms", xscale="log", yscale="log")
-        axis.set_xticks(tokens, [str(t) for t in tokens], minor=False)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    given = arguments.hidden, arguments.top_k, arguments.experts
+    large = SUITES["large"]
+    if any(given):
+        sizes = (large.hidden, large.top_k, large.num_experts)
+        sizes = (mine or default for mine, default in zip(given, sizes, strict=True))
+        suites = [Suite("custom", *sizes, "uniform", large.tokens)]
+    else:
+        suites = [SUITES[name] for name in arguments.suites or ([only] if only else SUITES)]
+    if override and arguments.tokens:
+        tokens = tuple(arguments.tokens)
+    return [dataclasses.replace(s, tokens=tokens) if tokens else s for s in suites]
 
 
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
-    if not jax.config.jax_num_cpu_devices or jax.config.jax_num_cpu_devices < arguments.ranks:
-        jax.config.update("jax_num_cpu_devices", arguments.ranks)
+    ranks = arguments.ranks or 8
+    # Both are read when JAX's backends start.
+    if (jax.config.jax_num_cpu_devices or 0) < ranks:
+        jax.config.update("jax_num_cpu_devices", ranks)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_enable_command_buffer" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+    on_cpu = jax.default_backend() == "cpu"
+    if arguments.ranks is None:
+        arguments.ranks = ranks if on_cpu else len(jax.devices())
     if len(jax.devices()) < arguments.ranks:
         print(
             f"--ranks {arguments.ranks}: there are {len(jax.devices())} devices "
@@ -142,23 +249,13 @@ def main(argv=None) -> int:
             file=sys.stderr,
         )
         return 2
-    capacity = (
-        "dropless capacity"
-        if arguments.capacity_factor is None
-        else f"capacity {arguments.capacity_factor:g} x T*K"
-    )
-    print(
-        f"{arguments.ranks} {jax.devices()[0].platform} devices, jax {jax.__version__}, "
-        f"H={arguments.hidden} K={arguments.top_k} E={arguments.experts} {arguments.dtype}, "
-        f"{capacity}, median of {arguments.repeats}\n{HEADER}"
-    )
-    results = measure(arguments)
-    print_growth(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    if arguments.plot:
-        plot(results, arguments.plot)
-    return 0
+    if on_cpu and not arguments.parts:
+        from freeio_jax.bench import cpu
+
+        cpu.run(arguments)
+        return 0
+    arguments.parts = arguments.parts or ["shapes"]
+    return run_parts(arguments)
 
 
 if __name__ == "__main__":

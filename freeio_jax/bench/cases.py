@@ -1,4 +1,4 @@
-"""What is measured: shapes, routing, and the functions under test."""
+"""What is measured: shapes, routing, and the calls of the comparison on CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,73 @@ class Shape:
         )
 
 
+def expert_mesh(num_ranks: int) -> Mesh:
+    """The first devices, along an axis ``expert``."""
+    devices = np.array(jax.devices()[:num_ranks])
+    return Mesh(devices, ("expert",), axis_types=(AxisType.Auto,))
+
+
+# --- Routing: distinct expert ids [R*T, K] for each token ----------------------------------------
+
+
 def uniform_routing(shape: Shape, seed: int) -> np.ndarray:
-    """``[R*T, K]`` distinct expert ids per token, uniformly at random."""
+    """Uniformly at random."""
+    return _best(np.random.default_rng(seed).random(_scores_shape(shape), np.float32), shape.top_k)
+
+
+def zipf_routing(shape: Shape, seed: int) -> np.ndarray:
+    """Popular experts and others: drawn without replacement, the n-th most popular with weight 1/n.
+
+    A token's first id follows that distribution exactly. Which expert is how popular is random, so
+    the popular ones are spread over the ranks.
+    """
     rng = np.random.default_rng(seed)
-    scores = rng.random((shape.num_ranks * shape.num_tokens, shape.num_experts))
-    return np.argsort(scores, axis=1)[:, : shape.top_k].astype(np.int32)
+    weight = 1 / (1 + rng.permutation(shape.num_experts))
+    # The largest of log-weights plus Gumbel noise are a draw without replacement.
+    noise = rng.gumbel(size=_scores_shape(shape))
+    return _best((np.log(weight) + noise).astype(np.float32), shape.top_k)
+
+
+def half_routing(shape: Shape, seed: int) -> np.ndarray:
+    """Half of all assignments to rank 0, the rest uniformly to the others."""
+    scores = np.random.default_rng(seed).random(_scores_shape(shape), np.float32)
+    if shape.num_ranks == 1:
+        return _best(scores, shape.top_k)
+    local = shape.num_experts // shape.num_ranks
+    here, there = (
+        _best(part, min(shape.top_k, part.shape[1])) for part in np.split(scores, [local], axis=1)
+    )
+    # Half of an odd K by turns.
+    token, k = np.arange(len(scores))[:, None], np.arange(shape.top_k)
+    num_here = (token + 1) * shape.top_k // 2 - token * shape.top_k // 2
+    return np.where(
+        k < num_here,
+        here[:, np.minimum(k, here.shape[1] - 1)],
+        local + np.take_along_axis(there, np.maximum(k - num_here, 0), axis=1),
+    ).astype(np.int32)
+
+
+def _scores_shape(shape):
+    return shape.num_ranks * shape.num_tokens, shape.num_experts
+
+
+def _best(scores, top_k):
+    """The ``top_k`` ids of the largest scores, largest first."""
+    some = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]
+    order = np.argsort(-np.take_along_axis(scores, some, axis=1), axis=1)
+    return np.take_along_axis(some, order, axis=1).astype(np.int32)
+
+
+ROUTINGS = {"uniform": uniform_routing, "half": half_routing, "zipf": zipf_routing}
+
+
+def loads(topk_idx: np.ndarray, shape: Shape) -> np.ndarray:
+    """int ``[source, destination]``: assignments between each two ranks."""
+    dest = topk_idx.reshape(shape.num_ranks, -1) // (shape.num_experts // shape.num_ranks)
+    return (dest[..., None] == np.arange(shape.num_ranks)).sum(1)
+
+
+# --- The comparison on CPU -----------------------------------------------------------------------
 
 
 def operations(shape: Shape, library: ModuleType, seed: int = 0) -> dict[str, Callable[[], object]]:
@@ -51,12 +113,7 @@ def operations(shape: Shape, library: ModuleType, seed: int = 0) -> dict[str, Ca
 
     ``library`` is ``freeio_jax`` or ``freeio_jax.reference``: the same contract.
     """
-    mesh = jax.make_mesh(
-        (shape.num_ranks,),
-        ("expert",),
-        axis_types=(AxisType.Auto,),
-        devices=jax.devices()[: shape.num_ranks],
-    )
+    mesh = expert_mesh(shape.num_ranks)
     spec = PartitionSpec("expert")
     rng = np.random.default_rng(seed)
     num_rows = shape.num_ranks * shape.num_tokens

@@ -44,6 +44,8 @@ class MoE(nn.Module):
       token_axes: mesh axes over which the tokens are sharded; None: the expert axes alone.
       mesh: None: the current mesh (``jax.set_mesh``), or one device where there is none.
       dtype: of the experts' computation; None: the common dtype of input and parameters.
+      exchange: what has the functions ``dispatch`` and ``combine``, ``freeio_jax.reference`` say;
+        None: ``freeio_jax`` itself.
       param_dtype: of the experts' parameters.
       kernel_init: initializer of each matrix, applied to each expert on its own.
 
@@ -68,6 +70,7 @@ class MoE(nn.Module):
     token_axes: tuple[str, ...] | None = None
     mesh: Any = None
     dtype: Any = None
+    exchange: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
 
@@ -84,6 +87,7 @@ class MoE(nn.Module):
             axis_name=self.axis_name,
             token_axes=self.token_axes,
             dtype=self.dtype,
+            exchange=self.exchange,
         )
         manual = experts_are_manual(config)
         num_ranks = jax.lax.axis_size(config.expert_axes) if manual else 1

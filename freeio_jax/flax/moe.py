@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from freeio_jax.collective import combine, dispatch
+from freeio_jax import collective
 from freeio_jax.flax.experts import shared_swiglu, swiglu
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, route
 from freeio_jax.layout import balanced_capacity
@@ -38,6 +38,8 @@ class MoEConfig:
         expert axes alone.
       dtype: of the experts' computation; None: the common dtype of input and parameters. The router
         computes in float32 always.
+      exchange: what has the functions ``dispatch`` and ``combine``: ``freeio_jax.reference``, say,
+        or an object of ``freeio_jax.bench.baselines``; hashable. None: ``freeio_jax`` itself.
     """
 
     num_experts: int
@@ -50,6 +52,7 @@ class MoEConfig:
     axis_name: str | tuple[str, ...] = "expert"
     token_axes: tuple[str, ...] | None = None
     dtype: Any = None
+    exchange: Any = None
 
     def __post_init__(self):
         self.router.check(self.num_experts, self.top_k)
@@ -260,7 +263,8 @@ def _shard(parameters, x, jitter_key, config, num_tokens, axes):
             num_experts=config.num_experts,
             alignment=config.alignment,
         )
-    out = dispatch(
+    exchange = config.exchange or collective
+    out = exchange.dispatch(
         tokens,
         routing.topk_idx,
         num_experts=config.num_experts,
@@ -269,7 +273,7 @@ def _shard(parameters, x, jitter_key, config, num_tokens, axes):
         alignment=config.alignment,
     )
     rows = swiglu(out.tokens, weights["gate_up"], weights["down"], out.group_sizes)
-    y = combine(rows, out.handle, routing.topk_weights)
+    y = exchange.combine(rows, out.handle, routing.topk_weights)
     if config.shared_expert_width is not None:
         y = y + shared_swiglu(tokens, weights["shared_gate_up"], weights["shared_down"])
     router = config.router

@@ -64,6 +64,8 @@ class MoE(nnx.Module):
       token_axes: mesh axes over which the tokens are sharded; None: the expert axes alone.
       mesh: None: the current mesh (``jax.set_mesh``), or one device where there is none.
       dtype: of the experts' computation; None: the common dtype of input and parameters.
+      exchange: what has the functions ``dispatch`` and ``combine``, ``freeio_jax.reference`` say;
+        None: ``freeio_jax`` itself.
       param_dtype: of the experts' parameters.
       kernel_init: initializer of each matrix, applied to each expert on its own.
       deterministic: the default of the calls; ``train()`` and ``eval()`` set it.
@@ -92,6 +94,7 @@ class MoE(nnx.Module):
         token_axes: tuple[str, ...] | None = None,
         mesh: Any = None,
         dtype: Any = None,
+        exchange: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: Callable[..., jax.Array] = _KERNEL_INIT,
         deterministic: bool = False,
@@ -108,6 +111,7 @@ class MoE(nnx.Module):
             axis_name=axis_name,
             token_axes=token_axes,
             dtype=dtype,
+            exchange=exchange,
         )
         self.mesh = mesh
         self.deterministic = deterministic

@@ -51,7 +51,9 @@ def test_resumes_as_though_never_interrupted(tmp_path, text):
     shutil.rmtree(checkpoints / "4")
     for plot in ("loss.png", "load.png"):
         (out / plot).unlink()
-    second = run(*common, "--resume")
+    trace = tmp_path / "trace"
+    second = run(*common, "--resume", "--trace", trace)
+    assert list(trace.rglob("*.xplane.pb"))
     assert "steps 3 to 4" in second.stdout
     assert list(held_out(second.stdout)) == [4]
     assert held_out(second.stdout)[4] == held_out(first.stdout)[4]
@@ -63,6 +65,16 @@ def test_resumes_as_though_never_interrupted(tmp_path, text):
     assert other.returncode != 0
     assert "--width was 16, is 32" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+def test_learns_the_same_over_another_exchange(tmp_path, text):
+    common = [*TINY, "--text", text, "--steps", 2, "--sample", 0, "--capacity-factor", 4.0]
+    ours, theirs = (
+        run(*common, "--out", tmp_path / name, "--exchange", name)
+        for name in ("freeio", "reference")
+    )
+    assert "exchange: reference" in theirs.stdout
+    assert held_out(ours.stdout) == held_out(theirs.stdout)
 
 
 @pytest.mark.parametrize(

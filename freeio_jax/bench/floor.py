@@ -1,0 +1,105 @@
+"""The floor of an exchange: the bytes that must move, over what the GPUs move at best."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from freeio_jax import _native
+from freeio_jax.engines import ENGINES
+
+#: The exchanges that are timed, and the kernels that they are, by the names in a profile.
+KERNELS = {
+    "dispatch": "dispatch_kernel",
+    "combine": "combine_kernel",
+    "combine_transpose": "combine_transpose_kernel",
+    "dispatch_along": "dispatch_kernel",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Bytes of one exchange, each moved once, on the rank that moves most.
+
+    Attributes:
+      link_bytes: over the links, out or in, whichever is more: a row for each (token, remote rank).
+      hbm_bytes: in memory, read and written: rows read once, landed rows read for replication,
+        packed rows and the zeros behind them written; or the same backwards.
+    """
+
+    link_bytes: int
+    hbm_bytes: int
+
+
+def traffic(
+    topk_idx: np.ndarray, *, num_experts: int, capacity: int, row_bytes: int
+) -> dict[str, Traffic]:
+    """What each operation of :data:`KERNELS` must move for the routing ``[R, T, K]``."""
+    num_ranks, num_tokens, _ = topk_idx.shape
+    dest = topk_idx // (num_experts // num_ranks)
+    # pairs[s, d]: tokens of rank s that have a row on rank d
+    pairs = np.stack([(dest == rank).any(-1).sum(-1) for rank in range(num_ranks)], axis=-1)
+    rows = np.stack([(dest == rank).sum() for rank in range(num_ranks)])
+    remote = pairs * (1 - np.eye(num_ranks, dtype=int))
+    out, landed = remote.sum(1), remote.sum(0)
+    link = max(out.max(), landed.max())
+    kept = np.minimum(rows, capacity)
+    memory = {
+        "dispatch": (num_tokens + landed + capacity).max(),
+        "combine": (kept + landed + out + num_tokens).max(),
+        # Both gradients: every row of expert_out is read, too.
+        "combine_transpose": (num_tokens + landed + capacity + kept).max(),
+    }
+    memory["dispatch_along"] = memory["dispatch"]
+    return {
+        op: Traffic(int(link * row_bytes), int(rows * row_bytes)) for op, rows in memory.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the GPUs can do at best: bytes per second, and seconds. NaN: not measured."""
+
+    link: float
+    memory: float
+    trip: float
+
+    @classmethod
+    def measure(cls, devices: Sequence[jax.Device]) -> Limits:
+        """The link's figure is the better one of pushing and pulling, by CTAs on all SMs."""
+        if devices[0].platform != "gpu":
+            return cls(math.nan, math.nan, math.nan)
+        # The engine lets the GPUs reach each other's memory.
+        ENGINES["cuda"].prepare(None)
+        ordinals = [device.local_hardware_id for device in devices]
+        size = 256 << 20
+        memory = _native.cuda.memory_bandwidth(ordinals[0], 4 * size)
+        if len(ordinals) == 1:
+            return cls(math.inf, memory, 0.0)
+        best = 0.0
+        for pull in (False, True):
+            rates = {
+                ctas: _native.cuda.link_bandwidth(ordinals, size, ctas, pull)
+                for ctas in (8, 16, 32, 64, 132)
+            }
+            print(
+                f"# {'pull' if pull else 'push'}, GB/s by CTAs:",
+                {ctas: round(rate / 1e9) for ctas, rate in rates.items()},
+                flush=True,
+            )
+            best = max(best, *rates.values())
+        return cls(best, memory, _native.cuda.flag_trip(ordinals[0], ordinals[1]))
+
+    def floor(self, moved: Traffic) -> float:
+        """Seconds: the slower of link and memory, and a flag's trip before and after."""
+        return max(moved.link_bytes / self.link, moved.hbm_bytes / self.memory) + 2 * self.trip
+
+    def __str__(self) -> str:
+        return (
+            f"link {self.link / 1e9:.0f} GB/s, memory {self.memory / 1e9:.0f} GB/s, "
+            f"flag trip {self.trip * 1e6:.2f} us"
+        )

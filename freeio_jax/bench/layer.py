@@ -1,0 +1,191 @@
+"""One MoE layer end to end, over each exchange: tokens per second, and the exchange's share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from freeio_jax.bench import baselines, profile, timing
+from freeio_jax.bench.cases import Shape, expert_mesh, uniform_routing
+from freeio_jax.bench.programs import Programs, per_shard
+from freeio_jax.bench.report import Report
+from freeio_jax.flax.moe import MoEConfig, moe
+from freeio_jax.grouped_matmul import implementation
+from freeio_jax.layout import balanced_capacity
+
+#: Room of a rank, and with dense slots of a pair of ranks, as a multiple of an even load.
+ROOM = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The layer, and the tokens of one rank."""
+
+    num_ranks: int
+    num_tokens: int
+    hidden: int = 7168
+    top_k: int = 8
+    num_experts: int = 256
+    expert_width: int = 2048
+    dtype: str = "bfloat16"
+
+
+class Layer:
+    """The layer's parameters and input on the mesh, and its functions for any exchange."""
+
+    def __init__(self, sizes: Sizes, room: float = ROOM):
+        self.sizes, self.room = sizes, room
+        self.mesh = expert_mesh(sizes.num_ranks)
+        dtype = jnp.dtype(sizes.dtype)
+        config, hidden = self.config(None), sizes.hidden
+        shapes = config.parameters(hidden, sizes.num_experts // sizes.num_ranks)
+
+        def normal(key, shape, dtype):
+            return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[0] ** -0.5, dtype)
+
+        def draw(key):
+            """One rank's part, expert by expert: the generator needs several times their memory."""
+            router_key, *keys = jax.random.split(key, 1 + len(shapes))
+            keys = [jax.random.fold_in(key, jax.lax.axis_index("expert")) for key in keys]
+            arrays = {"router": normal(router_key, shapes["router"][0], jnp.float32)}
+            for name in ("gate_up", "down"):
+                experts, *shape = shapes[name][0]
+                one = functools.partial(normal, shape=shape, dtype=dtype)
+                arrays[name] = jax.lax.map(
+                    lambda k, one=one: one(k), jax.random.split(keys.pop(), experts)
+                )
+            return arrays, jax.random.normal(keys.pop(), (sizes.num_tokens, hidden), dtype)
+
+        specs = {name: P(*names) for name, (_, names) in shapes.items()}
+        draw = jax.shard_map(draw, mesh=self.mesh, in_specs=P(), out_specs=(specs, P("expert")))
+        self.parameters, self.x = jax.jit(draw)(jax.random.key(0))
+
+    def config(self, exchange: object) -> MoEConfig:
+        sizes = self.sizes
+        return MoEConfig(
+            num_experts=sizes.num_experts,
+            top_k=sizes.top_k,
+            expert_width=sizes.expert_width,
+            capacity_factor=self.room,
+            dtype=jnp.dtype(sizes.dtype),
+            exchange=exchange,
+        )
+
+    def forward(self, exchange: object):
+        """Compiled: (parameters, x) -> y and the report."""
+        config = self.config(exchange)
+        return self._compile(lambda parameters, x: moe(parameters, x, config, mesh=self.mesh))
+
+    def backward(self, exchange: object):
+        """Compiled: (parameters, x) -> the loss with its report, and the gradients of both."""
+        config = self.config(exchange)
+
+        def loss(parameters, x):
+            y, report = moe(parameters, x, config, mesh=self.mesh)
+            return jnp.mean(y.astype(jnp.float32) ** 2) + report.aux_loss, report
+
+        return self._compile(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+    def _compile(self, function):
+        return jax.jit(function).lower(self.parameters, self.x).compile()
+
+    def alone(self, exchange: object, gradients: bool):
+        """Compiled and bound: the layer's exchanges without its experts, on like routing."""
+        sizes = self.sizes
+        shape = Shape(
+            sizes.num_ranks,
+            sizes.num_tokens,
+            sizes.hidden,
+            sizes.top_k,
+            sizes.num_experts,
+            sizes.dtype,
+        )
+        capacity = balanced_capacity(
+            self.room,
+            num_ranks=sizes.num_ranks,
+            num_tokens=sizes.num_tokens,
+            top_k=sizes.top_k,
+            num_experts=sizes.num_experts,
+            alignment=1,
+        )
+        topk_idx = uniform_routing(shape, seed=0).reshape(sizes.num_ranks, sizes.num_tokens, -1)
+        inputs = Programs(self.mesh, shape, topk_idx, capacity)
+
+        def exchanges(tokens, topk_idx, weights):
+            def both(tokens, weights):
+                out = inputs.dispatch_once(exchange, tokens, topk_idx)
+                return exchange.combine(out.tokens, out.handle, weights)
+
+            if not gradients:
+                return both(tokens, weights)
+            z, pull = jax.vjp(both, tokens, weights)
+            return pull(z)
+
+        args = (inputs.tokens, inputs.topk_idx, inputs.weights)
+        compiled = per_shard(exchanges, self.mesh).lower(*args).compile()
+        return lambda: compiled(*args)
+
+
+_COLUMNS = {
+    "num_tokens": "T",
+    "pass": "pass",
+    "exchange": "exchange",
+    "wall_s": "wall ms",
+    "tokens_per_s": "tokens/s",
+    "alone_s": "exchanges alone ms",
+    "alone_share": "alone / layer %",
+    "communication_share": "kernels that communicate / span %",
+    "dropped": "dropped",
+}
+
+
+def run(report: Report, all_sizes: Sequence[Sizes], exchanges: Sequence[str]) -> None:
+    """Times the layer, forward alone and with all gradients, for each size and exchange."""
+    chosen = implementation(jax.default_backend())
+    print(f"\n# grouped matmul: {chosen.name} ({chosen.reason})", flush=True)
+    report.data["about"]["grouped_matmul"] = chosen.name
+    report.table("MoE layer", _COLUMNS)
+    for sizes in all_sizes:
+        layer = Layer(sizes)
+        for name in exchanges:
+            for gradients in (False, True):
+                about = {
+                    **dataclasses.asdict(sizes),
+                    "exchange": name,
+                    "pass": "forward + backward" if gradients else "forward",
+                }
+
+                def measure(name=name, gradients=gradients, layer=layer):
+                    return _measure(layer, baselines.named(name), gradients)
+
+                report.guarded("layer", about, measure)
+
+
+def _measure(layer: Layer, exchange: object, gradients: bool) -> dict[str, object]:
+    compiled = layer.backward(exchange) if gradients else layer.forward(exchange)
+
+    def step():
+        return compiled(layer.parameters, layer.x)
+
+    results = step()
+    dropped = int((results[0][1] if gradients else results[1]).dropped)
+    del results
+    wall = timing.seconds_per_run(step, least=0.3)
+    alone = timing.seconds_per_run(layer.alone(exchange, gradients))
+    tokens = layer.sizes.num_ranks * layer.sizes.num_tokens
+    record = {
+        "wall_s": wall,
+        "tokens_per_s": tokens / wall,
+        "alone_s": alone,
+        "alone_share": alone / wall,
+        "dropped": dropped,
+        "communication_share": math.nan,
+    }
+    events = profile.record(step)
+    return record | profile.shares(events) | {"kernels_s": profile.longest(events)}

@@ -1,0 +1,106 @@
+"""What the GPUs did, by ``jax.profiler``: kernels' durations, and the share of communication."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One kernel or copy: where, what, and when, in seconds."""
+
+    device: str
+    name: str
+    start: float
+    duration: float
+
+
+def record(run: Callable[[], object], folder: str | None = None) -> list[Event]:
+    """All that the GPUs did in one run, after a warm-up; nothing where there are none.
+
+    ``folder``: keeps the trace there, for XProf or Perfetto.
+    """
+    jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or temporary
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        return read(folder)
+
+
+def read(folder: str) -> list[Event]:
+    """The events of the traces in ``folder``."""
+    events = []
+    for file in glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True):
+        for plane in jax.profiler.ProfileData.from_file(file).planes:
+            if plane.name.startswith("/device:GPU"):
+                events += events_of_plane(plane)
+    return events
+
+
+def events_of_plane(plane) -> list[Event]:
+    """Events of one GPU's streams; other lines, if there are streams, say the same otherwise."""
+    lines = list(plane.lines)
+    lines = [line for line in lines if "stream" in line.name.lower()] or lines
+    return [
+        Event(plane.name, event.name, event.start_ns * 1e-9, event.duration_ns * 1e-9)
+        for line in lines
+        for event in line.events
+    ]
+
+
+def durations(events: Iterable[Event], kernel: str) -> list[float]:
+    return [event.duration for event in events if kernel in event.name]
+
+
+#: What moves rows between GPUs: ours, NCCL's, XLA's own collective kernels, and its copies.
+COMMUNICATION = re.compile(
+    r"(dispatch|combine|combine_transpose)_kernel|nccl|ragged_?all_?to_?all|multi_?gpu_?barrier|p2p",
+    re.IGNORECASE,
+)
+
+
+def busy(events: Iterable[Event]) -> float:
+    """Seconds in which at least one of the events of one device ran."""
+    total = end = 0.0
+    for event in sorted(events, key=lambda event: event.start):
+        begin, end_of_event = max(event.start, end), event.start + event.duration
+        total += max(0.0, end_of_event - begin)
+        end = max(end, end_of_event)
+    return total
+
+
+def shares(events: list[Event]) -> dict[str, float]:
+    """Mean over the devices: seconds from first to last event, busy, and in communication.
+
+    Empty where there are no events.
+    """
+    devices = sorted({event.device for event in events})
+    if not devices:
+        return {}
+    sums: Counter[str] = Counter()
+    for device in devices:
+        mine = [event for event in events if event.device == device]
+        end = max(event.start + event.duration for event in mine)
+        sums["span_s"] += end - min(event.start for event in mine)
+        sums["busy_s"] += busy(mine)
+        sums["communication_s"] += busy(e for e in mine if COMMUNICATION.search(e.name))
+    means = {name: value / len(devices) for name, value in sums.items()}
+    return means | {"communication_share": means["communication_s"] / means["span_s"]}
+
+
+def longest(events: list[Event], number: int = 12) -> dict[str, float]:
+    """Seconds of the kernels that took most, by name, summed over launches, mean over devices."""
+    devices = len({event.device for event in events})
+    sums: Counter[str] = Counter()
+    for event in events:
+        sums[event.name] += event.duration / devices
+    return dict(sums.most_common(number))

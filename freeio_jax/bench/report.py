@@ -1,0 +1,121 @@
+"""Results as they come: printed as tables, and kept in a JSON file, should the time run out."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Report:
+    """Collects records by part.
+
+    Args:
+      about: what holds for all records.
+      path: JSON file, written anew after each record; None for none.
+    """
+
+    def __init__(self, about: Mapping[str, Any], path: pathlib.Path | None = None):
+        self.data: dict[str, Any] = {"about": dict(about)}
+        self.path, self.failed = path, 0
+        self._columns: Mapping[str, str] = {}
+        self.save()
+
+    def table(self, title: str, columns: Mapping[str, str]) -> None:
+        """Begins a table: ``{field: heading}``, headings may end in a unit: us, MB, GB/s, %."""
+        self._columns = columns
+        print(f"\n## {title}\n\n| {' | '.join(columns.values())} |", flush=True)
+        print("|" + "---|" * len(columns), flush=True)
+
+    def add(self, part: str, record: Mapping[str, Any]) -> None:
+        """Adds a record, and prints its row of the table."""
+        self.data.setdefault(part, []).append(dict(record))
+        cells = [_cell(record.get(field), heading) for field, heading in self._columns.items()]
+        print(f"| {' | '.join(cells)} |", flush=True)
+        self.save()
+
+    def guarded(
+        self, part: str, about: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]
+    ) -> bool:
+        """Adds ``about`` with what ``measure`` finds; an error is reported, and no more."""
+        begin = time.perf_counter()
+        try:
+            record = dict(measure())
+        except Exception as error:
+            traceback.print_exc()
+            self.failed += 1
+            record = {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
+        self.add(part, {**about, **record, "took_s": round(time.perf_counter() - begin, 2)})
+        if "error" in record:
+            print(f"\n{record['error'][:300]}\n", flush=True)
+        return "error" not in record
+
+    def save(self) -> None:
+        if self.path is not None:
+            self.path.write_text(json.dumps(_finite(self.data), indent=1) + "\n")
+
+
+_SCALES = {"us": 1e6, "ms": 1e3, "MB": 1e-6, "GB/s": 1e-9, "%": 100.0}
+
+
+def _cell(value, heading):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) or heading.split()[-1] in _SCALES:
+        value = value * _SCALES.get(heading.split()[-1], 1.0)
+        return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)
+
+
+def _finite(value):
+    """With None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plot_shapes(records: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Times over T, one panel for each operation and kind of shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [record for record in records if "error" not in record]
+    rows = list(dict.fromkeys(record["name"] for record in records))
+    columns = list(dict.fromkeys(record["op"] for record in records))
+    figure, panels = pyplot.subplots(
+        len(rows), len(columns), figsize=(4 * len(columns), 3.2 * len(rows)), squeeze=False
+    )
+    for (i, name), (j, op) in ((r, c) for r in enumerate(rows) for c in enumerate(columns)):
+        axes = panels[i][j]
+        here = [record for record in records if (record["name"], record["op"]) == (name, op)]
+        for exchange in dict.fromkeys(record["exchange"] for record in here):
+            lines = [("wall_s", exchange, "s--")]
+            if exchange == "freeio":
+                lines += [("kernel_s", "freeio, kernel", "o-"), ("floor_s", "floor", "k:")]
+            for field, label, style in lines:
+                points = [
+                    (r["num_tokens"], r[field] * 1e6) for r in here if _is(r, exchange, field)
+                ]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axes.set(title=f"{name}: {op}", xlabel="tokens per rank", ylabel="us")
+        if axes.lines:
+            axes.set(xscale="log", yscale="log")
+            axes.legend(fontsize=6)
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _is(record, exchange, field):
+    value = record.get(field)
+    return record["exchange"] == exchange and value is not None and math.isfinite(value)

@@ -1,0 +1,258 @@
+"""Each exchange on each shape: time next to the floor, and XLA's exchanges in the same run."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+import freeio_jax as fio
+from freeio_jax.bench import baselines, profile, timing
+from freeio_jax.bench.cases import ROUTINGS, Shape, expert_mesh, loads
+from freeio_jax.bench.floor import KERNELS, Limits, Traffic, traffic
+from freeio_jax.bench.programs import Programs
+from freeio_jax.bench.report import Report
+from freeio_jax.layout import round_up
+
+#: Room of a rank, and of a pair of ranks, as a multiple of an even load; more where the routing of
+#: the shape needs it, so that nothing is dropped by anyone.
+ROOM = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Shapes that differ in T."""
+
+    name: str
+    hidden: int
+    top_k: int
+    num_experts: int
+    routing: str
+    tokens: tuple[int, ...]
+
+
+_TOKENS = (1, 8, 128, 1024, 4096, 8192)
+SUITES = {
+    "large": Suite("large", 7168, 8, 256, "uniform", _TOKENS),
+    "small": Suite("small", 2048, 4, 64, "uniform", _TOKENS),
+    "half": Suite("half", 7168, 8, 256, "half", (128, 4096)),
+    "zipf": Suite("zipf", 7168, 8, 256, "zipf", (128, 4096)),
+}
+
+
+class Case:
+    """One shape with its routing, and the room that it needs."""
+
+    def __init__(self, suite: Suite, num_tokens: int, num_ranks: int, dtype: str):
+        self.shape = Shape(
+            num_ranks, num_tokens, suite.hidden, suite.top_k, suite.num_experts, dtype, ROOM
+        )
+        topk_idx = ROUTINGS[suite.routing](self.shape, seed=num_tokens)
+        pairs = loads(topk_idx, self.shape)
+        self.capacity = round_up(max(self.shape.capacity, int(pairs.sum(0).max())), 8)
+        share = math.ceil(ROOM * num_tokens * suite.top_k / num_ranks)
+        self.slots = max(share, int(pairs.max()))
+        self.topk_idx = topk_idx.reshape(num_ranks, num_tokens, suite.top_k)
+        self.name, self.routing = suite.name, suite.routing
+
+    @property
+    def about(self) -> dict[str, object]:
+        shape = dataclasses.asdict(self.shape)
+        return {"name": self.name, "routing": self.routing, **shape, "capacity": self.capacity}
+
+    def traffic(self) -> dict[str, Traffic]:
+        return traffic(
+            self.topk_idx,
+            num_experts=self.shape.num_experts,
+            capacity=self.capacity,
+            row_bytes=self.shape.hidden * np.dtype(jax.numpy.dtype(self.shape.dtype)).itemsize,
+        )
+
+    def programs(self) -> Programs:
+        return Programs(expert_mesh(self.shape.num_ranks), self.shape, self.topk_idx, self.capacity)
+
+    def exchange(self, name: str):
+        return baselines.named(name, slots=self.slots)
+
+    @property
+    def calls(self) -> int:
+        """Calls of a program: enough to hide the host, few enough for the results' memory."""
+        return 8 if self.shape.num_tokens <= 1024 else 4
+
+
+def kernel_seconds(program, op: str) -> float:
+    """Median duration of the operation's kernel; NaN where the profile shows none."""
+    seconds = profile.durations(profile.record(program), KERNELS[op])
+    return statistics.median(seconds) if seconds else math.nan
+
+
+#: Operations that are timed for the other exchanges, too.
+BASELINE_OPS = ("dispatch", "combine")
+_COLUMNS = {
+    "name": "shape",
+    "num_tokens": "T",
+    "op": "operation",
+    "exchange": "exchange",
+    "wall_s": "wall us",
+    "of_freeio": "x freeio",
+    "kernel_s": "kernel us",
+    "floor_s": "floor us",
+    "ratio": "kernel / floor",
+    "link_bytes": "link MB",
+    "link_rate": "link GB/s",
+    "hbm_bytes": "memory MB",
+    "hbm_rate": "memory GB/s",
+}
+
+
+def run(
+    report: Report,
+    limits: Limits,
+    suites: Sequence[Suite],
+    *,
+    num_ranks: int,
+    ops: Sequence[str],
+    exchanges: Sequence[str],
+    dtype: str,
+) -> None:
+    """Times ``ops`` of freeio, and dispatch and combine of the other exchanges."""
+    report.table("Exchanges", _COLUMNS)
+    for suite in suites:
+        for num_tokens in suite.tokens:
+            _run_case(report, limits, Case(suite, num_tokens, num_ranks, dtype), ops, exchanges)
+
+
+def _run_case(report, limits, case, ops, exchanges):
+    programs, moved = case.programs(), case.traffic()
+    ours: dict[str, float] = {}
+
+    def measure(name, op, future):
+        program = future.result()
+        wall = timing.seconds_per_run(program) / case.calls
+        times = {"wall_s": wall, "merged": program.found < program.calls}
+        if name != "freeio":
+            return {**times, "of_freeio": wall / ours.get(op, math.nan)}
+        ours[op] = wall
+        kernel = kernel_seconds(program, op)
+        return {**times, **_against(limits, moved[op], kernel), "kernel_s": kernel}
+
+    wanted = [
+        (name, op) for name in exchanges for op in ops if name == "freeio" or op in BASELINE_OPS
+    ]
+    futures = programs.build_all(((case.exchange(n), op) for n, op in wanted), case.calls)
+    for (name, op), future in zip(wanted, futures, strict=True):
+        about = {**case.about, "op": op, "exchange": name}
+        report.guarded("shapes", about, functools.partial(measure, name, op, future))
+        if report.data["shapes"][-1].get("merged"):
+            print("\nXLA merged calls of this program: its time is no use.\n")
+
+
+def _against(limits: Limits, moved: Traffic, seconds: float) -> dict[str, float]:
+    floor = limits.floor(moved)
+    return {
+        "floor_s": floor,
+        "ratio": seconds / floor,
+        "link_bytes": moved.link_bytes,
+        "link_rate": moved.link_bytes / seconds,
+        "hbm_bytes": moved.hbm_bytes,
+        "hbm_rate": moved.hbm_bytes / seconds,
+    }
+
+
+# --- How many SMs an exchange needs --------------------------------------------------------------
+
+_SMS = (4, 8, 16, 24, 32, 48, 64, 96, 128)
+ENOUGH = 0.95
+
+
+def numbers_of_sms() -> tuple[int, ...]:
+    """From 4 to all that a device has."""
+    every = getattr(jax.devices()[0], "core_count", None) or 132
+    return (*(number for number in _SMS if number < every), every)
+
+
+def sweep(
+    report: Report,
+    suites: Sequence[Suite],
+    *,
+    num_ranks: int,
+    ops: Sequence[str],
+    dtype: str,
+    sms: Sequence[int],
+) -> None:
+    """Times each operation of freeio with some of the SMs: how many give 95% of the best speed."""
+    before = fio.config()["num_sms"]
+    for suite in suites:
+        for num_tokens in suite.tokens:
+            case = Case(suite, num_tokens, num_ranks, dtype)
+            programs = case.programs()
+            report.table(
+                f"SMs: {suite.name}, T={num_tokens}",
+                {"op": "operation", "enough_sms": f"SMs for {ENOUGH:.0%} of the best"}
+                | {f"sms_{n}": f"{n}: us" for n in sms},
+            )
+            for op in ops:
+
+                def measure(op=op, programs=programs, case=case):
+                    seconds = {}
+                    for number in sms:
+                        # Holds for programs compiled from here on.
+                        fio.config(num_sms=number)
+                        program = programs.build(fio, op, case.calls)
+                        kernel = kernel_seconds(program, op)
+                        if math.isnan(kernel):
+                            kernel = timing.seconds_per_run(program) / case.calls
+                        seconds[number] = kernel
+                    fastest = min(seconds.values())
+                    enough = min(n for n in sms if fastest / seconds[n] >= ENOUGH)
+                    return {"enough_sms": enough} | {f"sms_{n}": s for n, s in seconds.items()}
+
+                try:
+                    report.guarded("sms", {**case.about, "op": op}, measure)
+                finally:
+                    fio.config(num_sms=before)
+
+
+# --- For other profilers -------------------------------------------------------------------------
+
+
+def once(op: str, case: Case) -> None:
+    """One launch of an operation after one to warm up, between cudaProfilerStart and -Stop."""
+    program = case.programs().build(fio, op, 1)
+    jax.block_until_ready(program())
+    before = 1 + (op == "dispatch_along")  # that one needs a dispatch first, of the same kernel
+    print(f"{KERNELS[op]}: {before} launch(es) before the one to look at", flush=True)
+    with _profiled():
+        jax.block_until_ready(program())
+    moved = case.traffic()[op]
+    print(f"moves at least: link_bytes {moved.link_bytes}, hbm_bytes {moved.hbm_bytes}")
+
+
+@contextlib.contextmanager
+def _profiled():
+    """Between cuProfilerStart and cuProfilerStop on every GPU; nothing where there is no driver."""
+    _on_every_gpu("cuProfilerStart")
+    yield
+    _on_every_gpu("cuProfilerStop")
+
+
+def _on_every_gpu(function):
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    context = ctypes.c_void_p()
+    for device in jax.local_devices():
+        if device.platform == "gpu":
+            # XLA works in the primary context.
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device.local_hardware_id)
+            driver.cuCtxPushCurrent_v2(context)
+            getattr(driver, function)()
+            driver.cuCtxPopCurrent_v2(ctypes.byref(context))

@@ -1,0 +1,53 @@
+"""Bytes and floors against counts in plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+
+from freeio_jax.bench.cases import ROUTINGS, Shape
+from freeio_jax.bench.floor import Limits, Traffic, traffic
+
+
+def counted(topk_idx, num_experts, capacity):
+    """Rows over links, and rows read and written in memory, on the busiest rank."""
+    num_ranks, num_tokens, top_k = topk_idx.shape
+    per_rank = num_experts // num_ranks
+    out, landed, packed = (np.zeros(num_ranks, int) for _ in range(3))
+    for source in range(num_ranks):
+        for token in range(num_tokens):
+            ranks = {int(e) // per_rank for e in topk_idx[source, token] if e >= 0}
+            for rank in ranks - {source}:
+                out[source] += 1
+                landed[rank] += 1
+            for k in range(top_k):
+                if topk_idx[source, token, k] >= 0:
+                    packed[topk_idx[source, token, k] // per_rank] += 1
+    packed = np.minimum(packed, capacity)
+    link = max(*out, *landed)
+    dispatch = max(num_tokens + landed + capacity)
+    return {
+        "dispatch": (link, dispatch),
+        "dispatch_along": (link, dispatch),
+        "combine": (link, max(packed + landed + out + num_tokens)),
+        "combine_transpose": (link, max(num_tokens + landed + capacity + packed)),
+    }
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_traffic(routing, num_ranks, rng):
+    shape = Shape(num_ranks, 13, 8, 3, 16)
+    topk_idx = ROUTINGS[routing](shape, 0).reshape(num_ranks, 13, 3)
+    topk_idx[rng.random(topk_idx.shape) < 0.2] = -1
+    for capacity in (20, 200):
+        moved = traffic(topk_idx, num_experts=16, capacity=capacity, row_bytes=16)
+        expected = counted(topk_idx, 16, capacity)
+        assert {op: (t.link_bytes / 16, t.hbm_bytes / 16) for op, t in moved.items()} == expected
+
+
+def test_the_floor_is_the_slower_of_both_and_two_trips():
+    limits = Limits(link=100.0, memory=1000.0, trip=0.5)
+    assert limits.floor(Traffic(400, 2000)) == 4 + 1
+    assert limits.floor(Traffic(100, 2000)) == 2 + 1
+    assert Limits(math.inf, 1000.0, 0.0).floor(Traffic(0, 2000)) == 2

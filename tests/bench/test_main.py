@@ -1,0 +1,95 @@
+"""The command line: what it takes, what it refuses, and the comparison on CPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from freeio_jax.bench import __main__ as command
+from freeio_jax.bench import baselines, floor, shapes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "must be at least 1"),
+        (["--tokens", "many"], "invalid int value: 'many'"),
+        (["--exchanges", "nvshmem"], "invalid choice: 'nvshmem'"),
+        (["--ops", "scatter"], "invalid choice: 'scatter'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--once", "scatter", "4"], "the operations are dispatch, combine"),
+        (["--once", "dispatch", "-4"], "T must be a positive number"),
+        (["--once", "dispatch"], "expected 2 arguments"),
+        (["--once", "dispatch", "4", "--suites", "half", "zipf"], "of one of the --suites"),
+        (["--soak", "none"], "invalid int value"),
+        (["--top-k", "9", "--experts", "8"], "--top-k 9 exceeds --experts 8"),
+        (["--suites", "large", "--hidden", "8"], "have sizes of their own"),
+        (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_names_are_those_of_the_modules():
+    assert set(command.NAMES) == set(baselines.NAMES)
+    assert set(command.SUITES) == set(shapes.SUITES)
+    assert set(command.OPS) == set(floor.KERNELS)
+
+
+def test_parts():
+    def parts(*arguments):
+        return command.parse_arguments(arguments).parts
+
+    assert parts() == []
+    assert parts("--layer", "--check") == ["check", "layer"]
+    assert parts("--all") == ["check", "shapes", "sms", "soak", "layer"]
+    assert parts("--soak", "7", "--once", "combine", "8") == ["soak", "once"]
+    assert command.parse_arguments(["--all"]).soak == command.SOAK_CALLS
+
+
+def test_suites():
+    def suites(*arguments, **more):
+        return command._suites(command.parse_arguments(arguments), **more)
+
+    assert suites() == list(shapes.SUITES.values())
+    (small,) = suites("--suites", "small", "--tokens", "3", "5")
+    assert (small.hidden, small.tokens) == (2048, (3, 5))
+    (custom,) = suites("--hidden", "16")
+    assert (custom.hidden, custom.top_k, custom.num_experts) == (16, 8, 256)
+    (large,) = suites(only="large", tokens=(7,))
+    assert (large.name, large.tokens) == ("large", (7,))
+
+
+def test_parts_run(tmp_path, capsys):
+    path, picture = tmp_path / "out.json", tmp_path / "out.png"
+    sizes = ["--hidden", "8", "--top-k", "2", "--experts", "4", "--tokens", "4", "--ranks", "2"]
+    what = ["--shapes", "--ops", "dispatch", "--exchanges", "freeio", "ragged"]
+    arguments = [*sizes, *what, "--json", str(path), "--png", str(picture)]
+    assert command.run_parts(command.parse_arguments(arguments)) == 0
+    results = json.loads(path.read_text())
+    assert results["about"]["ranks"] == 2
+    assert results["about"]["limits"] == {"link": None, "memory": None, "trip": None}
+    (record,) = results["shapes"]
+    assert (record["name"], record["op"], record["exchange"]) == ("custom", "dispatch", "freeio")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "exists on GPUs alone" in capsys.readouterr().out
+
+
+def test_the_comparison_on_cpu(tmp_path):
+    path, picture = tmp_path / "out.json", tmp_path / "out.png"
+    command_line = [sys.executable, "-m", "freeio_jax.bench", "--ranks", "2", "--tokens", "4"]
+    command_line += ["--hidden", "8", "--experts", "8", "--repeats", "1"]
+    command_line += ["--json", str(path), "--png", str(picture)]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(command_line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 cpu devices" in done.stdout
+    records = json.loads(path.read_text())
+    assert {r["operation"] for r in records} == {"dispatch", "combine", "both + gradients"}
+    assert records[0]["ratio"] == records[0]["engine_s"] / records[0]["all_to_all_s"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
