@@ -204,7 +204,7 @@ struct Combine {
   __device__ void run() const {
     const int slices = tile.size() * p.num_slices;
     const int items = slices == 0 ? 0 : (slices + kAhead) * x.num_ranks;
-    for (int item = warp_id(); item < items && !has_failed(s); item = next_item(s)) {
+    for (int item = warp_id(); item < items; item = next_item(s)) {
       const int turn = item % x.num_ranks;
       const bool pushes = turn != x.num_ranks - 1;
       const int unit = item / x.num_ranks - (pushes ? 0 : kAhead);

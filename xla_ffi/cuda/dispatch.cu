@@ -241,8 +241,9 @@ __device__ void assign_rows(const DispatchParams& p, const Session& s, const Rou
 }
 
 // Rows here of the tile's assignments, of all ranks: [R, tokens, K] in shared memory; -1: none.
+// False, for all threads: they did not come.
 template <bool kRouted>
-__device__ void fetch_rows(const DispatchParams& p, Session& s, const Tile& tile, int* rows) {
+__device__ bool fetch_rows(const DispatchParams& p, Session& s, const Tile& tile, int* rows) {
   const Exchange& x = p.exchange;
   const int per_rank = tile.size() * x.top_k;
   const int64_t first = static_cast<int64_t>(tile.begin) * x.top_k;
@@ -260,7 +261,7 @@ __device__ void fetch_rows(const DispatchParams& p, Session& s, const Tile& tile
       rows[i] = dest == x.rank ? row : -1;
     }
   }
-  __syncthreads();
+  return !__syncthreads_or(has_failed(s));
 }
 
 // What one pull moves.
@@ -402,7 +403,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
   }
   tiles.for_each(s, [&](const Tile& tile) {
-    fetch_rows<kRouted>(p, s, tile, rows);
+    if (!fetch_rows<kRouted>(p, s, tile, rows)) return;
     const Work work(tile, p.num_slices * x.num_ranks, x.capacity, p.row_stride);
     run_work(
         work, s, [&](int pull) { pull_slice<kRouted>(p, s, tile, rows, pull); },

@@ -68,6 +68,7 @@ EMULATOR_API void emulator_set_devices(int count, int multiprocessors) {
 }
 EMULATOR_API void emulator_set_seed(uint64_t seed) { emulator::set_seed(seed); }
 EMULATOR_API void emulator_set_real_time(int real) { emulator::set_real_time(real != 0); }
+EMULATOR_API void emulator_set_patience(uint32_t turns) { emulator::set_patience(turns); }
 EMULATOR_API void emulator_close() { emulator::close(); }
 EMULATOR_API uint64_t emulator_steps() { return emulator::steps(); }
 EMULATOR_API const char* emulator_synchronize() { return text(emulator::synchronize()); }
