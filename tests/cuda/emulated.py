@@ -154,6 +154,10 @@ class Emulator:
         """Of the schedule from now on."""
         self._library.emulator_set_seed(c.c_uint64(int(seed)))
 
+    def set_patience(self, turns):
+        """Turns of the scheduler between looks at the clock of those who poll, on average."""
+        self._library.emulator_set_patience(c.c_uint32(turns))
+
     def set_timeout(self, seconds):
         self._library.engine_set_timeout(c.c_double(seconds))
 

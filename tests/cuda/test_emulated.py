@@ -640,6 +640,41 @@ def test_another_mesh_device_than_the_compiled_one(new_machine):
     assert_failed(errors_of(machine, group, [1]), "rank 1: rank 0 gave this call up")
 
 
+def test_a_time_out_at_any_step(new_machine, rng):
+    """Whatever a rank waits for when its time is up: every kernel ends, and writes nowhere else."""
+    geometry = Geometry(3, 9, 3, 9)
+    group = first_gpus(geometry)
+    topk_idx = routing(rng, geometry)
+    x = values(rng, (3, 9, 8), "float32")
+    weights = np.ones(geometry.topk_shape, np.float32)
+    steps = set()
+    for _ in range(25):
+        machine = new_machine()
+        _, out, _ = run_dispatch(machine, rng, geometry)
+        machine.set_timeout(10 ** rng.uniform(-8, -3.5))
+        machine.set_patience(2)
+        operation = rng.integers(3)
+        if operation == 0:
+            dispatch(machine, geometry, topk_idx, [x])
+        elif operation == 1:
+            combine(machine, geometry, out, np.ones((3, capacity_of(geometry), 300), np.float32))
+        else:
+            expert_out = values(rng, (3, capacity_of(geometry), 8), "float32")
+            combine_transpose(
+                machine, geometry, out, x, weights=weights, expert_out=expert_out, group=group
+            )
+        machine.synchronize()
+        for rank in range(3):
+            try:
+                launch_dispatch(machine, group, rank, geometry)
+            except EngineError as error:
+                steps |= set(re.findall(r"for rank \d, for ([\w ]+)\.", str(error)))
+                steps |= set(re.findall("gave this call up", str(error)))
+        machine.close()
+    print(steps)
+    assert len(steps) > 2, steps
+
+
 def test_a_gpu_that_is_not_started(new_machine):
     machine = new_machine(num_gpus=2)
     with pytest.raises(EngineError, match="CUDA device 3 of the mesh was not there"):
