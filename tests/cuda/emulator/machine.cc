@@ -145,11 +145,11 @@ class Machine {
   std::string run(int stream) {
     draw_policy();
     while (error_.empty() && has_work(stream)) {
-      start_kernels();
+      start_kernels(false);
       Cta* cta = choose();
       if (cta != nullptr) {
         run_cta(*cta);
-      } else if (!wake_changed()) {
+      } else if (!start_kernels(true) && !wake_changed()) {
         idle();
       }
       if (random_.one_in(4)) deliver_one();
@@ -311,14 +311,17 @@ class Machine {
                                             [](const auto& q) { return !q.second.empty(); });
   }
 
-  void start_kernels() {
+  // Whether it has started any. A GPU may be late, unless `all` wait.
+  bool start_kernels(bool all) {
+    bool any = false;
     for (auto& [stream, queue] : queues_) {
       if (queue.empty() || running_.count(stream) != 0) continue;
-      // A GPU may be late.
-      if (!active_ctas_.empty() && random_.one_in(2)) continue;
+      if (!all && random_.one_in(2)) continue;
       running_[stream] = make_kernel(std::move(queue.front()));
       queue.pop_front();
+      any = true;
     }
+    return any;
   }
 
   std::unique_ptr<Kernel> make_kernel(Launch launch) {
