@@ -151,6 +151,7 @@ class Emulator:
         ):
             getattr(self._library, name).restype = c.c_char_p
         self._library.emulator_steps.restype = c.c_uint64
+        self._library.emulator_driver_function.restype = c.c_void_p
         self._buffers = []  # of launches that have not run
         self._new_buffers = []  # of the next launch
         self._broken = False
@@ -178,6 +179,11 @@ class Emulator:
     def steps(self):
         """Switches between threads so far."""
         return self._library.emulator_steps()
+
+    def driver(self, name, *types):
+        """A function of the driver, by name and the types of its arguments."""
+        address = self._library.emulator_driver_function(name.encode())
+        return c.CFUNCTYPE(c.c_int, *types)(address)
 
     def is_broken(self):
         """Whether an error came up, or launches are left: not to be used by another test."""

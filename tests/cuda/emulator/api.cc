@@ -10,6 +10,7 @@
 #include "core/dtype.h"
 #include "cuda/engine.h"
 #include "cuda/params.h"
+#include "driver.h"
 #include "machine.h"
 #include "runtime.h"
 
@@ -83,6 +84,9 @@ EMULATOR_API void emulator_retire(int gpu, void* buffer, size_t bytes, void* cop
   emulator::enqueue(gpu, std::move(retire));
 }
 EMULATOR_API void emulator_set_patience(uint32_t turns) { emulator::set_patience(turns); }
+EMULATOR_API void* emulator_driver_function(const char* name) {
+  return emulator::find_driver_function(name);
+}
 EMULATOR_API void emulator_close() { emulator::close(); }
 EMULATOR_API uint64_t emulator_steps() { return emulator::steps(); }
 EMULATOR_API const char* emulator_synchronize() { return text(emulator::synchronize()); }
