@@ -165,6 +165,10 @@ class Emulator:
         """Of the schedule from now on."""
         self._library.emulator_set_seed(c.c_uint64(int(seed)))
 
+    def set_real_time(self, real):
+        """Time-outs in seconds of the clock, for peers in other processes, and no busy waiting."""
+        self._library.emulator_set_real_time(c.c_int(real))
+
     def set_patience(self, turns):
         """Turns of the scheduler between looks at the clock of those who poll, on average."""
         self._library.emulator_set_patience(c.c_uint32(turns))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 
 import ml_dtypes
 import numpy as np
@@ -540,6 +541,19 @@ def test_a_rank_that_comes_too_late_is_told(new_machine):
     assert_failed(errors_of(machine, group, [1]), "rank 1: rank 0 gave this call up")
 
 
+def test_time_outs_in_real_time(new_machine, rng):
+    machine = new_machine(timeout=0.3)
+    machine.set_real_time(True)
+    group = Group((0, 1))
+    run_dispatch(machine, rng, SMALL, group=group)
+    begin, busy = time.monotonic(), time.process_time()
+    launch_dispatch(machine, group, 0)
+    machine.synchronize()
+    assert time.monotonic() - begin >= 0.3
+    assert time.process_time() - busy < 0.5 * (time.monotonic() - begin)
+    assert_failed(errors_of(machine, group, [0]), r"rank 0 waited 0\.3 s for rank 1")
+
+
 def test_a_failed_gpu_takes_no_further_call_and_others_do(new_machine, rng):
     machine = new_machine(timeout=1)
     group = Group((0, 1))
@@ -547,7 +561,6 @@ def test_a_failed_gpu_takes_no_further_call_and_others_do(new_machine, rng):
     machine.synchronize()
     for _ in range(2):
         assert_failed(errors_of(machine, group, [0]), "can make no further exchange on this GPU")
-    # Launched before anyone knew: it ends at once, and its peer is told.
     geometry = Geometry(2, 8, 2, 4)
     run_dispatch(machine, rng, geometry, group=Group((2, 3)))
 
