@@ -7,7 +7,7 @@
     out[0].rows, out[0].group_sizes, ...
 
 Results hold garbage until `synchronize` has run the launches. It also checks that nothing was
-written next to a result, nor into an operand.
+written next to a buffer, into an operand, or to any buffer of a rank whose kernel has ended.
 """
 
 from __future__ import annotations
@@ -103,29 +103,38 @@ def capacity_of(geometry):
 
 
 class _Buffer:
-    """Device memory of one array, with guards on both sides."""
+    """Device memory of one array, with guards on both sides.
 
-    def __init__(self, shape, dtype, value=None, offset=0):
+    Operands have a ``value``. They and scratch are dead when the kernel of their GPU has ended: XLA
+    may use their memory for something else, and so does `Emulator`.
+    """
+
+    def __init__(self, what, shape, dtype, value=None, *, offset=0, scratch=False):
         dtype = np.dtype(dtype)
         size = int(np.prod(shape)) * dtype.itemsize
+        self.what = what
+        self.dead = scratch or value is not None
         self.memory = np.full(size + 2 * GUARD_BYTES + 256, GARBAGE, np.uint8)
         # Aligned as XLA's buffers are, or off by `offset` bytes.
         self.begin = GUARD_BYTES + -(self.memory.ctypes.data + GUARD_BYTES) % 128 + offset
         self.end = self.begin + size
-        bytes_ = self.memory[self.begin : self.end]
-        self.array = bytes_.view(dtype).reshape(shape)
+        self.bytes = self.memory[self.begin : self.end]
+        self.array = self.bytes.view(dtype).reshape(shape)
         self.before = None
         if value is not None:
             self.array[...] = value
-            self.before = bytes_.copy()
+            self.before = self.bytes.copy()
+        self.at_end = np.empty(size, np.uint8)  # of the kernel
         self.address = self.memory.ctypes.data + self.begin
 
-    def check(self, what):
+    def check(self, late_writes):
+        what = self.what
         outside = (self.memory[: self.begin], self.memory[self.end :])
         assert all((part == GARBAGE).all() for part in outside), f"wrote next to {what}"
         if self.before is not None:
-            after = self.memory[self.begin : self.end]
-            assert np.array_equal(after, self.before), f"wrote into the operand {what}"
+            assert np.array_equal(self.at_end, self.before), f"wrote into the operand {what}"
+        late = self.bytes != (GARBAGE if self.dead else self.at_end)
+        assert late_writes or not late.any(), f"wrote to {what} after its rank's kernel"
 
 
 class Emulator:
@@ -142,7 +151,9 @@ class Emulator:
         ):
             getattr(self._library, name).restype = c.c_char_p
         self._library.emulator_steps.restype = c.c_uint64
-        self._buffers = {}
+        self._library.emulator_driver_function.restype = c.c_void_p
+        self._buffers = []  # of launches that have not run
+        self._new_buffers = []  # of the next launch
         self._broken = False
         self._launches = {}  # by (GPU, peer)
         self._library.emulator_set_devices(num_gpus, num_sms)
@@ -153,6 +164,14 @@ class Emulator:
     def set_seed(self, seed):
         """Of the schedule from now on."""
         self._library.emulator_set_seed(c.c_uint64(int(seed)))
+
+    def set_real_time(self, real):
+        """Time-outs in seconds of the clock, for peers in other processes, and no busy waiting."""
+        self._library.emulator_set_real_time(c.c_int(real))
+
+    def set_patience(self, turns):
+        """Turns of the scheduler between looks at the clock of those who poll, on average."""
+        self._library.emulator_set_patience(c.c_uint32(turns))
 
     def set_timeout(self, seconds):
         self._library.engine_set_timeout(c.c_double(seconds))
@@ -169,6 +188,11 @@ class Emulator:
         """Switches between threads so far."""
         return self._library.emulator_steps()
 
+    def driver(self, name, *types):
+        """A function of the driver, by name and the types of its arguments."""
+        address = self._library.emulator_driver_function(name.encode())
+        return c.CFUNCTYPE(c.c_int, *types)(address)
+
     def is_broken(self):
         """Whether an error came up, or launches are left: not to be used by another test."""
         return self._broken or bool(self._buffers)
@@ -177,15 +201,18 @@ class Emulator:
         """Gives the threads' stacks back. The machine cannot be used after it."""
         self._library.emulator_close()
 
-    def synchronize(self):
-        """Runs what was launched, on all GPUs."""
+    def synchronize(self, *, late_writes=False):
+        """Runs what was launched, on all GPUs.
+
+        Peers of a rank that gave up may write to it before they hear of that: ``late_writes``.
+        """
         error = self._library.emulator_synchronize()
-        buffers, self._buffers = self._buffers, {}
+        buffers, self._buffers = self._buffers, []
         if error:
             self._broken = True
             raise MachineError(error.decode())
-        for what, buffer in buffers.values():
-            buffer.check(what)
+        for buffer in buffers:
+            buffer.check(late_writes)
 
     # --- Operations of one rank ------------------------------------------------------------------
 
@@ -203,7 +230,8 @@ class Emulator:
             "num_invalid": (),
         }
         out = {name: self._new(name, shape, np.int32) for name, shape in shapes.items()}
-        routes = self._new("routes", (geometry.num_ranks, *topk_idx.shape), np.uint64)
+        shape = (geometry.num_ranks, *topk_idx.shape)
+        routes = self._new("routes", shape, np.uint64, scratch=True)
         for source, words in enumerate(routes.array):
             # The worst that can be in the memory: words that look as if they had arrived.
             words[...] = self._epoch(group.ordinals[rank], group.ordinals[source]) << 32 | 1
@@ -234,8 +262,8 @@ class Emulator:
         width = int(np.prod(expert_out.shape[1:]))
         slots = geometry.num_tokens * max(min(geometry.top_k, geometry.num_ranks - 1), 0)
         sums = self._new("sums", (geometry.num_tokens, width), expert_out.dtype)
-        partial_sums = self._new("partial_sums", (slots, width), expert_out.dtype)
-        flags = self._new("flags", (slots * max(1, -(-width // 64)),), np.uint32)
+        partial_sums = self._new("partial_sums", (slots, width), expert_out.dtype, scratch=True)
+        flags = self._new("flags", (slots * max(1, -(-width // 64)),), np.uint32, scratch=True)
         flags.array[...] = 1  # the worst that can be in the memory
         buffers = _Combine(
             dest_rank=self._in("dest_rank", handle.dest_rank).address,
@@ -286,16 +314,16 @@ class Emulator:
         """Number of the next exchange of two GPUs."""
         return self._launches.get((ordinal, peer), 0) + 1
 
-    def _keep(self, what, buffer):
-        self._buffers[id(buffer)] = (what, buffer)
+    def _keep(self, buffer):
+        self._new_buffers.append(buffer)
         return buffer
 
-    def _new(self, what, shape, dtype, offset=0):
-        return self._keep(what, _Buffer(shape, dtype, offset=offset))
+    def _new(self, what, shape, dtype, **options):
+        return self._keep(_Buffer(what, shape, dtype, **options))
 
     def _in(self, what, value, offset=0):
         value = np.asarray(value)
-        return self._keep(what, _Buffer(value.shape, value.dtype, value, offset))
+        return self._keep(_Buffer(what, value.shape, value.dtype, value, offset=offset))
 
     def _weights(self, weights, dtype):
         if weights is None:
@@ -305,7 +333,7 @@ class Emulator:
     def _leaves(self, leaves, rows, offset):
         tokens = [self._in(f"tokens[{i}]", leaf, offset) for i, leaf in enumerate(leaves)]
         packed = [
-            self._new(f"rows[{i}]", (rows, *leaf.shape[1:]), leaf.dtype, offset)
+            self._new(f"rows[{i}]", (rows, *leaf.shape[1:]), leaf.dtype, offset=offset)
             for i, leaf in enumerate(leaves)
         ]
         row_bytes = [int(np.prod(leaf.shape[1:])) * leaf.dtype.itemsize for leaf in leaves]
@@ -342,7 +370,17 @@ class Emulator:
             width=width,
         )
         function = getattr(self._library, f"engine_{name}")
+        mine, self._new_buffers = self._new_buffers, []
         self._check(function(c.byref(call), c.byref(buffers)))
+        self._buffers += mine
+        for buffer in mine:
+            self._library.emulator_retire(
+                group.ordinals[rank],
+                c.c_void_p(buffer.address),
+                c.c_size_t(buffer.bytes.size),
+                buffer.at_end.ctypes.data_as(c.c_void_p),
+                buffer.dead,
+            )
         for peer in group.ordinals:
             pair = (group.ordinals[rank], peer)
             self._launches[pair] = self._epoch(*pair)

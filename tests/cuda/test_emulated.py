@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 
 import ml_dtypes
 import numpy as np
@@ -561,6 +562,19 @@ def test_a_rank_that_comes_too_late_is_told(new_machine):
     assert_failed(errors_of(machine, group, [1]), "rank 1: rank 0 gave this call up")
 
 
+def test_time_outs_in_real_time(new_machine, rng):
+    machine = new_machine(timeout=0.3)
+    machine.set_real_time(True)
+    group = Group((0, 1))
+    run_dispatch(machine, rng, SMALL, group=group)
+    begin, busy = time.monotonic(), time.process_time()
+    launch_dispatch(machine, group, 0)
+    machine.synchronize()
+    assert time.monotonic() - begin >= 0.3
+    assert time.process_time() - busy < 0.5 * (time.monotonic() - begin)
+    assert_failed(errors_of(machine, group, [0]), r"rank 0 waited 0\.3 s for rank 1")
+
+
 def test_a_failed_gpu_takes_no_further_call_and_others_do(new_machine, rng):
     machine = new_machine(timeout=1)
     group = Group((0, 1))
@@ -568,7 +582,6 @@ def test_a_failed_gpu_takes_no_further_call_and_others_do(new_machine, rng):
     machine.synchronize()
     for _ in range(2):
         assert_failed(errors_of(machine, group, [0]), "can make no further exchange on this GPU")
-    # Launched before anyone knew: it ends at once, and its peer is told.
     geometry = Geometry(2, 8, 2, 4)
     run_dispatch(machine, rng, geometry, group=Group((2, 3)))
 
@@ -659,6 +672,41 @@ def test_another_mesh_device_than_the_compiled_one(new_machine):
     cause = "rank 0 runs on mesh device 5, but was compiled for mesh device 0"
     assert_failed(errors_of(machine, group, [0]), cause)
     assert_failed(errors_of(machine, group, [1]), "rank 1: rank 0 gave this call up")
+
+
+def test_a_time_out_at_any_step(new_machine, rng):
+    """Whatever a rank waits for when its time is up: every kernel ends, and writes nowhere else."""
+    geometry = Geometry(3, 9, 3, 9)
+    group = first_gpus(geometry)
+    topk_idx = routing(rng, geometry)
+    x = values(rng, (3, 9, 8), "float32")
+    weights = np.ones(geometry.topk_shape, np.float32)
+    steps = set()
+    for _ in range(25):
+        machine = new_machine()
+        _, out, _ = run_dispatch(machine, rng, geometry)
+        machine.set_timeout(10 ** rng.uniform(-8, -3.5))
+        machine.set_patience(2)
+        operation = rng.integers(3)
+        if operation == 0:
+            dispatch(machine, geometry, topk_idx, [x])
+        elif operation == 1:
+            combine(machine, geometry, out, np.ones((3, capacity_of(geometry), 300), np.float32))
+        else:
+            expert_out = values(rng, (3, capacity_of(geometry), 8), "float32")
+            combine_transpose(
+                machine, geometry, out, x, weights=weights, expert_out=expert_out, group=group
+            )
+        machine.synchronize(late_writes=True)
+        for rank in range(3):
+            try:
+                launch_dispatch(machine, group, rank, geometry)
+            except EngineError as error:
+                steps |= set(re.findall(r"for rank \d, for ([\w ]+)\.", str(error)))
+                steps |= set(re.findall("gave this call up", str(error)))
+        machine.close()
+    print(steps)
+    assert len(steps) > 2, steps
 
 
 def test_a_gpu_that_is_not_started(new_machine):

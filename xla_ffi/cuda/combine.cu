@@ -219,7 +219,7 @@ struct Combine {
   __device__ void run() const {
     const int slices = tile.size() * p.num_slices;
     const int items = slices == 0 ? 0 : (slices + kAhead) * x.num_ranks;
-    for (int item = warp_id(); item < items && !warp_has_failed(s); item = next_item(s)) {
+    for (int item = warp_id(); item < items; item = next_item(s)) {
       const int turn = item % x.num_ranks;
       const bool pushes = turn != x.num_ranks - 1;
       const int unit = item / x.num_ranks - (pushes ? 0 : kAhead);
@@ -266,7 +266,8 @@ __device__ void post_buffers(const CombineParams& p, const Session& s) {
   }
 }
 
-// The routes of the tile, and at the first one where the peers' slots are.
+// The routes of the tile, and at the first one where the peers' slots are. False, for all threads:
+// they did not come.
 template <typename Accumulator>
 __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& tile,
                                RouteTile<Accumulator>& routes) {
@@ -274,12 +275,12 @@ __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& t
   routes.begin(x, tile, 0, x.num_ranks);
   if (p.sends_routes) {
     routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights);
-    return !cta_has_failed(s);
+    return !__syncthreads_or(has_failed(s));
   }
   routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
   // The slots' addresses come later than the others: their flags had to be cleared.
   if (tile.number == 0) return receive_addresses(x, s, 1u << kScratch | 1u << kFlags);
-  return !cta_has_failed(s);
+  return !__syncthreads_or(has_failed(s));
 }
 
 template <typename Element, int kCount>

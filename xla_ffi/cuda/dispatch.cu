@@ -18,8 +18,9 @@ namespace {
 constexpr int kTileAssignments = 8192;  // of all ranks, whose rows are in shared memory
 
 // Rows here of the tile's assignments, of all ranks: [R, tokens, K] in shared memory; -1: none.
+// False, for all threads: they did not come.
 template <bool kRouted>
-__device__ void fetch_rows(const DispatchParams& p, Session& s, const Tile& tile, int* rows) {
+__device__ bool fetch_rows(const DispatchParams& p, Session& s, const Tile& tile, int* rows) {
   const Exchange& x = p.exchange;
   const int per_rank = tile.size() * x.top_k;
   const int64_t first = static_cast<int64_t>(tile.begin) * x.top_k;
@@ -37,7 +38,7 @@ __device__ void fetch_rows(const DispatchParams& p, Session& s, const Tile& tile
       rows[i] = dest == x.rank ? row : -1;
     }
   }
-  __syncthreads();
+  return !__syncthreads_or(has_failed(s));
 }
 
 // What one pull moves.
@@ -186,8 +187,8 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   tiles.for_each(s, [&](const Tile& tile) {
     if constexpr (kRoutes == Routes::kByIds) {
       find_rows(p, routing, all_ids, tile, rows);
-    } else {
-      fetch_rows<kRouted>(p, s, tile, rows);
+    } else if (!fetch_rows<kRouted>(p, s, tile, rows)) {
+      return;
     }
     const Work work(tile, p.num_slices * x.num_ranks, x.capacity, p.row_stride);
     run_work(

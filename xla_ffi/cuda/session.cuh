@@ -1,6 +1,8 @@
 // One exchange as its CTAs see it: opening, bounded waits, mailboxes, and the end.
 #pragma once
 
+#include <climits>
+
 #include "cuda/control.h"
 #include "cuda/memory_order.cuh"
 
@@ -31,17 +33,6 @@ struct Session {
 
 __device__ inline bool has_failed(const Session& s) {
   return *const_cast<const volatile uint32_t*>(&s.failed) != 0;
-}
-
-// The same answer for all threads of the CTA, or of the warp: what they do next, they do together.
-__device__ inline bool cta_has_failed(const Session& s) {
-  __syncthreads();
-  const bool failed = has_failed(s);
-  __syncthreads();  // nobody goes on, and fails, before all have looked
-  return failed;
-}
-__device__ inline bool warp_has_failed(const Session& s) {
-  return __any_sync(kFullWarp, has_failed(s));
 }
 
 __device__ inline ControlBlock& self(const Exchange& x) { return *x.control[x.rank]; }
@@ -124,22 +115,29 @@ __device__ inline Mailbox& mailbox(const Exchange& x, const Session& s, int at, 
   return x.control[at]->mailbox[s.epoch[peer] % 2][x.gpu[from]];
 }
 
-// First phase of every kernel. False: the engine has failed before, or this is not the device that
-// the host took it for.
+// First phase of every kernel. False, for all threads: the engine has failed before, or this is not
+// the device that the host took it for.
 __device__ inline bool open(const Exchange& x, Session& s) {
   const int thread = static_cast<int>(threadIdx.x);
+  bool wrong = false;
   // Each load by a warp of its own: they are in flight together.
   if (thread < x.num_ranks) s.epoch[thread] = self(x).epoch[x.gpu[thread]] + 1;
-  if (thread == kWarpSize) s.failed = load_relaxed_device(&self(x).failed);
-  if (thread == 2 * kWarpSize) s.device = *x.device;
+  if (thread == kWarpSize) {
+    s.failed = load_relaxed_device(&self(x).failed);
+    wrong = s.failed != 0;
+  }
+  if (thread == 2 * kWarpSize) {
+    s.device = *x.device;
+    wrong = s.device != x.expected_device;
+  }
   if (const int rank = thread - 3 * kWarpSize; rank >= 0 && rank < x.num_ranks) {
     s.first_region[rank] = load_word(&self(x).region_base[x.gpu[rank]][kFirstRegion]);
   }
-  __syncthreads();
-  if (s.failed == 0 && s.device != x.expected_device && thread == 0) {
+  if (!__syncthreads_or(wrong)) return true;
+  if (thread == 0 && s.failed == 0) {
     fail(x, s, kWrongDevice, x.rank, 0, x.expected_device, s.device);
   }
-  return !cta_has_failed(s);
+  return false;
 }
 
 // Tells every peer where this rank's buffer is. One thread; the buffer is ready for its use.
@@ -177,7 +175,8 @@ __device__ inline void post_signature(const Exchange& x, const Session& s) {
 
 // Waits for the peers' signatures, compares them, and takes the addresses of `slots` (one bit for
 // each). All threads; the last ones do it, so that the first can wait for something else before.
-// After it, what the peers' programs had computed before this exchange may be read.
+// After it, what the peers' programs had computed before this exchange may be read. False, for all
+// threads: this or an earlier wait of the CTA has failed.
 __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t slots) {
   constexpr int kWords = kSignatureWords + kMaxAddresses;
   for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < kWords * x.num_ranks;
@@ -211,7 +210,9 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
     // Partner: the fence before the peer's store_word, or the start of the peer's kernel.
     fence_system();
   }
-  return !cta_has_failed(s);
+  // A thread that has failed sees that itself. Who looked after the barrier could see the failure
+  // of one that is already further on, and leave the others alone.
+  return !__syncthreads_or(has_failed(s));
 }
 
 // This CTA needs its peers' buffers no more, nor do its peers theirs of it: says so, once in each
@@ -219,7 +220,7 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
 __device__ inline void conclude(const Exchange& x, Session& s) {
   ControlBlock& control = self(x);
   const int rank = lane_id();
-  if (warp_has_failed(s)) return;
+  if (__any_sync(kFullWarp, has_failed(s))) return;
   // Partner: the load below, of this GPU's CTA 0 and of the peers'.
   if (rank < x.num_ranks) add_release_system(&x.control[rank]->finished[x.gpu[x.rank]], 1);
   if (blockIdx.x != 0) return;
@@ -308,11 +309,11 @@ struct Tiles {
 };
 
 // The tile's work is taken in order, item by item: warp w begins with item w and goes on with this.
-// The same in all lanes.
+// The same in all lanes; past all items once the exchange has failed.
 __device__ inline int next_item(Session& s) {
-  uint32_t item = 0;
-  if (lane_id() == 0) item = atomicAdd(&s.next_item, 1u);
-  return static_cast<int>(__shfl_sync(kFullWarp, item, 0));
+  int item = INT_MAX;
+  if (lane_id() == 0 && !has_failed(s)) item = static_cast<int>(atomicAdd(&s.next_item, 1u));
+  return __shfl_sync(kFullWarp, item, 0);
 }
 
 }  // namespace freeio::cuda

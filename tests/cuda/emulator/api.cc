@@ -1,6 +1,7 @@
 // What the tests call, by ctypes. Errors are returned as text, none as null; a text is good until
 // the next call.
 #include <cuda_runtime_api.h>
+#include <string.h>
 
 #include <cstdint>
 #include <string>
@@ -9,6 +10,7 @@
 #include "core/dtype.h"
 #include "cuda/engine.h"
 #include "cuda/params.h"
+#include "driver.h"
 #include "machine.h"
 #include "runtime.h"
 
@@ -30,6 +32,8 @@ struct Call {
 };
 
 namespace {
+
+constexpr int kGarbage = 0xa5;
 
 const char* text(std::string message) {
   static std::string last;
@@ -68,6 +72,21 @@ EMULATOR_API void emulator_set_devices(int count, int multiprocessors) {
 }
 EMULATOR_API void emulator_set_seed(uint64_t seed) { emulator::set_seed(seed); }
 EMULATOR_API void emulator_set_real_time(int real) { emulator::set_real_time(real != 0); }
+// Once what was launched on the GPU has run: copies the buffer, and fills it with garbage if it is
+// `dead` from then on.
+EMULATOR_API void emulator_retire(int gpu, void* buffer, size_t bytes, void* copy, int dead) {
+  emulator::Launch retire;
+  retire.gpu = gpu;
+  retire.call = [=] {
+    memcpy(copy, buffer, bytes);
+    if (dead != 0) memset(buffer, kGarbage, bytes);
+  };
+  emulator::enqueue(gpu, std::move(retire));
+}
+EMULATOR_API void emulator_set_patience(uint32_t turns) { emulator::set_patience(turns); }
+EMULATOR_API void* emulator_driver_function(const char* name) {
+  return emulator::find_driver_function(name);
+}
 EMULATOR_API void emulator_close() { emulator::close(); }
 EMULATOR_API uint64_t emulator_steps() { return emulator::steps(); }
 EMULATOR_API const char* emulator_synchronize() { return text(emulator::synchronize()); }

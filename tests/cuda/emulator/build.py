@@ -19,10 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENGINE = HERE.parents[2] / "xla_ffi"
-KERNELS = ["combine.cu", "combine_transpose.cu", "dispatch.cu"]
-HOST = ["engine.cc", "failure.cc", "memory.cc", "params.cc", "peers.cc"]
-POD = sorted(path.name for path in (ENGINE / "host").glob("*.cc") if path.name != "handlers.cc")
-MACHINE = ["api.cc", "kernel_table.cc", "machine.cc", "runtime.cc"]
+#: Sources of the engine that know XLA, or launch kernels in a way that only nvcc understands.
+LEFT_OUT = {"handlers.cc", "measure.cu"}
+BEFORE_KERNELS, AFTER_KERNELS = HERE / "shared_begin.cc", HERE / "shared_end.cc"
 
 # The machine's headers come first: some stand for the engine's own.
 FLAGS = [
@@ -50,12 +49,21 @@ def _compiler():
 
 def _commands(compiler, folder):
     """(command, object) for each source."""
-    kernels = [(ENGINE / "cuda" / name, [*KERNEL_FLAGS, "-x", "c++"]) for name in KERNELS]
-    host = [(ENGINE / "cuda" / name, []) for name in HOST]
-    host += [(ENGINE / "host" / name, []) for name in POD]
-    machine = [(HERE / name, ["-Wshadow", "-O2"]) for name in MACHINE]
-    begin, end = ([(HERE / name, [])] for name in ("shared_begin.cc", "shared_end.cc"))
-    for source, flags in begin + kernels + end + host + machine:  # in the order of linking
+
+    def engine(pattern, flags):
+        paths = sorted(ENGINE.glob(pattern))
+        return [(path, flags) for path in paths if path.name not in LEFT_OUT]
+
+    kernels = engine("cuda/*.cu", [*KERNEL_FLAGS, "-x", "c++"])
+    around = {BEFORE_KERNELS, AFTER_KERNELS}
+    machine = [(path, ["-Wshadow", "-O2"]) for path in sorted(HERE.glob("*.cc"))]
+    rest = [
+        *engine("cuda/*.cc", []),
+        *engine("host/*.cc", []),
+        *(source for source in machine if source[0] not in around),
+    ]
+    # In the order of linking.
+    for source, flags in [(BEFORE_KERNELS, []), *kernels, (AFTER_KERNELS, []), *rest]:
         target = str(folder / f"{source.name}.o")
         yield [compiler, *FLAGS, *flags, "-c", str(source), "-o", target], target
 
@@ -63,7 +71,7 @@ def _commands(compiler, folder):
 def _key(compiler):
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version + repr((FLAGS, KERNEL_FLAGS, os.uname().machine)).encode())
-    for folder in (ENGINE / "cuda", ENGINE / "core", ENGINE / "host", HERE):
+    for folder in (ENGINE, HERE):
         for path in sorted(folder.rglob("*")):
             if path.suffix in {".cc", ".h", ".cu", ".cuh", ".py"}:
                 digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())

@@ -114,6 +114,8 @@ struct Cta {
   std::vector<Warp> warps;
   uint32_t ready_warps = 0;
   unsigned at_barrier = 0;
+  bool any_arriving = false;  // values at the barrier
+  bool any = false;           // at the last one
   unsigned live = 0;
   uint32_t priority = 0;
   std::byte* stacks = nullptr;
@@ -137,19 +139,23 @@ class Machine {
  public:
   void seed(uint64_t seed) { random_ = Random(seed); }
   void set_real_time(bool real) { real_time_ = real; }
+  void set_patience(uint32_t turns) { patience_ = turns; }
   void enqueue(int stream, Launch launch) { queues_[stream].push_back(std::move(launch)); }
 
   std::string run(int stream) {
     draw_policy();
     while (error_.empty() && has_work(stream)) {
-      start_kernels();
+      start_kernels(false);
       Cta* cta = choose();
       if (cta != nullptr) {
         run_cta(*cta);
-      } else if (!wake_changed()) {
+      } else if (!start_kernels(true) && !wake_changed()) {
         idle();
       }
       if (random_.one_in(4)) deliver_one();
+      if (!active_ctas_.empty() && random_.one_in(patience_)) {
+        look_at_clock(*active_ctas_[random_.below(static_cast<uint32_t>(active_ctas_.size()))]);
+      }
     }
     return error_;
   }
@@ -164,15 +170,22 @@ class Machine {
 
   // --- Called on a fiber -------------------------------------------------------------------------
 
-  void barrier(Place place) {
+  bool barrier(Place place, bool value) {
     Thread& thread = *current_;
     thread.address = nullptr;
     Cta& cta = *thread.cta;
-    if (++cta.at_barrier < cta.threads.size()) return block(State::kBarrier, place);
-    cta.at_barrier = 0;
-    for (Thread& other : cta.threads) {
-      if (&other != &thread) ready(other);
+    cta.any_arriving |= value;
+    if (++cta.at_barrier < cta.threads.size()) {
+      block(State::kBarrier, place);
+    } else {
+      cta.at_barrier = 0;
+      cta.any = cta.any_arriving;
+      cta.any_arriving = false;
+      for (Thread& other : cta.threads) {
+        if (&other != &thread) ready(other);
+      }
     }
+    return cta.any;
   }
 
   const uint64_t* gather(Together what, uint64_t value, uint32_t mask, Place place) {
@@ -298,14 +311,17 @@ class Machine {
                                             [](const auto& q) { return !q.second.empty(); });
   }
 
-  void start_kernels() {
+  // Whether it has started any. A GPU may be late, unless `all` wait.
+  bool start_kernels(bool all) {
+    bool any = false;
     for (auto& [stream, queue] : queues_) {
       if (queue.empty() || running_.count(stream) != 0) continue;
-      // A GPU may be late.
-      if (!active_ctas_.empty() && random_.one_in(2)) continue;
+      if (!all && random_.one_in(2)) continue;
       running_[stream] = make_kernel(std::move(queue.front()));
       queue.pop_front();
+      any = true;
     }
+    return any;
   }
 
   std::unique_ptr<Kernel> make_kernel(Launch launch) {
@@ -540,9 +556,24 @@ class Machine {
     return any;
   }
 
+  // Lets those of the CTA who poll go on, up to a look at the clock. Whether there are any.
+  bool look_at_clock(Cta& cta) {
+    constexpr int kPollsBetweenLooks = 2048;
+    bool any = false;
+    for (Thread& thread : cta.threads) {
+      if (thread.state != State::kPolls) continue;
+      Thread** link = &bucket_of(thread.address);
+      while (*link != &thread) link = &(*link)->next;
+      *link = thread.next;
+      thread.free_polls = kPollsBetweenLooks;
+      ready(thread);
+      any = true;
+    }
+    return any;
+  }
+
   // Nothing can go on: let time pass, and all who poll look at the clock.
   void idle() {
-    constexpr int kPollsBetweenLooks = 2048;
     if (real_time_) {
       const timespec pause = {0, 50'000};
       nanosleep(&pause, nullptr);
@@ -551,15 +582,7 @@ class Machine {
     now_ += leap_;
     leap_ *= 8;
     bool any = false;
-    for (Thread*& bucket : sleeping_) {
-      while (bucket != nullptr) {
-        Thread& thread = *bucket;
-        bucket = thread.next;
-        thread.free_polls = kPollsBetweenLooks;
-        ready(thread);
-        any = true;
-      }
-    }
+    for (Cta* cta : active_ctas_) any |= look_at_clock(*cta);
     if (!any && !active_ctas_.empty()) report_deadlock();
   }
 
@@ -600,6 +623,7 @@ class Machine {
   uint32_t until_yield_ = 64;
   uint32_t gpu_priority_[kMaxGpus] = {};
   bool real_time_ = false;
+  uint32_t patience_ = 1000;
   uint64_t now_ = 1'000'000'000;
   uint64_t leap_ = kMillisecond;
   uint64_t pauses_ = 0;
@@ -638,11 +662,12 @@ void Machine::run_thread() {
 
 void set_seed(uint64_t seed) { machine().seed(seed); }
 void set_real_time(bool real) { machine().set_real_time(real); }
+void set_patience(uint32_t turns) { machine().set_patience(turns); }
 void enqueue(int stream, Launch launch) { machine().enqueue(stream, std::move(launch)); }
 std::string run(int stream) { return machine().run(stream); }
 void close() { machine().close(); }
 uint64_t steps() { return machine().steps(); }
-void barrier(Place place) { machine().barrier(place); }
+bool barrier(Place place, bool value) { return machine().barrier(place, value); }
 const uint64_t* gather(Together what, uint64_t value, uint32_t mask, Place place) {
   return machine().gather(what, value, mask, place);
 }

@@ -44,6 +44,10 @@ void set_seed(uint64_t seed);
 // Real, for GPUs whose peers are in other processes: then a machine that only waits sleeps.
 void set_real_time(bool real);
 
+// Turns of the scheduler, on average, between looks at the clock of those who poll. (All do when
+// nothing else can go on.)
+void set_patience(uint32_t turns);
+
 // Appends a launch to a stream: launches of one stream run one after the other.
 void enqueue(int stream, Launch launch);
 
@@ -65,8 +69,8 @@ struct Index {
 };
 extern Index thread_index, block_index, block_size, grid_size;
 
-// A barrier of the CTA.
-void barrier(Place place);
+// A barrier of the CTA. Whether any thread came with a value that holds.
+bool barrier(Place place, bool value = false);
 
 // What the lanes of a warp do together.
 enum class Together { kNothing, kShuffle, kBallot, kMatch, kReduce };

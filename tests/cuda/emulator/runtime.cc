@@ -6,6 +6,7 @@
 
 #include <map>
 
+#include "driver.h"
 #include "kernel_table.h"
 #include "machine.h"
 
@@ -211,5 +212,13 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   launch.call = bind_kernel(function, arguments[0]);
   if (launch.call == nullptr) return result(cudaErrorInvalidDeviceFunction);
   enqueue(number_of(stream), std::move(launch));
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  *function = find_driver_function(name);
+  *found = *function == nullptr ? cudaDriverEntryPointSymbolNotFound : cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }

@@ -62,6 +62,10 @@ inline void __syncthreads(emulator::Place place = emulator::Place::here()) {
   emulator::barrier(place);
 }
 
+inline int __syncthreads_or(int value, emulator::Place place = emulator::Place::here()) {
+  return emulator::barrier(place, value != 0);
+}
+
 inline void __syncwarp(unsigned mask = 0xffffffffu,
                        emulator::Place place = emulator::Place::here()) {
   emulator::gather(emulator::Together::kNothing, 0, mask, place);
