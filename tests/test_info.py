@@ -77,7 +77,7 @@ def test_in_a_pod_process_0_tells_of_all():
 
 FORBIDDEN = """
 from freeio_jax import _native, info
-def forbid(*_):
+def forbid(*_args, **_kwargs):
     raise RuntimeError("freeio_jax.initialize: the kernel forbids it")
 _native.join_pod = forbid
 info._YAMA = __import__("pathlib").Path(__file__).with_name("scope")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes as c
 import dataclasses
+import functools
 import shutil
 import tempfile
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ _LAYOUT = ("num_ranks", "num_tokens", "top_k", "num_experts", "capacity", "align
 _Call = _struct(
     "Call",
     *((name, c.c_int64) for name in _LAYOUT),
-    *_pointers("ordinals", "device"),
+    *_pointers("gpus", "device"),
     ("mesh_device", c.c_uint32),
     ("instance", c.c_uint32),
     ("rank", c.c_int32),
@@ -74,19 +75,52 @@ _CombineTranspose = _struct(
 )
 
 
+_Place = _struct(
+    "Place",
+    ("process", c.c_int32),
+    ("num_peers", c.c_int32),
+    *_pointers("peers", "pids", "sockets"),
+    ("num_gpus", c.c_int32),
+    *_pointers("gpus", "owners", "ordinals"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """This process in a pod.
+
+    Attributes:
+      process: its number.
+      peers: (number, pid, connected socket) of each other process.
+      gpus: (process, ordinal there) of all GPUs, by number.
+    """
+
+    process: int
+    peers: tuple
+    gpus: tuple
+
+    def ordinals(self):
+        """Ordinals of this process's GPUs, by number."""
+        return {
+            number: ordinal
+            for number, (process, ordinal) in enumerate(self.gpus)
+            if process == self.process
+        }
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """The GPUs of one EP group, by rank, and the mesh devices that they are."""
 
-    ordinals: tuple
+    gpus: tuple
     mesh_devices: tuple | None = None
 
     @property
     def size(self):
-        return len(self.ordinals)
+        return len(self.gpus)
 
     def mesh_device(self, rank):
-        return (self.mesh_devices or self.ordinals)[rank]
+        return (self.mesh_devices or self.gpus)[rank]
 
 
 def capacity_of(geometry):
@@ -109,12 +143,13 @@ class _Buffer:
     may use their memory for something else, and so does `Emulator`.
     """
 
-    def __init__(self, what, shape, dtype, value=None, *, offset=0, scratch=False):
+    def __init__(self, what, shape, dtype, value=None, *, allocate, offset=0, scratch=False):
         dtype = np.dtype(dtype)
         size = int(np.prod(shape)) * dtype.itemsize
         self.what = what
         self.dead = scratch or value is not None
-        self.memory = np.full(size + 2 * GUARD_BYTES + 256, GARBAGE, np.uint8)
+        self.memory = allocate(size + 2 * GUARD_BYTES + 256)
+        self.memory[...] = GARBAGE
         # Aligned as XLA's buffers are, or off by `offset` bytes.
         self.begin = GUARD_BYTES + -(self.memory.ctypes.data + GUARD_BYTES) % 128 + offset
         self.end = self.begin + size
@@ -140,14 +175,14 @@ class _Buffer:
 class Emulator:
     """GPUs and an engine of their own: what one of them has been through, no other one knows."""
 
-    def __init__(self, library, *, seed=0, num_gpus=8, num_sms=3, timeout=60.0):
+    def __init__(self, library, *, seed=0, num_gpus=8, num_sms=3, timeout=60.0, place=None):
         # One library holds one engine, for as long as the process lives.
         with tempfile.NamedTemporaryFile(suffix=".so") as copy:
             shutil.copyfile(library, copy.name)
             self._library = c.CDLL(copy.name)
         for name in (
             *("emulator_synchronize", "engine_start", "engine_dispatch", "engine_combine"),
-            "engine_combine_transpose",
+            *("engine_combine_transpose", "engine_join", "engine_leave", "engine_take_failure"),
         ):
             getattr(self._library, name).restype = c.c_char_p
         self._library.emulator_steps.restype = c.c_uint64
@@ -159,7 +194,44 @@ class Emulator:
         self._library.emulator_set_devices(num_gpus, num_sms)
         self.set_seed(seed)
         self.set_timeout(timeout)
-        self._check(self._library.engine_start((c.c_int32 * num_gpus)(*range(num_gpus)), num_gpus))
+        #: Takes a number of bytes, gives memory that GPUs reach.
+        self.allocate = functools.partial(np.empty, dtype=np.uint8)
+        if place is None:
+            self._ordinals = {ordinal: ordinal for ordinal in range(num_gpus)}
+            ordinals = (c.c_int32 * num_gpus)(*range(num_gpus))
+            self._check(self._library.engine_start(ordinals, num_gpus))
+        else:
+            self._join(place)
+
+    def _join(self, place):
+        self._ordinals = place.ordinals()
+        self.set_real_time(True)
+        columns = {
+            **dict(zip(("peers", "pids", "sockets"), zip(*place.peers, strict=True), strict=True)),
+            "gpus": range(len(place.gpus)),
+            **dict(zip(("owners", "ordinals"), zip(*place.gpus, strict=True), strict=True)),
+        }
+        arrays = {name: np.array(list(column), np.int32) for name, column in columns.items()}
+        pointers = {name: array.ctypes.data for name, array in arrays.items()}
+        sizes = {"num_peers": len(place.peers), "num_gpus": len(place.gpus)}
+        self._check(
+            self._library.engine_join(c.byref(_Place(process=place.process, **sizes, **pointers)))
+        )
+
+    def leave(self):
+        """Leaves the pod, as shutdown() does."""
+        self._check(self._library.engine_leave())
+
+    def take_failure(self):
+        """What became of an exchange that failed, once for each GPU; None: nothing new."""
+        text = self._library.engine_take_failure()
+        return text.decode() if text else None
+
+    @property
+    def mapped_bytes(self):
+        """Of other processes."""
+        self._library.engine_mapped_bytes.restype = c.c_int64
+        return self._library.engine_mapped_bytes()
 
     def set_seed(self, seed):
         """Of the schedule from now on."""
@@ -234,7 +306,7 @@ class Emulator:
         routes = self._new("routes", shape, np.uint64, scratch=True)
         for source, words in enumerate(routes.array):
             # The worst that can be in the memory: words that look as if they had arrived.
-            words[...] = self._epoch(group.ordinals[rank], group.ordinals[source]) << 32 | 1
+            words[...] = self._epoch(group.gpus[rank], group.gpus[source]) << 32 | 1
         leaf_fields, packed = self._leaves(leaves, rows, offset)
         buffers = _Dispatch(
             routed=1,
@@ -319,11 +391,13 @@ class Emulator:
         return buffer
 
     def _new(self, what, shape, dtype, **options):
-        return self._keep(_Buffer(what, shape, dtype, **options))
+        return self._keep(_Buffer(what, shape, dtype, allocate=self.allocate, **options))
 
     def _in(self, what, value, offset=0):
         value = np.asarray(value)
-        return self._keep(_Buffer(what, value.shape, value.dtype, value, offset=offset))
+        return self._keep(
+            _Buffer(what, value.shape, value.dtype, value, allocate=self.allocate, offset=offset)
+        )
 
     def _weights(self, weights, dtype):
         if weights is None:
@@ -361,7 +435,7 @@ class Emulator:
                 **{name: getattr(geometry, name) for name in _LAYOUT},
                 "capacity": capacity_of(geometry),
             },
-            ordinals=self._in("ordinals", np.array(group.ordinals, np.int32)).address,
+            gpus=self._in("gpus", np.array(group.gpus, np.int32)).address,
             device=self._in("device", device).address,
             mesh_device=expected,
             instance=instance,
@@ -375,14 +449,14 @@ class Emulator:
         self._buffers += mine
         for buffer in mine:
             self._library.emulator_retire(
-                group.ordinals[rank],
+                self._ordinals[group.gpus[rank]],
                 c.c_void_p(buffer.address),
                 c.c_size_t(buffer.bytes.size),
                 buffer.at_end.ctypes.data_as(c.c_void_p),
                 buffer.dead,
             )
-        for peer in group.ordinals:
-            pair = (group.ordinals[rank], peer)
+        for peer in group.gpus:
+            pair = (group.gpus[rank], peer)
             self._launches[pair] = self._epoch(*pair)
 
     def _check(self, error):

@@ -197,6 +197,9 @@ Status Peers::publish(const void* pointer, Region& region) {
             "the other processes of the host. " +
                 allocator_hint() + " (" + status.message + ")"};
   }
+  // Ranks of this process get the same words as the others.
+  status = enter_base(process_, region.number, region.range.base);
+  if (!status.ok()) return status;
   Note note;
   note.kind = Note::Kind::kRegion;
   note.region = region.number;
@@ -227,6 +230,23 @@ Status Peers::map_control(const Note& note, const host::UniqueFd& file) {
   return {};
 }
 
+// Tells all GPUs of this process where they see a region of `process`.
+Status Peers::enter_base(int process, uint32_t region, uint64_t base) const {
+  Status status;
+  for (size_t i = 0; i < own_.size() && status.ok(); ++i) {
+    CurrentDevice current(own_[i].ordinal);
+    const auto stream = static_cast<cudaStream_t>(streams_[i]);
+    for (const auto& [gpu, owner] : processes_) {
+      if (owner != process || !status.ok()) continue;
+      status = cuda_status(cudaMemcpyAsync(&own_[i].control->region_base[gpu][region], &base,
+                                           sizeof(base), cudaMemcpyHostToDevice, stream),
+                           "cudaMemcpyAsync");
+    }
+    if (status.ok()) status = cuda_status(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  }
+  return status;
+}
+
 // The peer makes no call with this region before it has the answer, so a kernel that runs here
 // meanwhile reads the table's entry only after it is there.
 Status Peers::map_region(int process, const Note& note, const host::UniqueFd& file) {
@@ -236,20 +256,8 @@ Status Peers::map_region(int process, const Note& note, const host::UniqueFd& fi
   Mapping mapping;
   Status status = map_file(file, note.bytes, mapping);
   if (!status.ok()) return status;
-  const auto base = reinterpret_cast<uint64_t>(mapping.base());
-  for (size_t i = 0; i < own_.size(); ++i) {
-    CurrentDevice current(own_[i].ordinal);
-    const auto stream = static_cast<cudaStream_t>(streams_[i]);
-    for (const auto& [gpu, owner] : processes_) {
-      if (owner != process) continue;
-      status = cuda_status(cudaMemcpyAsync(&own_[i].control->region_base[gpu][note.region], &base,
-                                           sizeof(base), cudaMemcpyHostToDevice, stream),
-                           "cudaMemcpyAsync");
-      if (!status.ok()) return status;
-    }
-    status = cuda_status(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-    if (!status.ok()) return status;
-  }
+  status = enter_base(process, note.region, reinterpret_cast<uint64_t>(mapping.base()));
+  if (!status.ok()) return status;
   std::lock_guard lock(mutex_);
   mappings_.push_back(std::move(mapping));
   return {};

@@ -76,6 +76,7 @@ class Peers final : public host::Pod::Guest {
   Status map_file(const host::UniqueFd& file, size_t bytes, Mapping& mapping) const;
   Status map_control(const Note& note, const host::UniqueFd& file);
   Status map_region(int process, const Note& note, const host::UniqueFd& file);
+  Status enter_base(int process, uint32_t region, uint64_t base) const;
   Status publish(const void* pointer, Region& region);
   std::vector<int> ordinals() const;
 

@@ -11,6 +11,7 @@
 #include "cuda/engine.h"
 #include "cuda/params.h"
 #include "driver.h"
+#include "host/pod.h"
 #include "machine.h"
 #include "runtime.h"
 
@@ -22,7 +23,7 @@ using namespace freeio::cuda;
 // One rank's call. As in emulated.py.
 struct Call {
   int64_t num_ranks, num_tokens, top_k, num_experts, capacity, alignment;
-  const int32_t* ordinals;  // by rank
+  const int32_t* gpus;  // by rank: their numbers
   const uint32_t* device;
   uint32_t mesh_device;
   uint32_t instance;
@@ -48,18 +49,28 @@ const char* text(const Status& status) {
   return text(std::string(kNames[static_cast<int>(status.code)]) + ": " + status.message);
 }
 
+// In one process a GPU's number is its ordinal; in several it is not.
+int ordinal_of(int gpu) {
+  int count = 0;
+  cudaGetDeviceCount(&count);
+  for (int ordinal = 0; ordinal < count; ++ordinal) {
+    if (gpu_number(ordinal) == gpu) return ordinal;
+  }
+  return -1;
+}
+
 // Describes the exchange, lets `complete` fill the rest, and launches on the rank's GPU.
 template <typename Params, typename Complete>
 const char* launch_call(const Call& call, Params& params, const Complete& complete) {
   const Layout layout{call.num_ranks,   call.num_tokens, call.top_k,
                       call.num_experts, call.capacity,   call.alignment};
-  const Member member{std::vector<int>(call.ordinals, call.ordinals + call.num_ranks), call.rank,
+  const Member member{std::vector<int>(call.gpus, call.gpus + call.num_ranks), call.rank,
                       call.mesh_device, call.device};
   Status status = describe(layout, member, params.exchange);
   if (!status.ok()) return text(status);
   params.exchange.signature[kInstance] = call.instance;
   const Kernel kernel = complete();
-  cudaSetDevice(call.ordinals[call.rank]);
+  cudaSetDevice(ordinal_of(call.gpus[call.rank]));
   return text(launch(kernel.function, params.exchange, &params, kernel.shared_bytes, nullptr));
 }
 
@@ -99,6 +110,34 @@ EMULATOR_API void engine_set_max_sent_assignments(int64_t assignments) {
 EMULATOR_API const char* engine_start(const int32_t* ordinals, int count) {
   return text(start(std::vector<int>(ordinals, ordinals + count)));
 }
+
+// A process of a pod, its peers, and the GPUs of all. As in emulated.py.
+struct Place {
+  int32_t process, num_peers;
+  const int32_t *peers, *pids, *sockets;
+  int32_t num_gpus;
+  const int32_t *gpus, *owners, *ordinals;
+};
+
+EMULATOR_API const char* engine_join(const Place* place) {
+  std::vector<host::Pod::Member> members;
+  for (int i = 0; i < place->num_peers; ++i) {
+    members.push_back({place->peers[i], place->pids[i], 0, 0, place->sockets[i]});
+  }
+  std::vector<PodGpu> gpus;
+  for (int i = 0; i < place->num_gpus; ++i) {
+    gpus.push_back({place->gpus[i], place->owners[i], place->ordinals[i]});
+  }
+  host::Pod::join(place->process, members, {}, false);
+  return text(join(*host::Pod::current(), place->process, gpus));
+}
+EMULATOR_API const char* engine_leave() {
+  const char* error = text(leave());
+  host::Pod::current()->leave();
+  return error;
+}
+EMULATOR_API const char* engine_take_failure() { return text(take_failure()); }
+EMULATOR_API int64_t engine_mapped_bytes() { return memory().mapped_bytes; }
 
 struct DispatchBuffers {
   int32_t routed;

@@ -11,6 +11,7 @@
 
 #include <iterator>
 #include <map>
+#include <mutex>
 #include <string>
 
 #include "machine.h"
@@ -35,6 +36,8 @@ struct Mapped {
   uint64_t number;  // never that of another mapping
 };
 
+// Of all below: the engine maps what a peer shows on a thread of its own.
+std::mutex mutex;
 std::map<CUmemGenericAllocationHandle, Physical> physical;
 std::map<CUdeviceptr, Mapped> mapped;
 std::map<CUdeviceptr, size_t> reserved;
@@ -134,6 +137,7 @@ CUresult cuGetErrorString(CUresult error, const char** text) {
 
 CUresult cuMemGetAllocationGranularity(size_t* granularity, const CUmemAllocationProp* properties,
                                        CUmemAllocationGranularity_flags) {
+  const std::lock_guard lock(mutex);
   if (!is_valid(*properties)) return CUDA_ERROR_INVALID_VALUE;
   *granularity = kGranularity;
   return CUDA_SUCCESS;
@@ -141,6 +145,7 @@ CUresult cuMemGetAllocationGranularity(size_t* granularity, const CUmemAllocatio
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes,
                      const CUmemAllocationProp* properties, unsigned long long flags) {
+  const std::lock_guard lock(mutex);
   if (!is_valid(*properties) || flags != 0 || bytes == 0 || bytes % kGranularity != 0) {
     return CUDA_ERROR_INVALID_VALUE;
   }
@@ -156,12 +161,14 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes,
 }
 
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
+  const std::lock_guard lock(mutex);
   if (physical.count(handle) == 0) return CUDA_ERROR_INVALID_HANDLE;
   drop(handle);
   return CUDA_SUCCESS;
 }
 
 CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void* address) {
+  const std::lock_guard lock(mutex);
   const auto found = find_mapping(reinterpret_cast<CUdeviceptr>(address));
   if (found == mapped.end()) return CUDA_ERROR_INVALID_VALUE;
   *handle = found->second.handle;
@@ -171,6 +178,7 @@ CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void*
 
 CUresult cuMemExportToShareableHandle(void* shareable, CUmemGenericAllocationHandle handle,
                                       CUmemAllocationHandleType type, unsigned long long flags) {
+  const std::lock_guard lock(mutex);
   const auto found = physical.find(handle);
   if (found == physical.end()) return CUDA_ERROR_INVALID_HANDLE;
   if (type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR || flags != 0) {
@@ -184,6 +192,7 @@ CUresult cuMemExportToShareableHandle(void* shareable, CUmemGenericAllocationHan
 
 CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, void* shareable,
                                         CUmemAllocationHandleType type) {
+  const std::lock_guard lock(mutex);
   if (type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) return CUDA_ERROR_INVALID_VALUE;
   struct stat file;
   const int descriptor = dup(static_cast<int>(reinterpret_cast<intptr_t>(shareable)));
@@ -199,6 +208,7 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, vo
 
 CUresult cuMemAddressReserve(CUdeviceptr* address, size_t bytes, size_t alignment,
                              CUdeviceptr wished, unsigned long long flags) {
+  const std::lock_guard lock(mutex);
   if (bytes == 0 || bytes % kGranularity != 0 || wished != 0 || flags != 0 ||
       alignment > kGranularity) {
     return CUDA_ERROR_INVALID_VALUE;
@@ -218,6 +228,7 @@ CUresult cuMemAddressReserve(CUdeviceptr* address, size_t bytes, size_t alignmen
 }
 
 CUresult cuMemAddressFree(CUdeviceptr address, size_t bytes) {
+  const std::lock_guard lock(mutex);
   const auto found = reserved.find(address);
   if (found == reserved.end() || found->second != bytes) return CUDA_ERROR_INVALID_VALUE;
   const auto first = mapped.lower_bound(address);
@@ -229,6 +240,7 @@ CUresult cuMemAddressFree(CUdeviceptr address, size_t bytes) {
 
 CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset,
                   CUmemGenericAllocationHandle handle, unsigned long long flags) {
+  const std::lock_guard lock(mutex);
   const auto memory = physical.find(handle);
   if (memory == physical.end()) return CUDA_ERROR_INVALID_HANDLE;
   auto range = reserved.upper_bound(address);
@@ -250,6 +262,7 @@ CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset,
 }
 
 CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
+  const std::lock_guard lock(mutex);
   const auto found = mapped.find(address);
   if (found == mapped.end() || found->second.bytes != bytes) return CUDA_ERROR_INVALID_VALUE;
   if (!replace_by_nothing(address, bytes)) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -260,6 +273,7 @@ CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
 
 CUresult cuMemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc* access,
                         size_t count) {
+  const std::lock_guard lock(mutex);
   const auto found = mapped.find(address);
   if (found == mapped.end() || found->second.bytes != bytes || count == 0) {
     return CUDA_ERROR_INVALID_VALUE;
@@ -276,6 +290,7 @@ CUresult cuMemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc
 }
 
 CUresult cuMemGetAddressRange(CUdeviceptr* base, size_t* bytes, CUdeviceptr address) {
+  const std::lock_guard lock(mutex);
   const auto found = find_mapping(address);
   if (found == mapped.end()) return CUDA_ERROR_NOT_FOUND;
   if (base != nullptr) *base = found->first;
@@ -284,6 +299,7 @@ CUresult cuMemGetAddressRange(CUdeviceptr* base, size_t* bytes, CUdeviceptr addr
 }
 
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr address) {
+  const std::lock_guard lock(mutex);
   const auto found = find_mapping(address);
   if (found == mapped.end()) return CUDA_ERROR_INVALID_VALUE;
   switch (attribute) {

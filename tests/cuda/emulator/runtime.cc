@@ -10,11 +10,8 @@
 #include "kernel_table.h"
 #include "machine.h"
 
-// A stream of its own; the null stream of a GPU is its number.
-struct CUstream_st {
-  int gpu;
-  int number;
-};
+// For copies only: kernels run in the null stream of their GPU.
+struct CUstream_st {};
 
 namespace emulator {
 namespace {
@@ -25,7 +22,7 @@ constexpr size_t kDefaultSharedBytes = 48 << 10;
 
 int device_count = kMaxGpus;
 int multiprocessors = 4;
-int current_device = 0;
+thread_local int current_device = 0;
 cudaError_t last_error = cudaSuccess;
 std::string machine_error;
 std::map<const void*, size_t> max_shared_bytes;
@@ -37,9 +34,6 @@ cudaError_t result(cudaError_t error) {
 }
 
 bool is_device(int device) { return device >= 0 && device < device_count; }
-
-int gpu_of(cudaStream_t stream) { return stream == nullptr ? current_device : stream->gpu; }
-int number_of(cudaStream_t stream) { return stream == nullptr ? current_device : stream->number; }
 
 cudaError_t run_stream(int stream) {
   const std::string error = run(stream);
@@ -155,26 +149,31 @@ cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
+  if (stream != nullptr) {
+    // As by a copy engine, beside the kernels, and from any thread.
+    memcpy(to, from, bytes);
+    return cudaSuccess;
+  }
   Launch copy;
-  copy.gpu = gpu_of(stream);
+  copy.gpu = current_device;
   copy.call = [=] { memcpy(to, from, bytes); };
-  enqueue(number_of(stream), std::move(copy));
+  enqueue(current_device, std::move(copy));
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  static int streams = kMaxGpus;
-  *stream = new CUstream_st{current_device, streams++};
+  *stream = new CUstream_st;
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  const cudaError_t error = cudaStreamSynchronize(stream);
   delete stream;
-  return error;
+  return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return run_stream(number_of(stream)); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return stream != nullptr ? cudaSuccess : run_stream(current_device);
+}
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
   const auto bytes = max_shared_bytes.find(function);
@@ -194,6 +193,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
 
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
                              size_t shared_bytes, cudaStream_t stream) {
+  if (stream != nullptr) return result(cudaErrorInvalidValue);
   if (!machine_error.empty()) return result(cudaErrorLaunchFailure);
   cudaFuncAttributes attributes;
   cudaFuncGetAttributes(&attributes, function);
@@ -205,13 +205,13 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
     return result(cudaErrorCooperativeLaunchTooLarge);
   }
   Launch launch;
-  launch.gpu = gpu_of(stream);
+  launch.gpu = current_device;
   launch.ctas = grid.x;
   launch.threads = block.x;
   launch.shared_bytes = shared_bytes;
   launch.call = bind_kernel(function, arguments[0]);
   if (launch.call == nullptr) return result(cudaErrorInvalidDeviceFunction);
-  enqueue(number_of(stream), std::move(launch));
+  enqueue(current_device, std::move(launch));
   return cudaSuccess;
 }
 

@@ -1,0 +1,231 @@
+"""One process of a pod of emulated GPUs: what test_emulated_pods.py starts.
+
+Its place in the pod comes on standard input. All processes draw the same random numbers, so each
+knows what all ranks do, launches what its own GPUs do, and checks what they return.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import oracle  # noqa: E402
+from emulated import Emulator, EngineError, Group, Place, capacity_of  # noqa: E402
+from helpers import Geometry, assert_bitwise, routing, values  # noqa: E402
+from test_emulated_memory import Driver  # noqa: E402
+
+POOL_BYTES = 2 << 20
+
+
+class Pool:
+    """Memory that XLA would take its buffers from: one allocation that other processes can map."""
+
+    def __init__(self, machine):
+        self._driver = Driver(machine)
+        self._handle = self._driver.create()
+        self._memory, self._address = self._driver.map(self._handle)
+        self._next = 0
+
+    def allocate(self, size):
+        if self._next + size > POOL_BYTES:
+            self._next = 0  # what lay there has been used
+        begin, self._next = self._next, self._next + -(-size // 256) * 256
+        return self._memory[begin : begin + size]
+
+    def free(self):
+        del self._memory
+        self._driver.unmap(self._address)
+        assert self._driver("cuMemRelease", self._handle) == 0
+
+
+class Process:
+    """This process's part of exchanges among all GPUs."""
+
+    def __init__(self, machine, place, rng):
+        self.machine, self.place, self.rng = machine, place, rng
+        self.mine = sorted(place.ordinals())
+        self.group = Group(tuple(range(len(place.gpus))))
+
+    def layer(self, group=None, *, sends_routing=True):
+        """dispatch, dispatch along, combine and its gradients; every result is checked."""
+        rng, group = self.rng, group or self.group
+        geometry = Geometry(
+            group.size,
+            num_tokens=int(rng.integers(1, 20)),
+            top_k=int(rng.integers(1, 5)),
+            num_experts=group.size * int(rng.integers(1, 5)),
+            capacity=int(rng.integers(8, 40)) if rng.random() < 0.5 else None,
+        )
+        topk_idx = routing(rng, geometry, "holes")
+        x = values(rng, (group.size, geometry.num_tokens, int(rng.integers(1, 70))), "float32")
+        weights = rng.standard_normal(geometry.topk_shape).astype(np.float32)
+        mine = [rank for rank, gpu in enumerate(group.gpus) if gpu in self.mine]
+        if not mine:
+            return
+        machine = self.machine
+        machine.set_sends_routing(sends_routing)
+        placement = geometry.place(topk_idx, capacity_of(geometry))
+        rows = oracle.dispatch(x, placement)
+        out = {r: machine.dispatch(group, r, geometry, topk_idx[r], [x[r]]) for r in mine}
+        machine.synchronize()
+        for r in mine:
+            assert_bitwise(out[r].rows[0], rows[r], "rows")
+            assert_bitwise(out[r].group_sizes, placement.group_sizes[r], "group_sizes")
+            assert_bitwise(out[r].num_dropped, placement.num_dropped[r], "num_dropped")
+        along = {r: machine.dispatch_along(group, r, geometry, out[r], [x[r]]) for r in mine}
+        z = {r: machine.combine(group, r, geometry, out[r], rows[r], weights[r]) for r in mine}
+        grads = {
+            r: machine.combine_transpose(
+                group, r, geometry, out[r], x[r], weights=weights[r], expert_out=rows[r]
+            )
+            for r in mine
+        }
+        machine.synchronize()
+        expected = oracle.combine(rows, placement, geometry.topk_shape, weights)
+        for r in mine:
+            assert_bitwise(along[r][0], rows[r], "rows along the handle")
+            assert np.array_equal(z[r], expected[r])
+            self._check_gradients(r, grads[r], placement, x, rows, weights)
+
+    @staticmethod
+    def _check_gradients(rank, grads, placement, x, rows, weights):
+        by_rows, by_weights = np.zeros_like(rows[rank]), np.zeros_like(weights[rank])
+        for (s, t, k), (dest, row) in placement.row_of.items():
+            if dest == rank:
+                by_rows[row] = weights[s, t, k] * x[s, t]
+            if s == rank:
+                by_weights[t, k] = x[s, t] @ rows[dest, row]
+        assert_bitwise(grads[0], by_rows, "gradient by rows")
+        np.testing.assert_allclose(grads[1], by_weights, rtol=1e-4, atol=1e-4)
+
+
+# --- Scenarios: each is run by every process ------------------------------------------------------
+
+
+def layers(process):
+    for i in range(8):
+        process.layer(sends_routing=i % 2 == 0)
+
+
+def groups(process):
+    """Side by side, within a process and across."""
+    gpus = range(len(process.place.gpus))
+    half = len(gpus) // 2
+    for _ in range(3):
+        for parts in ([gpus[:half], gpus[half:]], [gpus[::2], gpus[1::2]], [gpus]):
+            for part in parts:
+                process.layer(Group(tuple(part)))
+
+
+def growing_pool(process):
+    """Regions appear one after the other, not in all processes at the same time."""
+    for i in range(10):
+        if i % len(process.place.peers + (0,)) == process.place.process:
+            process.machine.allocate = Pool(process.machine).allocate
+        process.layer(sends_routing=i % 3 != 0)
+
+
+def replaced_region(process):
+    """A region is given back, and another one gets its addresses."""
+    pool = Pool(process.machine)
+    addresses = set()
+    for _ in range(6):
+        process.machine.allocate = pool.allocate
+        process.layer()
+        addresses.add(pool._address.value)
+        pool.free()
+        pool = Pool(process.machine)
+    print(f"{len(addresses)} different addresses")
+
+
+def late_process(process):
+    if process.place.process == 1:
+        time.sleep(1.0)
+    process.layer()
+
+
+def plain_memory(process):
+    """Memory that cannot be exported, as that of XLA's platform allocator."""
+    process.machine.allocate = lambda size: np.empty(size, np.uint8)
+    try:
+        process.layer()
+    except EngineError as error:
+        print(f"ERROR {error}")
+
+
+def killed(process):
+    process.layer()
+    if process.place.process == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    for _ in range(2):
+        try:
+            process.layer()
+        except AssertionError as error:  # results of an exchange that failed are no data
+            print(f"SPOILED {str(error).splitlines()[0] or 'results'}")
+        except EngineError as error:
+            print(f"ERROR after {time.monotonic() - begin:.2f} s: {error}")
+            return
+
+
+def stays_away(process):
+    process.layer()
+    if process.place.process == 1:
+        time.sleep(4)
+        return
+    try:
+        process.layer()
+    except AssertionError:
+        print(f"FAILURE {process.machine.take_failure()}")
+        assert process.machine.take_failure() is None
+
+
+def leaves(process):
+    process.layer()
+    assert process.machine.mapped_bytes > 0
+    # Until all have gone on: who leaves too early ends the others' exchange.
+    time.sleep(1.0)
+    process.machine.leave()
+    assert process.machine.mapped_bytes == 0
+    try:
+        process.layer()
+    except EngineError as error:
+        print(f"ERROR {error}")
+
+
+def main():
+    told = json.loads(sys.stdin.readline())
+    place = Place(
+        told["process"],
+        tuple(tuple(peer) for peer in told["peers"]),
+        tuple(tuple(gpu) for gpu in told["gpus"]),
+    )
+    rng = np.random.default_rng(told["seed"])
+    machine = Emulator(
+        told["library"],
+        seed=told["seed"] + place.process,
+        num_gpus=len(place.ordinals()),
+        timeout=told["timeout"],
+        place=place,
+    )
+    machine.allocate = Pool(machine).allocate
+    process = Process(machine, place, rng)
+    globals()[told["scenario"]](process)
+    print("FINISHED", flush=True)
+    # Its peers may still read what is its: it stays until it is told that they are done.
+    sys.stdin.readline()
+    c.CDLL(None)._exit(0)
+
+
+if __name__ == "__main__":
+    main()
