@@ -130,7 +130,7 @@ def groups(process):
 def growing_pool(process):
     """Regions appear one after the other, not in all processes at the same time."""
     for i in range(10):
-        if i % len(process.place.peers + (0,)) == process.place.process:
+        if i % len((*process.place.peers, 0)) == process.place.process:
             process.machine.allocate = Pool(process.machine).allocate
         process.layer(sends_routing=i % 3 != 0)
 

@@ -87,7 +87,7 @@ class Pod:
             if line == "FINISHED\n":
                 return lines
             lines.append(line.rstrip())
-        return lines + ["DIED"]
+        return [*lines, "DIED"]
 
     def who(self, process):
         return f"process {process} (pid {self.processes[process].pid})"

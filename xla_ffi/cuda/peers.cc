@@ -20,17 +20,17 @@ std::chrono::steady_clock::time_point after(double seconds) {
              std::chrono::duration<double>(seconds));
 }
 
-// Why XLA's memory may be of a kind that cannot be shared.
-std::string allocator_hint() {
+// What to say of memory of a kind that cannot be shared.
+Status not_shareable(const Status& why) {
   const char* allocator = std::getenv("XLA_PYTHON_CLIENT_ALLOCATOR");
   std::string text =
-      "Several processes need XLA's default allocator, whose memory can be mapped by "
-      "other processes: ";
+      "freeio_jax: XLA's memory on this process's GPU cannot be shared with the other processes of "
+      "the host. Several processes need XLA's default allocator: ";
   text += allocator != nullptr
               ? "unset XLA_PYTHON_CLIENT_ALLOCATOR, which is " + std::string(allocator) + " now."
               : "XLA_PYTHON_CLIENT_ALLOCATOR must not be set, and XLA_FLAGS must leave its memory "
                 "pool as it is.";
-  return text;
+  return {Code::kInternal, text + " (" + why.message + ")"};
 }
 
 }  // namespace
@@ -143,7 +143,7 @@ Status Peers::share(const void* pointer, double timeout, uint64_t& address) {
   // XLA may have given a region back and got another one at the same place.
   uint64_t identity = 0;
   Status status = identity_of(pointer, identity);
-  if (!status.ok()) return status;
+  if (!status.ok()) return not_shareable(status);
   const auto value = reinterpret_cast<uint64_t>(pointer);
   std::unique_lock lock(mutex_);
   Region* region = nullptr;
@@ -191,12 +191,7 @@ Status Peers::publish(const void* pointer, Region& region) {
   Status status = range_of(pointer, region.range);
   if (status.ok()) status = Allocation::behind(pointer, allocation);
   if (status.ok()) status = allocation.export_to(file);
-  if (!status.ok()) {
-    return {Code::kInternal,
-            "freeio_jax: XLA's memory on this process's GPU cannot be shared with "
-            "the other processes of the host. " +
-                allocator_hint() + " (" + status.message + ")"};
-  }
+  if (!status.ok()) return not_shareable(status);
   // Ranks of this process get the same words as the others.
   status = enter_base(process_, region.number, region.range.base);
   if (!status.ok()) return status;
