@@ -10,6 +10,7 @@ import faulthandler
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -146,6 +147,7 @@ class PodPlugin:
             return None
         said = {}
         for process, (when, outcome, text) in ends.items():
+            text = re.sub(r"0x[0-9a-fA-F]+", "0x...", text)  # addresses differ, errors need not
             said.setdefault((when, outcome, text), []).append(str(process))
         return "\n".join(
             f"process {', '.join(processes)}: {when} {outcome}"

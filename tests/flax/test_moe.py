@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,7 +43,7 @@ def settings(**changes):
 
 
 def mesh_2x4(axis_type=AxisType.Auto):
-    return jax.make_mesh((2, 4), AXES, axis_types=(axis_type,) * 2)
+    return make_mesh((2, 4), AXES, axis_types=(axis_type,) * 2)
 
 
 def draw_parameters(config, rng):
@@ -387,7 +388,7 @@ def test_settings_that_do_not_fit_together(changes, message):
 def test_wrong_use(rng):
     config = MoEConfig(**settings())
     parameters, x = draw_parameters(config, rng), draw_tokens(rng, 8)
-    with jax.set_mesh(jax.make_mesh((8,), ("expert",))), pytest.raises(ValueError, match="'data'"):
+    with jax.set_mesh(make_mesh(8)), pytest.raises(ValueError, match="'data'"):
         moe(parameters, x, config)
     with pytest.raises(ValueError, match="two or more dimensions"):
         moe(parameters, x[0], config)

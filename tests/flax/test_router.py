@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import make_mesh
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from freeio_jax.flax.router import Router, load_balance_loss, route, select, update_bias
@@ -92,8 +94,9 @@ def test_masked_tokens_go_nowhere_and_do_not_count(rng):
 
 
 def test_load_and_losses_are_those_of_all_shards(rng):
-    (x, kernel), mesh = draw(rng), jax.make_mesh((2, 4), ("data", "expert"))
     axes = ("data", "expert")
+    explicit = (AxisType.Explicit, AxisType.Explicit)
+    (x, kernel), mesh = draw(rng), make_mesh((2, 4), axes, axis_types=explicit)
 
     def shard(x, kernel):
         routing = route(x, kernel, top_k=2, router=Router(), token_axes=axes)
