@@ -323,6 +323,12 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
   const Peers* const peers = engine().peers.get();
   for (size_t rank = 0; rank < member.gpus.size(); ++rank) {
     const int number = member.gpus[rank];
+    if (number < 0) {
+      return {Code::kInvalidArgument,
+              "freeio_jax: rank " + std::to_string(rank) +
+                  " is on another host, with which this engine does not exchange rows: the expert "
+                  "axis must lie within a host."};
+    }
     const auto own = engine().gpus.find(number);
     ControlBlock* control = own != engine().gpus.end() ? own->second.control.get()
                             : peers != nullptr         ? peers->control(number)

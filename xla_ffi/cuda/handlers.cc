@@ -141,7 +141,8 @@ template <typename Params, auto kRead>
 ffi::Error execute(Instance* instance, void* stream, int32_t ordinal,
                    ffi::Buffer<ffi::U32, 0> device, ffi::RemainingArgs args,
                    ffi::RemainingRets rets, ffi::Dictionary attributes) {
-  Member member = instance->member(gpu_number(ordinal));
+  const int gpu = gpu_number(ordinal);
+  Member member = gpu < 0 ? Member{{}, -1, 0, nullptr} : instance->member(gpu);
   member.device = device.typed_data();
   if (member.rank < 0) {
     return ffi::Error(

@@ -259,8 +259,9 @@ Status Peers::map_region(int process, const Note& note, const host::UniqueFd& fi
 }
 
 void Peers::received(int process, std::string_view text, host::UniqueFd file) {
+  std::lock_guard serving(serving_);
   Note note;
-  if (text.size() < sizeof(note)) return;
+  if (released_ || text.size() < sizeof(note)) return;
   std::memcpy(&note, text.data(), sizeof(note));
   switch (note.kind) {
     case Note::Kind::kControl: {
@@ -304,6 +305,8 @@ void Peers::received(int process, std::string_view text, host::UniqueFd file) {
 }
 
 void Peers::gone(int process, bool died) {
+  std::lock_guard serving(serving_);
+  if (released_) return;
   {
     std::lock_guard lock(mutex_);
     others_.erase(process);
@@ -324,7 +327,9 @@ void Peers::gone(int process, bool died) {
 }
 
 void Peers::release() {
+  std::lock_guard serving(serving_);
   std::lock_guard lock(mutex_);
+  released_ = true;
   controls_.clear();
   mappings_.clear();
   regions_.clear();

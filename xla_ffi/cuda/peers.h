@@ -53,7 +53,7 @@ class Peers final : public host::Pod::Guest {
   // "process 1 (pid 77)"; empty for a GPU of this process.
   std::string who(int gpu) const;
 
-  // Unmaps what the peers have shown. No kernel may run any more.
+  // Unmaps what the peers have shown, and forgets this process's GPUs. No kernel may run any more.
   void release();
 
   // Of other processes, mapped here.
@@ -85,6 +85,8 @@ class Peers final : public host::Pod::Guest {
   const std::map<int, int> processes_;  // of each GPU
   const std::vector<OwnGpu> own_;
   std::vector<void*> streams_;  // of the own GPUs, beside XLA's
+  std::mutex serving_;          // held while a message is dealt with
+  bool released_ = false;       // what comes now is for nobody. With `serving_` locked
   mutable std::mutex mutex_;    // of all below
   std::condition_variable changed_;
   std::set<int> others_;  // processes, as long as they are there
