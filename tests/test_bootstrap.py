@@ -207,6 +207,7 @@ def test_a_listener_of_another_user_is_not_trusted(listener):
         (os.getpid(), 1, r"the memory of process 1 \(pid \d+\) cannot be read: .* Bad address"),
         (2**22 - 1, 0, r"process 1 \(pid 4194303\) ended while process 0 connected with it"),
     ],
+    ids=["other namespace", "nobody's address", "ended"],
 )
 def test_memory_that_cannot_be_read(pid, control, error):
     mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
