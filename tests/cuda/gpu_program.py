@@ -1,0 +1,178 @@
+"""One process of test_gpu_processes.py: exchanges among the GPUs of several processes.
+
+Runs on any platform that has an engine. Every process draws the same numbers and checks its own
+shards against the oracle.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import oracle
+
+import freeio_jax as fio
+from freeio_jax.layout import dropless_capacity
+
+TOP_K = 2
+
+
+def make_mesh(groups=1):
+    devices = np.array(jax.devices()).reshape(groups, -1)
+    return Mesh(devices, ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
+
+
+class Layer:
+    """dispatch, combine and the gradients by tokens and weights, on ``mesh``."""
+
+    def __init__(self, mesh, num_tokens, width, seed):
+        self.mesh, ranks = mesh, mesh.shape["expert"]
+        self.num_experts = 2 * ranks
+        rng = np.random.default_rng(seed)
+        shape = (mesh.size, num_tokens)
+        # Small integers: every sum is exact, in whatever order.
+        self.tokens = rng.integers(-4, 5, (*shape, width)).astype(np.float32)
+        self.weights = rng.integers(-4, 5, (*shape, TOP_K)).astype(np.float32)
+        self.topk_idx = rng.integers(-1, self.num_experts, (*shape, TOP_K)).astype(np.int32)
+
+        def body(tokens, weights, topk_idx):
+            def layer(tokens, weights):
+                out = fio.dispatch(
+                    tokens, topk_idx[0], num_experts=self.num_experts, axis_name="expert"
+                )
+                return fio.combine(2 * out.tokens, out.handle, weights), out
+
+            (z, out), pull = jax.vjp(layer, tokens[0], weights[0])
+            grads = pull((jnp.ones_like(z), jax.tree.map(_zero_cotangent, out)))
+            return tuple(a[None] for a in (out.tokens, z, *grads))
+
+        spec = P(("data", "expert"))
+        self._sharding = NamedSharding(mesh, spec)
+        self._run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec))
+
+    def __call__(self):
+        args = [
+            jax.make_array_from_callback(a.shape, self._sharding, lambda index, a=a: a[index])
+            for a in (self.tokens, self.weights, self.topk_idx)
+        ]
+        return jax.block_until_ready(self._run(*args))
+
+    def check(self, results):
+        """Compares this process's shards."""
+        ranks = self.mesh.shape["expert"]
+        expected = [
+            self._expected(slice(first, first + ranks)) for first in range(0, self.mesh.size, ranks)
+        ]
+        for i, (name, array) in enumerate(
+            zip(("rows", "z", "d tokens", "d weights"), results, strict=True)
+        ):
+            whole = np.concatenate([group[i] for group in expected])
+            for shard in array.addressable_shards:
+                np.testing.assert_array_equal(np.asarray(shard.data), whole[shard.index], name)
+
+    def _expected(self, group):
+        tokens, weights, topk_idx = (a[group] for a in (self.tokens, self.weights, self.topk_idx))
+        capacity = dropless_capacity(
+            num_ranks=len(tokens),
+            num_tokens=tokens.shape[1],
+            top_k=TOP_K,
+            num_experts=self.num_experts,
+            alignment=1,
+        )
+        placement = oracle.place(
+            topk_idx, num_experts=self.num_experts, capacity=capacity, alignment=1
+        )
+        rows = oracle.dispatch(tokens, placement)
+        z = oracle.combine(2 * rows, placement, topk_idx.shape, weights)
+        kept = (topk_idx >= 0).astype(np.float32)
+        d_tokens = np.ones_like(tokens) * 2 * (weights * kept).sum(-1, keepdims=True)
+        d_weights = 2 * tokens.sum(-1, keepdims=True) * kept
+        return rows, z, d_tokens, d_weights
+
+
+def _zero_cotangent(a):
+    if jnp.issubdtype(a.dtype, jnp.floating):
+        return jnp.zeros_like(a)
+    return np.zeros(a.shape, jax.dtypes.float0)
+
+
+def run(num_tokens, width=33, groups=1, seed=0):
+    layer = Layer(make_mesh(groups), num_tokens, width, seed)
+    for _ in range(3):
+        layer.check(layer())
+
+
+# --- Scenarios -----------------------------------------------------------------------------------
+
+
+def layers():
+    for seed, num_tokens in enumerate((1, 7, 40, 3000)):
+        run(num_tokens, seed=seed)
+
+
+def groups():
+    for count in range(1, jax.device_count() + 1):
+        if jax.device_count() % count == 0:
+            run(24, groups=count, seed=count)
+
+
+def growth():
+    """XLA's pool grows from call to call: set XLA_PYTHON_CLIENT_PREALLOCATE=false."""
+    for exponent in range(4, 15, 2):
+        run(1 << exponent, width=1024, seed=exponent)
+
+
+def allocator():
+    try:
+        run(8)
+    except Exception as error:  # XLA's own type
+        print(f"ERROR {error}".replace("\n", " "))
+
+
+def killed():
+    layer = Layer(make_mesh(), 16, 8, 0)
+    layer.check(layer())
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _until_error(layer)
+
+
+def stays_away():
+    layer = Layer(make_mesh(), 16, 8, 0)
+    layer.check(layer())
+    if jax.process_index() == 1:
+        time.sleep(12)
+        return
+    _until_error(layer)
+
+
+def _until_error(layer):
+    began = time.monotonic()
+    for _ in range(3):
+        try:
+            layer.check(layer())
+        except AssertionError:
+            print("SPOILED", flush=True)
+        except Exception as error:
+            text = str(error).replace("\n", " ")
+            print(f"ERROR after {time.monotonic() - began:.1f} s: {text}", flush=True)
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    jax.distributed.initialize()
+    fio.initialize()
+    globals()[sys.argv[1]]()
+    print("FINISHED", flush=True)
+    fio.shutdown()

@@ -1,0 +1,74 @@
+"""The CUDA engine among GPUs of several processes: one each, and two each where there are four."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from freeio_jax.launch import Pod
+from freeio_jax.launch.pod import visible_gpus
+
+PROGRAM = Path(__file__).with_name("gpu_program.py")
+NUM_GPUS = len(visible_gpus())
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(150),
+    pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs two NVIDIA GPUs, there are {NUM_GPUS}"),
+]
+
+#: (processes, GPUs of each).
+SHAPES = [(n, NUM_GPUS // n) for n in range(2, NUM_GPUS + 1) if NUM_GPUS % n == 0]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def run(scenario, shape=(2, 1), **environment):
+        for name, value in {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3", **environment}.items():
+            monkeypatch.setitem(os.environ, name, value)
+        lines = [[] for _ in range(shape[0])]
+        pod = Pod(
+            [str(PROGRAM), scenario],
+            num_processes=shape[0],
+            devices_per_process=shape[1],
+            platform="cuda",
+            output=lambda rank, _stream, line: lines[rank].append(line),
+        )
+        status = pod.run()
+        return pod, status, ["\n".join(text) for text in lines]
+
+    return run
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scenario", ["layers", "groups"])
+def test_exchanges(run, scenario, shape):
+    _, status, said = run(scenario, shape)
+    assert status == 0, said
+    assert all("FINISHED" in text for text in said)
+
+
+def test_a_pool_that_grows(run):
+    _, status, said = run("growth", XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    assert status == 0, said
+
+
+@pytest.mark.parametrize("allocator", ["platform", "cuda_async"])
+def test_an_allocator_whose_memory_cannot_be_shared(run, allocator):
+    _, status, said = run("allocator", XLA_PYTHON_CLIENT_ALLOCATOR=allocator)
+    assert status == 0, said
+    for text in said:
+        assert f"unset XLA_PYTHON_CLIENT_ALLOCATOR, which is {allocator} now" in text
+
+
+def test_a_killed_process_is_named(run):
+    pod, _, said = run("killed", FREEIO_TIMEOUT="30")
+    assert f"rank 1 of process 1 (pid {pod.processes[1].pid}) ended" in said[0], said
+    assert float(said[0].split("ERROR after ")[1].split()[0]) < 15
+
+
+def test_a_process_that_stays_away_is_named(run):
+    pod, _, said = run("stays_away", FREEIO_TIMEOUT="3")
+    assert f"waited 3 s for rank 1 of process 1 (pid {pod.processes[1].pid})" in said[0], said
