@@ -212,7 +212,7 @@ def test_a_listener_of_another_user_is_not_trusted(listener):
 def test_memory_that_cannot_be_read(pid, control, error):
     mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with other, pytest.raises(RuntimeError, match=f"freeio_jax.initialize: {error}"):
-        _native.join_pod(0, [(1, pid, control, 1, mine.detach())], [])
+        _native.join_pod(0, [(1, pid, control, 1, mine.detach())], [], read_memory=True)
 
 
 def test_nobody_listens(listener):
