@@ -27,6 +27,7 @@ from freeio_jax import cluster
 
 #: Files whose tests start programs of their own, or look at one process only.
 NOT_ON_PODS = {
+    "bench",  # the benchmark is a program of one process
     "test_bootstrap.py",
     "test_docs.py",
     "test_faults.py",

@@ -11,6 +11,8 @@ import sys
 
 import jax
 
+from freeio_jax import cluster
+
 PARTS = ("check", "shapes", "sms", "soak", "layer", "once")
 OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
 NAMES = ("freeio", "reference", "ragged", "ragged-by-expert", "ragged-32", "ragged-1", "dense")
@@ -232,6 +234,13 @@ def _suites(arguments, only=None, tokens=None, override=True):
 
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
+    if cluster.num_processes() > 1:
+        print(
+            f"The launcher started {cluster.num_processes()} processes, and the benchmark is a "
+            "program of one: run it without the launcher.",
+            file=sys.stderr,
+        )
+        return 2
     ranks = arguments.ranks or 8
     # Both are read when JAX's backends start.
     if (jax.config.jax_num_cpu_devices or 0) < ranks:
