@@ -30,7 +30,11 @@ NOT_ON_PODS = {
     "bench",  # the benchmark is a program of one process
     "test_bootstrap.py",
     "test_docs.py",
+    "test_emulated.py",
+    "test_emulated_memory.py",
+    "test_emulated_pods.py",
     "test_faults.py",
+    "test_gpu_processes.py",
     "test_launch.py",
     "test_pod.py",
     "test_processes.py",
