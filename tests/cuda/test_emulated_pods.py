@@ -68,10 +68,19 @@ class Pod:
         for end in itertools.chain(*sockets.values()):
             end.close()
 
-    def run(self):
-        """What each process printed, once all have finished or died."""
+    def run(self, *, waits=False):
+        """What each process printed, once all have finished or died.
+
+        ``waits``: each of them waits once for all others.
+        """
         try:
-            printed = [self._until_finished(process) for process in self.processes]
+            if waits:
+                for process in self.processes:
+                    self._until(process, "WAITING")
+                for process in self.processes:
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+            printed = [self._until(process, "FINISHED") for process in self.processes]
             for process in self.processes:
                 _, errors = process.communicate(timeout=60)
                 assert process.returncode in (0, -signal.SIGKILL), errors
@@ -81,10 +90,10 @@ class Pod:
                 process.kill()
 
     @staticmethod
-    def _until_finished(process):
+    def _until(process, word):
         lines = []
         for line in process.stdout:
-            if line == "FINISHED\n":
+            if line == f"{word}\n":
                 return lines
             lines.append(line.rstrip())
         return [*lines, "DIED"]
@@ -148,5 +157,5 @@ def test_a_process_that_stays_away_is_named(pod):
 
 
 def test_what_is_mapped_is_given_back(pod):
-    for (line,) in pod("leaves", (1, 1)).run():
+    for (line,) in pod("leaves", (1, 1)).run(waits=True):
         assert "shutdown() was called" in line
