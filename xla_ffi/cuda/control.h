@@ -68,9 +68,9 @@ struct Mailbox {
 // Words of the control block are counted by the peer's GPU number, which all processes of the host
 // agree on: groups differ from program to program, these do not.
 struct ControlBlock {
-  // Written by peers. Two mailboxes for each, used in turn: a peer may begin the next exchange
-  // while some of this GPU's CTAs still read the last one's, but not the one after.
-  Mailbox mailbox[2][kMaxRanks];
+  // Written by peers. A peer begins its next exchange with this GPU when all CTAs here have ended
+  // this one, so nobody reads what it overwrites.
+  Mailbox mailbox[kMaxRanks];
   uint32_t finished[kMaxRanks];  // CTAs, in all exchanges, in which the peer is done with us
   uint32_t aborted[kMaxRanks];   // not 0: the peer gave up, and its memory must not be touched
   // Epoch of the last exchange in which the peer has stored that slice of that token's partial sum.

@@ -151,7 +151,7 @@ __device__ inline void send_routes(const Exchange& x, const Session& s, const in
     const uint32_t weight = weights != nullptr ? static_cast<const uint32_t*>(weights)[a] : 0;
     for (int rank = 0; rank < x.num_ranks; ++rank) {
       if (rank == x.rank) continue;
-      Word* words = mailbox(x, s, rank, x.rank).routing;
+      Word* words = mailbox(x, rank, x.rank).routing;
       store_word(&words[a], make_word(s.epoch[rank], route));
       if (weights != nullptr) {
         store_word(&words[assignments + a], make_word(s.epoch[rank], weight));
@@ -217,7 +217,7 @@ struct RouteTile {
             weight != nullptr ? static_cast<const Accumulator*>(weight)[a] : Accumulator{1};
         continue;
       }
-      const Word* words = mailbox(x, s, x.rank, rank).routing;
+      const Word* words = mailbox(x, x.rank, rank).routing;
       Word route = load_word(&words[a]);
       Word its_weight = weight != nullptr ? load_word(&words[weights_at + a]) : 0;
       if (!wait_word(x, s, kWaitRoutes, rank, &words[a], route)) break;

@@ -80,7 +80,7 @@ __device__ inline void send_counts(const Exchange& x, const Session& s, const Ro
     const int rank = i / x.num_experts;
     const int e = i % x.num_experts;
     if (rank == x.rank) continue;
-    store_word(&mailbox(x, s, rank, x.rank).routing[e],
+    store_word(&mailbox(x, rank, x.rank).routing[e],
                make_word(s.epoch[rank], routing.before[e] + routing.count[e]));
   }
 }
@@ -97,15 +97,14 @@ __device__ inline void receive_counts(const Exchange& x, Session& s, const Routi
       for (int i = 0; i < kBatch; ++i) {
         const int rank = first + i;
         if (rank < x.num_ranks && rank != x.rank) {
-          words[i] = load_word(&mailbox(x, s, x.rank, rank).routing[e]);
+          words[i] = load_word(&mailbox(x, x.rank, rank).routing[e]);
         }
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int rank = first + i;
         if (rank >= x.num_ranks || rank == x.rank) continue;
-        if (!wait_word(x, s, kWaitCounts, rank, &mailbox(x, s, x.rank, rank).routing[e],
-                       words[i])) {
+        if (!wait_word(x, s, kWaitCounts, rank, &mailbox(x, x.rank, rank).routing[e], words[i])) {
           break;
         }
         load += value_of(words[i]);

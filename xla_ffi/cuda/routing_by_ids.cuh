@@ -59,7 +59,7 @@ __device__ inline void send_ids(const DispatchParams& p, const Session& s, const
     all.put(x.rank, word, value);
     for (int rank = 0; blockIdx.x == 0 && rank < x.num_ranks; ++rank) {
       if (rank == x.rank) continue;
-      store_word(&mailbox(x, s, rank, x.rank).routing[word], make_word(s.epoch[rank], value));
+      store_word(&mailbox(x, rank, x.rank).routing[word], make_word(s.epoch[rank], value));
     }
   }
   if (blockIdx.x != 0) return;
@@ -74,7 +74,7 @@ __device__ inline void receive_ids(const Exchange& x, Session& s, const AllIds& 
     const int rank = i / words;
     const int word = i % words;
     if (rank == x.rank) continue;
-    const Word* address = &mailbox(x, s, x.rank, rank).routing[word];
+    const Word* address = &mailbox(x, x.rank, rank).routing[word];
     Word found = load_word(address);
     if (!wait_word(x, s, kWaitCounts, rank, address, found)) break;
     all.put(rank, word, value_of(found));

@@ -109,10 +109,9 @@ __device__ inline bool wait_word(const Exchange& x, Session& s, Step step, int p
   });
 }
 
-// The mailbox of this exchange that `from` writes and `at` reads.
-__device__ inline Mailbox& mailbox(const Exchange& x, const Session& s, int at, int from) {
-  const int peer = at == x.rank ? from : at;
-  return x.control[at]->mailbox[s.epoch[peer] % 2][x.gpu[from]];
+// The mailbox that `from` writes and `at` reads.
+__device__ inline Mailbox& mailbox(const Exchange& x, int at, int from) {
+  return x.control[at]->mailbox[x.gpu[from]];
 }
 
 // First phase of every kernel. False, for all threads: the engine has failed before, or this is not
@@ -145,7 +144,7 @@ __device__ inline void post_address(const Exchange& x, const Session& s, int slo
   const uint64_t address = x.posted[slot];
   for (int rank = 0; rank < x.num_ranks; ++rank) {
     if (rank == x.rank) continue;
-    Word* words = mailbox(x, s, rank, x.rank).address[slot];
+    Word* words = mailbox(x, rank, x.rank).address[slot];
     store_word(&words[0], make_word(s.epoch[rank], static_cast<uint32_t>(address)));
     store_word(&words[1], make_word(s.epoch[rank], static_cast<uint32_t>(address >> 32)));
   }
@@ -168,7 +167,7 @@ __device__ inline void post_signature(const Exchange& x, const Session& s) {
   if (word >= kSignatureWords) return;
   for (int rank = 0; rank < x.num_ranks; ++rank) {
     if (rank == x.rank) continue;
-    store_word(&mailbox(x, s, rank, x.rank).signature[word],
+    store_word(&mailbox(x, rank, x.rank).signature[word],
                make_word(s.epoch[rank], x.signature[word]));
   }
 }
@@ -184,7 +183,7 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
     const int rank = i / kWords;
     const int word = i % kWords;
     if (rank == x.rank) continue;
-    const Mailbox& box = mailbox(x, s, x.rank, rank);
+    const Mailbox& box = mailbox(x, x.rank, rank);
     if (word < kSignatureWords) {
       // A peer that has posted all this and then given up has its buffers no more. Partner: the
       // store in fail().
