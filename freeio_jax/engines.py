@@ -126,13 +126,15 @@ class CudaEngine(_Engine):
         """The number of each GPU of this host, which all of its processes agree on."""
         here = {jax.process_index(), *(runtime.members() or ())}
         devices = [device for device in _gpus() if device.process_index in here]
-        devices.sort(key=lambda device: (device.process_index, device.local_hardware_id))
+        devices.sort(key=lambda device: (device.process_index, device.id))
         return {device: number for number, device in enumerate(devices)}
 
     def _join(self) -> None:
+        # JAX knows the CUDA ordinals of this process's devices alone.
         gpus = [
-            (number, device.process_index, device.local_hardware_id)
+            (number, device.process_index, -1 if ordinal is None else ordinal)
             for device, number in self._numbers().items()
+            for ordinal in [device.local_hardware_id]
         ]
         if gpus:
             _native.cuda.join(jax.process_index(), gpus)

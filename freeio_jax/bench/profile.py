@@ -23,16 +23,22 @@ class Event:
     duration: float
 
 
-def record(run: Callable[[], object], folder: str | None = None) -> list[Event]:
+def record(
+    run: Callable[[], object],
+    folder: str | None = None,
+    ahead: Callable[[], object] = lambda: None,
+) -> list[Event]:
     """All that the GPUs did in one run, after a warm-up; nothing where there are none.
 
     ``folder``: keeps the trace there, for XProf or Perfetto.
+    ``ahead``: keeps the GPUs busy while the host launches all of the run. Else a kernel that waits
+    for its peers also waits for the host to launch those.
     """
-    jax.block_until_ready(run())
+    jax.block_until_ready((ahead(), run()))
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or temporary
         with jax.profiler.trace(folder):
-            jax.block_until_ready(run())
+            jax.block_until_ready((ahead(), run()))
         return read(folder)
 
 
