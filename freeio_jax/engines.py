@@ -182,7 +182,7 @@ class CudaEngine(_Engine):
         slots = layout.num_tokens * min(layout.top_k, layout.num_ranks - 1)
         width = math.prod(expert_out.shape[1:])
         # A slice has at least this many elements, or is the whole row.
-        slices = max(1, -(-width // _native.cuda.sum_slice(layout.num_tokens)))
+        slices = max(1, -(-width // _native.cuda.combine_slice))
         return ((slots, width), expert_out.dtype), ((slots * slices,), np.uint32)
 
 

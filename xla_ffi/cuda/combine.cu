@@ -3,6 +3,7 @@
 // Each rank sums a token's rows that it hosts, weighted, and stores that partial sum to a slot that
 // the token's own rank keeps for it: one row crosses per (token, rank) pair. The token's rank adds
 // the partial sums in order of rank, its own among them, straight from its rows.
+#include "cuda/async_copy.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
@@ -12,148 +13,284 @@
 namespace freeio::cuda {
 namespace {
 
-constexpr int kAhead = kWarps;          // slices by which pushing is ahead of summing
-constexpr int kTileAssignments = 4096;  // of all ranks, whose routes are in shared memory
+constexpr int kAhead = 24;            // slices by which pushing is ahead of summing
+constexpr int kStages = 4;            // slices of rows that each warp has on their way
+constexpr int kTileBytes = 24 << 10;  // for the routes of a tile, of all ranks
+constexpr int kColumns = 4;           // accesses of one lane to a slice
+constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
+static_assert(kColumns * kWarpSize == kCombineSlice);
+
+template <typename Accumulator>
+__host__ __device__ constexpr int tile_assignments() {
+  return kTileBytes / static_cast<int>(2 * sizeof(int) + sizeof(Accumulator));
+}
 
 // Slot of `rank` among the ranks, other than the token's own, that have its rows.
 __device__ int slot_of(int rank, uint32_t ranks, int own_rank) {
   return __popc(ranks & ~(1u << own_rank) & ((1u << rank) - 1));
 }
 
+// A slice of a token is a unit. The units of all tokens are shared out among the CTAs, so that one
+// token is the work of several where there are few.
+struct Units {
+  int slices;  // of one token
+  Chunk chunk;
+
+  __device__ Units(int num_tokens, int num_slices)
+      : slices(num_slices), chunk(num_tokens * num_slices) {}
+
+  // The tokens of this CTA's units.
+  __device__ Chunk tokens() const {
+    Chunk tokens = chunk;
+    tokens.begin = chunk.begin / slices;
+    tokens.end = chunk.size() == 0 ? tokens.begin : (chunk.end + slices - 1) / slices;
+    return tokens;
+  }
+
+  // This CTA's units of a tile's tokens.
+  __device__ Chunk of(const Tile& tile) const {
+    Chunk units = chunk;
+    units.begin = max(units.begin, tile.begin * slices);
+    units.end = min(units.end, tile.end * slices);
+    return units;
+  }
+};
+
+// A tile's work, as one warp does it: item by item, each a sum of some rows' slices. The next rows
+// are on their way to shared memory meanwhile, so that no register waits for one, and the memory is
+// busy also while warps wait for the link.
 template <typename Element, int kCount>
 struct Combine {
   using Accumulator = typename Element::Accumulator;
-  using Routes = TokenRoutes<Accumulator>;
   using R = Raw<Element, kCount>;
-  static constexpr int kBatch = 2;    // rows in flight together: more do not fit in registers
-  static constexpr int kColumns = 4;  // accesses of one lane to a row in flight together
+  using Sums = Accumulator[kColumns][kCount];
+  static constexpr int kBatch = 2;  // partial sums in flight together
   static constexpr int kStep = kWarpSize * kCount;
+
+  // One row of an item's sum.
+  struct Task {
+    int unit;   // -1: there is no further one
+    int first;  // of the token's assignments in the tile
+    int rank;   // whose token it is
+    int k;      // of the row; -1: the token has no row here
+    bool last;  // of the item
+  };
 
   const CombineParams& p;
   const Exchange& x;
   Session& s;
-  const RouteTile<Accumulator>& routes_of;
+  const RouteTile<Accumulator>& routes;
   const Tile& tile;
+  const Chunk units;
+  const int items;
+  R* const ring;  // this lane's of [kStages, kColumns, kWarpSize]
 
-  __device__ int64_t slot_index(int token, int slot) const {
-    return static_cast<int64_t>(token) * p.num_slots + slot;
+  int next_one;       // item to look at
+  Task fetched = {};  // whose rows are being fetched
+  int column = 0;     // of its slice, the first of this lane
+  int end = 0;        // of its slice
+  uint32_t mask = 0;  // of its rows that are yet to be fetched
+  bool unfinished = false;  // its last row has not been fetched
+  int stage = 0;      // of the next row to sum, and then of the next one to fetch
+  Task tasks = {};    // of the stages, by lane
+
+  __device__ Combine(const CombineParams& params, Session& session,
+                     const RouteTile<Accumulator>& tile_routes, const Tile& whole,
+                     const Chunk& tile_units, void* ring_memory)
+      : p(params),
+        x(params.exchange),
+        s(session),
+        routes(tile_routes),
+        tile(whole),
+        units(tile_units),
+        items(units.size() <= 0 ? 0 : (units.size() + kAhead) * x.num_ranks),
+        ring(static_cast<R*>(ring_memory) + warp_id() * kStages * kColumns * kWarpSize +
+             lane_id()),
+        next_one(warp_id()) {}
+
+  // Pushes for every peer and, kAhead slices behind, the sums. A sum waits only for pushes that
+  // come before it in the peers' order, and every warp does its items in order, so what waits
+  // never holds up what it waits for.
+  __device__ void run() {
+    for (int i = 0; i < kStages; ++i) fetch();
+    Sums sums;
+    clear(sums);
+    while (true) {
+      const Task task = task_of(stage);
+      if (task.unit < 0) break;
+      wait_for_copies<kStages - 1>();
+      if (task.k >= 0) add_row(routes.weights[task.first + task.k], sums);
+      fetch();
+      if (!task.last) continue;
+      if (task.rank == x.rank) {
+        sum(task, sums);
+      } else {
+        push(task, sums);
+      }
+      clear(sums);
+    }
   }
 
-  // This rank's rows in `mask`, weighted and summed in order of k. Whole warp.
-  __device__ void sum_rows(const Routes& routes, uint32_t mask, int first, int end,
-                           Accumulator (&sums)[kColumns][kCount]) const {
+ private:
+  // Starts copying the next row to the stage, which has been summed, and goes to the next stage.
+  __device__ void fetch() {
+    if (!unfinished) take_item();
+    Task task = fetched;
+    if (unfinished) {
+      task.k = mask == 0 ? -1 : __ffs(static_cast<int>(mask)) - 1;
+      mask &= mask - 1;
+      task.last = mask == 0;
+      unfinished = !task.last;
+      if (task.k >= 0) copy_row(routes.rows[task.first + task.k]);
+    }
+    // Also where nothing was started: the groups are counted.
+    commit_copies();
+    if (lane_id() == stage) tasks = task;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+
+  __device__ Task task_of(int lane) const {
+    Task task;
+    task.unit = __shfl_sync(kFullWarp, tasks.unit, lane);
+    task.first = __shfl_sync(kFullWarp, tasks.first, lane);
+    task.rank = __shfl_sync(kFullWarp, tasks.rank, lane);
+    const int k_and_last = __shfl_sync(kFullWarp, tasks.k * 2 + tasks.last, lane);
+    task.k = k_and_last >> 1;
+    task.last = (k_and_last & 1) != 0;
+    return task;
+  }
+
+  // The next item with something to do.
+  __device__ void take_item() {
+    fetched.unit = -1;
+    while (next_one < items) {
+      const int item = next_one;
+      next_one = next_item(s);
+      const int turn = item % x.num_ranks;
+      const bool pushes = turn != x.num_ranks - 1;
+      const int unit = item / x.num_ranks - (pushes ? 0 : kAhead);
+      if (unit < 0 || unit >= units.size()) continue;
+      const int token = (units.begin + unit) / p.num_slices;
+      const int rank = (x.rank + 1 + turn) % x.num_ranks;
+      const int first = routes.first_of(rank, token - tile.begin);
+      mask = __ballot_sync(kFullWarp,
+                           lane_id() < x.top_k && routes.ranks[first + lane_id()] == x.rank);
+      if (pushes && mask == 0) continue;
+      fetched = {units.begin + unit, first, rank, -1, false};
+      unfinished = true;
+      const int begin = (units.begin + unit) % p.num_slices * p.slice_width;
+      column = begin + lane_id() * kCount;
+      end = min(begin + p.slice_width, p.width);
+      return;
+    }
+  }
+
+  __device__ void copy_row(int row) {
+    const Element* from = static_cast<const Element*>(p.expert_out) + int64_t{row} * p.width;
+    R* const to = ring + stage * kColumns * kWarpSize;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (column + c * kStep >= end) continue;
+      if constexpr (sizeof(R) >= 4) {
+        copy_async<sizeof(R)>(to + c * kWarpSize, from + column + c * kStep);
+      } else {
+        to[c * kWarpSize] = load_raw<Element, kCount>(from + column + c * kStep);
+      }
+    }
+  }
+
+  // Adds the row of the stage.
+  __device__ void add_row(Accumulator weight, Sums& sums) const {
+    const R* const from = ring + stage * kColumns * kWarpSize;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      Accumulator values[kCount];
+      widen<Element, kCount>(from[c * kWarpSize], values);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if constexpr (sizeof(Element) < sizeof(float)) {
+          sums[c][j] = fma(weight, values[j], sums[c][j]);
+        } else {
+          sums[c][j] += weight * values[j];  // rounds twice, as on the CPU
+        }
+      }
+    }
+  }
+
+  __device__ static void clear(Sums& sums) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) sums[c][j] = 0;
     }
-    while (mask != 0) {
-      R rows[kBatch][kColumns];
-      Accumulator weights[kBatch];
-      const int count = __popc(mask);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int k = i < count ? __ffs(static_cast<int>(mask)) - 1 : 0;
-        mask &= mask - 1;
-        const int64_t row = __shfl_sync(kFullWarp, routes.row, k);
-        weights[i] = __shfl_sync(kFullWarp, routes.weight, k);
-        const Element* from = static_cast<const Element*>(p.expert_out) + row * p.width + first;
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          if (i < count && first + c * kStep < end) {
-            rows[i][c] = load_raw<Element, kCount>(from + c * kStep);
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (i >= count) break;
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          Accumulator values[kCount];
-          widen<Element, kCount>(rows[i][c], values);
-#pragma unroll
-          for (int j = 0; j < kCount; ++j) {
-            if constexpr (sizeof(Element) < sizeof(float)) {
-              sums[c][j] = fma(weights[i], values[j], sums[c][j]);
-            } else {
-              sums[c][j] += weights[i] * values[j];  // rounds twice, as on the CPU
-            }
-          }
-        }
-      }
-    }
   }
 
-  __device__ void store_sums(Element* row, int first, int end,
-                             const Accumulator (&sums)[kColumns][kCount]) const {
+  // This lane's first column of the unit's slice, and the end of the slice.
+  __device__ int2 columns_of(int unit) const {
+    const int begin = unit % p.num_slices * p.slice_width;
+    return {begin + lane_id() * kCount, min(begin + p.slice_width, p.width)};
+  }
+
+  __device__ void store_sums(Element* row, int unit, const Sums& sums) const {
+    const auto [first, slice_end] = columns_of(unit);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (first + c * kStep >= end) continue;
+      if (first + c * kStep >= slice_end) continue;
       store_raw<Element, kCount>(row + first + c * kStep, round_to<Element, kCount>(sums[c]));
     }
   }
 
-  // Calls f(first, end) for each pass over the slice: this lane's first column, and the end.
-  template <typename F>
-  __device__ void for_passes(int slice, const F& f) const {
-    const int begin = slice * p.slice_width;
-    const int end = min(begin + p.slice_width, p.width);
-    for (int pass = begin; pass < end; pass += kColumns * kStep) {
-      f(pass + lane_id() * kCount, end);
-    }
+  // One bit for each rank that has a row of the token.
+  __device__ uint32_t ranks_of(const Task& task) const {
+    const int rank = lane_id() < x.top_k ? routes.ranks[task.first + lane_id()] : -1;
+    return __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
+  }
+
+  __device__ int64_t slot_index(int token, int slot) const {
+    return static_cast<int64_t>(token) * p.num_slots + slot;
   }
 
   // This rank's partial sum of a peer's token, to the peer.
-  __device__ void push(int rank, int token, int slice) const {
-    const Routes routes = routes_of.of(rank, token - tile.begin);
-    const uint32_t mask = routes.on(x.rank);
-    if (mask == 0) return;
-    const int64_t slot = slot_index(token, slot_of(x.rank, routes.ranks(), rank));
-    Element* target = s.buffer<Element>(rank, kScratch) + slot * p.width;
-    for_passes(slice, [&](int first, int end) {
-      Accumulator sums[kColumns][kCount];
-      sum_rows(routes, mask, first, end, sums);
-      store_sums(target, first, end, sums);
-    });
+  __device__ void push(const Task& task, const Sums& sums) const {
+    const int slot = slot_of(x.rank, ranks_of(task), task.rank);
+    const int64_t row = slot_index(task.unit / p.num_slices, slot);
+    store_sums(s.buffer<Element>(task.rank, kScratch) + row * p.width, task.unit, sums);
     __syncwarp();
     if (lane_id() != 0) return;
     // Partner: the load in has_arrived() on the peer.
     if (p.sends_routes) {
-      uint32_t* arrived = x.control[rank]->arrived[x.gpu[x.rank]];
-      store_release_system(&arrived[token * p.num_slices + slice], s.epoch[rank]);
+      uint32_t* arrived = x.control[task.rank]->arrived[x.gpu[x.rank]];
+      store_release_system(&arrived[task.unit], s.epoch[task.rank]);
     } else {
-      store_release_system(s.buffer<uint32_t>(rank, kFlags) + slot * p.num_slices + slice, 1);
+      store_release_system(s.buffer<uint32_t>(task.rank, kFlags) + slot_index(task.unit, slot), 1);
     }
   }
 
-  // Whether `rank` has stored its partial sum in that slot.
-  __device__ bool has_arrived(int rank, int token, int64_t slot, int slice) const {
+  // Whether `rank` has stored its partial sum of the unit in that slot.
+  __device__ bool has_arrived(int rank, int unit, int slot) const {
     // Partner: the store in push() on the peer.
     if (p.sends_routes) {
       // A peer may be in its next exchange already, and have stored that one's epoch.
-      const uint32_t* arrived = self(x).arrived[x.gpu[rank]];
-      const uint32_t epoch = load_acquire_system(&arrived[token * p.num_slices + slice]);
+      const uint32_t epoch = load_acquire_system(&self(x).arrived[x.gpu[rank]][unit]);
       return static_cast<int32_t>(epoch - s.epoch[rank]) >= 0;
     }
-    return load_acquire_system(p.flags + slot * p.num_slices + slice) != 0;
+    return load_acquire_system(p.flags + slot_index(unit, slot)) != 0;
   }
 
   // Waits for the partial sums of one of this rank's tokens. Whole warp.
-  __device__ void wait_for_partial_sums(uint32_t ranks, int token, int slice) const {
+  __device__ void wait_for_partial_sums(uint32_t ranks, int unit) const {
     if (const int rank = lane_id(); rank != x.rank && (ranks >> rank & 1) != 0) {
-      const int64_t slot = slot_index(token, slot_of(rank, ranks, x.rank));
-      wait_until(x, s, kWaitPartialSums, rank,
-                 [&] { return has_arrived(rank, token, slot, slice); });
+      const int slot = slot_of(rank, ranks, x.rank);
+      wait_until(x, s, kWaitPartialSums, rank, [&] { return has_arrived(rank, unit, slot); });
     }
     __syncwarp();
   }
 
   // Adds the partial sums of the peers in `ranks`, in order, to the totals.
-  __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int token, int first, int end,
-                            Accumulator (&totals)[kColumns][kCount]) const {
-    const Element* slots =
-        static_cast<const Element*>(p.partial_sums) + slot_index(token, 0) * p.width + first;
+  __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
+    const auto [first, slice_end] = columns_of(unit);
+    const Element* slots = static_cast<const Element*>(p.partial_sums) +
+                           slot_index(unit / p.num_slices, 0) * p.width + first;
     while (ranks != 0) {
       R partials[kBatch][kColumns];
       const int count = __popc(ranks);
@@ -164,7 +301,7 @@ struct Combine {
         const Element* slot = slots + slot_of(rank, all_ranks, x.rank) * int64_t{p.width};
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          if (i < count && first + c * kStep < end) {
+          if (i < count && first + c * kStep < slice_end) {
             partials[i][c] = load_raw<Element, kCount>(slot + c * kStep);
           }
         }
@@ -178,70 +315,41 @@ struct Combine {
     }
   }
 
-  __device__ void add(const R& raw, Accumulator (&totals)[kCount]) const {
+  __device__ static void add(const R& raw, Accumulator (&totals)[kCount]) {
     Accumulator values[kCount];
     widen<Element, kCount>(raw, values);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) totals[j] += values[j];
   }
 
-  // All partial sums of one of this rank's tokens, in order of rank: the lower ranks', its own,
-  // which it makes before it waits for theirs, and the higher ranks'.
-  __device__ void sum(int token, int slice) const {
-    const Routes routes = routes_of.of(x.rank, token - tile.begin);
-    const uint32_t mask = routes.on(x.rank);
-    const uint32_t ranks = routes.ranks();
+  // All partial sums of one of this rank's tokens, in order of rank: the lower ranks', its own, and
+  // the higher ranks'.
+  __device__ void sum(const Task& task, Sums& sums) const {
+    const uint32_t ranks = ranks_of(task);
     const uint32_t lower = (1u << x.rank) - 1;
-    bool waited = false;
-    for_passes(slice, [&](int first, int end) {
-      Accumulator sums[kColumns][kCount];
-      R own[kColumns];
-      sum_rows(routes, mask, first, end, sums);
+    R own[kColumns];
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        own[c] = round_to<Element, kCount>(sums[c]);
+    for (int c = 0; c < kColumns; ++c) own[c] = round_to<Element, kCount>(sums[c]);
+    clear(sums);
+    wait_for_partial_sums(ranks, task.unit);
+    add_slots(ranks & lower, ranks, task.unit, sums);
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) sums[c][j] = 0;
-      }
-      if (!waited) wait_for_partial_sums(ranks, token, slice);
-      waited = true;
-      add_slots(ranks & lower, ranks, token, first, end, sums);
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) add(own[c], sums[c]);
-      add_slots(ranks & ~lower & ~(1u << x.rank), ranks, token, first, end, sums);
-      store_sums(static_cast<Element*>(p.sums) + static_cast<int64_t>(token) * p.width, first, end,
-                 sums);
-    });
-  }
-
-  // Pushes for every peer and, kAhead slices behind, the sums. A sum waits only for pushes that
-  // come before it in the peers' order, so waiting warps never hold up what they wait for.
-  __device__ void run() const {
-    const int slices = tile.size() * p.num_slices;
-    const int items = slices == 0 ? 0 : (slices + kAhead) * x.num_ranks;
-    for (int item = warp_id(); item < items; item = next_item(s)) {
-      const int turn = item % x.num_ranks;
-      const bool pushes = turn != x.num_ranks - 1;
-      const int unit = item / x.num_ranks - (pushes ? 0 : kAhead);
-      if (unit < 0 || unit >= slices) continue;
-      const int token = tile.begin + unit / p.num_slices;
-      const int slice = unit % p.num_slices;
-      if (pushes) {
-        push((x.rank + 1 + turn) % x.num_ranks, token, slice);
-      } else {
-        sum(token, slice);
-      }
-    }
+    for (int c = 0; c < kColumns; ++c) add(own[c], sums[c]);
+    add_slots(ranks & ~lower & ~(1u << x.rank), ranks, task.unit, sums);
+    Element* row =
+        static_cast<Element*>(p.sums) + static_cast<int64_t>(task.unit / p.num_slices) * p.width;
+    store_sums(row, task.unit, sums);
   }
 };
 
 // Arrival flags start at zero; then the peers learn where everything is. Each CTA clears those that
 // it is to read itself: it waits for no other CTA before it does.
-__device__ void prepare_slots(const CombineParams& p, const Chunk& chunk, Session& s) {
+__device__ void prepare_slots(const CombineParams& p, const Chunk& units, Session& s) {
   const Exchange& x = p.exchange;
   if (x.num_ranks == 1 || p.sends_routes) return;
-  const int64_t of_token = static_cast<int64_t>(p.num_slots) * p.num_slices;
-  for (int64_t i = chunk.begin * of_token + threadIdx.x; i < chunk.end * of_token; i += kThreads) {
+  const int64_t end = static_cast<int64_t>(units.end) * p.num_slots;
+  for (int64_t i = static_cast<int64_t>(units.begin) * p.num_slots + threadIdx.x; i < end;
+       i += kThreads) {
     p.flags[i] = 0;
   }
   __syncthreads();
@@ -286,22 +394,24 @@ __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& t
 template <typename Element, int kCount>
 __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
-  const Chunk chunk(x.num_tokens);
+  const Units units(x.num_tokens, p.num_slices);
   if (!open(x, s)) return;
   if (blockIdx.x == 0) post_buffers(p, s);
-  prepare_slots(p, chunk, s);
+  prepare_slots(p, units.chunk, s);
   const uint32_t first_slots =
       p.sends_routes ? 1u << kScratch : 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
   if (!receive_addresses(x, s, first_slots)) return;
-  RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
-  const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
+  constexpr int kAssignments = tile_assignments<typename Element::Accumulator>();
+  RouteTile<typename Element::Accumulator> routes(shared_memory, kAssignments);
+  void* const ring = static_cast<std::byte*>(shared_memory) + kTileBytes;
+  const Tiles tiles(units.tokens(), kAssignments / (x.num_ranks * x.top_k));
   bool ready = true;
   tiles.for_each(s, [&](const Tile& tile) {
     ready = ready && receive_routes(p, s, tile, routes);
     if (!ready) return;
     // Only the routes are read from the peers, and those now are.
     if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude(x, s);
-    Combine<Element, kCount>{p, x, s, routes, tile}.run();
+    Combine<Element, kCount>(p, s, routes, tile, units.of(tile), ring).run();
   });
 }
 
@@ -319,9 +429,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 int threads_per_cta() { return kThreads; }
 
-size_t combine_shared_bytes(DType dtype) {
-  return kTileAssignments * (2 * sizeof(int) + (dtype == DType::kFloat64 ? 8 : 4));
-}
+size_t combine_shared_bytes() { return kTileBytes + kRingBytes; }
 
 const void* combine_function(DType dtype, bool wide) {
   const void* function = nullptr;

@@ -177,7 +177,7 @@ struct CombineParams {
   const void* weights;  // null: ones
   void* sums;
   void* partial_sums;  // [T, slots, width]
-  uint32_t* flags;     // [T, slots, num_slices]
+  uint32_t* flags;     // [T, num_slices, slots]
   int32_t width;
   int32_t num_slots;  // ranks other than its own in which a token can have rows
   int32_t num_slices;

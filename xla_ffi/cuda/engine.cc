@@ -102,7 +102,7 @@ Status load_kernels() {
   }
   for (const DType dtype : kDTypes) {
     for (const bool wide : {true, false}) {
-      if (status.ok()) status = allow(combine_function(dtype, wide), combine_shared_bytes(dtype));
+      if (status.ok()) status = allow(combine_function(dtype, wide), combine_shared_bytes());
       if (status.ok()) {
         status = allow(combine_transpose_function(dtype, wide), combine_transpose_shared_bytes());
       }

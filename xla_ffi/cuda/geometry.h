@@ -24,8 +24,11 @@ constexpr int wide_pack(int element_bytes) { return element_bytes == 1 ? 8 : 16 
 // Accesses of the lanes of one warp to one slice of a row: all in flight together in a copy.
 constexpr int kCopySlice = 8 * 32;
 
-// The same where rows are summed. With few tokens more warps share a row; with many, a slice's
-// fixed cost counts for more.
-inline int sum_slice(int64_t num_tokens) { return num_tokens <= 1024 ? 2 * 32 : 8 * 32; }
+// The same in combine.
+constexpr int kCombineSlice = 4 * 32;
+
+// The same in its transpose. With few tokens more warps share a row; with many, a slice's fixed cost
+// counts for more.
+inline int transpose_slice(int64_t num_tokens) { return num_tokens <= 1024 ? 2 * 32 : 8 * 32; }
 
 }  // namespace freeio::cuda

@@ -216,8 +216,7 @@ void add_module(py::module_& native) {
   module.attr("max_experts") = kMaxExperts;
   module.attr("max_top_k") = kMaxTopK;
   module.attr("max_leaves") = kMaxLeaves;
-  module.def("sum_slice", &sum_slice, py::arg("num_tokens"),
-             "Elements, at least, in one slice of a row that combine sums.");
+  module.attr("combine_slice") = kCombineSlice;
   module.attr("max_sent_assignments") = kMaxSentAssignments;
   module.def("set_max_sent_assignments", &set_max_sent_assignments, py::arg("assignments"),
              "Calls with at most this many assignments of a rank send their routing itself.");

@@ -18,7 +18,7 @@ size_t dispatch_shared_bytes(Routes routes, int num_experts, int assignments_of_
 // CombineParams, CombineTransposeParams. `wide`: 16 bytes for each access of a lane, for rows and
 // buffers that allow it; else one element.
 const void* combine_function(DType dtype, bool wide);
-size_t combine_shared_bytes(DType dtype);
+size_t combine_shared_bytes();
 const void* combine_transpose_function(DType dtype, bool wide);
 size_t combine_transpose_shared_bytes();
 

@@ -57,10 +57,9 @@ bool is_wide(const RowType& type, std::initializer_list<const void*> buffers) {
 
 // Width and slices of the rows that are summed.
 template <typename Params>
-void cut_rows(const RowType& type, bool wide, Params& params) {
+void cut_rows(const RowType& type, bool wide, int64_t most, Params& params) {
   const int32_t pack = pack_of(type.dtype, wide);
-  const auto [slices, accesses] =
-      slices_of(type.width / pack, sum_slice(params.exchange.num_tokens));
+  const auto [slices, accesses] = slices_of(type.width / pack, most);
   params.width = static_cast<int32_t>(type.width);
   params.num_slices = slices;
   params.slice_width = accesses * pack;
@@ -124,7 +123,7 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
 
 Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params) {
   const bool wide = is_wide(type, {params.expert_out, params.sums, params.partial_sums});
-  cut_rows(type, wide, params);
+  cut_rows(type, wide, kCombineSlice, params);
   const Exchange& x = params.exchange;
   params.sends_routes = x.num_ranks > 1 && sends_routing(x) && bytes_of(type.dtype) <= 4 &&
                         x.capacity <= kMaxSentRow &&
@@ -140,13 +139,13 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
   params.exchange.signature[kRows] =
       Digest({static_cast<int>(type.dtype), type.width, wide, weighted, params.sends_routes})
           .folded();
-  return {combine_function(type.dtype, wide), combine_shared_bytes(type.dtype)};
+  return {combine_function(type.dtype, wide), combine_shared_bytes()};
 }
 
 Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,
                                   CombineTransposeParams& params) {
   const bool wide = is_wide(type, {params.tokens, params.expert_out, params.rows});
-  cut_rows(type, wide, params);
+  cut_rows(type, wide, transpose_slice(params.exchange.num_tokens), params);
   post_routes(params);
   post(kWeights, params.weights, params.exchange);
   post(kWeightGrads, params.weight_grads, params.exchange);

@@ -82,6 +82,14 @@ struct Cta;
 
 enum class State : uint8_t { kReady, kBarrier, kWarp, kPolls, kDone };
 
+// A copy to shared memory that its thread does not wait for.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  uint64_t group;
+};
+
 struct Thread {
   Context context;
   Cta* cta = nullptr;
@@ -94,6 +102,8 @@ struct Thread {
   uint64_t value = 0;
   int free_polls = 0;      // that do not sleep: on the way to a look at the clock
   Thread* next = nullptr;  // of those that sleep on addresses of one bucket
+  std::deque<Copy> copies;
+  uint64_t group = 0;  // of the next copy
 };
 
 struct Warp {
@@ -248,6 +258,25 @@ class Machine {
   void fence() {
     preempt();
     deliver_all(gpu());
+  }
+
+  // Either at once or when it is waited for: the earliest and the latest that is allowed.
+  void start_copy(void* to, const void* from, size_t bytes) {
+    if (random_.one_in(2)) {
+      memcpy(to, from, bytes);
+    } else {
+      memset(to, 0xff, bytes);
+      current_->copies.push_back({to, from, bytes, current_->group});
+    }
+  }
+
+  void commit_copies() { ++current_->group; }
+
+  void wait_for_copies(uint64_t groups) {
+    std::deque<Copy>& copies = current_->copies;
+    for (; !copies.empty() && copies.front().group + groups < current_->group; copies.pop_front()) {
+      memcpy(copies.front().to, copies.front().from, copies.front().bytes);
+    }
   }
 
   void stored(const void* address) {
@@ -678,6 +707,11 @@ void before_load(const void* address, size_t bytes, Place place) {
 }
 void send_word(uint64_t* address, uint64_t value) { machine().send_word(address, value); }
 void fence() { machine().fence(); }
+void start_copy(void* shared, const void* global, size_t bytes) {
+  machine().start_copy(shared, global, bytes);
+}
+void commit_copies() { machine().commit_copies(); }
+void wait_for_copies(uint64_t groups) { machine().wait_for_copies(groups); }
 void stored(const void* address) { machine().stored(address); }
 uint64_t nanoseconds() { return machine().nanoseconds(); }
 

@@ -94,6 +94,12 @@ void send_word(uint64_t* address, uint64_t value);
 // Whatever this GPU has stored is visible to all.
 void fence();
 
+// Copies to shared memory that only their thread may read: there once their group, of all copies
+// between two commits, has been waited for. All groups but the last `groups` are.
+void start_copy(void* shared, const void* global, size_t bytes);
+void commit_copies();
+void wait_for_copies(uint64_t groups);
+
 // After a store for which others may poll.
 void stored(const void* address);
 

@@ -21,6 +21,9 @@
 #define blockDim (::emulator::block_size)
 #define gridDim (::emulator::grid_size)
 
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(8) uint2 {
   unsigned x, y;
 };

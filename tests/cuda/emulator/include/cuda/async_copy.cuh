@@ -1,0 +1,20 @@
+// Twin of xla_ffi/cuda/async_copy.cuh: the same names, on the machine.
+#pragma once
+
+#include "machine.h"
+
+namespace freeio::cuda {
+
+template <int kBytes>
+void copy_async(void* shared, const void* global) {
+  emulator::start_copy(shared, global, kBytes);
+}
+
+inline void commit_copies() { emulator::commit_copies(); }
+
+template <int kGroups>
+void wait_for_copies() {
+  emulator::wait_for_copies(kGroups);
+}
+
+}  // namespace freeio::cuda

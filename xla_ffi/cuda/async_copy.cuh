@@ -1,0 +1,30 @@
+// Copies into shared memory that the thread does not wait for.
+#pragma once
+
+#include <cstdint>
+
+namespace freeio::cuda {
+
+// Starts a copy of 4, 8 or 16 bytes. Only this thread may read them, after wait_for_copies().
+template <int kBytes>
+__device__ inline void copy_async(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(kBytes)
+                 : "memory");
+  }
+}
+
+// The copies that this thread has started since the last time are a group, which may be empty.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all groups of this thread but the last `kGroups` have arrived.
+template <int kGroups>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+}  // namespace freeio::cuda
