@@ -85,14 +85,14 @@ struct Combine {
   const int items;
   R* const ring;  // this lane's of [kStages, kColumns, kWarpSize]
 
-  int next_one;       // item to look at
-  Task fetched = {};  // whose rows are being fetched
-  int column = 0;     // of its slice, the first of this lane
-  int end = 0;        // of its slice
-  uint32_t mask = 0;  // of its rows that are yet to be fetched
+  int next_one;             // item to look at
+  Task fetched = {};        // whose rows are being fetched
+  int column = 0;           // of its slice, the first of this lane
+  int end = 0;              // of its slice
+  uint32_t mask = 0;        // of its rows that are yet to be fetched
   bool unfinished = false;  // its last row has not been fetched
-  int stage = 0;      // of the next row to sum, and then of the next one to fetch
-  Task tasks = {};    // of the stages, by lane
+  int stage = 0;            // of the next row to sum, and then of the next one to fetch
+  Task tasks = {};          // of the stages, by lane
 
   __device__ Combine(const CombineParams& params, Session& session,
                      const RouteTile<Accumulator>& tile_routes, const Tile& whole,
@@ -104,8 +104,7 @@ struct Combine {
         tile(whole),
         units(tile_units),
         items(units.size() <= 0 ? 0 : (units.size() + kAhead) * x.num_ranks),
-        ring(static_cast<R*>(ring_memory) + warp_id() * kStages * kColumns * kWarpSize +
-             lane_id()),
+        ring(static_cast<R*>(ring_memory) + warp_id() * kStages * kColumns * kWarpSize + lane_id()),
         next_one(warp_id()) {}
 
   // Pushes for every peer and, kAhead slices behind, the sums. A sum waits only for pushes that
@@ -360,20 +359,6 @@ __device__ void prepare_slots(const CombineParams& p, const Chunk& units, Sessio
   }
 }
 
-// CTA 0.
-__device__ void post_buffers(const CombineParams& p, const Session& s) {
-  const Exchange& x = p.exchange;
-  post_signature(x, s);
-  if (p.sends_routes) {
-    if (threadIdx.x == 0) post_address(x, s, kScratch);
-    send_routes(x, s, p.dest_rank, p.dest_row, p.weights);
-  } else if (threadIdx.x == 0) {
-    post_address(x, s, kDestRank);
-    post_address(x, s, kDestRow);
-    post_address(x, s, kWeights);
-  }
-}
-
 // The routes of the tile, and at the first one where the peers' slots are. False, for all threads:
 // they did not come.
 template <typename Accumulator>
@@ -395,11 +380,18 @@ template <typename Element, int kCount>
 __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const Units units(x.num_tokens, p.num_slices);
+  // What needs no peer is loaded while the exchange opens.
+  const int early = p.sends_routes && blockIdx.x == 0 ? x.num_tokens * x.top_k : 0;
+  const SentAssignment first(static_cast<int>(threadIdx.x), early, p.dest_rank, p.dest_row,
+                             p.weights);
   if (!open(x, s)) return;
-  if (blockIdx.x == 0) post_buffers(p, s);
-  prepare_slots(p, units.chunk, s);
   const uint32_t first_slots =
       p.sends_routes ? 1u << kScratch : 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
+  if (blockIdx.x == 0) {
+    post(x, s, first_slots);
+    if (p.sends_routes) send_routes(x, s, first, p.dest_rank, p.dest_row, p.weights);
+  }
+  prepare_slots(p, units.chunk, s);
   if (!receive_addresses(x, s, first_slots)) return;
   constexpr int kAssignments = tile_assignments<typename Element::Accumulator>();
   RouteTile<typename Element::Accumulator> routes(shared_memory, kAssignments);

@@ -179,25 +179,14 @@ struct CombineTranspose {
   }
 };
 
-__device__ void post_buffers(const CombineTransposeParams& p, const Session& s) {
-  const Exchange& x = p.exchange;
-  post_signature(x, s);
-  if (threadIdx.x != 0) return;
-  post_address(x, s, kDestRank);
-  post_address(x, s, kDestRow);
-  post_address(x, s, kWeights);
-  post_address(x, s, kWeightGrads);
-  post_address(x, s, kFirstLeaf);
-}
-
 template <typename Element, int kCount>
 __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const Chunk chunk(x.num_tokens);
   if (!open(x, s)) return;
-  if (blockIdx.x == 0) post_buffers(p, s);
   constexpr uint32_t kSlots =
       1u << kDestRank | 1u << kDestRow | 1u << kWeights | 1u << kWeightGrads | 1u << kFirstLeaf;
+  if (blockIdx.x == 0) post(x, s, kSlots);
   if (!receive_addresses(x, s, kSlots)) return;
   using Op = CombineTranspose<Element, kCount>;
   using Accumulator = typename Element::Accumulator;

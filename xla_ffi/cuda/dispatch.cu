@@ -141,16 +141,16 @@ __device__ void zero_padding(const DispatchParams& p, const Routing& routing, in
   }
 }
 
-template <bool kRouted>
-__device__ void post_buffers(const DispatchParams& p, const Session& s) {
-  const Exchange& x = p.exchange;
-  post_signature(x, s);
-  if (threadIdx.x != 0) return;
-  if (!kRouted) {
-    post_address(x, s, kDestRank);
-    post_address(x, s, kDestRow);
+// This thread's first ids.
+template <Routes kRoutes>
+__device__ auto load_early(const DispatchParams& p) {
+  if constexpr (kRoutes == Routes::kByIds) {
+    return IdPair(p, static_cast<int>(threadIdx.x));
+  } else if constexpr (kRoutes == Routes::kByCounts) {
+    return IdQuads(p, static_cast<int>(threadIdx.x));
+  } else {
+    return nullptr;
   }
-  for (int i = 0; i < p.num_leaves; ++i) post_address(x, s, kFirstLeaf + i);
 }
 
 template <Routes kRoutes>
@@ -163,23 +163,25 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   const Chunk chunk(x.num_tokens);
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
   const uint32_t leaves = ((1u << p.num_leaves) - 1) << kFirstLeaf;
+  // What needs no peer is loaded while the exchange opens.
+  [[maybe_unused]] const auto early = load_early<kRoutes>(p);
   if (!open(x, s)) return;
-  if (blockIdx.x == 0) post_buffers<kRouted>(p, s);
+  if (blockIdx.x == 0) post(x, s, kRouted ? leaves : leaves | 1u << kDestRank | 1u << kDestRow);
   if constexpr (kRoutes == Routes::kByIds) {
-    send_ids(p, s, all_ids);
+    send_ids(p, s, all_ids, early);
     receive_ids(x, s, all_ids);
     if (!receive_addresses(x, s, leaves)) return;
     count_ids(x, routing, all_ids);
     place_groups(p, routing);
   } else if constexpr (kRoutes == Routes::kByCounts) {
     prepare_routes(p, chunk, s);
-    count(p, routing, chunk);
+    count(p, routing, chunk, early);
     if (blockIdx.x == 0) send_counts(x, s, routing);
-    const Ids ids(p.topk_idx, chunk.begin * x.top_k, chunk.end * x.top_k);
+    const int id = first_id(p, chunk);
     receive_counts(x, s, routing);
     if (!receive_addresses(x, s, leaves | 1u << kScratch)) return;
     place_groups(p, routing);
-    if (warp_id() == 0) assign_rows(p, s, routing, chunk, ids);
+    assign_rows(p, s, routing, chunk, id, rows);
     __syncthreads();
   } else {
     if (!receive_addresses(x, s, leaves | 1u << kDestRank | 1u << kDestRow)) return;

@@ -141,22 +141,35 @@ __device__ Accumulator weight_of(uint32_t word) {
   return static_cast<Accumulator>(__uint_as_float(word));
 }
 
+// One of this rank's assignments, as it is sent to the peers.
+struct SentAssignment {
+  uint32_t route = 0;
+  uint32_t weight = 0;
+
+  __device__ SentAssignment(int a, int assignments, const int32_t* dest_rank,
+                            const int32_t* dest_row, const void* weights) {
+    if (a >= assignments) return;
+    route = SentRoute(dest_rank[a], dest_row[a]).word();
+    if (weights != nullptr) weight = static_cast<const uint32_t*>(weights)[a];
+  }
+};
+
 // The routes of this rank's assignments, and their weights unless these are ones, to all peers.
-// All threads of one CTA.
-__device__ inline void send_routes(const Exchange& x, const Session& s, const int32_t* dest_rank,
-                                   const int32_t* dest_row, const void* weights) {
+// All threads of one CTA; `first` is the thread's first assignment.
+__device__ inline void send_routes(const Exchange& x, const Session& s, SentAssignment first,
+                                   const int32_t* dest_rank, const int32_t* dest_row,
+                                   const void* weights) {
   const int assignments = x.num_tokens * x.top_k;
   for (int a = static_cast<int>(threadIdx.x); a < assignments; a += kThreads) {
-    const uint32_t route = SentRoute(dest_rank[a], dest_row[a]).word();
-    const uint32_t weight = weights != nullptr ? static_cast<const uint32_t*>(weights)[a] : 0;
     for (int rank = 0; rank < x.num_ranks; ++rank) {
       if (rank == x.rank) continue;
       Word* words = mailbox(x, rank, x.rank).routing;
-      store_word(&words[a], make_word(s.epoch[rank], route));
+      store_word(&words[a], make_word(s.epoch[rank], first.route));
       if (weights != nullptr) {
-        store_word(&words[assignments + a], make_word(s.epoch[rank], weight));
+        store_word(&words[assignments + a], make_word(s.epoch[rank], first.weight));
       }
     }
+    first = SentAssignment(a + kThreads, assignments, dest_rank, dest_row, weights);
   }
 }
 

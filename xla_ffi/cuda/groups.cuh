@@ -30,43 +30,47 @@ struct Routing {
   int num_experts_;
 };
 
-__device__ inline int64_t sum_of_lanes_before(int64_t value, int64_t& all) {
+__device__ inline int64_t sum_of_lanes_before(int64_t value) {
   int64_t sum = value;
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const int64_t other = __shfl_up_sync(kFullWarp, sum, distance);
     if (lane_id() >= distance) sum += other;
   }
-  all = __shfl_sync(kFullWarp, sum, kWarpSize - 1);
   return sum - value;
 }
 
-// First rows of the groups: one warp for each rank's experts. Row numbers stop at capacity, past
-// which nothing is stored, so they fit whatever the alignment adds.
+// First rows of the groups: one warp for each rank's experts, of which each lane has some in a row.
+// Row numbers stop at capacity, past which nothing is stored, so they fit whatever the alignment
+// adds.
 __device__ inline void place_groups(const DispatchParams& p, const Routing& routing) {
   const Exchange& x = p.exchange;
   const int experts = x.num_experts / x.num_ranks;
+  const int per_lane = (experts + kWarpSize - 1) / kWarpSize;
+  const int first = min(lane_id() * per_lane, experts);
+  const int end = min(first + per_lane, experts);
+  const auto padded = [&](uint32_t load) {
+    // A division of 64 bits takes longer than all the rest here.
+    const int64_t rows = load;
+    return x.alignment == 1 ? rows : (rows + x.alignment - 1) / x.alignment * x.alignment;
+  };
   for (int rank = warp_id(); rank < x.num_ranks; rank += kWarps) {
-    int64_t before = 0;
+    const int first_expert = rank * experts;
+    int64_t rows = 0;
+    for (int group = first; group < end; ++group)
+      rows += padded(routing.load[first_expert + group]);
+    int64_t start = sum_of_lanes_before(rows);
     int dropped = 0;
-    for (int first = 0; first < experts; first += kWarpSize) {
-      const int group = first + lane_id();
-      const int e = rank * experts + group;
-      const int64_t load = group < experts ? routing.load[e] : 0;
-      // A division of 64 bits takes longer than all the rest here.
-      const int64_t padded =
-          x.alignment == 1 ? load : (load + x.alignment - 1) / x.alignment * x.alignment;
-      int64_t all;
-      const int64_t start = before + sum_of_lanes_before(padded, all);
-      before += all;
-      if (group >= experts) continue;
-      const auto first_row = static_cast<uint32_t>(min(start, static_cast<int64_t>(x.capacity)));
-      routing.next[e] += first_row;
+    for (int group = first; group < end; ++group) {
+      const uint32_t load = routing.load[first_expert + group];
+      const int64_t capacity = x.capacity;
+      const auto first_row = static_cast<uint32_t>(min(start, capacity));
+      start += padded(load);
+      routing.next[first_expert + group] += first_row;
       if (rank != x.rank) continue;
       routing.start[group] = first_row;
       if (blockIdx.x != 0) continue;
-      const auto end = static_cast<uint32_t>(min(start + padded, static_cast<int64_t>(x.capacity)));
-      const int size = static_cast<int>(end - first_row);
+      const int size = static_cast<int>(min(start, capacity) - first_row);
       p.expert_load[group] = static_cast<int>(load);
       p.group_sizes[group] = size;
       dropped += max(static_cast<int>(load) - size, 0);

@@ -29,8 +29,15 @@ __device__ inline uint64_t load_word(const uint64_t* word) {
   return value;
 }
 
-// Before store_word: what was written before it is seen by the peer that fences after load_word.
-// After load_word: the same, on the reading side.
+// The same; what the peer wrote before its last fence, or before its kernel began, is seen after
+// it.
+__device__ inline uint64_t load_acquire_word(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+// Before store_word: what was written before it is seen by the peer after load_acquire_word.
 __device__ inline void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Counts a CTA in. The last one sees what all others wrote before their call.

@@ -36,8 +36,25 @@ __device__ inline void count_one(const Exchange& x, const Routing& routing, int 
   }
 }
 
+// Some of this rank's ids, four at a time.
+struct IdQuads {
+  static constexpr int kCount = 8;
+  static constexpr int kStep = kCount * kThreads;  // quads
+  int4 ids[kCount];
+
+  __device__ IdQuads(const DispatchParams& p, int first) {
+    const auto* quads = reinterpret_cast<const int4*>(p.topk_idx);
+    const int end = p.exchange.num_tokens * p.exchange.top_k / 4;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (const int quad = first + i * kThreads; quad < end) ids[i] = quads[quad];
+    }
+  }
+};
+
 // Every CTA counts all of this rank's assignments: cheaper than a barrier of the grid up to 10^5.
-__device__ inline void count(const DispatchParams& p, const Routing& routing, const Chunk& chunk) {
+__device__ inline void count(const DispatchParams& p, const Routing& routing, const Chunk& chunk,
+                             IdQuads quads) {
   const Exchange& x = p.exchange;
   for (int e = static_cast<int>(threadIdx.x); e < x.num_experts; e += kThreads) {
     routing.before[e] = routing.count[e] = 0;
@@ -46,29 +63,23 @@ __device__ inline void count(const DispatchParams& p, const Routing& routing, co
   if (threadIdx.x == 0) all_invalid = 0;
   __syncthreads();
   const int assignments = x.num_tokens * x.top_k;
+  const int num_quads = assignments / 4;
   const int begin = chunk.begin * x.top_k;
   int invalid = 0;
-  constexpr int kQuads = 4;
-  const auto* quads = reinterpret_cast<const int4*>(p.topk_idx);
-  for (int base = static_cast<int>(threadIdx.x); base < assignments / 4;
-       base += kQuads * kThreads) {
-    int4 ids[kQuads];
+  for (int first = static_cast<int>(threadIdx.x); first < num_quads; first += IdQuads::kStep) {
+    const IdQuads next(p, first + IdQuads::kStep);
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      const int quad = base + i * kThreads;
-      if (quad < assignments / 4) ids[i] = quads[quad];
+    for (int i = 0; i < IdQuads::kCount; ++i) {
+      const int quad = first + i * kThreads;
+      if (quad >= num_quads) break;
+      count_one(x, routing, quads.ids[i].x, quad * 4 < begin, invalid);
+      count_one(x, routing, quads.ids[i].y, quad * 4 + 1 < begin, invalid);
+      count_one(x, routing, quads.ids[i].z, quad * 4 + 2 < begin, invalid);
+      count_one(x, routing, quads.ids[i].w, quad * 4 + 3 < begin, invalid);
     }
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      const int quad = base + i * kThreads;
-      if (quad >= assignments / 4) break;
-      count_one(x, routing, ids[i].x, quad * 4 < begin, invalid);
-      count_one(x, routing, ids[i].y, quad * 4 + 1 < begin, invalid);
-      count_one(x, routing, ids[i].z, quad * 4 + 2 < begin, invalid);
-      count_one(x, routing, ids[i].w, quad * 4 + 3 < begin, invalid);
-    }
+    quads = next;
   }
-  const int rest = assignments / 4 * 4 + static_cast<int>(threadIdx.x);
+  const int rest = num_quads * 4 + static_cast<int>(threadIdx.x);
   if (rest < assignments) count_one(x, routing, p.topk_idx[rest], rest < begin, invalid);
   if (blockIdx.x == 0 && invalid != 0) atomicAdd(&all_invalid, invalid);
   __syncthreads();
@@ -116,55 +127,59 @@ __device__ inline void receive_counts(const Exchange& x, Session& s, const Routi
   }
 }
 
-// Ids of a few warps' worth of the chunk's assignments, in the lanes of one warp.
-struct Ids {
-  static constexpr int kCount = 4;
-  int ids[kCount];
-
-  __device__ Ids(const int32_t* topk_idx, int first, int end) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int a = first + i * kWarpSize + lane_id();
-      ids[i] = a < end ? topk_idx[a] : -1;
-    }
+// Assignments to the same expert as this thread's, of the threads before it. `ids` are those of all
+// threads. Whole warps.
+__device__ inline uint32_t count_earlier(const int* ids) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int id = ids[thread];
+  const uint32_t same = __match_any_sync(kFullWarp, id);
+  uint32_t found = __popc(same & ((1u << lane_id()) - 1));
+  const auto* quads = reinterpret_cast<const int4*>(ids);
+#pragma unroll 4
+  for (int quad = 0; quad < warp_id() * (kWarpSize / 4); ++quad) {
+    const int4 some = quads[quad];
+    found += (some.x == id) + (some.y == id) + (some.z == id) + (some.w == id);
   }
-};
+  return found;
+}
 
-// Gives the chunk's assignments their rows, in order, and tells the ranks. One warp, which has
-// loaded the first ids before it waited for the counts.
+// This thread's first id of the chunk.
+__device__ inline int first_id(const DispatchParams& p, const Chunk& chunk) {
+  const int a = chunk.begin * p.exchange.top_k + static_cast<int>(threadIdx.x);
+  return a < chunk.end * p.exchange.top_k ? p.topk_idx[a] : -1;
+}
+
+// Gives the chunk's assignments their rows, in order, and tells the ranks. All threads, each one
+// assignment at a time: first that of `id`, which was loaded before the counts were waited for.
+// `ids` has room in shared memory for as many as there are threads.
 __device__ inline void assign_rows(const DispatchParams& p, const Session& s,
-                                   const Routing& routing, const Chunk& chunk, Ids ids) {
+                                   const Routing& routing, const Chunk& chunk, int id, int* ids) {
   const Exchange& x = p.exchange;
   const int experts = x.num_experts / x.num_ranks;
   const int64_t num_assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
   const int end = chunk.end * x.top_k;
-  constexpr int kStep = Ids::kCount * kWarpSize;
-  for (int first = chunk.begin * x.top_k; first < end; first += kStep) {
-    const Ids next_ids(p.topk_idx, first + kStep, end);
-#pragma unroll
-    for (int i = 0; i < Ids::kCount; ++i) {
-      if (first + i * kWarpSize >= end) break;
-      const int a = first + i * kWarpSize + lane_id();
-      const int id = ids.ids[i];
-      const bool valid = id >= 0 && id < x.num_experts;
-      const uint32_t same = __match_any_sync(kFullWarp, valid ? id : -1);
-      const uint32_t earlier = __popc(same & ((1u << lane_id()) - 1));
-      const uint32_t row = valid ? routing.next[id] + earlier : 0;
-      __syncwarp();
-      if (valid && earlier == 0) routing.next[id] += __popc(same);
-      __syncwarp();
-      if (a >= end) continue;
-      const bool kept = valid && row < static_cast<uint32_t>(x.capacity);
-      const int dest = kept ? id / experts : -1;
-      p.dest_rank[a] = dest;
-      p.dest_row[a] = kept ? static_cast<int>(row) : -1;
-      for (int rank = 0; rank < x.num_ranks; ++rank) {
-        if (rank == x.rank) continue;
-        store_word(s.buffer<Word>(rank, kScratch) + x.rank * num_assignments + a,
-                   make_word(s.epoch[rank], dest == rank ? row + 1 : 0));
-      }
+  for (int first = chunk.begin * x.top_k; first < end; first += kThreads) {
+    const int a = first + static_cast<int>(threadIdx.x);
+    const bool valid = id >= 0 && id < x.num_experts;
+    ids[threadIdx.x] = valid ? id : -1;
+    const int next_id = a + kThreads < end ? p.topk_idx[a + kThreads] : -1;
+    __syncthreads();
+    const uint32_t earlier = count_earlier(ids);
+    const uint32_t row = valid ? routing.next[id] + earlier : 0;
+    __syncthreads();
+    // The next ones of this expert come behind the last of these.
+    if (valid) atomicMax(&routing.next[id], row + 1);
+    const bool kept = valid && row < static_cast<uint32_t>(x.capacity);
+    const int dest = kept ? id / experts : -1;
+    id = next_id;
+    if (a >= end) continue;
+    p.dest_rank[a] = dest;
+    p.dest_row[a] = kept ? static_cast<int>(row) : -1;
+    for (int rank = 0; rank < x.num_ranks; ++rank) {
+      if (rank == x.rank) continue;
+      store_word(s.buffer<Word>(rank, kScratch) + x.rank * num_assignments + a,
+                 make_word(s.epoch[rank], dest == rank ? row + 1 : 0));
     }
-    ids = next_ids;
   }
 }
 

@@ -40,29 +40,41 @@ struct AllIds {
   }
 };
 
-// Takes this rank's ids, and sends them to all peers (CTA 0). All threads.
-__device__ inline void send_ids(const DispatchParams& p, const Session& s, const AllIds& all) {
+// Two of this rank's ids, which are sent in one word.
+struct IdPair {
+  int low;
+  int high;
+
+  __device__ IdPair(const DispatchParams& p, int word)
+      : low(load(p, 2 * word)), high(load(p, 2 * word + 1)) {}
+  __device__ static int load(const DispatchParams& p, int a) {
+    return a < p.exchange.num_tokens * p.exchange.top_k ? p.topk_idx[a] : -1;
+  }
+};
+
+// Takes this rank's ids, and sends them to all peers (CTA 0). All threads; `pair` are the ids of
+// the thread's first word.
+__device__ inline void send_ids(const DispatchParams& p, const Session& s, const AllIds& all,
+                                IdPair pair) {
   const Exchange& x = p.exchange;
-  __shared__ int all_invalid;
-  if (threadIdx.x == 0) all_invalid = 0;
-  __syncthreads();
   int invalid = 0;
-  const auto valid_or_none = [&](int a) {
-    if (a >= all.per_rank) return uint32_t{AllIds::kNone};
-    const int id = p.topk_idx[a];
+  const auto valid_or_none = [&](int id) {
     invalid += id < -1 || id >= x.num_experts;
-    return id >= 0 && id < x.num_experts ? static_cast<uint32_t>(id) : uint32_t{AllIds::kNone};
+    return static_cast<uint32_t>(id >= 0 && id < x.num_experts ? id : AllIds::kNone);
   };
   for (int word = static_cast<int>(threadIdx.x); word < all.words_per_rank(); word += kThreads) {
-    const uint32_t low = valid_or_none(2 * word);
-    const uint32_t value = valid_or_none(2 * word + 1) << 16 | low;
+    const uint32_t value = valid_or_none(pair.high) << 16 | valid_or_none(pair.low);
     all.put(x.rank, word, value);
     for (int rank = 0; blockIdx.x == 0 && rank < x.num_ranks; ++rank) {
       if (rank == x.rank) continue;
       store_word(&mailbox(x, rank, x.rank).routing[word], make_word(s.epoch[rank], value));
     }
+    pair = IdPair(p, word + kThreads);
   }
   if (blockIdx.x != 0) return;
+  __shared__ int all_invalid;
+  if (threadIdx.x == 0) all_invalid = 0;
+  __syncthreads();
   if (invalid != 0) atomicAdd(&all_invalid, invalid);
   __syncthreads();
   if (threadIdx.x == 0) *p.num_invalid = all_invalid;

@@ -150,6 +150,27 @@ __device__ inline void post_address(const Exchange& x, const Session& s, int slo
   }
 }
 
+// Tells every peer what this rank is about to run, and where the buffers in `slots` are (one bit
+// for each), all of them ready for its use. All threads of one CTA, one for each word.
+__device__ inline void post(const Exchange& x, const Session& s, uint32_t slots) {
+  constexpr int kWords = kSignatureWords + 2 * kMaxAddresses;
+  for (int i = static_cast<int>(threadIdx.x); i < kWords * x.num_ranks; i += kThreads) {
+    const int rank = i / kWords;
+    const int word = i % kWords;
+    if (rank == x.rank) continue;
+    Mailbox& box = mailbox(x, rank, x.rank);
+    if (word < kSignatureWords) {
+      store_word(&box.signature[word], make_word(s.epoch[rank], x.signature[word]));
+      continue;
+    }
+    const int slot = (word - kSignatureWords) / 2;
+    const int half = (word - kSignatureWords) % 2;
+    if ((slots >> slot & 1) == 0) continue;
+    const auto value = static_cast<uint32_t>(x.posted[slot] >> (half * 32));
+    store_word(&box.address[slot][half], make_word(s.epoch[rank], value));
+  }
+}
+
 // Where this GPU sees what `rank` has posted.
 __device__ inline uint64_t to_local_address(const Exchange& x, const Session& s, int rank,
                                             uint64_t posted) {
@@ -159,17 +180,6 @@ __device__ inline uint64_t to_local_address(const Exchange& x, const Session& s,
   uint64_t base = region == kFirstRegion ? s.first_region[rank] : 0;
   if (base == 0) base = load_word(&self(x).region_base[x.gpu[rank]][region % kMaxRegions]);
   return base + (posted & ((uint64_t{1} << kRegionShift) - 1));
-}
-
-// Tells every peer what this rank is about to run. One thread for each word.
-__device__ inline void post_signature(const Exchange& x, const Session& s) {
-  const int word = static_cast<int>(threadIdx.x);
-  if (word >= kSignatureWords) return;
-  for (int rank = 0; rank < x.num_ranks; ++rank) {
-    if (rank == x.rank) continue;
-    store_word(&mailbox(x, rank, x.rank).signature[word],
-               make_word(s.epoch[rank], x.signature[word]));
-  }
 }
 
 // Waits for the peers' signatures, compares them, and takes the addresses of `slots` (one bit for
@@ -184,30 +194,35 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
     const int word = i % kWords;
     if (rank == x.rank) continue;
     const Mailbox& box = mailbox(x, x.rank, rank);
+    // Partner: the fence before the peer's store_word, or the start of the peer's kernel.
+    const auto wait_for = [&](Step step, const Word* address, Word& found) {
+      return wait_until(x, s, step, rank, [&] {
+        found = load_acquire_word(address);
+        return has_arrived(found, s.epoch[rank]);
+      });
+    };
     if (word < kSignatureWords) {
       // A peer that has posted all this and then given up has its buffers no more. Partner: the
       // store in fail().
       const uint32_t aborted = load_relaxed_device(&self(x).aborted[x.gpu[rank]]);
-      Word found = load_word(&box.signature[word]);
+      Word found = 0;
       if (aborted != 0) {
         fail(x, s, kPeerGaveUp, rank);
         break;
       }
-      if (!wait_word(x, s, kWaitSignature, rank, &box.signature[word], found)) break;
+      if (!wait_for(kWaitSignature, &box.signature[word], found)) break;
       if (value_of(found) != x.signature[word]) {
         fail(x, s, kSignatureDiffers, rank, word, x.signature[word], value_of(found));
         break;
       }
     } else if (const int slot = word - kSignatureWords; slots >> slot & 1) {
-      Word low = load_word(&box.address[slot][0]);
-      Word high = load_word(&box.address[slot][1]);
-      if (!wait_word(x, s, kWaitAddress, rank, &box.address[slot][0], low)) break;
-      if (!wait_word(x, s, kWaitAddress, rank, &box.address[slot][1], high)) break;
+      Word low = 0;
+      Word high = 0;
+      if (!wait_for(kWaitAddress, &box.address[slot][0], low)) break;
+      if (!wait_for(kWaitAddress, &box.address[slot][1], high)) break;
       s.address[rank][slot] =
           to_local_address(x, s, rank, static_cast<uint64_t>(value_of(high)) << 32 | value_of(low));
     }
-    // Partner: the fence before the peer's store_word, or the start of the peer's kernel.
-    fence_system();
   }
   // A thread that has failed sees that itself. Who looked after the barrier could see the failure
   // of one that is already further on, and leave the others alone.

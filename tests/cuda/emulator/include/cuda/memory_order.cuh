@@ -26,6 +26,12 @@ inline uint64_t load_word(const uint64_t* word, emulator::Place place = emulator
   return __atomic_load_n(word, __ATOMIC_RELAXED);
 }
 
+inline uint64_t load_acquire_word(const uint64_t* word,
+                                  emulator::Place place = emulator::Place::here()) {
+  emulator::before_load(word, sizeof(*word), place);
+  return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+
 inline void fence_system() {
   emulator::fence();
   __atomic_thread_fence(__ATOMIC_ACQ_REL);
