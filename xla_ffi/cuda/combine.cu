@@ -13,7 +13,7 @@
 namespace freeio::cuda {
 namespace {
 
-constexpr int kAhead = 24;            // slices by which pushing is ahead of summing
+constexpr int kAhead = 12;            // slices by which pushing is ahead of summing
 constexpr int kStages = 4;            // slices of rows that each warp has on their way
 constexpr int kTileBytes = 24 << 10;  // for the routes of a tile, of all ranks
 constexpr int kColumns = 4;           // accesses of one lane to a slice
@@ -368,11 +368,12 @@ __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& t
   routes.begin(x, tile, 0, x.num_ranks);
   if (p.sends_routes) {
     routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights);
-    return !__syncthreads_or(has_failed(s));
+  } else {
+    routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
   }
-  routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
-  // The slots' addresses come later than the others: their flags had to be cleared.
-  if (tile.number == 0) return receive_addresses(x, s, 1u << kScratch | 1u << kFlags);
+  // Where flags had to be cleared, the slots' addresses come later than the others.
+  const uint32_t slots = p.sends_routes ? 1u << kScratch : 1u << kScratch | 1u << kFlags;
+  if (tile.number == 0) return receive_addresses(x, s, slots);
   return !__syncthreads_or(has_failed(s));
 }
 
@@ -385,14 +386,13 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
   const SentAssignment first(static_cast<int>(threadIdx.x), early, p.dest_rank, p.dest_row,
                              p.weights);
   if (!open(x, s)) return;
-  const uint32_t first_slots =
-      p.sends_routes ? 1u << kScratch : 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
+  const uint32_t routes_of_peers = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
   if (blockIdx.x == 0) {
-    post(x, s, first_slots);
+    post(x, s, p.sends_routes ? 1u << kScratch : routes_of_peers);
     if (p.sends_routes) send_routes(x, s, first, p.dest_rank, p.dest_row, p.weights);
   }
   prepare_slots(p, units.chunk, s);
-  if (!receive_addresses(x, s, first_slots)) return;
+  if (!p.sends_routes && !receive_addresses(x, s, routes_of_peers)) return;
   constexpr int kAssignments = tile_assignments<typename Element::Accumulator>();
   RouteTile<typename Element::Accumulator> routes(shared_memory, kAssignments);
   void* const ring = static_cast<std::byte*>(shared_memory) + kTileBytes;

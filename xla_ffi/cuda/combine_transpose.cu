@@ -168,7 +168,7 @@ struct CombineTranspose {
 
   __device__ void zero_padding(int64_t first_row) const {
     const int64_t row = first_row + lane_id();
-    const bool padding = lane_id() < kBlockRows && row < x.capacity && p.row_source[row] < 0;
+    const bool padding = lane_id() < p.padding.rows && row < x.capacity && p.row_source[row] < 0;
     for (uint32_t rest = __ballot_sync(kFullWarp, padding); rest != 0; rest &= rest - 1) {
       const int64_t zero_row = first_row + __ffs(static_cast<int>(rest)) - 1;
       Element* to = static_cast<Element*>(p.rows) + zero_row * p.width;
@@ -200,7 +200,7 @@ __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shar
     __syncthreads();
     const Op op{p, x, s, routes, dots, tile};
     const Work work(tile, p.num_slices * x.num_ranks, p.rows == nullptr ? 0 : x.capacity,
-                    p.row_stride);
+                    p.padding);
     run_work(work, s, [&](int item) { op.pull(item); }, [&](int64_t row) { op.zero_padding(row); });
     if (p.weight_grads != nullptr) op.send_weight_grads();
   });

@@ -142,6 +142,12 @@ struct Exchange {
   uint64_t posted[kMaxAddresses];  // this rank's buffers, as the peers are told of them
 };
 
+// How the packed rows are looked through for padding: in blocks of `rows`, every `stride`-th.
+struct Blocks {
+  int32_t rows;
+  int32_t stride;
+};
+
 // One array of a token pytree, cut into slices that one warp moves at a time.
 struct Leaf {
   const std::byte* tokens;  // [T] rows, this rank's
@@ -156,7 +162,7 @@ struct DispatchParams {
   Exchange exchange;
   int32_t num_leaves;
   int32_t num_slices;  // of all leaves
-  int32_t row_stride;  // coprime to the blocks of packed rows: spreads their padding
+  Blocks padding;
   Leaf leaves[kMaxLeaves];
   const int32_t* topk_idx;  // null: along a handle, whose arrays are then read, not written
   int32_t* dest_rank;
@@ -166,7 +172,8 @@ struct DispatchParams {
   int32_t* expert_load;
   int32_t* num_dropped;
   int32_t* num_invalid;
-  Word* routes;  // [R, T, K]: rows here of every rank's assignments, written by the ranks
+  Word* routes;     // [R, T, K]: rows here of every rank's assignments, written by the ranks
+  bool prefetches;  // few assignments: rows are fetched while their places are found
 };
 
 struct CombineParams {
@@ -199,7 +206,7 @@ struct CombineTransposeParams {
   int32_t width;
   int32_t num_slices;
   int32_t slice_width;
-  int32_t row_stride;
+  Blocks padding;
 };
 
 }  // namespace freeio::cuda

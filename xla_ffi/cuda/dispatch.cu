@@ -6,6 +6,7 @@
 // peers, or, where there are few, the ids; all as words that carry their own flag. No data waits
 // for a flag of its own.
 #include "core/layout.h"
+#include "cuda/async_copy.cuh"
 #include "cuda/kernels.h"
 #include "cuda/routing_by_counts.cuh"
 #include "cuda/routing_by_ids.cuh"
@@ -90,14 +91,46 @@ struct Targets {
   }
 };
 
+constexpr int kPrefetched = kCopySlice * static_cast<int>(sizeof(uint4));  // bytes of one warp
+
+// The first slice that a warp pulls, fetched to shared memory before its places are known.
+struct Prefetched {
+  const std::byte* data = nullptr;
+  int pull = -1;  // -1: none
+
+  // Starts it if the token has an expert here. Whole warp.
+  __device__ void start(const DispatchParams& p, const Session& s, const AllIds& ids,
+                        const Tile& tile, const Work& work, std::byte* memory) {
+    if (!p.prefetches || warp_id() >= work.size()) return;
+    const int blocks = work.blocks_before(warp_id());
+    if (work.blocks_before(warp_id() + 1) > blocks) return;
+    const Slice slice(p, warp_id() - blocks);
+    if (p.leaves[slice.leaf].access_bytes != sizeof(uint4)) return;
+    if (!ids.any_on(p.exchange, p.exchange.rank, slice.rank, tile.begin + slice.tile_token)) return;
+    std::byte* const target = memory + warp_id() * kPrefetched;
+    const std::byte* const source = slice.source(p, s, tile);
+    constexpr int kAccess = sizeof(uint4);
+    for (int at = lane_id() * kAccess; at < slice.bytes; at += kWarpSize * kAccess) {
+      copy_async<kAccess>(target + at, source + at);
+    }
+    commit_copies();
+    data = target;
+    pull = warp_id() - blocks;
+  }
+};
+
 template <bool kRouted>
 __device__ void pull_slice(const DispatchParams& p, const Session& s, const Tile& tile,
-                           const int* rows, int pull) {
+                           const int* rows, int pull, const Prefetched& prefetched) {
   const Slice slice(p, pull);
   const Targets<kRouted> targets(p, tile, rows, slice);
   if (targets.mask == 0) return;
   const Leaf& leaf = p.leaves[slice.leaf];
   const std::byte* source = slice.source(p, s, tile);
+  if (pull == prefetched.pull) {
+    wait_for_copies<0>();
+    source = prefetched.data;
+  }
   with_access(leaf.access_bytes, [&](auto access) {
     Values<decltype(access)> values;
     values.load(source, slice.bytes);
@@ -128,7 +161,7 @@ __device__ bool is_padding(const DispatchParams& p, const Routing& routing, int6
 template <bool kRouted>
 __device__ void zero_padding(const DispatchParams& p, const Routing& routing, int64_t first_row) {
   const int64_t row = first_row + lane_id();
-  const bool padding = lane_id() < kBlockRows && is_padding<kRouted>(p, routing, row);
+  const bool padding = lane_id() < p.padding.rows && is_padding<kRouted>(p, routing, row);
   if (kRouted && padding) p.row_source[row] = -1;
   for (uint32_t rest = __ballot_sync(kFullWarp, padding); rest != 0; rest &= rest - 1) {
     const int64_t zero_row = first_row + __ffs(static_cast<int>(rest)) - 1;
@@ -162,6 +195,10 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   const AllIds all_ids(routing.end(), x);
   const Chunk chunk(x.num_tokens);
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
+  const auto work_of = [&](const Tile& tile) {
+    return Work(tile, p.num_slices * x.num_ranks, x.capacity, p.padding);
+  };
+  Prefetched prefetched;
   const uint32_t leaves = ((1u << p.num_leaves) - 1) << kFirstLeaf;
   // What needs no peer is loaded while the exchange opens.
   [[maybe_unused]] const auto early = load_early<kRoutes>(p);
@@ -171,6 +208,7 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
     send_ids(p, s, all_ids, early);
     receive_ids(x, s, all_ids);
     if (!receive_addresses(x, s, leaves)) return;
+    prefetched.start(p, s, all_ids, tiles[0], work_of(tiles[0]), all_ids.end(x));
     count_ids(x, routing, all_ids);
     place_groups(p, routing);
   } else if constexpr (kRoutes == Routes::kByCounts) {
@@ -181,7 +219,7 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
     receive_counts(x, s, routing);
     if (!receive_addresses(x, s, leaves | 1u << kScratch)) return;
     place_groups(p, routing);
-    assign_rows(p, s, routing, chunk, id, rows);
+    assign_rows(p, s, routing, chunk, id);
     __syncthreads();
   } else {
     if (!receive_addresses(x, s, leaves | 1u << kDestRank | 1u << kDestRow)) return;
@@ -192,10 +230,13 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
     } else if (!fetch_rows<kRouted>(p, s, tile, rows)) {
       return;
     }
-    const Work work(tile, p.num_slices * x.num_ranks, x.capacity, p.row_stride);
     run_work(
-        work, s, [&](int pull) { pull_slice<kRouted>(p, s, tile, rows, pull); },
+        work_of(tile), s,
+        [&](int pull) { pull_slice<kRouted>(p, s, tile, rows, pull, prefetched); },
         [&](int64_t row) { zero_padding<kRouted>(p, routing, row); });
+    // Of a token whose assignments did not fit, nobody has waited for it.
+    wait_for_copies<0>();
+    prefetched.pull = -1;
   });
   finish(x, s);
 }
@@ -231,6 +272,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 }  // namespace
+
+size_t prefetch_bytes() { return kWarps * kPrefetched; }
 
 size_t dispatch_shared_bytes(Routes routes, int num_experts, int assignments_of_all) {
   const size_t experts =

@@ -223,26 +223,26 @@ struct RouteTile {
     for (int i = static_cast<int>(threadIdx.x); i < size(); i += kThreads) {
       const int rank = rank_of(i);
       const int a = begin + i % per_rank;
-      if (rank == x.rank) {
-        ranks[i] = dest_rank[a];
-        rows[i] = dest_row[a];
-        weights[i] =
-            weight != nullptr ? static_cast<const Accumulator*>(weight)[a] : Accumulator{1};
-        continue;
-      }
+      // All loads are on their way before one is waited for.
       const Word* words = mailbox(x, x.rank, rank).routing;
-      Word route = load_word(&words[a]);
-      Word its_weight = weight != nullptr ? load_word(&words[weights_at + a]) : 0;
+      const bool own = rank == x.rank;
+      const int own_rank = own ? dest_rank[a] : -1;
+      const int own_row = own ? dest_row[a] : -1;
+      const Accumulator own_weight =
+          own && weight != nullptr ? static_cast<const Accumulator*>(weight)[a] : Accumulator{1};
+      Word route = own ? 0 : load_word(&words[a]);
+      Word its_weight = own || weight == nullptr ? 0 : load_word(&words[weights_at + a]);
+      ranks[i] = own_rank;
+      rows[i] = own_row;
+      weights[i] = own_weight;
+      if (own) continue;
       if (!wait_word(x, s, kWaitRoutes, rank, &words[a], route)) break;
-      if (weight != nullptr &&
-          !wait_word(x, s, kWaitRoutes, rank, &words[weights_at + a], its_weight)) {
-        break;
-      }
       const SentRoute sent(value_of(route));
       ranks[i] = sent.rank();
       rows[i] = sent.row();
-      weights[i] =
-          weight != nullptr ? weight_of<Accumulator>(value_of(its_weight)) : Accumulator{1};
+      if (weight == nullptr) continue;
+      if (!wait_word(x, s, kWaitRoutes, rank, &words[weights_at + a], its_weight)) break;
+      weights[i] = weight_of<Accumulator>(value_of(its_weight));
     }
   }
   __device__ int size() const { return per_rank * num_ranks; }

@@ -97,8 +97,9 @@ Status load_kernels() {
   Status status;
   for (const Routes routes : kAllRoutes) {
     if (!status.ok()) return status;
-    status =
-        allow(dispatch_function(routes), dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll));
+    const size_t most = dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll);
+    status = allow(dispatch_function(routes),
+                   routes == Routes::kByIds ? std::max(most, kMostWithPrefetch) : most);
   }
   for (const DType dtype : kDTypes) {
     for (const bool wide : {true, false}) {

@@ -1,17 +1,23 @@
 // Row arithmetic that host and kernels share.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 
 namespace freeio::cuda {
 
-// Packed rows that one warp looks through for padding.
-constexpr int kBlockRows = 8;
+// Packed rows that one warp looks through for padding, at most as many as it has lanes: few where
+// there are few, so that no warp has much to zero.
+inline int32_t block_rows(int32_t capacity) {
+  constexpr int32_t kMost = 8;
+  return std::clamp(capacity / 4096, 1, kMost);
+}
 
 // A step through the blocks of packed rows that visits each once, consecutive ones far apart.
 inline int32_t spreading_stride(int32_t capacity) {
-  const int32_t blocks = (capacity + kBlockRows - 1) / kBlockRows;
+  const int32_t each = block_rows(capacity);
+  const int32_t blocks = (capacity + each - 1) / each;
   auto stride = static_cast<int32_t>(blocks * int64_t{618} / 1000 + 1);
   while (std::gcd(stride, blocks) > 1) ++stride;
   return stride;

@@ -14,6 +14,9 @@ enum class Routes { kOfHandle, kByCounts, kByIds };
 // DispatchParams. `assignments_of_all`: of all ranks together.
 const void* dispatch_function(Routes routes);
 size_t dispatch_shared_bytes(Routes routes, int num_experts, int assignments_of_all);
+// More of it, for rows that are fetched early: where it does not exceed this.
+size_t prefetch_bytes();
+constexpr size_t kMostWithPrefetch = 160 << 10;
 
 // CombineParams, CombineTransposeParams. `wide`: 16 bytes for each access of a lane, for rows and
 // buffers that allow it; else one element.

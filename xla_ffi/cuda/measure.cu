@@ -43,19 +43,33 @@ Event make_event() {
   return Event(event);
 }
 
-__global__ void copy_kernel(const uint4* from, uint4* to, int64_t count) {
+// What one GPU copies: from its memory to each peer's, or the other way round.
+struct Copies {
+  static constexpr int kMaxPeers = 15;
+  const uint4* from[kMaxPeers];
+  uint4* to[kMaxPeers];
+  int num_peers;
+  int64_t count;  // for each peer
+};
+
+// All peers at once: every CTA goes from one to the next with each of its pieces.
+__global__ void copy_kernel(const __grid_constant__ Copies copies) {
   constexpr int kUnroll = 4;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * kUnroll;
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads * kUnroll + threadIdx.x;
-       base < count; base += step) {
+  constexpr int64_t kPiece = kThreads * kUnroll;
+  const int64_t pieces = (copies.count + kPiece - 1) / kPiece * copies.num_peers;
+  for (int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+    const auto peer = static_cast<int>(piece % copies.num_peers);
+    const int64_t base = piece / copies.num_peers * kPiece + threadIdx.x;
+    const uint4* const from = copies.from[peer];
+    uint4* const to = copies.to[peer];
     uint4 values[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (base + u * kThreads < count) values[u] = from[base + u * kThreads];
+      if (base + u * kThreads < copies.count) values[u] = from[base + u * kThreads];
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (base + u * kThreads < count) to[base + u * kThreads] = values[u];
+      if (base + u * kThreads < copies.count) to[base + u * kThreads] = values[u];
     }
   }
 }
@@ -94,6 +108,9 @@ double memory_bandwidth(int ordinal, int64_t bytes) {
 
 double link_bandwidth(const std::vector<int>& ordinals, int64_t bytes, int ctas, bool pull) {
   const size_t num_gpus = ordinals.size();
+  if (num_gpus < 2 || num_gpus > Copies::kMaxPeers + 1) {
+    throw std::invalid_argument("freeio_jax: link_bandwidth takes 2 to 16 GPUs");
+  }
   const int64_t share = bytes / (static_cast<int64_t>(num_gpus) - 1) / 16;
   std::vector<DeviceMemory> local(num_gpus), shared(num_gpus);
   std::vector<Event> begins(num_gpus), ends(num_gpus);
@@ -109,15 +126,18 @@ double link_bandwidth(const std::vector<int>& ordinals, int64_t bytes, int ctas,
     for (size_t i = 0; i < num_gpus; ++i) {
       check(cudaSetDevice(ordinals[i]));
       check(cudaEventRecord(begins[i].get()));
+      Copies copies = {};
+      copies.count = share;
+      for (size_t step = 1; step < num_gpus; ++step) {
+        const int64_t offset = static_cast<int64_t>(step - 1) * share;
+        auto* remote = static_cast<uint4*>(shared[(i + step) % num_gpus].get()) + offset;
+        auto* own = static_cast<uint4*>(local[i].get()) + offset;
+        copies.from[copies.num_peers] = pull ? remote : own;
+        copies.to[copies.num_peers++] = pull ? own : remote;
+      }
       for (int round = 0; round < kRounds; ++round) {
-        for (size_t step = 1; step < num_gpus; ++step) {
-          auto* remote = static_cast<uint4*>(shared[(i + step) % num_gpus].get());
-          auto* own = static_cast<uint4*>(local[i].get());
-          const int64_t offset = static_cast<int64_t>(step - 1) * share;
-          copy_kernel<<<ctas, kThreads>>>(pull ? remote + offset : own + offset,
-                                          pull ? own + offset : remote + offset, share);
-          check(cudaGetLastError());
-        }
+        copy_kernel<<<ctas, kThreads>>>(copies);
+        check(cudaGetLastError());
       }
       check(cudaEventRecord(ends[i].get()));
     }

@@ -65,6 +65,8 @@ void cut_rows(const RowType& type, bool wide, int64_t most, Params& params) {
   params.slice_width = accesses * pack;
 }
 
+Blocks blocks_of(int32_t capacity) { return {block_rows(capacity), spreading_stride(capacity)}; }
+
 void post(Address slot, const void* buffer, Exchange& exchange) {
   exchange.posted[slot] = reinterpret_cast<uint64_t>(buffer);
 }
@@ -110,15 +112,18 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
                                                          : Routes::kByCounts;
   if (routes == Routes::kOfHandle) post_routes(params);
   if (routes == Routes::kByCounts) post(kScratch, params.routes, params.exchange);
-  params.row_stride = spreading_stride(params.exchange.capacity);
+  params.padding = blocks_of(params.exchange.capacity);
   params.exchange.signature[kOp] = routed ? kDispatchOp : kDispatchAlongOp;
   if (routes == Routes::kByCounts) rows.add({1});  // another protocol than that of few assignments
   params.exchange.signature[kRows] = rows.folded();
   const Exchange& x = params.exchange;
   const int64_t all = int64_t{x.num_tokens} * x.top_k * x.num_ranks;
-  return {dispatch_function(routes),
-          dispatch_shared_bytes(routes, x.num_experts,
-                                static_cast<int>(std::min<int64_t>(all, kMaxSentByAll)))};
+  size_t shared_bytes = dispatch_shared_bytes(
+      routes, x.num_experts, static_cast<int>(std::min<int64_t>(all, kMaxSentByAll)));
+  params.prefetches =
+      routes == Routes::kByIds && shared_bytes + prefetch_bytes() <= kMostWithPrefetch;
+  if (params.prefetches) shared_bytes += prefetch_bytes();
+  return {dispatch_function(routes), shared_bytes};
 }
 
 Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params) {
@@ -150,7 +155,7 @@ Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,
   post(kWeights, params.weights, params.exchange);
   post(kWeightGrads, params.weight_grads, params.exchange);
   post(kFirstLeaf, params.tokens, params.exchange);
-  params.row_stride = spreading_stride(params.exchange.capacity);
+  params.padding = blocks_of(params.exchange.capacity);
   params.exchange.signature[kOp] = kCombineTransposeOp;
   params.exchange.signature[kRows] =
       Digest({static_cast<int>(type.dtype), type.width, wide, rows, weights}).folded();

@@ -127,22 +127,6 @@ __device__ inline void receive_counts(const Exchange& x, Session& s, const Routi
   }
 }
 
-// Assignments to the same expert as this thread's, of the threads before it. `ids` are those of all
-// threads. Whole warps.
-__device__ inline uint32_t count_earlier(const int* ids) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int id = ids[thread];
-  const uint32_t same = __match_any_sync(kFullWarp, id);
-  uint32_t found = __popc(same & ((1u << lane_id()) - 1));
-  const auto* quads = reinterpret_cast<const int4*>(ids);
-#pragma unroll 4
-  for (int quad = 0; quad < warp_id() * (kWarpSize / 4); ++quad) {
-    const int4 some = quads[quad];
-    found += (some.x == id) + (some.y == id) + (some.z == id) + (some.w == id);
-  }
-  return found;
-}
-
 // This thread's first id of the chunk.
 __device__ inline int first_id(const DispatchParams& p, const Chunk& chunk) {
   const int a = chunk.begin * p.exchange.top_k + static_cast<int>(threadIdx.x);
@@ -151,9 +135,8 @@ __device__ inline int first_id(const DispatchParams& p, const Chunk& chunk) {
 
 // Gives the chunk's assignments their rows, in order, and tells the ranks. All threads, each one
 // assignment at a time: first that of `id`, which was loaded before the counts were waited for.
-// `ids` has room in shared memory for as many as there are threads.
 __device__ inline void assign_rows(const DispatchParams& p, const Session& s,
-                                   const Routing& routing, const Chunk& chunk, int id, int* ids) {
+                                   const Routing& routing, const Chunk& chunk, int id) {
   const Exchange& x = p.exchange;
   const int experts = x.num_experts / x.num_ranks;
   const int64_t num_assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
@@ -161,25 +144,31 @@ __device__ inline void assign_rows(const DispatchParams& p, const Session& s,
   for (int first = chunk.begin * x.top_k; first < end; first += kThreads) {
     const int a = first + static_cast<int>(threadIdx.x);
     const bool valid = id >= 0 && id < x.num_experts;
-    ids[threadIdx.x] = valid ? id : -1;
-    const int next_id = a + kThreads < end ? p.topk_idx[a + kThreads] : -1;
-    __syncthreads();
-    const uint32_t earlier = count_earlier(ids);
-    const uint32_t row = valid ? routing.next[id] + earlier : 0;
-    __syncthreads();
-    // The next ones of this expert come behind the last of these.
-    if (valid) atomicMax(&routing.next[id], row + 1);
-    const bool kept = valid && row < static_cast<uint32_t>(x.capacity);
-    const int dest = kept ? id / experts : -1;
-    id = next_id;
-    if (a >= end) continue;
-    p.dest_rank[a] = dest;
-    p.dest_row[a] = kept ? static_cast<int>(row) : -1;
-    for (int rank = 0; rank < x.num_ranks; ++rank) {
-      if (rank == x.rank) continue;
-      store_word(s.buffer<Word>(rank, kScratch) + x.rank * num_assignments + a,
-                 make_word(s.epoch[rank], dest == rank ? row + 1 : 0));
+    const uint32_t same = __match_any_sync(kFullWarp, valid ? id : -1);
+    const uint32_t earlier = __popc(same & ((1u << lane_id()) - 1));
+    uint32_t row = earlier;
+    // One warp after the other takes rows of the experts' next ones.
+    const int warps = min(kWarps, (end - first + kWarpSize - 1) / kWarpSize);
+    for (int turn = 0; turn < warps; ++turn) {
+      if (turn == warp_id()) {
+        if (valid) row += routing.next[id];
+        __syncwarp();
+        if (valid && earlier == 0) routing.next[id] += __popc(same);
+      }
+      __syncthreads();
     }
+    if (a < end) {
+      const bool kept = valid && row < static_cast<uint32_t>(x.capacity);
+      const int dest = kept ? id / experts : -1;
+      for (int rank = 0; rank < x.num_ranks; ++rank) {
+        if (rank == x.rank) continue;
+        store_word(s.buffer<Word>(rank, kScratch) + x.rank * num_assignments + a,
+                   make_word(s.epoch[rank], dest == rank ? row + 1 : 0));
+      }
+      p.dest_rank[a] = dest;
+      p.dest_row[a] = kept ? static_cast<int>(row) : -1;
+    }
+    id = a + kThreads < end ? p.topk_idx[a + kThreads] : -1;
   }
 }
 

@@ -18,6 +18,12 @@ struct AllIds {
   __device__ AllIds(void* memory, const Exchange& x)
       : ids(static_cast<uint16_t*>(memory)), per_rank(x.num_tokens * x.top_k) {}
 
+  // Behind the ids, aligned for 16-byte accesses.
+  __device__ std::byte* end(const Exchange& x) const {
+    const int count = (per_rank * x.num_ranks + kPerLane - 1) / kPerLane * kPerLane;
+    return reinterpret_cast<std::byte*>(ids + count);
+  }
+
   __device__ int words_per_rank() const { return (per_rank + 1) / 2; }
 
   // Two ids in one word. Whoever has an odd number of them leaves the last half empty.
@@ -25,6 +31,14 @@ struct AllIds {
     uint16_t* pair = ids + rank * per_rank + 2 * word;
     pair[0] = static_cast<uint16_t>(value);
     if (2 * word + 1 < per_rank) pair[1] = static_cast<uint16_t>(value >> 16);
+  }
+
+  // Whether a token of `rank` has an expert there. Whole warp.
+  __device__ bool any_on(const Exchange& x, int where, int rank, int token) const {
+    const int experts = x.num_experts / x.num_ranks;
+    const int position = rank * per_rank + token * x.top_k + lane_id();
+    const int id = lane_id() < x.top_k ? ids[position] : kNone;
+    return __any_sync(kFullWarp, id != kNone && id / experts == where);
   }
 
   // Assignments to `id` before `position`. Whole warp.

@@ -19,12 +19,12 @@ struct Work {
   int first_block;
   int blocks;      // to zero in this tile
   int all_blocks;  // of all CTAs
-  int stride;
+  Blocks all;
 
-  __device__ Work(const Tile& tile, int pulls_per_token, int capacity, int row_stride)
+  __device__ Work(const Tile& tile, int pulls_per_token, int capacity, const Blocks& padding)
       : pulls(tile.size() * pulls_per_token),
-        all_blocks((capacity + kBlockRows - 1) / kBlockRows),
-        stride(row_stride) {
+        all_blocks((capacity + padding.rows - 1) / padding.rows),
+        all(padding) {
     const int mine = (all_blocks + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
     first_block = share(mine, tile.number, tile.count);
     blocks = share(mine, tile.number + 1, tile.count) - first_block;
@@ -39,7 +39,7 @@ struct Work {
   // of rows at the end: consecutive blocks lie far apart, so every CTA and every moment gets some.
   __device__ int64_t block_row(int n) const {
     const int64_t place = static_cast<int64_t>(first_block + n) * gridDim.x + blockIdx.x;
-    return (place < all_blocks ? place * stride % all_blocks : place) * kBlockRows;
+    return (place < all_blocks ? place * all.stride % all_blocks : place) * all.rows;
   }
 };
 
