@@ -183,6 +183,7 @@ class Emulator:
         for name in (
             *("emulator_synchronize", "engine_start", "engine_dispatch", "engine_combine"),
             *("engine_combine_transpose", "engine_join", "engine_leave", "engine_take_failure"),
+            "engine_state_of",
         ):
             getattr(self._library, name).restype = c.c_char_p
         self._library.emulator_steps.restype = c.c_uint64
@@ -226,6 +227,15 @@ class Emulator:
         """What became of an exchange that failed, once for each GPU; None: nothing new."""
         text = self._library.engine_take_failure()
         return text.decode() if text else None
+
+    def check_state(self, group):
+        """What XLA does before each run of a program, whether it calls or replays its launches.
+
+        Raises:
+          EngineError: an exchange has failed on one of this process's GPUs in the group.
+        """
+        gpus = (c.c_int64 * group.size)(*group.gpus)
+        self._check(self._library.engine_state_of(gpus, group.size))
 
     @property
     def mapped_bytes(self):

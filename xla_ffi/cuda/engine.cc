@@ -214,6 +214,13 @@ Status failure_of(const HostBlock& host) {
                    peers != nullptr ? peers->who(host.failure.peer_gpu) : "");
 }
 
+Status not_connected(int64_t gpu) {
+  return {Code::kInternal,
+          "freeio_jax: GPU " + std::to_string(gpu) +
+              " of the mesh is not connected: freeio_jax.shutdown() was called, or "
+              "it was not there when the engine started."};
+}
+
 // The addresses of this rank's buffers, as its peers understand them.
 Status translate_addresses(Exchange& exchange) {
   Peers* peers = nullptr;
@@ -317,6 +324,26 @@ Status leave() {
   return {};
 }
 
+Status state_of(const std::vector<int64_t>& gpus) {
+  std::lock_guard lock(engine().mutex);
+  int64_t missing = -1;
+  bool has_own = false;
+  Status state;
+  for (const int64_t number : gpus) {
+    const auto own = engine().gpus.find(static_cast<int>(number));
+    if (own == engine().gpus.end()) {
+      missing = std::max(missing, number);
+      continue;
+    }
+    has_own = true;
+    const HostBlock& host = *own->second.host;
+    Status status = failure_of(host);
+    // Rather the cause than that a peer gave up because of it.
+    if (!status.ok() && (state.ok() || host.failure.step != kPeerGaveUp)) state = std::move(status);
+  }
+  return has_own ? state : not_connected(missing);
+}
+
 Status describe(const Layout& layout, const Member& member, Exchange& exchange) {
   std::lock_guard lock(engine().mutex);
   exchange = {};
@@ -333,12 +360,7 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
     ControlBlock* control = own != engine().gpus.end() ? own->second.control.get()
                             : peers != nullptr         ? peers->control(number)
                                                        : nullptr;
-    if (control == nullptr) {
-      return {Code::kInternal,
-              "freeio_jax: GPU " + std::to_string(number) +
-                  " of the mesh is not connected: freeio_jax.shutdown() was called, or it was not "
-                  "there when the engine started."};
-    }
+    if (control == nullptr) return not_connected(number);
     exchange.control[rank] = control;
     exchange.gpu[rank] = number;
     if (static_cast<int>(rank) == member.rank) exchange.host = own->second.host.get();

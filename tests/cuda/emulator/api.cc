@@ -136,6 +136,10 @@ EMULATOR_API const char* engine_leave() {
   host::Pod::current()->leave();
   return error;
 }
+// What a program that exchanges rows among these GPUs is told before it runs.
+EMULATOR_API const char* engine_state_of(const int64_t* gpus, int count) {
+  return text(state_of(std::vector<int64_t>(gpus, gpus + count)));
+}
 EMULATOR_API const char* engine_take_failure() { return text(take_failure()); }
 EMULATOR_API int64_t engine_mapped_bytes() { return memory().mapped_bytes; }
 
