@@ -251,6 +251,10 @@ class Emulator:
         """Time-outs in seconds of the clock, for peers in other processes, and no busy waiting."""
         self._library.emulator_set_real_time(c.c_int(real))
 
+    def set_capturing(self, capturing):
+        """Whether some thread captures a CUDA graph."""
+        self._library.emulator_set_capturing(c.c_int(capturing))
+
     def set_patience(self, turns):
         """Turns of the scheduler between looks at the clock of those who poll, on average."""
         self._library.emulator_set_patience(c.c_uint32(turns))

@@ -141,6 +141,12 @@ def growing_pool(process):
         process.layer(sends_routing=i % 3 != 0)
 
 
+def growing_pool_while_capturing(process):
+    """XLA captures a graph meanwhile, which calls beside its launches would spoil."""
+    process.machine.set_capturing(True)
+    growing_pool(process)
+
+
 def replaced_region(process):
     """A region is given back, and another one gets its addresses."""
     pool = Pool(process.machine)

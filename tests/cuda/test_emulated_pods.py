@@ -124,6 +124,10 @@ def test_regions_that_appear_later(pod, gpus_of):
     assert pod("growing_pool", gpus_of).run() == [[], []]
 
 
+def test_regions_that_appear_while_a_graph_is_captured(pod):
+    assert pod("growing_pool_while_capturing", (1, 1)).run() == [[], []]
+
+
 def test_a_region_that_takes_the_addresses_of_another(pod):
     for (line,) in pod("replaced_region", (1, 1)).run():
         # At least once it did: else this has tested nothing.

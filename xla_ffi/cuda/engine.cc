@@ -270,6 +270,7 @@ bool can_access_peer(int from, int to) {
 }
 
 Status start(const std::vector<int>& ordinals) {
+  RelaxedCapture relaxed;
   std::lock_guard lock(engine().mutex);
   if (engine().started) return {};
   std::map<int, int> numbers;
@@ -283,6 +284,7 @@ Status start(const std::vector<int>& ordinals) {
 }
 
 Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
+  RelaxedCapture relaxed;
   std::map<int, int> numbers, processes;
   for (const PodGpu& gpu : pod_gpus) {
     if (gpu.process == process) numbers[gpu.number] = gpu.ordinal;
@@ -309,6 +311,7 @@ Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
 }
 
 Status leave() {
+  RelaxedCapture relaxed;
   std::lock_guard lock(engine().mutex);
   if (engine().peers == nullptr) return {};
   for (const auto& [number, gpu] : engine().gpus) {

@@ -140,6 +140,7 @@ ControlBlock* Peers::control(int gpu) const {
 }
 
 Status Peers::share(const void* pointer, double timeout, uint64_t& address) {
+  RelaxedCapture relaxed;  // XLA may be capturing the launch that this is for
   // XLA may have given a region back and got another one at the same place.
   uint64_t identity = 0;
   Status status = identity_of(pointer, identity);
@@ -259,6 +260,7 @@ Status Peers::map_region(int process, const Note& note, const host::UniqueFd& fi
 }
 
 void Peers::received(int process, std::string_view text, host::UniqueFd file) {
+  RelaxedCapture relaxed;
   std::lock_guard serving(serving_);
   Note note;
   if (released_ || text.size() < sizeof(note)) return;

@@ -95,6 +95,7 @@ EMULATOR_API void emulator_retire(int gpu, void* buffer, size_t bytes, void* cop
   emulator::enqueue(gpu, std::move(retire));
 }
 EMULATOR_API void emulator_set_patience(uint32_t turns) { emulator::set_patience(turns); }
+EMULATOR_API void emulator_set_capturing(int capturing) { emulator::set_capturing(capturing != 0); }
 EMULATOR_API void* emulator_driver_function(const char* name) {
   return emulator::find_driver_function(name);
 }
