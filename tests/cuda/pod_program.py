@@ -175,6 +175,20 @@ def plain_memory(process):
         print(f"ERROR {error}")
 
 
+def other_allocator(process):
+    """Its memory could be exported, but not for long."""
+    os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "BFC"  # the default one
+    process.layer()
+    mapped = process.machine.mapped_bytes
+    os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+    process.machine.allocate = Pool(process.machine).allocate
+    try:
+        process.layer()
+    except EngineError as error:
+        print(f"ERROR {error}")
+    assert process.machine.mapped_bytes == mapped
+
+
 def killed(process):
     process.layer()
     if process.place.process == 1:

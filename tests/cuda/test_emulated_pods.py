@@ -144,6 +144,12 @@ def test_memory_that_cannot_be_shared(pod):
         assert "XLA_PYTHON_CLIENT_ALLOCATOR" in line
 
 
+def test_an_allocator_that_gives_each_buffer_memory_of_its_own(pod):
+    for (line,) in pod("other_allocator", (1, 1)).run():
+        assert "cannot be shared with the other processes" in line
+        assert line.endswith("unset XLA_PYTHON_CLIENT_ALLOCATOR, which is platform now.")
+
+
 def test_a_killed_process_is_noticed_at_once(pod):
     running = pod("killed", (1, 1))
     here, there = running.run()
