@@ -6,6 +6,7 @@ knows what all ranks do, launches what its own GPUs do, and checks what they ret
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as c
 import json
 import os
@@ -216,6 +217,17 @@ def stays_away(process):
     except AssertionError:
         print(f"FAILURE {process.machine.take_failure()}")
         assert process.machine.take_failure() is None
+
+
+def leaves_after_a_failure(process):
+    process.layer()
+    if process.place.process == 1:
+        return
+    with contextlib.suppress(AssertionError):
+        process.layer()
+    process.machine.leave()
+    print(f"FAILURE {process.machine.take_failure()}")
+    assert process.machine.take_failure() is None
 
 
 def leaves(process):

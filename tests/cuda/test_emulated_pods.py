@@ -168,6 +168,12 @@ def test_a_process_that_stays_away_is_named(pod):
     assert f"rank 0 waited 2 s for rank 1 of {running.who(1)}" in failure
 
 
+def test_a_failure_is_not_forgotten_on_leaving(pod):
+    running = pod("leaves_after_a_failure", (1, 1), timeout=TIMEOUT)
+    (failure,), _ = running.run()
+    assert f"rank 0 waited 2 s for rank 1 of {running.who(1)}" in failure
+
+
 def test_what_is_mapped_is_given_back(pod):
     for lines in pod("leaves", (1, 1)).run(waits=True):
         assert len(lines) == 2

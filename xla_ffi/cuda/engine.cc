@@ -56,6 +56,7 @@ struct Engine {
   std::map<int, Gpu> gpus;                   // by GPU number
   std::unique_ptr<Peers> peers;              // null: no other processes
   std::vector<std::unique_ptr<Peers>> left;  // of pods that this process is in no more
+  std::vector<std::string> untold;           // failures of GPUs that are gone since
   bool started = false;
   std::atomic<uint64_t> timeout_ns{60'000'000'000};
   std::atomic<int64_t> num_sms{0};
@@ -214,6 +215,17 @@ Status failure_of(const HostBlock& host) {
                    peers != nullptr ? peers->who(host.failure.peer_gpu) : "");
 }
 
+// With the engine locked. A failure on any GPU that was not returned before; empty: there is none.
+std::string new_failure() {
+  for (auto& [number, gpu] : engine().gpus) {
+    if (gpu.told) continue;
+    const Status status = failure_of(*gpu.host);
+    gpu.told = !status.ok();
+    if (gpu.told) return status.message;
+  }
+  return "";
+}
+
 Status not_connected(int64_t gpu) {
   return {Code::kInternal,
           "freeio_jax: GPU " + std::to_string(gpu) +
@@ -320,6 +332,9 @@ Status leave() {
     Status status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     if (!status.ok()) return status;
   }
+  for (std::string failure = new_failure(); !failure.empty(); failure = new_failure()) {
+    engine().untold.push_back(std::move(failure));
+  }
   engine().peers->release();
   engine().left.push_back(std::move(engine().peers));
   engine().gpus.clear();
@@ -389,13 +404,12 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
 
 std::string take_failure() {
   std::lock_guard lock(engine().mutex);
-  for (auto& [number, gpu] : engine().gpus) {
-    if (gpu.told) continue;
-    const Status status = failure_of(*gpu.host);
-    gpu.told = !status.ok();
-    if (gpu.told) return status.message;
+  if (!engine().untold.empty()) {
+    std::string failure = std::move(engine().untold.back());
+    engine().untold.pop_back();
+    return failure;
   }
-  return "";
+  return new_failure();
 }
 
 int gpu_number(int ordinal) {

@@ -35,6 +35,7 @@ struct PodGpu {
 Status join(host::Pod& pod, int process, const std::vector<PodGpu>& gpus);
 
 // The counterpart of join(): waits for the kernels that run, and unmaps what the peers have shown.
+// Failures that take_failure() has not returned by then are kept for it.
 Status leave();
 
 // Bytes of device memory.

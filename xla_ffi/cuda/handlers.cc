@@ -264,7 +264,8 @@ void add_module(py::module_& native) {
   module.def(
       "leave", [] { raise_unless_ok(leave()); }, py::call_guard<py::gil_scoped_release>(),
       "Parts from the other processes' GPUs.");
-  module.def("take_failure", &take_failure,
+  // Waits while leave() does, and must not keep Python from running meanwhile.
+  module.def("take_failure", &take_failure, py::call_guard<py::gil_scoped_release>(),
              "What became of an exchange that failed, once for each GPU; empty: nothing new.");
   module.def("memory_bandwidth", &memory_bandwidth, py::arg("ordinal"), py::arg("bytes"));
   module.def("link_bandwidth", &link_bandwidth, py::arg("ordinals"), py::arg("bytes"),
