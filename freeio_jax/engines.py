@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import math
 import threading
@@ -74,12 +75,21 @@ class CpuEngine(_Engine):
         return ()
 
 
+_telling = threading.Lock()  # held until what was taken is logged
+
+
+def _tell_failures() -> None:
+    """Logs what went wrong on GPUs since the last time."""
+    with _telling:
+        while failure := _native.cuda.take_failure():
+            log.logger.error("%s", failure)
+
+
 def _watch() -> None:
-    """Says at once what went wrong on a GPU: XLA hears of it only by the next call there."""
+    """Says at once what went wrong on a GPU: XLA hears of it only by the next run there."""
     while True:
         time.sleep(_WATCH_SECONDS)
-        if failure := _native.cuda.take_failure():
-            log.logger.error("%s", failure)
+        _tell_failures()
 
 
 def _gpus() -> list:
@@ -121,6 +131,7 @@ class CudaEngine(_Engine):
             mapped,
         )
         threading.Thread(target=_watch, name="freeio_jax failures", daemon=True).start()
+        atexit.register(_tell_failures)  # the watcher may not come to it
 
     def _numbers(self) -> dict:
         """The number of each GPU of this host, which all of its processes agree on."""
@@ -140,7 +151,10 @@ class CudaEngine(_Engine):
             _native.cuda.join(jax.process_index(), gpus)
 
     def _leave(self) -> None:
-        _native.cuda.leave()
+        try:
+            _native.cuda.leave()  # waits for kernels, which may fail meanwhile
+        finally:
+            _tell_failures()
 
     def attributes(self, module_context):
         """The number of each mesh device's GPU; the kernels check that it is the right one."""

@@ -183,6 +183,7 @@ class Emulator:
         for name in (
             *("emulator_synchronize", "engine_start", "engine_dispatch", "engine_combine"),
             *("engine_combine_transpose", "engine_join", "engine_leave", "engine_take_failure"),
+            "engine_state_of",
         ):
             getattr(self._library, name).restype = c.c_char_p
         self._library.emulator_steps.restype = c.c_uint64
@@ -227,6 +228,15 @@ class Emulator:
         text = self._library.engine_take_failure()
         return text.decode() if text else None
 
+    def check_state(self, group):
+        """What XLA does before each run of a program, whether it calls or replays its launches.
+
+        Raises:
+          EngineError: an exchange has failed on one of this process's GPUs in the group.
+        """
+        gpus = (c.c_int64 * group.size)(*group.gpus)
+        self._check(self._library.engine_state_of(gpus, group.size))
+
     @property
     def mapped_bytes(self):
         """Of other processes."""
@@ -240,6 +250,10 @@ class Emulator:
     def set_real_time(self, real):
         """Time-outs in seconds of the clock, for peers in other processes, and no busy waiting."""
         self._library.emulator_set_real_time(c.c_int(real))
+
+    def set_capturing(self, capturing):
+        """Whether some thread captures a CUDA graph."""
+        self._library.emulator_set_capturing(c.c_int(capturing))
 
     def set_patience(self, turns):
         """Turns of the scheduler between looks at the clock of those who poll, on average."""

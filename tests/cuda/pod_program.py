@@ -6,6 +6,7 @@ knows what all ranks do, launches what its own GPUs do, and checks what they ret
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as c
 import json
 import os
@@ -141,6 +142,12 @@ def growing_pool(process):
         process.layer(sends_routing=i % 3 != 0)
 
 
+def growing_pool_while_capturing(process):
+    """XLA captures a graph meanwhile, which calls beside its launches would spoil."""
+    process.machine.set_capturing(True)
+    growing_pool(process)
+
+
 def replaced_region(process):
     """A region is given back, and another one gets its addresses."""
     pool = Pool(process.machine)
@@ -169,19 +176,36 @@ def plain_memory(process):
         print(f"ERROR {error}")
 
 
+def other_allocator(process):
+    """Its memory could be exported, but not for long."""
+    os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "BFC"  # the default one
+    process.layer()
+    mapped = process.machine.mapped_bytes
+    os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+    process.machine.allocate = Pool(process.machine).allocate
+    try:
+        process.layer()
+    except EngineError as error:
+        print(f"ERROR {error}")
+    assert process.machine.mapped_bytes == mapped
+
+
 def killed(process):
     process.layer()
     if process.place.process == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     begin = time.monotonic()
-    for _ in range(2):
+    process.machine.check_state(process.group)
+    try:
+        process.layer()
+    except AssertionError as error:  # results of an exchange that failed are no data
+        print(f"SPOILED {str(error).splitlines()[0] or 'results'}")
+    # Both where XLA only replays launches, and where it calls for them.
+    for call in (lambda: process.machine.check_state(process.group), process.layer):
         try:
-            process.layer()
-        except AssertionError as error:  # results of an exchange that failed are no data
-            print(f"SPOILED {str(error).splitlines()[0] or 'results'}")
+            call()
         except EngineError as error:
             print(f"ERROR after {time.monotonic() - begin:.2f} s: {error}")
-            return
 
 
 def stays_away(process):
@@ -195,16 +219,28 @@ def stays_away(process):
         assert process.machine.take_failure() is None
 
 
+def leaves_after_a_failure(process):
+    process.layer()
+    if process.place.process == 1:
+        return
+    with contextlib.suppress(AssertionError):
+        process.layer()
+    process.machine.leave()
+    print(f"FAILURE {process.machine.take_failure()}")
+    assert process.machine.take_failure() is None
+
+
 def leaves(process):
     process.layer()
     assert process.machine.mapped_bytes > 0
     wait_for_all()  # who leaves too early ends the others' exchange
     process.machine.leave()
     assert process.machine.mapped_bytes == 0
-    try:
-        process.layer()
-    except EngineError as error:
-        print(f"ERROR {error}")
+    for call in (lambda: process.machine.check_state(process.group), process.layer):
+        try:
+            call()
+        except EngineError as error:
+            print(f"ERROR {error}")
 
 
 def main():

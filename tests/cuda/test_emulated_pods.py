@@ -124,6 +124,10 @@ def test_regions_that_appear_later(pod, gpus_of):
     assert pod("growing_pool", gpus_of).run() == [[], []]
 
 
+def test_regions_that_appear_while_a_graph_is_captured(pod):
+    assert pod("growing_pool_while_capturing", (1, 1)).run() == [[], []]
+
+
 def test_a_region_that_takes_the_addresses_of_another(pod):
     for (line,) in pod("replaced_region", (1, 1)).run():
         # At least once it did: else this has tested nothing.
@@ -140,14 +144,22 @@ def test_memory_that_cannot_be_shared(pod):
         assert "XLA_PYTHON_CLIENT_ALLOCATOR" in line
 
 
+def test_an_allocator_that_gives_each_buffer_memory_of_its_own(pod):
+    for (line,) in pod("other_allocator", (1, 1)).run():
+        assert "cannot be shared with the other processes" in line
+        assert line.endswith("unset XLA_PYTHON_CLIENT_ALLOCATOR, which is platform now.")
+
+
 def test_a_killed_process_is_noticed_at_once(pod):
     running = pod("killed", (1, 1))
     here, there = running.run()
     assert there == ["DIED"]
-    spoiled, error = here
+    spoiled, *errors = here
     assert spoiled.startswith("SPOILED")
-    assert f"rank 1 of {running.who(1)} ended" in error
-    assert float(error.split()[2]) < 30
+    assert len(errors) == 2
+    for error in errors:
+        assert f"rank 1 of {running.who(1)} ended" in error
+        assert float(error.split()[2]) < 30
 
 
 def test_a_process_that_stays_away_is_named(pod):
@@ -156,6 +168,13 @@ def test_a_process_that_stays_away_is_named(pod):
     assert f"rank 0 waited 2 s for rank 1 of {running.who(1)}" in failure
 
 
+def test_a_failure_is_not_forgotten_on_leaving(pod):
+    running = pod("leaves_after_a_failure", (1, 1), timeout=TIMEOUT)
+    (failure,), _ = running.run()
+    assert f"rank 0 waited 2 s for rank 1 of {running.who(1)}" in failure
+
+
 def test_what_is_mapped_is_given_back(pod):
-    for (line,) in pod("leaves", (1, 1)).run(waits=True):
-        assert "shutdown() was called" in line
+    for lines in pod("leaves", (1, 1)).run(waits=True):
+        assert len(lines) == 2
+        assert all("shutdown() was called" in line for line in lines)

@@ -67,8 +67,10 @@ def test_a_killed_process_is_named(run):
     pod, _, said = run("killed", FREEIO_TIMEOUT="30")
     assert f"rank 1 of process 1 (pid {pod.processes[1].pid}) ended" in said[0], said
     assert float(said[0].split("ERROR after ")[1].split()[0]) < 15
+    assert said[0].count("SPOILED") == 1, said
 
 
 def test_a_process_that_stays_away_is_named(run):
     pod, _, said = run("stays_away", FREEIO_TIMEOUT="3")
     assert f"waited 3 s for rank 1 of process 1 (pid {pod.processes[1].pid})" in said[0], said
+    assert said[0].count("SPOILED") == 1, said

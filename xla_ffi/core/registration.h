@@ -26,10 +26,11 @@ pybind11::dict ffi_type(const char* name) {
   return types;
 }
 
-// The two stages of one operation's custom call.
+// The stages of one operation's custom call.
 struct Stages {
   XLA_FFI_Handler* instantiate;
   XLA_FFI_Handler* execute;
+  XLA_FFI_Handler* initialize = nullptr;  // null: there is nothing to do before each run
 };
 
 // {target: handlers}, as the lowering names the targets.
@@ -40,6 +41,7 @@ inline pybind11::dict ffi_targets_of(const Stages& dispatch, const Stages& dispa
     pybind11::dict handlers;
     handlers["instantiate"] = capsule(stages.instantiate);
     handlers["execute"] = capsule(stages.execute);
+    if (stages.initialize != nullptr) handlers["initialize"] = capsule(stages.initialize);
     targets[name] = handlers;
   };
   add("freeio_dispatch", dispatch);

@@ -1,4 +1,5 @@
-// What all host code of the engine needs of CUDA's runtime: its errors, and the thread's GPU.
+// What all host code of the engine needs of CUDA's runtime: its errors, the thread's GPU, and peace
+// with the stream captures of others.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -32,6 +33,20 @@ class CurrentDevice {
  private:
   int previous_;
   cudaError_t error_;
+};
+
+// For a scope, lets the calling thread make calls that CUDA else refuses while a stream is
+// captured: XLA may do that on any thread, this one too, and such a call would also spoil the
+// capture. For calls that have nothing to do with what is captured, so not for launches.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // inside the scope: the former one
 };
 
 }  // namespace freeio::cuda

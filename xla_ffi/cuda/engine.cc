@@ -56,6 +56,7 @@ struct Engine {
   std::map<int, Gpu> gpus;                   // by GPU number
   std::unique_ptr<Peers> peers;              // null: no other processes
   std::vector<std::unique_ptr<Peers>> left;  // of pods that this process is in no more
+  std::vector<std::string> untold;           // failures of GPUs that are gone since
   bool started = false;
   std::atomic<uint64_t> timeout_ns{60'000'000'000};
   std::atomic<int64_t> num_sms{0};
@@ -215,6 +216,24 @@ Status failure_of(const HostBlock& host) {
                    peers != nullptr ? peers->who(host.failure.peer_gpu) : "");
 }
 
+// With the engine locked. A failure on any GPU that was not returned before; empty: there is none.
+std::string new_failure() {
+  for (auto& [number, gpu] : engine().gpus) {
+    if (gpu.told) continue;
+    const Status status = failure_of(*gpu.host);
+    gpu.told = !status.ok();
+    if (gpu.told) return status.message;
+  }
+  return "";
+}
+
+Status not_connected(int64_t gpu) {
+  return {Code::kInternal,
+          "freeio_jax: GPU " + std::to_string(gpu) +
+              " of the mesh is not connected: freeio_jax.shutdown() was called, or "
+              "it was not there when the engine started."};
+}
+
 // The addresses of this rank's buffers, as its peers understand them.
 Status translate_addresses(Exchange& exchange) {
   Peers* peers = nullptr;
@@ -264,6 +283,7 @@ bool can_access_peer(int from, int to) {
 }
 
 Status start(const std::vector<int>& ordinals) {
+  RelaxedCapture relaxed;
   std::lock_guard lock(engine().mutex);
   if (engine().started) return {};
   std::map<int, int> numbers;
@@ -277,6 +297,7 @@ Status start(const std::vector<int>& ordinals) {
 }
 
 Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
+  RelaxedCapture relaxed;
   std::map<int, int> numbers, processes;
   for (const PodGpu& gpu : pod_gpus) {
     if (gpu.process == process) numbers[gpu.number] = gpu.ordinal;
@@ -303,6 +324,7 @@ Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
 }
 
 Status leave() {
+  RelaxedCapture relaxed;
   std::lock_guard lock(engine().mutex);
   if (engine().peers == nullptr) return {};
   for (const auto& [number, gpu] : engine().gpus) {
@@ -311,11 +333,34 @@ Status leave() {
     Status status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     if (!status.ok()) return status;
   }
+  for (std::string failure = new_failure(); !failure.empty(); failure = new_failure()) {
+    engine().untold.push_back(std::move(failure));
+  }
   engine().peers->release();
   engine().left.push_back(std::move(engine().peers));
   engine().gpus.clear();
   engine().started = false;
   return {};
+}
+
+Status state_of(const std::vector<int64_t>& gpus) {
+  std::lock_guard lock(engine().mutex);
+  int64_t missing = -1;
+  bool has_own = false;
+  Status state;
+  for (const int64_t number : gpus) {
+    const auto own = engine().gpus.find(static_cast<int>(number));
+    if (own == engine().gpus.end()) {
+      missing = std::max(missing, number);
+      continue;
+    }
+    has_own = true;
+    const HostBlock& host = *own->second.host;
+    Status status = failure_of(host);
+    // Rather the cause than that a peer gave up because of it.
+    if (!status.ok() && (state.ok() || host.failure.step != kPeerGaveUp)) state = std::move(status);
+  }
+  return has_own ? state : not_connected(missing);
 }
 
 Status describe(const Layout& layout, const Member& member, Exchange& exchange) {
@@ -334,12 +379,7 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
     ControlBlock* control = own != engine().gpus.end() ? own->second.control.get()
                             : peers != nullptr         ? peers->control(number)
                                                        : nullptr;
-    if (control == nullptr) {
-      return {Code::kInternal,
-              "freeio_jax: GPU " + std::to_string(number) +
-                  " of the mesh is not connected: freeio_jax.shutdown() was called, or it was not "
-                  "there when the engine started."};
-    }
+    if (control == nullptr) return not_connected(number);
     exchange.control[rank] = control;
     exchange.gpu[rank] = number;
     if (static_cast<int>(rank) == member.rank) exchange.host = own->second.host.get();
@@ -365,13 +405,12 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
 
 std::string take_failure() {
   std::lock_guard lock(engine().mutex);
-  for (auto& [number, gpu] : engine().gpus) {
-    if (gpu.told) continue;
-    const Status status = failure_of(*gpu.host);
-    gpu.told = !status.ok();
-    if (gpu.told) return status.message;
+  if (!engine().untold.empty()) {
+    std::string failure = std::move(engine().untold.back());
+    engine().untold.pop_back();
+    return failure;
   }
-  return "";
+  return new_failure();
 }
 
 int gpu_number(int ordinal) {

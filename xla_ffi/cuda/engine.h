@@ -35,6 +35,7 @@ struct PodGpu {
 Status join(host::Pod& pod, int process, const std::vector<PodGpu>& gpus);
 
 // The counterpart of join(): waits for the kernels that run, and unmaps what the peers have shown.
+// Failures that take_failure() has not returned by then are kept for it.
 Status leave();
 
 // Bytes of device memory.
@@ -58,12 +59,18 @@ struct Member {
   const uint32_t* device;
 };
 
+// Whether GPUs (numbers; below 0: of other hosts) can make an exchange, as far as this process
+// knows: an error if one has failed on any of those that are its own, or if none of them is. All
+// GPUs of a program are asked about at once, so that XLA stops it on all or on none. Calls nothing
+// of CUDA.
+Status state_of(const std::vector<int64_t>& gpus);
+
 // Fills all of `exchange` but the signature's op, instance and rows, and what is posted. An error
 // if this or an earlier exchange on the GPU has failed.
 Status describe(const Layout& layout, const Member& member, Exchange& exchange);
 
 // What became of an exchange on one of this process's GPUs that failed, once for each GPU; empty:
-// nothing new. The next call there returns the same as an error.
+// nothing new. Later calls there, and state_of(), return the same as an error.
 std::string take_failure();
 
 // Launches a kernel on this member's GPU. `exchange`, which is part of `params`, has this process's

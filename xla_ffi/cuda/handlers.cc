@@ -137,6 +137,12 @@ Kernel read_combine_transpose(Buffers& buffers, const ffi::Dictionary& attribute
   return complete_combine_transpose(type, rows, weights, params);
 }
 
+// XLA calls it before every run of a program. It does not call execute() where it replays the
+// launches of an earlier run, and nobody would be told there that an exchange has failed.
+ffi::Error initialize(Instance* instance, ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+  return to_error(state_of(instance->gpus));
+}
+
 template <typename Params, auto kRead>
 ffi::Error execute(Instance* instance, void* stream, int32_t ordinal,
                    ffi::Buffer<ffi::U32, 0> device, ffi::RemainingArgs args,
@@ -179,6 +185,10 @@ XLA_FFI_DEFINE_HANDLER(kMakeCombine, instantiate<Operation::kCombine>,
 XLA_FFI_DEFINE_HANDLER(kMakeCombineTranspose, instantiate<Operation::kCombineTranspose>,
                        ffi::Ffi::BindInstantiate().Attrs());
 
+XLA_FFI_DEFINE_HANDLER(
+    kInitialize, initialize,
+    ffi::Ffi::BindInitialize().Ctx<ffi::State<Instance>>().RemainingArgs().RemainingRets().Attrs());
+
 // The kernels advance their own state: a captured launch can be replayed as it is.
 XLA_FFI_DEFINE_HANDLER(kDispatch, (execute<DispatchParams, read_dispatch>), execute_binding(),
                        {ffi::Traits::kCmdBufferCompatible});
@@ -200,8 +210,10 @@ bool has_driver() {
 py::dict ffi_types() { return ffi_type<Instance>("freeio_cuda_instance"); }
 
 py::dict ffi_targets() {
-  return ffi_targets_of({kMakeDispatch, kDispatch}, {kMakeDispatchAlong, kDispatchAlong},
-                        {kMakeCombine, kCombine}, {kMakeCombineTranspose, kCombineTranspose});
+  return ffi_targets_of({kMakeDispatch, kDispatch, kInitialize},
+                        {kMakeDispatchAlong, kDispatchAlong, kInitialize},
+                        {kMakeCombine, kCombine, kInitialize},
+                        {kMakeCombineTranspose, kCombineTranspose, kInitialize});
 }
 
 void raise_unless_ok(const Status& status) {
@@ -251,7 +263,8 @@ void add_module(py::module_& native) {
   module.def(
       "leave", [] { raise_unless_ok(leave()); }, py::call_guard<py::gil_scoped_release>(),
       "Parts from the other processes' GPUs.");
-  module.def("take_failure", &take_failure,
+  // Waits while leave() does, and must not keep Python from running meanwhile.
+  module.def("take_failure", &take_failure, py::call_guard<py::gil_scoped_release>(),
              "What became of an exchange that failed, once for each GPU; empty: nothing new.");
   module.def("memory_bandwidth", &memory_bandwidth, py::arg("ordinal"), py::arg("bytes"));
   module.def("link_bandwidth", &link_bandwidth, py::arg("ordinals"), py::arg("bytes"),

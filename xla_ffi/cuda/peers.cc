@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cctype>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -20,17 +21,28 @@ std::chrono::steady_clock::time_point after(double seconds) {
              std::chrono::duration<double>(seconds));
 }
 
-// What to say of memory of a kind that cannot be shared.
-Status not_shareable(const Status& why) {
-  const char* allocator = std::getenv("XLA_PYTHON_CLIENT_ALLOCATOR");
+// The allocator that XLA was told to use; empty: its default one. As JAX reads the variable.
+std::string chosen_allocator() {
+  const char* value = std::getenv("XLA_PYTHON_CLIENT_ALLOCATOR");
+  std::string name = value != nullptr ? value : "";
+  for (char& letter : name) {
+    letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
+  }
+  return name == "default" || name == "bfc" ? "" : name;
+}
+
+// What to say of memory of a kind that cannot be shared. `why`: the driver's reason, if it has one.
+Status not_shareable(const Status& why = {}) {
+  const std::string allocator = chosen_allocator();
   std::string text =
       "freeio_jax: XLA's memory on this process's GPU cannot be shared with the other processes of "
       "the host. Several processes need XLA's default allocator: ";
-  text += allocator != nullptr
-              ? "unset XLA_PYTHON_CLIENT_ALLOCATOR, which is " + std::string(allocator) + " now."
+  text += !allocator.empty()
+              ? "unset XLA_PYTHON_CLIENT_ALLOCATOR, which is " + allocator + " now."
               : "XLA_PYTHON_CLIENT_ALLOCATOR must not be set, and XLA_FLAGS must leave its memory "
                 "pool as it is.";
-  return {Code::kInternal, text + " (" + why.message + ")"};
+  if (!why.ok()) text += " (" + why.message + ")";
+  return {Code::kInternal, text};
 }
 
 }  // namespace
@@ -140,6 +152,7 @@ ControlBlock* Peers::control(int gpu) const {
 }
 
 Status Peers::share(const void* pointer, double timeout, uint64_t& address) {
+  RelaxedCapture relaxed;  // XLA may be capturing the launch that this is for
   // XLA may have given a region back and got another one at the same place.
   uint64_t identity = 0;
   Status status = identity_of(pointer, identity);
@@ -151,6 +164,10 @@ Status Peers::share(const void* pointer, double timeout, uint64_t& address) {
     if (one.identity == identity && value - one.range.base < one.range.bytes) region = &one;
   }
   if (region == nullptr) {
+    // Where each buffer is an allocation of its own the driver may well export it. But the peers
+    // would hold the memory of those that XLA has freed, and the table of regions would soon be
+    // full.
+    if (!chosen_allocator().empty()) return not_shareable();
     Region fresh;
     fresh.number = kFirstRegion + static_cast<uint32_t>(regions_.size());
     fresh.identity = identity;
@@ -259,6 +276,7 @@ Status Peers::map_region(int process, const Note& note, const host::UniqueFd& fi
 }
 
 void Peers::received(int process, std::string_view text, host::UniqueFd file) {
+  RelaxedCapture relaxed;
   std::lock_guard serving(serving_);
   Note note;
   if (released_ || text.size() < sizeof(note)) return;

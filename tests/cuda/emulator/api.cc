@@ -95,6 +95,7 @@ EMULATOR_API void emulator_retire(int gpu, void* buffer, size_t bytes, void* cop
   emulator::enqueue(gpu, std::move(retire));
 }
 EMULATOR_API void emulator_set_patience(uint32_t turns) { emulator::set_patience(turns); }
+EMULATOR_API void emulator_set_capturing(int capturing) { emulator::set_capturing(capturing != 0); }
 EMULATOR_API void* emulator_driver_function(const char* name) {
   return emulator::find_driver_function(name);
 }
@@ -135,6 +136,10 @@ EMULATOR_API const char* engine_leave() {
   const char* error = text(leave());
   host::Pod::current()->leave();
   return error;
+}
+// What a program that exchanges rows among these GPUs is told before it runs.
+EMULATOR_API const char* engine_state_of(const int64_t* gpus, int count) {
+  return text(state_of(std::vector<int64_t>(gpus, gpus + count)));
 }
 EMULATOR_API const char* engine_take_failure() { return text(take_failure()); }
 EMULATOR_API int64_t engine_mapped_bytes() { return memory().mapped_bytes; }

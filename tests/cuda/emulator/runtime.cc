@@ -4,7 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <atomic>
 #include <map>
+#include <utility>
 
 #include "driver.h"
 #include "kernel_table.h"
@@ -22,6 +24,8 @@ constexpr size_t kDefaultSharedBytes = 48 << 10;
 
 int device_count = kMaxGpus;
 int multiprocessors = 4;
+std::atomic<bool> capturing{false};
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 thread_local int current_device = 0;
 cudaError_t last_error = cudaSuccess;
 std::string machine_error;
@@ -33,6 +37,9 @@ cudaError_t result(cudaError_t error) {
   return error;
 }
 
+// Of calls that a capture does not see.
+bool spoils_capture() { return capturing && capture_mode != cudaStreamCaptureModeRelaxed; }
+
 bool is_device(int device) { return device >= 0 && device < device_count; }
 
 cudaError_t run_stream(int stream) {
@@ -42,6 +49,7 @@ cudaError_t run_stream(int stream) {
 }
 
 cudaError_t allocate(void** pointer, size_t bytes) {
+  if (spoils_capture()) return result(cudaErrorStreamCaptureUnsupported);
   *pointer = aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
   if (*pointer == nullptr) return result(cudaErrorMemoryAllocation);
   memset(*pointer, 0xa5, bytes);
@@ -54,6 +62,8 @@ void set_devices(int count, int multiprocessors_of_each) {
   device_count = count;
   multiprocessors = multiprocessors_of_each;
 }
+
+void set_capturing(bool is_capturing) { capturing = is_capturing; }
 
 std::string synchronize() { return run_stream(-1) == cudaSuccess ? std::string() : machine_error; }
 
@@ -77,6 +87,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "out of memory";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
     case cudaErrorInvalidValue:
       break;
   }
@@ -127,7 +139,9 @@ cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceSynchronize() { return run_stream(-1); }
+cudaError_t cudaDeviceSynchronize() {
+  return spoils_capture() ? result(cudaErrorStreamCaptureUnsupported) : run_stream(-1);
+}
 
 cudaError_t cudaMalloc(void** pointer, size_t bytes) { return allocate(pointer, bytes); }
 
@@ -143,12 +157,14 @@ cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
 cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
 
 cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
+  if (spoils_capture()) return result(cudaErrorStreamCaptureUnsupported);
   memset(pointer, value, bytes);
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
+  if (spoils_capture()) return result(cudaErrorStreamCaptureUnsupported);
   if (stream != nullptr) {
     // As by a copy engine, beside the kernels, and from any thread.
     memcpy(to, from, bytes);
@@ -172,7 +188,13 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (spoils_capture()) return result(cudaErrorStreamCaptureUnsupported);
   return stream != nullptr ? cudaSuccess : run_stream(current_device);
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode);
+  return cudaSuccess;
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {

@@ -8,6 +8,10 @@ namespace emulator {
 // GPUs that there are, and multiprocessors of each.
 void set_devices(int count, int multiprocessors);
 
+// Whether some thread captures a stream: calls that would spoil that are refused on threads whose
+// capture mode is not relaxed, as CUDA does for captures of the mode "global".
+void set_capturing(bool capturing);
+
 // Runs all that was launched. What went wrong, or "".
 std::string synchronize();
 

@@ -1,0 +1,123 @@
+"""The CUDA engine's Python side, where there need be no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from freeio_jax import engines, runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the engine asks of a device of JAX's."""
+
+    process_index: int
+    id: int
+    local_hardware_id: int | None
+
+
+class Native:
+    """What the engine calls in C++."""
+
+    def __init__(self):
+        self.joined = []
+        self.failures = []
+        self.failures_on_leaving = []
+
+    def join(self, process, gpus):
+        self.joined.append((process, gpus))
+
+    def leave(self):
+        self.failures += self.failures_on_leaving
+
+    def take_failure(self):
+        return self.failures.pop(0) if self.failures else ""
+
+
+@pytest.fixture
+def native(monkeypatch):
+    native = Native()
+    monkeypatch.setattr(engines._native, "cuda", native, raising=False)
+    return native
+
+
+@pytest.fixture
+def engine(native, monkeypatch):
+    monkeypatch.setattr(runtime, "_pod_members", [])
+    return engines.CudaEngine()
+
+
+def make_pod(monkeypatch, process, others, gpus):
+    """Makes this ``process``, connected with ``others`` of its host.
+
+    ``gpus``: (process, JAX's id, CUDA ordinal) of each that JAX has.
+    """
+    devices = [
+        # JAX knows the ordinals of its own process's devices alone.
+        Device(owner, number, ordinal if owner == process else None)
+        for owner, number, ordinal in gpus
+    ]
+    monkeypatch.setattr(engines, "_gpus", lambda: devices)
+    monkeypatch.setattr(engines, "jax", SimpleNamespace(process_index=lambda: process))
+    monkeypatch.setattr(runtime, "members", lambda: dict.fromkeys(others, 4711))
+
+
+#: Two GPUs of each of three processes, in no order; the ordinals of process 1 go down.
+GPUS = [(1, 2, 1), (0, 1, 1), (2, 5, 1), (1, 3, 0), (0, 0, 0), (2, 4, 0)]
+
+
+@pytest.mark.parametrize(
+    ("process", "ordinals"),
+    [(0, [0, 1, -1, -1, -1, -1]), (1, [-1, -1, 1, 0, -1, -1]), (2, [-1, -1, -1, -1, 0, 1])],
+)
+def test_all_processes_give_gpus_the_same_numbers(engine, native, monkeypatch, process, ordinals):
+    make_pod(monkeypatch, process, {0, 1, 2} - {process}, GPUS)
+    (member,) = runtime._pod_members
+    member.join()
+    expected = [(n, n // 2, ordinal) for n, ordinal in enumerate(ordinals)]
+    assert native.joined == [(process, expected)]
+
+
+def test_gpus_of_other_hosts_have_no_number(engine, native, monkeypatch):
+    make_pod(monkeypatch, 1, [2], GPUS)
+    numbers = {device.id: number for device, number in engine._numbers().items()}
+    assert numbers == {2: 0, 3: 1, 4: 2, 5: 3}
+    engine._join()
+    assert native.joined == [(1, [(0, 1, 1), (1, 1, 0), (2, 2, -1), (3, 2, -1)])]
+
+
+def test_without_gpus_nothing_is_joined(engine, native, monkeypatch):
+    make_pod(monkeypatch, 0, [1], [])
+    engine._join()
+    assert native.joined == []
+
+
+def test_failures_are_logged_before_leaving(engine, native, caplog):
+    native.failures = ["one GPU failed"]
+    native.failures_on_leaving = ["another GPU failed"]
+    engine._leave()
+    said = [record.message for record in caplog.records if record.name == "freeio_jax"]
+    assert said == ["one GPU failed", "another GPU failed"]
+
+
+def test_failures_are_logged_where_leaving_fails(engine, native, monkeypatch, caplog):
+    def leave():
+        raise RuntimeError("cudaDeviceSynchronize")
+
+    monkeypatch.setattr(native, "leave", leave)
+    native.failures = ["one GPU failed"]
+    with pytest.raises(RuntimeError, match="cudaDeviceSynchronize"):
+        engine._leave()
+    assert "one GPU failed" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(engines._native, "cuda"), reason="built without the CUDA engine")
+def test_failures_are_looked_for_before_every_run():
+    """XLA replays captured launches without a call of `execute`, but not without `initialize`."""
+    targets = engines._native.cuda.ffi_targets()
+    assert len(targets) == 4
+    for stages in targets.values():
+        assert set(stages) == {"instantiate", "initialize", "execute"}
