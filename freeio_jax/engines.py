@@ -30,7 +30,12 @@ def _register(native, registry: str) -> None:
 
 
 class _Engine:
-    """What the engines have in common: each lowered call prepares its engine and names itself."""
+    """What the engines have in common: each lowered call prepares its engine and names itself.
+
+    Attributes:
+      needs_devices: whether the mesh's devices must be known when a call is lowered.
+      takes_empty: whether custom calls may have buffers without elements on that platform.
+    """
 
     def __init__(self):
         self._last_module: object = None
@@ -59,6 +64,7 @@ class CpuEngine(_Engine):
     """Devices of one process, or of several on one host."""
 
     needs_devices = False
+    takes_empty = True
 
     @functools.cache  # noqa: B019 - engines live as long as the process
     def _start(self) -> None:
@@ -102,6 +108,8 @@ def _gpus() -> list:
 
 class CudaEngine(_Engine):
     """GPUs that reach each other's memory: of one process, or of several on one host."""
+
+    takes_empty = False  # XLA:GPU crashes when it compiles such a call
 
     def __init__(self):
         super().__init__()
@@ -157,19 +165,28 @@ class CudaEngine(_Engine):
             _tell_failures()
 
     def attributes(self, module_context):
-        """The number of each mesh device's GPU; the kernels check that it is the right one."""
+        """The number of each mesh device's GPU; the kernels check that it is the right one.
+
+        Where the mesh has no devices, they are taken to be JAX's, in their order. The one device
+        of a mesh may be any: the attribute is empty.
+        """
         mesh = module_context.axis_context.mesh
-        if not isinstance(mesh, jax.sharding.Mesh):
-            mesh = get_concrete_mesh()
-        if mesh.empty:
-            raise ValueError(
-                "freeio_jax: on GPUs the mesh's devices must be known when the program is lowered. "
-                "Call under jax.set_mesh(mesh), or pass mesh=... to jax.shard_map."
-            )
+        if not isinstance(mesh, jax.sharding.Mesh) and not (known := get_concrete_mesh()).empty:
+            mesh = known
         numbers = self._numbers()
+        if isinstance(mesh, jax.sharding.Mesh):
+            devices = mesh.devices.flat
+        else:
+            devices = [] if mesh.size == 1 else _gpus()[: mesh.size]
+            if len(devices) < mesh.size > 1:
+                raise ValueError(
+                    f"freeio_jax: the mesh has {mesh.size} devices, of which none is known here, "
+                    f"and JAX has {len(devices)} GPUs. Call under jax.set_mesh(mesh), or pass "
+                    "mesh=... to jax.shard_map."
+                )
         # Groups on other hosts are their processes' affair; one that spans hosts is refused when
         # it is called.
-        gpus = [numbers.get(device, -1) for device in mesh.devices.flat]
+        gpus = [numbers.get(device, -1) for device in devices]
         return {"gpus": np.asarray(gpus, np.int64), **super().attributes(module_context)}
 
     def check(self, layout, num_leaves=1):

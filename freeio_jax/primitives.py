@@ -110,11 +110,16 @@ def _lower(target, ctx, *operands, axes, layout, engine, scratch=(), **attribute
         )
     device_index_aval = core.ShapedArray((), np.uint32)
     rule = jax.ffi.ffi_lowering(target)
+    avals_in = ctx.avals_in
+    avals_out = [*ctx.avals_out, *(core.ShapedArray(*buffer) for buffer in scratch)]
+    if not engine.takes_empty:
+        operands = [
+            operand if aval.size else _zeros(_not_empty(aval))
+            for operand, aval in zip(operands, avals_in, strict=True)
+        ]
+        avals_in, avals_out = map(_not_empty, avals_in), map(_not_empty, avals_out)
     results = rule(
-        ctx.replace(
-            avals_in=[device_index_aval, *ctx.avals_in],
-            avals_out=[*ctx.avals_out, *(core.ShapedArray(*buffer) for buffer in scratch)],
-        ),
+        ctx.replace(avals_in=[device_index_aval, *avals_in], avals_out=[*avals_out]),
         _device_index(ctx),
         *operands,
         groups=_groups(mesh, axes).reshape(-1),
@@ -127,7 +132,19 @@ def _lower(target, ctx, *operands, axes, layout, engine, scratch=(), **attribute
         **engine.attributes(ctx.module_context),
         **{name: np.int64(value) for name, value in attributes.items()},
     )
-    return results[: len(ctx.avals_out)]
+    return [
+        result if aval.size else _zeros(aval)
+        for result, aval in zip(results, ctx.avals_out, strict=False)  # without the scratch
+    ]
+
+
+def _not_empty(aval):
+    """What stands for an array without elements: one along each dimension that has none."""
+    return core.ShapedArray(tuple(max(1, size) for size in aval.shape), aval.dtype)
+
+
+def _zeros(aval):
+    return mlir.ir_constant(np.zeros(aval.shape, aval.dtype))
 
 
 def _batch_as_loop(primitive, axis_data, args, dims, *, axes, **params):

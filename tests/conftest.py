@@ -15,6 +15,8 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Products of float32 in float32, also on GPUs: they are compared with numpy's.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 TEST_TIMEOUT_SECONDS = 180
 

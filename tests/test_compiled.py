@@ -4,11 +4,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 from helpers import make_mesh
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
+from freeio_jax.engines import ENGINES
 
 #: None of these touches memory.
 FREE = {"parameter", "partition-id", "get-tuple-element", "tuple", "bitcast"}
@@ -42,3 +44,69 @@ def test_a_layer_is_two_custom_calls():
     assert targets == ["freeio_dispatch", "freeio_combine"]
     assert opcodes.count("custom-call") == 2
     assert set(opcodes) <= FREE | {"custom-call"}, opcodes
+
+
+SIZES = {
+    # T, H, capacity
+    "no tokens": (0, 3, 4),
+    "no rows": (2, 3, 0),
+    "no width": (2, 0, 4),
+    "nothing at all": (0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("num_tokens, width, capacity", SIZES.values(), ids=SIZES)
+def test_buffers_without_elements_stay_out_of_the_calls(num_tokens, width, capacity, monkeypatch):
+    """XLA:GPU cannot compile such calls; what stands for them gives the same on every engine."""
+    monkeypatch.setattr(ENGINES["cpu"], "takes_empty", False)
+    mesh = make_mesh(2, axis_types=(AxisType.Auto,))
+
+    def layer(tokens, topk_idx, weights):
+        def exchange(tokens, weights):
+            out = fio.dispatch(
+                tokens, topk_idx, num_experts=2, axis_name="expert", capacity=capacity
+            )
+            return fio.combine(out.tokens, out.handle, weights), out
+
+        z, pull, out = jax.vjp(exchange, tokens, weights, has_aux=True)
+        handle = out.handle
+        counts = out.group_sizes, handle.expert_load, handle.num_dropped[None]
+        return z, out.tokens, *counts, *pull(jnp.ones_like(z))
+
+    spec = P("expert")
+    run = jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=spec, out_specs=spec))
+    tokens = jnp.ones((2 * num_tokens, width))
+    topk_idx = jnp.zeros((2 * num_tokens, 2), jnp.int32)
+    text = run.lower(tokens, topk_idx, topk_idx * 0.5).as_text()
+    calls = [line for line in text.splitlines() if "@freeio_" in line]
+    assert len(calls) == 4
+    assert not any(re.search(r"[<x]0x", line) for line in calls), calls
+    z, rows, sizes, load, dropped, d_tokens, d_weights = run(tokens, topk_idx, topk_idx * 0.5)
+    assert z.shape == d_tokens.shape == tokens.shape
+    assert rows.shape == (2 * capacity, width)
+    # Expert 0, on rank 0, is asked for by every assignment.
+    everything = 4 * num_tokens
+    kept = min(everything, capacity)
+    assert sizes.tolist() == [kept, 0]
+    assert load.tolist() == [everything, 0]
+    assert dropped.tolist() == [everything - kept, 0]
+    assert d_weights.shape == topk_idx.shape
+    assert not d_weights.any()
+
+
+def test_a_device_of_a_mesh_without_devices_may_be_any():
+    """On GPUs the call has to find out by itself where it runs."""
+
+    def layer(tokens, topk_idx):
+        out = fio.dispatch(tokens, topk_idx, num_experts=2, axis_name="expert")
+        return fio.combine(out.tokens, out.handle)
+
+    mesh = AbstractMesh((1,), ("expert",), axis_types=(AxisType.Explicit,))
+    layer = jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+    for device in jax.local_devices():
+        tokens, topk_idx = jax.device_put(
+            (jnp.arange(6.0).reshape(2, 3), jnp.array([[0, 1], [1, -1]], jnp.int32)), device
+        )
+        z = layer(tokens, topk_idx)
+        assert z.tolist() == [[0, 2, 4], [3, 4, 5]]
+        assert z.devices() == {device}

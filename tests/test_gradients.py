@@ -67,7 +67,8 @@ def test_weights_of_skipped_ids_stay_out_of_the_gradients(rng):
         jax.grad(partial(loss, sharded_moe(), topk_idx), argnums=(0, 1, 2))(tokens, w, params)
         for w in (weights, poisoned)
     )
-    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+    # To the last bit on CPU; on GPUs XLA may choose another product for each compilation.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), dirty, clean)
 
 
 def test_unit_weights(rng):

@@ -344,6 +344,7 @@ Status leave() {
 }
 
 Status state_of(const std::vector<int64_t>& gpus) {
+  if (gpus.empty()) return {};  // a rank without peers
   std::lock_guard lock(engine().mutex);
   int64_t missing = -1;
   bool has_own = false;

@@ -32,12 +32,14 @@ struct Instance {
 
   Layout layout;
   std::vector<int64_t> groups;  // mesh device indices, a group after the other, by rank
-  std::vector<int64_t> gpus;    // number of each mesh device's GPU; -1: of another host
-  uint32_t name;                // of the instance in its program
+  // Number of each mesh device's GPU; -1: of another host. Empty: a mesh of one device, whichever.
+  std::vector<int64_t> gpus;
+  uint32_t name;  // of the instance in its program
 
   // The member that runs on the GPU; the rank is -1 if none does.
   Member member(int gpu) const {
     Member found{{}, -1, 0, nullptr};
+    if (gpus.empty()) return {{gpu}, 0, static_cast<uint32_t>(groups.front()), nullptr};
     for (size_t i = 0; i < groups.size(); ++i) {
       if (gpus[groups[i]] != gpu) continue;
       const auto num_ranks = static_cast<size_t>(layout.num_ranks);

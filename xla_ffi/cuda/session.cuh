@@ -183,9 +183,9 @@ __device__ inline uint64_t to_local_address(const Exchange& x, const Session& s,
 }
 
 // Waits for the peers' signatures, compares them, and takes the addresses of `slots` (one bit for
-// each). All threads; the last ones do it, so that the first can wait for something else before.
-// After it, what the peers' programs had computed before this exchange may be read. False, for all
-// threads: this or an earlier wait of the CTA has failed.
+// each, at least one). All threads; the last ones do it, so that the first can wait for something
+// else before. After it, what the peers' programs had computed before this exchange may be read.
+// False, for all threads: this or an earlier wait of the CTA has failed.
 __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t slots) {
   constexpr int kWords = kSignatureWords + kMaxAddresses;
   for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < kWords * x.num_ranks;
@@ -194,23 +194,16 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
     const int word = i % kWords;
     if (rank == x.rank) continue;
     const Mailbox& box = mailbox(x, x.rank, rank);
-    // Partner: the fence before the peer's store_word, or the start of the peer's kernel.
-    const auto wait_for = [&](Step step, const Word* address, Word& found) {
-      return wait_until(x, s, step, rank, [&] {
-        found = load_acquire_word(address);
-        return has_arrived(found, s.epoch[rank]);
-      });
-    };
     if (word < kSignatureWords) {
       // A peer that has posted all this and then given up has its buffers no more. Partner: the
       // store in fail().
       const uint32_t aborted = load_relaxed_device(&self(x).aborted[x.gpu[rank]]);
-      Word found = 0;
+      Word found = load_word(&box.signature[word]);
       if (aborted != 0) {
         fail(x, s, kPeerGaveUp, rank);
         break;
       }
-      if (!wait_for(kWaitSignature, &box.signature[word], found)) break;
+      if (!wait_word(x, s, kWaitSignature, rank, &box.signature[word], found)) break;
       if (value_of(found) != x.signature[word]) {
         fail(x, s, kSignatureDiffers, rank, word, x.signature[word], value_of(found));
         break;
@@ -218,8 +211,14 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
     } else if (const int slot = word - kSignatureWords; slots >> slot & 1) {
       Word low = 0;
       Word high = 0;
-      if (!wait_for(kWaitAddress, &box.address[slot][0], low)) break;
-      if (!wait_for(kWaitAddress, &box.address[slot][1], high)) break;
+      // Both loads are on their way together. Partner: the fence before the peer's store_word, or
+      // the start of the peer's kernel.
+      const bool arrived = wait_until(x, s, kWaitAddress, rank, [&] {
+        low = load_word(&box.address[slot][0]);
+        high = load_acquire_word(&box.address[slot][1]);
+        return has_arrived(low, s.epoch[rank]) && has_arrived(high, s.epoch[rank]);
+      });
+      if (!arrived) break;
       s.address[rank][slot] =
           to_local_address(x, s, rank, static_cast<uint64_t>(value_of(high)) << 32 | value_of(low));
     }
