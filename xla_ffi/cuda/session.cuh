@@ -209,16 +209,15 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
         break;
       }
     } else if (const int slot = word - kSignatureWords; slots >> slot & 1) {
-      Word low = 0;
+      // Both loads are on their way together.
+      Word low = load_word(&box.address[slot][0]);
       Word high = 0;
-      // Both loads are on their way together. Partner: the fence before the peer's store_word, or
-      // the start of the peer's kernel.
       const bool arrived = wait_until(x, s, kWaitAddress, rank, [&] {
-        low = load_word(&box.address[slot][0]);
+        // Partner: the fence before the peer's store_word, or the start of the peer's kernel.
         high = load_acquire_word(&box.address[slot][1]);
-        return has_arrived(low, s.epoch[rank]) && has_arrived(high, s.epoch[rank]);
+        return has_arrived(high, s.epoch[rank]);
       });
-      if (!arrived) break;
+      if (!arrived || !wait_word(x, s, kWaitAddress, rank, &box.address[slot][0], low)) break;
       s.address[rank][slot] =
           to_local_address(x, s, rank, static_cast<uint64_t>(value_of(high)) << 32 | value_of(low));
     }
