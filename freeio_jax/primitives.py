@@ -94,12 +94,17 @@ def _where(mesh, axes):
     return f"{text} on {mesh.devices.flat[0].device_kind} devices, {within}"
 
 
-def _lower(target, ctx, *operands, axes, layout, engine, scratch=(), **attributes):
+def _lower(
+    target, ctx, *operands, axes, layout, engine, scratch=(), moves_nothing=False, **attributes
+):
     """One custom call: the device's mesh index, then the operands, as the engines expect.
 
     ``scratch``: (shape, dtype) of buffers that the engine needs beside the results. They are
     results of the call, so that XLA owns them, and end here.
+    ``moves_nothing``: the results are zeros, whatever the operands are.
     """
+    if not engine.takes_empty and moves_nothing:
+        return [*map(_zeros, ctx.avals_out)]
     # Each module has an iterator of its own; contexts within a module share it.
     engine.prepare(ctx.module_context.channel_iterator)
     mesh = ctx.module_context.axis_context.mesh
@@ -311,8 +316,14 @@ def _combine_any(rows, handle, **params):
     return bind(combine_p, *handle, rows, **params)
 
 
+def _lower_along(target, ctx, *args, layout, **params):
+    """As ``_lower``, for calls along a handle: without tokens or rows they have nothing to do."""
+    empty = layout.num_tokens == 0 or layout.capacity == 0
+    return _lower(target, ctx, *args, layout=layout, moves_nothing=empty, **params)
+
+
 dispatch_along_p = _define(
-    "dispatch_along", _dispatch_along_abstract_eval, partial(_lower, "freeio_dispatch_along")
+    "dispatch_along", _dispatch_along_abstract_eval, partial(_lower_along, "freeio_dispatch_along")
 )
 ad.primitive_jvps[dispatch_along_p] = _dispatch_along_jvp
 ad.primitive_transposes[dispatch_along_p] = _dispatch_along_transpose
@@ -358,7 +369,7 @@ def _combine_transpose(ct, *args, axes, layout):
 
 
 def _combine_lowering(ctx, *args, layout, engine, **params):
-    return _lower(
+    return _lower_along(
         "freeio_combine",
         ctx,
         *args,
@@ -538,7 +549,9 @@ def _combine_transpose_transpose(cts, *args, rows, weights, axes, layout):
 
 
 def _combine_transpose_lowering(ctx, *args, rows, weights, **params):
-    return _lower("freeio_combine_transpose", ctx, *args, rows=rows, weights=weights, **params)
+    return _lower_along(
+        "freeio_combine_transpose", ctx, *args, rows=rows, weights=weights, **params
+    )
 
 
 combine_transpose_p = _define(
