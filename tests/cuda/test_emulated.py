@@ -163,6 +163,8 @@ GEOMETRIES = {
     "sixteen ranks": Geometry(16, 5, 3, 32),
     "more ids than experts": Geometry(2, 9, 8, 4),
     "widest token": Geometry(2, 6, 32, 64),
+    "early rows": Geometry(3, 70, 3, 9),
+    "early rows, drops": Geometry(2, 64, 4, 8, capacity=100),
     "several tiles": Geometry(2, 1500, 8, 8, capacity=600),
 }
 

@@ -120,8 +120,10 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
   const int64_t all = int64_t{x.num_tokens} * x.top_k * x.num_ranks;
   size_t shared_bytes = dispatch_shared_bytes(
       routes, x.num_experts, static_cast<int>(std::min<int64_t>(all, kMaxSentByAll)));
-  params.prefetches =
-      routes == Routes::kByIds && shared_bytes + prefetch_bytes() <= kMostWithPrefetch;
+  // With fewer tokens nothing waits for the link, and starting it early takes longer than it saves.
+  constexpr int32_t kLeast = 64;
+  params.prefetches = routes == Routes::kByIds && x.num_tokens >= kLeast &&
+                      shared_bytes + prefetch_bytes() <= kMostWithPrefetch;
   if (params.prefetches) shared_bytes += prefetch_bytes();
   return {dispatch_function(routes), shared_bytes};
 }
