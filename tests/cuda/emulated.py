@@ -193,6 +193,7 @@ class Emulator:
         self._broken = False
         self._launches = {}  # by (GPU, peer)
         self._library.emulator_set_devices(num_gpus, num_sms)
+        self.set_num_sms(num_sms)  # all of them: by itself the engine leaves some to others
         self.set_seed(seed)
         self.set_timeout(timeout)
         #: Takes a number of bytes, gives memory that GPUs reach.

@@ -344,10 +344,12 @@ def test_the_same_seed_gives_the_same_schedule(new_machine, rng):
     topk_idx = routing(rng, geometry)
     x = values(rng, (2, 9, 4), "float32")
     weights = np.ones(geometry.topk_shape, np.float32)
-    machines = [new_machine(seed=seed) for seed in (1, 1, 2)]
+    machines = [new_machine(seed=seed) for seed in (1, 1, 2, 3, 4)]
     for machine in machines:
         all_operations(machine, geometry, topk_idx, x, weights)
-    assert machines[0].steps == machines[1].steps != machines[2].steps
+    first, again, *others = [machine.steps for machine in machines]
+    assert first == again
+    assert set(others) != {first}
 
 
 class Calls:

@@ -199,11 +199,15 @@ Status make_gpus(const std::map<int, int>& ordinals, bool shared, uint64_t timeo
 }
 
 // CTAs of a kernel: one for each multiprocessor, so that all run at once, but not many more
-// than have tokens.
+// than have tokens. Unless all are asked for, some multiprocessors are left for other kernels that
+// wait for their peers, NCCL's for instance: where each of two such kernels holds a GPU that the
+// other one needs, neither ends.
 uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
   constexpr int64_t kLeast = 16;
-  int64_t ctas = gpu.num_sms;
-  if (const int64_t limit = engine().num_sms; limit > 0) ctas = std::min(ctas, limit);
+  constexpr int64_t kSpare = 4;
+  const int64_t asked = engine().num_sms;
+  const int64_t ctas = asked > 0 ? std::min<int64_t>(asked, gpu.num_sms)
+                                 : std::max<int64_t>(gpu.num_sms - kSpare, 1);
   return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, 2 * layout.num_tokens)));
 }
 
