@@ -135,10 +135,17 @@ _outer.defvjp(lambda *args: (_outer(*args), args), _outer_backward)
 
 def _by_platform(function, *args):
     """Runs ``function(implementation)`` of the platform that the computation is compiled for."""
-    by_platform = {"cpu": function(implementation("cpu"))}
+    axes = varying_axes(*args)
+
+    def on(platform):
+        multiply = function(implementation(platform))
+        # A library's product may not say what its operands vary over; all branches must agree.
+        return lambda *args: vary(multiply(*args), axes)
+
+    by_platform = {"cpu": on("cpu")}
     if jax.default_backend() == "gpu":
-        by_platform["cuda"] = by_platform["rocm"] = function(implementation("gpu"))
-    return lax.platform_dependent(*args, **by_platform, default=function(implementation("default")))
+        by_platform["cuda"] = by_platform["rocm"] = on("gpu")
+    return lax.platform_dependent(*args, **by_platform, default=on("default"))
 
 
 # --- CPU: a loop over tiles of one group's rows ------------------------------------------------

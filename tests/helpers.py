@@ -145,7 +145,8 @@ def exchange_fn(geometry, mesh=None, axis_name="expert", weighted=True, api=fio,
 def pool_rows(geometry):
     """Rows that suffice for ``exchange_fn``'s pool."""
     if geometry.capacity is not None:
-        return geometry.capacity
+        # Not 0: XLA:GPU crashes when it compiles a program that returns an empty argument.
+        return max(1, geometry.capacity)
     return geometry.num_ranks * geometry.num_tokens * geometry.top_k + (
         geometry.num_experts * geometry.alignment
     )

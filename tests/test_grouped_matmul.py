@@ -171,6 +171,33 @@ def test_a_candidate_is_tried_out_first():
         module._try_out(wrong)
 
 
+def test_a_product_may_forget_what_its_operands_vary_over(monkeypatch):
+    """As tokamax's gradient does: beside it, in the same program, is this platform's own."""
+
+    def forgets(shape_of):
+        return lambda rows, other, sizes, **_: jnp.zeros(shape_of(rows, other, sizes), rows.dtype)
+
+    forgetful = dataclasses.replace(
+        implementation("default"),
+        multiply=forgets(lambda rows, weights, _: (len(rows), weights.shape[2])),
+        outer=forgets(lambda r, c, sizes: (len(sizes), r.shape[1], c.shape[1])),
+    )
+    own = implementation("cpu")
+    monkeypatch.setattr(
+        module, "implementation", lambda platform: own if platform == "cpu" else forgetful
+    )
+    rows, weights = jnp.ones((8, 4)), jnp.ones((4, 4, 4))
+    spec = P("expert")
+
+    def loss(rows, weights):
+        product = grouped_matmul(rows, weights, jnp.array([3, 1]))
+        return jax.lax.psum(product.sum(), "expert")
+
+    mapped = jax.shard_map(jax.grad(loss, (0, 1)), mesh=make_mesh(2), in_specs=spec, out_specs=spec)
+    d_rows, d_weights = jax.jit(mapped)(rows, weights)
+    assert (d_rows.shape, d_weights.shape) == (rows.shape, weights.shape)
+
+
 def test_a_gpu_without_tokamax_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     chosen = implementation.__wrapped__("gpu")
