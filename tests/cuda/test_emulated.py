@@ -549,7 +549,7 @@ def test_a_rank_that_never_comes(new_machine):
     for rank in (0, 1):
         launch_dispatch(machine, group, rank, geometry)
     machine.synchronize()
-    cause = r"rank \d waited 5 s for rank 2, for the (beginning of the call|number of rows)"
+    cause = r"rank \d waited 5 s for rank 2, for the (beginning of the call|routing of its tokens)"
     messages = errors_of(machine, group, (0, 1), geometry)
     assert_failed(messages, cause)
     assert any(message.startswith("DEADLINE_EXCEEDED") for message in messages)
@@ -665,6 +665,20 @@ def test_ranks_with_different_numbers_of_ctas(new_machine):
     machine.synchronize()
     cause = r"differ in the number of CTAs \((2 and 1|1 and 2)\)"
     assert_failed(errors_of(machine, group, (0, 1)), cause)
+
+
+def test_some_multiprocessors_are_left_to_others(new_machine):
+    """NCCL's kernels, for instance: two that hold a GPU each would wait for each other."""
+    machine = new_machine(num_sms=12)
+    group = Group((0, 1))
+    machine.set_num_sms(0)  # the engine's choice
+    launch_dispatch(machine, group, 0)
+    machine.set_num_sms(3)
+    launch_dispatch(machine, group, 1)
+    machine.synchronize()
+    assert_failed(
+        errors_of(machine, group, (0, 1)), r"differ in the number of CTAs \((8 and 3|3 and 8)\)"
+    )
 
 
 def test_another_mesh_device_than_the_compiled_one(new_machine):

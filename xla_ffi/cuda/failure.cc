@@ -17,7 +17,7 @@ const char* text_of(int step) {
     case kWaitAddress:
       return "the beginning of the call";
     case kWaitCounts:
-      return "the number of rows for each expert";
+      return "the routing of its tokens";
     case kWaitRoutes:
       return "the rows that its tokens get";
     case kWaitPartialSums:
