@@ -127,6 +127,20 @@ def groups():
             run(24, groups=count, seed=count)
 
 
+def again():
+    """A program that ran before shutdown() is refused after it, and compiled anew if asked for."""
+    layer = Layer(make_mesh(), 16, 8, 0)
+    layer.check(layer())
+    fio.shutdown()
+    fio.initialize()
+    try:
+        layer()
+    except Exception as error:  # XLA's own type
+        print(f"ERROR {error}".replace("\n", " "), flush=True)
+    jax.clear_caches()
+    layer.check(layer())
+
+
 def growth():
     """XLA's pool grows from call to call: set XLA_PYTHON_CLIENT_PREALLOCATE=false."""
     for exponent in range(4, 15, 2):

@@ -50,6 +50,12 @@ def test_exchanges(run, scenario, shape):
     assert all("FINISHED" in text for text in said)
 
 
+def test_a_program_of_before_shutdown(run):
+    _, status, said = run("again")
+    assert status == 0, said
+    assert all("jax.clear_caches()" in text for text in said), said
+
+
 def test_a_pool_that_grows(run):
     _, status, said = run("growth", XLA_PYTHON_CLIENT_PREALLOCATE="false")
     assert status == 0, said

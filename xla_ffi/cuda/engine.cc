@@ -58,6 +58,7 @@ struct Engine {
   std::vector<std::unique_ptr<Peers>> left;  // of pods that this process is in no more
   std::vector<std::string> untold;           // failures of GPUs that are gone since
   bool started = false;
+  std::atomic<uint64_t> generation{0};
   std::atomic<uint64_t> timeout_ns{60'000'000'000};
   std::atomic<int64_t> num_sms{0};
 
@@ -267,6 +268,8 @@ void set_timeout(double seconds) {
   }
 }
 
+uint64_t generation() { return engine().generation; }
+
 void set_num_sms(int64_t num_sms) { engine().num_sms = num_sms; }
 
 Memory memory() {
@@ -297,6 +300,7 @@ Status start(const std::vector<int>& ordinals) {
   if (!status.ok()) return status;
   engine().gpus = std::move(gpus);
   engine().started = true;
+  ++engine().generation;
   return {};
 }
 
@@ -322,6 +326,7 @@ Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
     engine().gpus = std::move(gpus);
     engine().peers = std::move(peers);
     engine().started = true;
+    ++engine().generation;
   }
   // Not locked: a peer that dies meanwhile is heard of on another thread.
   return connecting->connect(engine().timeout());

@@ -38,6 +38,10 @@ Status join(host::Pod& pod, int process, const std::vector<PodGpu>& gpus);
 // Failures that take_failure() has not returned by then are kept for it.
 Status leave();
 
+// Which start() or join() the GPUs' memory is of: 1, 2, ... Launches that XLA captured under an
+// earlier one name memory that is there no more.
+uint64_t generation();
+
 // Bytes of device memory.
 struct Memory {
   int64_t owned_bytes = 0;   // by the engine, on each GPU

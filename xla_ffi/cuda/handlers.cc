@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -34,7 +35,8 @@ struct Instance {
   std::vector<int64_t> groups;  // mesh device indices, a group after the other, by rank
   // Number of each mesh device's GPU; -1: of another host. Empty: a mesh of one device, whichever.
   std::vector<int64_t> gpus;
-  uint32_t name;  // of the instance in its program
+  uint32_t name;                        // of the instance in its program
+  std::atomic<uint64_t> generation{0};  // of the engine when it first ran; 0: it has not
 
   // The member that runs on the GPU; the rank is -1 if none does.
   Member member(int gpu) const {
@@ -65,9 +67,12 @@ ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) 
   }
   const host::InstanceName name =
       host::name_instance(identity_of(static_cast<int64_t>(kOperation), *call, attributes));
-  return std::make_unique<Instance>(Instance{
-      call->layout, std::move(call->groups), std::vector<int64_t>(gpus->begin(), gpus->end()),
-      Digest({static_cast<int64_t>(name.attributes), name.ordinal}).folded()});
+  auto instance = std::make_unique<Instance>();
+  instance->layout = call->layout;
+  instance->groups = std::move(call->groups);
+  instance->gpus.assign(gpus->begin(), gpus->end());
+  instance->name = Digest({static_cast<int64_t>(name.attributes), name.ordinal}).folded();
+  return instance;
 }
 
 void read_leaves(Buffers& buffers, DispatchParams& params) {
@@ -142,6 +147,15 @@ Kernel read_combine_transpose(Buffers& buffers, const ffi::Dictionary& attribute
 // XLA calls it before every run of a program. It does not call execute() where it replays the
 // launches of an earlier run, and nobody would be told there that an exchange has failed.
 ffi::Error initialize(Instance* instance, ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+  const uint64_t now = generation();
+  uint64_t then = 0;
+  if (!instance->generation.compare_exchange_strong(then, now) && then != now) {
+    return ffi::Error(
+        ffi::ErrorCode::kFailedPrecondition,
+        "freeio_jax: this program ran before freeio_jax.shutdown(), and what XLA has "
+        "captured of it names memory of then. Call jax.clear_caches(), and it will be "
+        "compiled anew.");
+  }
   return to_error(state_of(instance->gpus));
 }
 
