@@ -149,7 +149,8 @@ def _not_empty(aval):
 
 
 def _zeros(aval):
-    return mlir.ir_constant(np.zeros(aval.shape, aval.dtype))
+    # Lowered as a broadcast of one zero.
+    return mlir.ir_constant(np.broadcast_to(np.zeros((), aval.dtype), aval.shape))
 
 
 def _batch_as_loop(primitive, axis_data, args, dims, *, axes, **params):
@@ -319,6 +320,7 @@ def _combine_any(rows, handle, **params):
 def _lower_along(target, ctx, *args, layout, **params):
     """As ``_lower``, for calls along a handle: without tokens or rows they have nothing to do."""
     empty = layout.num_tokens == 0 or layout.capacity == 0
+    empty = empty or not any(aval.size for aval in ctx.avals_out)
     return _lower(target, ctx, *args, layout=layout, moves_nothing=empty, **params)
 
 

@@ -91,8 +91,8 @@ def config(**settings: Any) -> dict[str, Any]:
         that names the missing ones. Default 60; environment variable ``FREEIO_TIMEOUT``. Holds
         for exchanges that begin after the call.
       num_sms: multiprocessors of a GPU that one exchange may use. Default None: all but
-        four, which are left to other kernels; environment variable ``FREEIO_NUM_SMS``. Holds for programs and command buffers
-        that begin after the call.
+        four, which are left to other kernels; environment variable ``FREEIO_NUM_SMS``. Holds for
+        programs and command buffers that begin after the call.
       verbosity: what goes to the logger ``freeio_jax``: 0 nothing, 1 what was chosen when
         something started (engine, processes, how long it took), 2 each compiled exchange as well.
         Written to stderr where the program has not set up Python's logging. Default 0; environment

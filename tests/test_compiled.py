@@ -79,8 +79,9 @@ def test_buffers_without_elements_stay_out_of_the_calls(num_tokens, width, capac
     topk_idx = jnp.zeros((2 * num_tokens, 2), jnp.int32)
     text = run.lower(tokens, topk_idx, topk_idx * 0.5).as_text()
     calls = [line for line in text.splitlines() if "@freeio_" in line]
-    # Without tokens or rows there is nothing to do but the routing.
-    assert len(calls) == (4 if num_tokens and capacity else 1)
+    # Without tokens or rows there is nothing to do but the routing; without width, but that and the
+    # weights' gradient, which is zero.
+    assert len(calls) == (2 if num_tokens and capacity else 1)
     types = [line.rsplit(" : ", 1)[1] for line in calls]
     assert not any(re.search(r"[<x]0x", text) for text in types), types
     z, rows, sizes, load, dropped, d_tokens, d_weights = run(tokens, topk_idx, topk_idx * 0.5)

@@ -305,6 +305,21 @@ def test_combine_transpose(machine, rng, name):
     check_transposed(grads, geometry, placement, cotangent, weights, expert_out)
 
 
+def test_wide_rows_of_a_token_with_many_assignments(machine, rng):
+    """One token's dot products, one for each slice of a row, fill the shared memory."""
+    geometry = Geometry(16, 1, 32, 32, capacity=40)
+    _, out, placement = run_dispatch(machine, rng, geometry)
+    width = 1601  # odd: no wide accesses
+    weights = rng.standard_normal(geometry.topk_shape)
+    cotangent = values(rng, (16, 1, width), "float64")
+    expert_out = values(rng, (16, 40, width), "float64")
+    grads = combine_transpose(
+        machine, geometry, out, cotangent, weights=weights, expert_out=expert_out
+    )
+    machine.synchronize()
+    check_transposed(grads, geometry, placement, cotangent, weights, expert_out)
+
+
 # --- Schedules -----------------------------------------------------------------------------------
 
 

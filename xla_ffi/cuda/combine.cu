@@ -365,7 +365,7 @@ template <typename Accumulator>
 __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& tile,
                                RouteTile<Accumulator>& routes) {
   const Exchange& x = p.exchange;
-  routes.begin(x, tile, 0, x.num_ranks);
+  routes.begin(x, tile);
   if (p.sends_routes) {
     routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights);
   } else {

@@ -13,6 +13,11 @@ namespace {
 
 constexpr int kSharedBytes = 96 << 10;  // for the routes of a tile and its dot products
 
+// Assignments whose routes and dot products fit.
+__host__ __device__ constexpr int tile_capacity(size_t accumulator_bytes, int num_slices) {
+  return kSharedBytes / static_cast<int>(2 * sizeof(int) + accumulator_bytes * (1 + num_slices));
+}
+
 template <typename Element, int kCount>
 struct CombineTranspose {
   using Accumulator = typename Element::Accumulator;
@@ -31,12 +36,6 @@ struct CombineTranspose {
   const RouteTile<Accumulator>& routes_of;
   Accumulator* slice_dots;  // [R, tokens, K, num_slices], in shared memory
   const Tile& tile;
-
-  // Assignments whose dot products, and routes, fit in shared memory.
-  __device__ static int tile_capacity(int num_slices) {
-    return kSharedBytes /
-           static_cast<int>(2 * sizeof(int) + sizeof(Accumulator) * (1 + num_slices));
-  }
 
   struct Rows {
     int rows[kRows];
@@ -190,12 +189,12 @@ __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shar
   if (!receive_addresses(x, s, kSlots)) return;
   using Op = CombineTranspose<Element, kCount>;
   using Accumulator = typename Element::Accumulator;
-  const int capacity = Op::tile_capacity(p.num_slices);
+  const int capacity = tile_capacity(sizeof(Accumulator), p.num_slices);
   auto* dots = static_cast<Accumulator*>(shared_memory);
   RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
   const Tiles tiles(chunk, capacity / (x.num_ranks * x.top_k));
   tiles.for_each(s, [&](const Tile& tile) {
-    routes.begin(x, tile, 0, x.num_ranks);
+    routes.begin(x, tile);
     routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
     __syncthreads();
     const Op op{p, x, s, routes, dots, tile};
@@ -224,6 +223,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 size_t combine_transpose_shared_bytes() { return kSharedBytes; }
+
+bool combine_transpose_fits(size_t accumulator_bytes, int num_slices, int assignments) {
+  return tile_capacity(accumulator_bytes, num_slices) >= assignments;
+}
 
 const void* combine_transpose_function(DType dtype, bool wide) {
   const void* function = nullptr;

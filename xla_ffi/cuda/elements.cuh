@@ -111,10 +111,6 @@ struct TokenRoutes {
 
   // Lanes whose row is on `where`.
   __device__ uint32_t on(int where) const { return __ballot_sync(kFullWarp, rank == where); }
-  // One bit for each rank that has a row.
-  __device__ uint32_t ranks() const {
-    return __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
-  }
 };
 
 // A row and its rank in one word.
@@ -173,15 +169,13 @@ __device__ inline void send_routes(const Exchange& x, const Session& s, SentAssi
   }
 }
 
-// The routes of a tile's tokens, of some ranks: [ranks, tokens, K] in shared memory.
+// The routes of a tile's tokens, of all ranks: [R, tokens, K] in shared memory.
 template <typename Accumulator>
 struct RouteTile {
   Accumulator* weights;
   int* ranks;
   int* rows;
-  int first_rank = 0;  // whose routes come first, those of the next ranks follow
   int num_ranks = 0;
-  int modulus = 1;   // R
   int per_rank = 0;  // assignments
   int top_k = 0;
 
@@ -190,11 +184,8 @@ struct RouteTile {
         ranks(reinterpret_cast<int*>(weights + capacity)),
         rows(ranks + capacity) {}
 
-  // The routes are those of `count` ranks.
-  __device__ void begin(const Exchange& x, const Tile& tile, int first, int count) {
-    first_rank = first;
-    num_ranks = count;
-    modulus = x.num_ranks;
+  __device__ void begin(const Exchange& x, const Tile& tile) {
+    num_ranks = x.num_ranks;
     top_k = x.top_k;
     per_rank = tile.size() * top_k;
   }
@@ -246,9 +237,9 @@ struct RouteTile {
     }
   }
   __device__ int size() const { return per_rank * num_ranks; }
-  __device__ int rank_of(int i) const { return (first_rank + i / per_rank) % modulus; }
+  __device__ int rank_of(int i) const { return i / per_rank; }
   __device__ int first_of(int rank, int tile_token) const {
-    return (rank - first_rank + modulus) % modulus * per_rank + tile_token * top_k;
+    return rank * per_rank + tile_token * top_k;
   }
   __device__ TokenRoutes<Accumulator> of(int rank, int tile_token) const {
     TokenRoutes<Accumulator> routes;

@@ -17,7 +17,7 @@ inline int32_t block_rows(int32_t capacity) {
 // A step through the blocks of packed rows that visits each once, consecutive ones far apart.
 inline int32_t spreading_stride(int32_t capacity) {
   const int32_t each = block_rows(capacity);
-  const int32_t blocks = (capacity + each - 1) / each;
+  const int32_t blocks = (capacity - 1) / each + 1;
   auto stride = static_cast<int32_t>(blocks * int64_t{618} / 1000 + 1);
   while (std::gcd(stride, blocks) > 1) ++stride;
   return stride;

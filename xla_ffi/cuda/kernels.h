@@ -16,7 +16,7 @@ const void* dispatch_function(Routes routes);
 size_t dispatch_shared_bytes(Routes routes, int num_experts, int assignments_of_all);
 // More of it, for rows that are fetched early: where it does not exceed this.
 size_t prefetch_bytes();
-constexpr size_t kMostWithPrefetch = 160 << 10;
+constexpr size_t kMostWithPrefetch = 152 << 10;
 
 // CombineParams, CombineTransposeParams. `wide`: 16 bytes for each access of a lane, for rows and
 // buffers that allow it; else one element.
@@ -24,6 +24,8 @@ const void* combine_function(DType dtype, bool wide);
 size_t combine_shared_bytes();
 const void* combine_transpose_function(DType dtype, bool wide);
 size_t combine_transpose_shared_bytes();
+// Whether so many assignments, those of one token of each rank, fit in it.
+bool combine_transpose_fits(size_t accumulator_bytes, int num_slices, int assignments);
 
 int threads_per_cta();
 

@@ -30,7 +30,8 @@ __device__ inline uint64_t load_word(const uint64_t* word) {
 }
 
 // The same; what the peer wrote before its last fence, or before its kernel began, is seen after
-// it.
+// it. (The start of a kernel is no release in PTX's model. What this relies on is that the kernels
+// before it have ended: their writes are in the memory of their GPU by then.)
 __device__ inline uint64_t load_acquire_word(const uint64_t* word) {
   uint64_t value;
   asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");

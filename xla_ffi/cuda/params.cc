@@ -152,7 +152,13 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
 Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,
                                   CombineTransposeParams& params) {
   const bool wide = is_wide(type, {params.tokens, params.expert_out, params.rows});
-  cut_rows(type, wide, transpose_slice(params.exchange.num_tokens), params);
+  const int assignments = params.exchange.num_ranks * params.exchange.top_k;
+  const size_t accumulator_bytes = type.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  int64_t slice = transpose_slice(params.exchange.num_tokens);
+  do {
+    cut_rows(type, wide, slice, params);
+    slice *= 2;
+  } while (!combine_transpose_fits(accumulator_bytes, params.num_slices, assignments));
   post_routes(params);
   post(kWeights, params.weights, params.exchange);
   post(kWeightGrads, params.weight_grads, params.exchange);

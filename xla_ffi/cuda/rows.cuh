@@ -23,7 +23,7 @@ struct Work {
 
   __device__ Work(const Tile& tile, int pulls_per_token, int capacity, const Blocks& padding)
       : pulls(tile.size() * pulls_per_token),
-        all_blocks((capacity + padding.rows - 1) / padding.rows),
+        all_blocks((capacity - 1) / padding.rows + 1),
         all(padding) {
     const int mine = (all_blocks + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
     first_block = share(mine, tile.number, tile.count);

@@ -227,8 +227,10 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
   return !__syncthreads_or(has_failed(s));
 }
 
-// This CTA needs its peers' buffers no more, nor do its peers theirs of it: says so, once in each
-// kernel. CTA 0 waits until all CTAs of all ranks have said it, and closes the exchange. One warp.
+// This CTA reads its peers' buffers no more, and what it has stored to them by now is there: says
+// so, once in each kernel. (What combine stores later has arrival flags of its own, and whose it is
+// waits for all of them.) CTA 0 waits until all CTAs of all ranks have said it, and closes the
+// exchange. One warp.
 __device__ inline void conclude(const Exchange& x, Session& s) {
   ControlBlock& control = self(x);
   const int rank = lane_id();

@@ -184,14 +184,6 @@ T atomicAdd(T* address, T amount) {
   return before;
 }
 template <typename T>
-T atomicMax(T* address, T value) {
-  emulator::preempt();
-  const T before = *address;
-  *address = before < value ? value : before;
-  emulator::stored(address);
-  return before;
-}
-template <typename T>
 T atomicExch(T* address, T value) {
   emulator::preempt();
   const T before = *address;
