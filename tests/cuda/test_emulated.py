@@ -558,12 +558,23 @@ def assert_failed(messages, cause, *, gave_up=r"rank \d gave this call up"):
         assert re.search(f"{cause}|{gave_up}", message), message
 
 
+def assert_spoiled(out):
+    """Nothing of a dispatch's results can be taken for data, and the sizes fit any rows."""
+    integers = {name: array for name, array in vars(out).items() if name != "rows"}
+    assert not integers.pop("group_sizes").any()
+    for name, array in integers.items():
+        assert (array == -1).all(), name
+    for rows in out.rows:
+        assert (rows.reshape(-1).view(np.uint8) == 0xFF).all()
+
+
 def test_a_rank_that_never_comes(new_machine):
-    machine = new_machine(timeout=5)
-    group, geometry = Group((0, 1, 2)), Geometry(3, 6, 2, 6)
-    for rank in (0, 1):
-        launch_dispatch(machine, group, rank, geometry)
+    machine = new_machine(timeout=5, num_sms=3)
+    group, geometry = Group((0, 1, 2)), Geometry(3, 60, 2, 6)
+    results = [launch_dispatch(machine, group, rank, geometry) for rank in (0, 1)]
     machine.synchronize()
+    for out in results:
+        assert_spoiled(out)
     cause = r"rank \d waited 5 s for rank 2, for the (beginning of the call|routing of its tokens)"
     messages = errors_of(machine, group, (0, 1), geometry)
     assert_failed(messages, cause)
@@ -608,9 +619,10 @@ def test_a_failed_gpu_takes_no_further_call_and_others_do(new_machine, rng):
 def test_calls_launched_before_the_failure_is_known_end(new_machine):
     machine = new_machine(timeout=1)
     group = Group((0, 1))
-    for _ in range(3):
-        launch_dispatch(machine, group, 0)
+    results = [launch_dispatch(machine, group, 0) for _ in range(3)]
     machine.synchronize()
+    for out in results:
+        assert_spoiled(out)
     assert_failed(errors_of(machine, group, [0]), "rank 0 waited 1 s for rank 1.*exchange 1 of")
 
 

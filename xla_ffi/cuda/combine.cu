@@ -412,9 +412,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     combine_kernel(const __grid_constant__ CombineParams p) {
   __shared__ Session s;
   exchange<Element, kCount>(p, s, dynamic_shared_memory<void>());
-  __syncthreads();
-  if (!has_failed(s)) return;
-  spoil(p.sums, int64_t{p.exchange.num_tokens} * p.width * static_cast<int64_t>(sizeof(Element)));
+  leave(p.exchange, s, [&](const Share& share) {
+    const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
+    spoil(share, p.sums, p.exchange.num_tokens * row_bytes);
+  });
 }
 
 }  // namespace

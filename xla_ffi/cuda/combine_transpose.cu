@@ -212,12 +212,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     combine_transpose_kernel(const __grid_constant__ CombineTransposeParams p) {
   __shared__ Session s;
   exchange<Element, kCount>(p, s, dynamic_shared_memory<void>());
-  __syncthreads();
-  if (!has_failed(s)) return;
-  const Exchange& x = p.exchange;
-  const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
-  spoil(p.rows, int64_t{x.capacity} * p.width * static_cast<int64_t>(sizeof(Element)));
-  spoil(p.weight_grads, assignments * static_cast<int64_t>(sizeof(typename Element::Accumulator)));
+  leave(p.exchange, s, [&](const Share& share) {
+    const Exchange& x = p.exchange;
+    const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
+    const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
+    const auto weight_bytes = static_cast<int64_t>(sizeof(typename Element::Accumulator));
+    spoil(share, p.rows, x.capacity * row_bytes);
+    spoil(share, p.weight_grads, assignments * weight_bytes);
+  });
 }
 
 }  // namespace

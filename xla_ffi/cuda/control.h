@@ -83,7 +83,10 @@ struct ControlBlock {
   uint32_t epoch[kMaxRanks];  // exchanges completed with each peer
   uint32_t ended[kMaxRanks];  // CTAs of each peer in those exchanges
   uint32_t prepared;          // CTAs of the running kernel that have prepared their scratch
+  uint32_t left;              // CTAs of the running kernel that are at its end; 0: all
   uint32_t failed;            // not 0: an exchange failed, and no further one is run
+  uint32_t failing;           // CTAs of the failed exchange that know
+  uint32_t spoiled;           // not 0: its results are known not to be data
 };
 
 // Steps at which a rank waits or gives up. Texts for the error are in engine.cc, in this order.

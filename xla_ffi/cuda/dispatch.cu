@@ -242,23 +242,23 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
 }
 
 template <bool kRouted>
-__device__ void spoil_results(const DispatchParams& p) {
+__device__ void spoil_results(const DispatchParams& p, const Share& share) {
   const Exchange& x = p.exchange;
   for (int i = 0; i < p.num_leaves; ++i) {
-    spoil(p.leaves[i].rows, p.leaves[i].row_bytes * x.capacity);
+    spoil(share, p.leaves[i].rows, p.leaves[i].row_bytes * x.capacity);
   }
   if (!kRouted) return;
   const int64_t assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
   const int64_t int_bytes = sizeof(int32_t);
   const int experts = x.num_experts / x.num_ranks;
-  spoil(p.dest_rank, assignments * int_bytes);
-  spoil(p.dest_row, assignments * int_bytes);
-  spoil(p.row_source, x.capacity * int_bytes);
-  spoil(p.expert_load, experts * int_bytes);
-  spoil(p.num_dropped, int_bytes);
-  spoil(p.num_invalid, int_bytes);
+  spoil(share, p.dest_rank, assignments * int_bytes);
+  spoil(share, p.dest_row, assignments * int_bytes);
+  spoil(share, p.row_source, x.capacity * int_bytes);
+  spoil(share, p.expert_load, experts * int_bytes);
+  spoil(share, p.num_dropped, int_bytes);
+  spoil(share, p.num_invalid, int_bytes);
   // Sizes that a matrix product can live with.
-  if (blockIdx.x != 0) return;
+  if (share.number != 0) return;
   for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) p.group_sizes[e] = 0;
 }
 
@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     dispatch_kernel(const __grid_constant__ DispatchParams p) {
   __shared__ Session s;
   exchange<kRoutes>(p, s, dynamic_shared_memory<void>());
-  __syncthreads();
-  if (has_failed(s)) spoil_results<kRoutes != Routes::kOfHandle>(p);
+  leave(p.exchange, s,
+        [&](const Share& share) { spoil_results<kRoutes != Routes::kOfHandle>(p, share); });
 }
 
 }  // namespace

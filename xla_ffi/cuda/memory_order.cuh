@@ -57,11 +57,22 @@ __device__ inline void add_release_system(uint32_t* counter, uint32_t amount) {
   asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
 }
 
+// Counts to `last` and starts again at 0. Nothing is ordered by it, and nobody waits for it here.
+__device__ inline void count_around_device(uint32_t* counter, uint32_t last) {
+  asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;" ::"l"(counter), "r"(last) : "memory");
+}
+
 // A flag of this GPU that its own CTAs raise; nothing is ordered by it.
 __device__ inline uint32_t load_relaxed_device(const uint32_t* word) {
   uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
+}
+
+// About that long, at most 1000.
+template <uint32_t kMicroseconds>
+__device__ inline void sleep_microseconds() {
+  asm volatile("nanosleep.u32 %0;" ::"n"(kMicroseconds * 1000));
 }
 
 __device__ inline uint64_t nanoseconds() {

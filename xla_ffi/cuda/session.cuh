@@ -16,6 +16,12 @@ constexpr uint32_t kFullWarp = 0xffffffffu;
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 
+// One of several CTAs that do something together.
+struct Share {
+  uint32_t number;
+  uint32_t of;
+};
+
 // What the threads of one CTA share of its exchange.
 struct Session {
   uint32_t epoch[kMaxRanks];                   // of this exchange, with each rank
@@ -24,6 +30,7 @@ struct Session {
   uint32_t failed;
   uint32_t device;     // this device's index in the mesh
   uint32_t next_item;  // of the CTA's work
+  Share share;         // of the results of a failed exchange
 
   template <typename T>
   __device__ T* buffer(int rank, int slot) const {
@@ -259,17 +266,59 @@ __device__ inline void finish(const Exchange& x, Session& s) {
   if (warp_id() == 0) conclude(x, s);
 }
 
-// Fills this CTA's share of a failed exchange's result with ones: NaN, or -1, which nobody takes
-// for data, and later calls not for a row. All threads.
-__device__ inline void spoil(void* result, int64_t bytes) {
+// Fills a share of a failed exchange's result with ones: NaN, or -1, which nobody takes for data,
+// and later calls not for a row. All threads.
+__device__ inline void spoil(const Share& share, void* result, int64_t bytes) {
   if (result == nullptr) return;
   auto* words = static_cast<uint32_t*>(result);
   const int64_t count = bytes / static_cast<int64_t>(sizeof(uint32_t));
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(share.of) * kThreads;
+  const int64_t begin = static_cast<int64_t>(share.number) * kThreads + threadIdx.x;
   for (int64_t i = begin; i < count; i += step) words[i] = ~0u;
   auto* rest = static_cast<uint8_t*>(result) + count * sizeof(uint32_t);
   if (begin < bytes % static_cast<int64_t>(sizeof(uint32_t))) rest[begin] = 0xff;
+}
+
+// The share of this CTA, which knows of the failure, in spoiling the results. One thread. When it
+// has it, no CTA stores to them any more.
+__device__ inline Share await_spoiling(const Exchange& x) {
+  ControlBlock& control = self(x);
+  // An earlier kernel failed: all CTAs know.
+  if (load_relaxed_device(&control.spoiled) != 0) return {blockIdx.x, gridDim.x};
+  const uint32_t number = atomicAdd(&control.failing, 1u);
+  fence_system();
+  count_around_device(&control.left, gridDim.x - 1);
+  // Who does not know ends as always, who waits hears of it: both in bounded time. Bounded again,
+  // in case that one of them is lost.
+  const volatile HostBlock& host = *x.host;
+  const uint64_t begin = nanoseconds();
+  bool all = false;
+  while (!all && nanoseconds() - begin <= 2 * host.timeout_ns) {
+    constexpr int kPollsBetweenChecks = 1024;
+    for (int poll = 0; !all && poll < kPollsBetweenChecks; ++poll) {
+      all = load_relaxed_device(&control.left) == 0;
+    }
+  }
+  fence_system();
+  const uint32_t failing = load_relaxed_device(&control.failing);
+  // What the others have stored last is on its way.
+  sleep_microseconds<100>();
+  atomicExch(&control.spoiled, 1u);
+  return all ? Share{number, failing} : Share{blockIdx.x, gridDim.x};
+}
+
+// Last phase of every kernel. Where the exchange has failed, spoil_results(share) is called by all
+// CTAs that know, when no other one stores results any more. All threads.
+template <typename Spoil>
+__device__ void leave(const Exchange& x, Session& s, const Spoil& spoil_results) {
+  __syncthreads();
+  if (!has_failed(s)) {
+    if (threadIdx.x == 0) count_around_device(&self(x).left, gridDim.x - 1);
+    return;
+  }
+  if (threadIdx.x == 0) s.share = await_spoiling(x);
+  __syncthreads();
+  spoil_results(s.share);
 }
 
 // Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them.

@@ -50,11 +50,21 @@ inline void add_release_system(uint32_t* counter, uint32_t amount) {
   emulator::stored(counter);
 }
 
+inline void count_around_device(uint32_t* counter, uint32_t last) {
+  emulator::preempt();
+  __atomic_store_n(counter, *counter >= last ? 0 : *counter + 1, __ATOMIC_RELAXED);
+  emulator::stored(counter);
+}
+
 inline uint32_t load_relaxed_device(const uint32_t* word,
                                     emulator::Place place = emulator::Place::here()) {
   emulator::before_load(word, sizeof(*word), place);
   return __atomic_load_n(word, __ATOMIC_RELAXED);
 }
+
+// What was stored is there at once on the machine, words aside.
+template <uint32_t>
+void sleep_microseconds() {}
 
 inline uint64_t nanoseconds() { return emulator::nanoseconds(); }
 
