@@ -612,6 +612,10 @@ def test_a_failed_gpu_takes_no_further_call_and_others_do(new_machine, rng):
     machine.synchronize()
     for _ in range(2):
         assert_failed(errors_of(machine, group, [0]), "can make no further exchange on this GPU")
+    # A program of one device does not say which: it could be this GPU.
+    with pytest.raises(EngineError, match="can make no further exchange on this GPU"):
+        machine.check_state(Group(()))
+    machine.check_state(Group((2,)))
     geometry = Geometry(2, 8, 2, 4)
     run_dispatch(machine, rng, geometry, group=Group((2, 3)))
 

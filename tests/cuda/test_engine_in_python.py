@@ -114,7 +114,10 @@ def test_failures_are_logged_where_leaving_fails(engine, native, monkeypatch, ca
     assert "one GPU failed" in caplog.text
 
 
-@pytest.mark.skipif(not hasattr(engines._native, "cuda"), reason="built without the CUDA engine")
+@pytest.mark.skipif(
+    not hasattr(engines._native, "cuda"),
+    reason="the engine's C++ side is built where CMake finds nvcc",
+)
 def test_failures_are_looked_for_before_every_run():
     """XLA replays captured launches without a call of `execute`, but not without `initialize`."""
     targets = engines._native.cuda.ffi_targets()

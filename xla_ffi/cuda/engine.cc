@@ -352,9 +352,11 @@ Status leave() {
   return {};
 }
 
-Status state_of(const std::vector<int64_t>& gpus) {
-  if (gpus.empty()) return {};  // a rank without peers
+Status state_of(std::vector<int64_t> gpus) {
   std::lock_guard lock(engine().mutex);
+  if (gpus.empty()) {
+    for (const auto& [number, gpu] : engine().gpus) gpus.push_back(number);
+  }
   int64_t missing = -1;
   bool has_own = false;
   Status state;

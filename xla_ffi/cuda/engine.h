@@ -63,11 +63,11 @@ struct Member {
   const uint32_t* device;
 };
 
-// Whether GPUs (numbers; below 0: of other hosts) can make an exchange, as far as this process
-// knows: an error if one has failed on any of those that are its own, or if none of them is. All
-// GPUs of a program are asked about at once, so that XLA stops it on all or on none. Calls nothing
-// of CUDA.
-Status state_of(const std::vector<int64_t>& gpus);
+// Whether GPUs (numbers; below 0: of other hosts; none: any of this process's) can make an
+// exchange, as far as this process knows: an error if one has failed on any of those that are its
+// own, or if none of them is. All GPUs of a program are asked about at once, so that XLA stops it
+// on all or on none. Calls nothing of CUDA.
+Status state_of(std::vector<int64_t> gpus);
 
 // Fills all of `exchange` but the signature's op, instance and rows, and what is posted. An error
 // if this or an earlier exchange on the GPU has failed.
