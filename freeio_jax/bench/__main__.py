@@ -13,7 +13,7 @@ import jax
 
 from freeio_jax import cluster
 
-PARTS = ("check", "shapes", "sms", "soak", "layer", "once")
+PARTS = ("check", "shapes", "sms", "late", "soak", "layer", "once")
 OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
 NAMES = ("freeio", "reference", "ragged", "ragged-by-expert", "ragged-32", "ragged-1", "dense")
 SUITES = ("large", "small", "half", "zipf")
@@ -67,6 +67,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parts("--check", action="store_true", help="each exchange against freeio_jax.reference")
     parts("--shapes", action="store_true", help="times on each shape, next to the floor")
     parts("--sms", action="store_true", help="how many SMs an exchange needs")
+    parts("--late", action="store_true", help="what an exchange takes when one rank comes late")
     parts(
         "--soak",
         type=count,
@@ -100,7 +101,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
     what = parser.add_argument_group("what of it").add_argument
     what("--suites", nargs="+", choices=SUITES, help="of --shapes; default: all")
-    what("--ops", nargs="+", choices=OPS, default=OPS, help="of --shapes and --sms; default: all")
+    what("--ops", nargs="+", choices=OPS, default=OPS, help="not of --layer; default: all")
     what(
         "--exchanges",
         nargs="+",
@@ -151,7 +152,7 @@ _at_least_one.__name__ = "int"
 def run_parts(arguments: argparse.Namespace) -> int:
     """The parts, in order, on the first ``arguments.ranks`` devices; 1 if something failed."""
     import freeio_jax
-    from freeio_jax.bench import check, layer, shapes
+    from freeio_jax.bench import check, late, layer, shapes
     from freeio_jax.bench.floor import Limits
     from freeio_jax.bench.report import Report, plot_shapes
 
@@ -197,6 +198,9 @@ def run_parts(arguments: argparse.Namespace) -> int:
             suites = _suites(arguments, "large", (128, 4096))
             numbers = shapes.numbers_of_sms()
             shapes.sweep(report, suites, ops=arguments.ops, sms=numbers, **sizes)
+        elif part == "late":
+            suites = _suites(arguments, "large", (128, 4096))
+            late.run(report, suites, ops=arguments.ops, **sizes)
         elif part == "soak":
             check.soak(report, arguments.soak, num_ranks=len(devices))
         elif part == "layer":

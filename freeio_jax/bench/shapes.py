@@ -92,13 +92,13 @@ class Case:
 
 def kernel_seconds(program, op: str) -> float:
     """Median duration of the operation's kernel; NaN where the profile shows none."""
-    events = profile.record(program, ahead=_some_milliseconds_of_work())
+    events = profile.record(program, ahead=some_milliseconds_of_work())
     seconds = profile.durations(events, KERNELS[op])
     return statistics.median(seconds) if seconds else math.nan
 
 
 @functools.cache
-def _some_milliseconds_of_work():
+def some_milliseconds_of_work():
     """Work for all GPUs that no collective is part of."""
     devices = jax.devices()
     if devices[0].platform != "gpu":

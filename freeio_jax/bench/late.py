@@ -1,0 +1,83 @@
+"""Ranks that come at different times, as they do in a model: what that costs the last one."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+import freeio_jax as fio
+from freeio_jax.bench import profile, timing
+from freeio_jax.bench.floor import KERNELS
+from freeio_jax.bench.programs import Program
+from freeio_jax.bench.report import Report
+from freeio_jax.bench.shapes import Case, Suite, some_milliseconds_of_work
+
+#: By how much the last rank comes later than the others.
+MILLISECONDS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
+_REPEATS = 5
+
+
+def run(
+    report: Report,
+    suites: Sequence[Suite],
+    *,
+    num_ranks: int,
+    ops: Sequence[str],
+    dtype: str,
+    milliseconds: Sequence[float] = MILLISECONDS,
+) -> None:
+    """The kernel's time on the rank that comes last, for each operation of freeio."""
+    delay = _delay(jax.devices()[num_ranks - 1])
+    for suite in suites:
+        for num_tokens in suite.tokens:
+            case = Case(suite, num_tokens, num_ranks, dtype)
+            programs = case.programs()
+            report.table(
+                f"The last rank's kernel: {suite.name}, T={num_tokens}",
+                {"op": "operation"} | {_column(ms): f"{ms:g} ms late: us" for ms in milliseconds},
+            )
+            for op in ops:
+
+                def measure(op=op, programs=programs):
+                    program = programs.build(fio, op, 1)
+                    return {
+                        _column(ms): _last_kernel_seconds(program, op, lambda ms=ms: delay(ms))
+                        for ms in milliseconds
+                    }
+
+                report.guarded("late", {**case.about, "op": op}, measure)
+
+
+def _column(milliseconds: float) -> str:
+    return f"late_{round(milliseconds * 1000)}us_s"
+
+
+def _last_kernel_seconds(program: Program, op: str, delay: Callable[[], object]) -> float:
+    """Median duration of the kernel that starts last; NaN where the profile shows none."""
+    work = some_milliseconds_of_work()
+    seconds = []
+    for _ in range(_REPEATS):
+        events = profile.record(program, ahead=lambda: (work(), delay()))
+        kernels = [event for event in events if KERNELS[op] in event.name]
+        if kernels:
+            seconds.append(max(kernels, key=lambda event: event.start).duration)
+    return statistics.median(seconds) if seconds else math.nan
+
+
+def _delay(device: jax.Device) -> Callable[[float], object]:
+    """Queues work of that many milliseconds on the device."""
+    matrix = jax.device_put(jnp.zeros((2048, 2048), jnp.bfloat16), device)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def multiply(a, times):
+        for _ in range(times):
+            a = a @ a
+        return a
+
+    unit = timing.seconds_per_run(lambda: multiply(matrix, 64), least=0.01) / 64
+    return lambda milliseconds: multiply(matrix, round(milliseconds * 1e-3 / unit))
