@@ -85,7 +85,10 @@ class ByteTransformer(nnx.Module):
         self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens):
-        x = self.embed(tokens)
+        # A lookup by product: its gradient by scatter, where the same bytes come again and again,
+        # took 25 ms of a step of 41 on GPUs.
+        one_hot = jax.nn.one_hot(tokens, VOCABULARY, dtype=self.embed.dtype)
+        x = one_hot @ self.embed.embedding[...].astype(self.embed.dtype)
         for block in self.blocks:
             x = block(x)
         return self.embed.attend(self.norm(x)).astype(jnp.float32)
