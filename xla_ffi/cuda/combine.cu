@@ -33,17 +33,18 @@ __device__ int slot_of(int rank, uint32_t ranks, int own_rank) {
 // A slice of a token is a unit. The units of all tokens are shared out among the CTAs, so that one
 // token is the work of several where there are few.
 struct Units {
+  const Divisor& per_token;
   int slices;  // of one token
   Chunk chunk;
 
-  __device__ Units(int num_tokens, int num_slices)
-      : slices(num_slices), chunk(num_tokens * num_slices) {}
+  __device__ explicit Units(const CombineParams& p)
+      : per_token(p.slices), slices(p.num_slices), chunk(p.exchange.num_tokens * p.num_slices) {}
 
   // The tokens of this CTA's units.
   __device__ Chunk tokens() const {
     Chunk tokens = chunk;
-    tokens.begin = chunk.begin / slices;
-    tokens.end = chunk.size() == 0 ? tokens.begin : (chunk.end + slices - 1) / slices;
+    tokens.begin = quotient(chunk.begin, per_token);
+    tokens.end = chunk.size() == 0 ? tokens.begin : quotient(chunk.end + slices - 1, per_token);
     return tokens;
   }
 
@@ -165,19 +166,20 @@ struct Combine {
     while (next_one < items) {
       const int item = next_one;
       next_one = next_item(s);
-      const int turn = item % x.num_ranks;
+      const int turn = remainder(item, x.ranks);
       const bool pushes = turn != x.num_ranks - 1;
-      const int unit = item / x.num_ranks - (pushes ? 0 : kAhead);
+      const int unit = quotient(item, x.ranks) - (pushes ? 0 : kAhead);
       if (unit < 0 || unit >= units.size()) continue;
-      const int token = (units.begin + unit) / p.num_slices;
-      const int rank = (x.rank + 1 + turn) % x.num_ranks;
+      const int token = quotient(units.begin + unit, p.slices);
+      const int after = x.rank + 1 + turn;
+      const int rank = after < x.num_ranks ? after : after - x.num_ranks;
       const int first = routes.first_of(rank, token - tile.begin);
       mask = __ballot_sync(kFullWarp,
                            lane_id() < x.top_k && routes.ranks[first + lane_id()] == x.rank);
       if (pushes && mask == 0) continue;
       fetched = {units.begin + unit, first, rank, -1, false};
       unfinished = true;
-      const int begin = (units.begin + unit) % p.num_slices * p.slice_width;
+      const int begin = (units.begin + unit - token * p.num_slices) * p.slice_width;
       column = begin + lane_id() * kCount;
       end = min(begin + p.slice_width, p.width);
       return;
@@ -226,7 +228,7 @@ struct Combine {
 
   // This lane's first column of the unit's slice, and the end of the slice.
   __device__ int2 columns_of(int unit) const {
-    const int begin = unit % p.num_slices * p.slice_width;
+    const int begin = remainder(unit, p.slices) * p.slice_width;
     return {begin + lane_id() * kCount, min(begin + p.slice_width, p.width)};
   }
 
@@ -252,7 +254,7 @@ struct Combine {
   // This rank's partial sum of a peer's token, to the peer.
   __device__ void push(const Task& task, const Sums& sums) const {
     const int slot = slot_of(x.rank, ranks_of(task), task.rank);
-    const int64_t row = slot_index(task.unit / p.num_slices, slot);
+    const int64_t row = slot_index(quotient(task.unit, p.slices), slot);
     store_sums(s.buffer<Element>(task.rank, kScratch) + row * p.width, task.unit, sums);
     __syncwarp();
     if (lane_id() != 0) return;
@@ -289,7 +291,7 @@ struct Combine {
   __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
     const auto [first, slice_end] = columns_of(unit);
     const Element* slots = static_cast<const Element*>(p.partial_sums) +
-                           slot_index(unit / p.num_slices, 0) * p.width + first;
+                           slot_index(quotient(unit, p.slices), 0) * p.width + first;
     while (ranks != 0) {
       R partials[kBatch][kColumns];
       const int count = __popc(ranks);
@@ -335,8 +337,7 @@ struct Combine {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) add(own[c], sums[c]);
     add_slots(ranks & ~lower & ~(1u << x.rank), ranks, task.unit, sums);
-    Element* row =
-        static_cast<Element*>(p.sums) + static_cast<int64_t>(task.unit / p.num_slices) * p.width;
+    Element* row = static_cast<Element*>(p.sums) + int64_t{quotient(task.unit, p.slices)} * p.width;
     store_sums(row, task.unit, sums);
   }
 };
@@ -380,7 +381,7 @@ __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& t
 template <typename Element, int kCount>
 __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
-  const Units units(x.num_tokens, p.num_slices);
+  const Units units(p);
   // What needs no peer is loaded while the exchange opens.
   const int early = p.sends_routes && blockIdx.x == 0 ? x.num_tokens * x.top_k : 0;
   const SentAssignment first(static_cast<int>(threadIdx.x), early, p.dest_rank, p.dest_row,
@@ -402,7 +403,7 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
     ready = ready && receive_routes(p, s, tile, routes);
     if (!ready) return;
     // Only the routes are read from the peers, and those now are.
-    if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude(x, s);
+    if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude<true>(x, s);
     Combine<Element, kCount>(p, s, routes, tile, units.of(tile), ring).run();
   });
 }

@@ -112,9 +112,9 @@ struct CombineTranspose {
 
   __device__ void pull(int item) const {
     const int rank = source_rank(x, item);
-    const int unit = item / x.num_ranks;
-    const int tile_token = unit / p.num_slices;
-    const int slice = unit % p.num_slices;
+    const int unit = quotient(item, x.ranks);
+    const int tile_token = quotient(unit, p.slices);
+    const int slice = unit - tile_token * p.num_slices;
     const Routes routes = routes_of.of(rank, tile_token);
     const auto* tokens = rank == x.rank ? static_cast<const Element*>(p.tokens)
                                         : s.buffer<const Element>(rank, kFirstLeaf);
@@ -198,13 +198,12 @@ __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shar
     routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
     __syncthreads();
     const Op op{p, x, s, routes, dots, tile};
-    const Work work(tile, p.num_slices * x.num_ranks, p.rows == nullptr ? 0 : x.capacity,
-                    p.padding);
+    const Work work(tile, p.num_slices * x.num_ranks, p.rows != nullptr, p.padding);
     run_work(work, s, [&](int item) { op.pull(item); }, [&](int64_t row) { op.zero_padding(row); });
     if (p.weight_grads != nullptr) op.send_weight_grads();
   });
   // The weights' gradients are in the peers' memory; this tells the peers so.
-  finish(x, s);
+  finish<true>(x, s);
 }
 
 template <typename Element, int kCount>

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/geometry.h"
+
 namespace freeio::cuda {
 
 constexpr int kMaxRanks = 16;      // of one group, and GPUs of one host
@@ -141,6 +143,7 @@ struct Exchange {
   uint32_t expected_device;
   int32_t rank;
   int32_t num_ranks;
+  Divisor ranks;
   int32_t num_tokens;
   int32_t top_k;
   int32_t num_experts;
@@ -150,9 +153,11 @@ struct Exchange {
   uint64_t posted[kMaxAddresses];  // this rank's buffers, as the peers are told of them
 };
 
-// How the packed rows are looked through for padding: in blocks of `rows`, every `stride`-th.
+// How the packed rows are looked through for padding: in `count` blocks of `rows`, every
+// `stride`-th.
 struct Blocks {
   int32_t rows;
+  int32_t count;
   int32_t stride;
 };
 
@@ -170,6 +175,7 @@ struct DispatchParams {
   Exchange exchange;
   int32_t num_leaves;
   int32_t num_slices;  // of all leaves
+  Divisor slices;
   Blocks padding;
   Leaf leaves[kMaxLeaves];
   const int32_t* topk_idx;  // null: along a handle, whose arrays are then read, not written
@@ -196,6 +202,7 @@ struct CombineParams {
   int32_t width;
   int32_t num_slots;  // ranks other than its own in which a token can have rows
   int32_t num_slices;
+  Divisor slices;
   int32_t slice_width;
   bool
       sends_routes;  // few assignments: the routes are sent, and the arrival flags are the engine's
@@ -213,6 +220,7 @@ struct CombineTransposeParams {
   void* weight_grads;
   int32_t width;
   int32_t num_slices;
+  Divisor slices;
   int32_t slice_width;
   Blocks padding;
 };

@@ -52,10 +52,10 @@ struct Slice {
   bool first;      // of the row
 
   __device__ Slice(const DispatchParams& p, int pull)
-      : rank(source_rank(p.exchange, pull)),
-        tile_token(pull / p.exchange.num_ranks / p.num_slices),
-        leaf(0) {
-    int slice = pull / p.exchange.num_ranks % p.num_slices;
+      : rank(source_rank(p.exchange, pull)), leaf(0) {
+    const int unit = quotient(pull, p.exchange.ranks);
+    tile_token = quotient(unit, p.slices);
+    int slice = unit - tile_token * p.num_slices;
     first = slice == 0;
     while (slice >= p.leaves[leaf].num_slices) slice -= p.leaves[leaf++].num_slices;
     const Leaf& it = p.leaves[leaf];
@@ -196,7 +196,7 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   const Chunk chunk(x.num_tokens);
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
   const auto work_of = [&](const Tile& tile) {
-    return Work(tile, p.num_slices * x.num_ranks, x.capacity, p.padding);
+    return Work(tile, p.num_slices * x.num_ranks, true, p.padding);
   };
   Prefetched prefetched;
   const uint32_t leaves = ((1u << p.num_leaves) - 1) << kFirstLeaf;
@@ -206,6 +206,7 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   if (blockIdx.x == 0) post(x, s, kRouted ? leaves : leaves | 1u << kDestRank | 1u << kDestRow);
   if constexpr (kRoutes == Routes::kByIds) {
     send_ids(p, s, all_ids, early);
+    clear_counts(x, routing);
     receive_ids(x, s, all_ids);
     if (!receive_addresses(x, s, leaves)) return;
     prefetched.start(p, s, all_ids, tiles[0], work_of(tiles[0]), all_ids.end(x));
@@ -238,7 +239,9 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
     wait_for_copies<0>();
     prefetched.pull = -1;
   });
-  finish(x, s);
+  // Nothing has been stored to a peer but words that carry their flags, and what has been loaded
+  // from one is here: it has been stored to this rank's rows.
+  finish<false>(x, s);
 }
 
 template <bool kRouted>

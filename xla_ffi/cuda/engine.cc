@@ -401,6 +401,7 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
   exchange.expected_device = member.mesh_device;
   exchange.rank = member.rank;
   exchange.num_ranks = static_cast<int32_t>(layout.num_ranks);
+  exchange.ranks = Divisor(exchange.num_ranks);
   exchange.num_tokens = static_cast<int32_t>(layout.num_tokens);
   exchange.top_k = static_cast<int32_t>(layout.top_k);
   exchange.num_experts = static_cast<int32_t>(layout.num_experts);

@@ -7,6 +7,22 @@
 
 namespace freeio::cuda {
 
+// Divides by what is fixed when a kernel is launched: three instructions instead of some twenty,
+// which are executed for each item of work, and have to be fetched.
+struct Divisor {
+  uint32_t divisor = 1;
+  uint32_t factor = 1u << 31;
+  int32_t shift = 31;
+
+  Divisor() = default;
+  // n / d = n * factor >> shift for all n < 2^31: with 2^s >= d > 2^(s-1) and factor = 2^(31+s) / d
+  // rounded up, the product is too large by less than n * d <= 2^(31+s) in units of 1 / d.
+  explicit Divisor(int32_t d) : divisor(static_cast<uint32_t>(d)) {
+    while ((int64_t{1} << (shift - 31)) < d) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+};
+
 // Packed rows that one warp looks through for padding, at most as many as it has lanes: few where
 // there are few, so that no warp has much to zero.
 inline int32_t block_rows(int32_t capacity) {
@@ -15,9 +31,7 @@ inline int32_t block_rows(int32_t capacity) {
 }
 
 // A step through the blocks of packed rows that visits each once, consecutive ones far apart.
-inline int32_t spreading_stride(int32_t capacity) {
-  const int32_t each = block_rows(capacity);
-  const int32_t blocks = (capacity - 1) / each + 1;
+inline int32_t spreading_stride(int32_t blocks) {
   auto stride = static_cast<int32_t>(blocks * int64_t{618} / 1000 + 1);
   while (std::gcd(stride, blocks) > 1) ++stride;
   return stride;

@@ -57,6 +57,13 @@ __device__ inline void add_release_system(uint32_t* counter, uint32_t amount) {
   asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
 }
 
+// The same, and publishes nothing: it does not wait for what was stored before, which a release
+// does. It comes after every load whose value this thread, or one that it met at a barrier, has
+// used: that value is here, whatever the peer stores there from now on.
+__device__ inline void add_relaxed_system(uint32_t* counter, uint32_t amount) {
+  asm volatile("red.relaxed.sys.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
+}
+
 // Counts to `last` and starts again at 0. Nothing is ordered by it, and nobody waits for it here.
 __device__ inline void count_around_device(uint32_t* counter, uint32_t last) {
   asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;" ::"l"(counter), "r"(last) : "memory");

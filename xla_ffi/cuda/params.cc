@@ -61,11 +61,16 @@ void cut_rows(const RowType& type, bool wide, int64_t most, Params& params) {
   const int32_t pack = pack_of(type.dtype, wide);
   const auto [slices, accesses] = slices_of(type.width / pack, most);
   params.width = static_cast<int32_t>(type.width);
+  params.slices = Divisor(slices);
   params.num_slices = slices;
   params.slice_width = accesses * pack;
 }
 
-Blocks blocks_of(int32_t capacity) { return {block_rows(capacity), spreading_stride(capacity)}; }
+Blocks blocks_of(int32_t capacity) {
+  const int32_t rows = block_rows(capacity);
+  const int32_t count = (capacity - 1) / rows + 1;
+  return {rows, count, spreading_stride(count)};
+}
 
 void post(Address slot, const void* buffer, Exchange& exchange) {
   exchange.posted[slot] = reinterpret_cast<uint64_t>(buffer);
@@ -112,6 +117,7 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
                                                          : Routes::kByCounts;
   if (routes == Routes::kOfHandle) post_routes(params);
   if (routes == Routes::kByCounts) post(kScratch, params.routes, params.exchange);
+  params.slices = Divisor(params.num_slices);
   params.padding = blocks_of(params.exchange.capacity);
   params.exchange.signature[kOp] = routed ? kDispatchOp : kDispatchAlongOp;
   if (routes == Routes::kByCounts) rows.add({1});  // another protocol than that of few assignments

@@ -107,12 +107,17 @@ __device__ inline void receive_ids(const Exchange& x, Session& s, const AllIds& 
   }
 }
 
-// The load of every expert; the first row of its group is found from it. All threads.
-__device__ inline void count_ids(const Exchange& x, const Routing& routing, const AllIds& all) {
+// All threads; a barrier must follow.
+__device__ inline void clear_counts(const Exchange& x, const Routing& routing) {
+#pragma unroll 1
   for (int e = static_cast<int>(threadIdx.x); e < x.num_experts; e += kThreads) {
     routing.load[e] = routing.next[e] = 0;
   }
-  __syncthreads();
+}
+
+// The load of every expert; the first row of its group is found from it. All threads.
+__device__ inline void count_ids(const Exchange& x, const Routing& routing, const AllIds& all) {
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < all.per_rank * x.num_ranks; i += kThreads) {
     if (const int id = all.ids[i]; id != AllIds::kNone) atomicAdd(&routing.load[id], 1u);
   }

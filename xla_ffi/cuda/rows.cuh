@@ -17,29 +17,41 @@ constexpr int kUnroll = kCopySlice / kWarpSize;
 struct Work {
   int pulls;
   int first_block;
-  int blocks;      // to zero in this tile
-  int all_blocks;  // of all CTAs
-  Blocks all;
+  int blocks;        // to zero in this tile
+  Blocks all;        // of all CTAs
+  uint32_t density;  // blocks for each item, rounded up, times 2^shift
+  int shift;
 
-  __device__ Work(const Tile& tile, int pulls_per_token, int capacity, const Blocks& padding)
-      : pulls(tile.size() * pulls_per_token),
-        all_blocks((capacity - 1) / padding.rows + 1),
-        all(padding) {
-    const int mine = (all_blocks + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
-    first_block = share(mine, tile.number, tile.count);
-    blocks = share(mine, tile.number + 1, tile.count) - first_block;
-  }
-  __device__ static int share(int all, int number, int count) {
-    return static_cast<int>(static_cast<int64_t>(all) * number / count);
+  // `padded`: whether there is padding to zero.
+  __device__ Work(const Tile& tile, int pulls_per_token, bool padded, const Blocks& padding)
+      : pulls(tile.size() * pulls_per_token), first_block(0), blocks(0), all(padding) {
+    if (padded) {
+      const Chunk mine(static_cast<int>((padding.count + gridDim.x - 1) / gridDim.x), tile.number,
+                       tile.count);
+      first_block = mine.begin;
+      blocks = mine.size();
+    }
+    shift = blocks > 0 ? __clz(blocks) : 0;
+    density = ((static_cast<uint32_t>(blocks) << shift) + max(size(), 1) - 1) / max(size(), 1);
   }
   __device__ int size() const { return pulls + blocks; }
-  // Blocks among the first `items`.
-  __device__ int blocks_before(int items) const { return share(blocks, items, size()); }
+  // Blocks among the first `items`: none among none, all among all, and at most one more for each.
+  __device__ int blocks_before(int items) const {
+    const uint64_t product = static_cast<uint64_t>(static_cast<uint32_t>(items)) * density;
+    return min(static_cast<int>(product >> shift), blocks);
+  }
   // First row of the tile's n-th block; at or beyond capacity: none. The padding is mostly one run
   // of rows at the end: consecutive blocks lie far apart, so every CTA and every moment gets some.
   __device__ int64_t block_row(int n) const {
-    const int64_t place = static_cast<int64_t>(first_block + n) * gridDim.x + blockIdx.x;
-    return (place < all_blocks ? place * all.stride % all_blocks : place) * all.rows;
+    const uint64_t place = static_cast<uint64_t>(first_block + n) * gridDim.x + blockIdx.x;
+    if (place >= static_cast<uint64_t>(all.count)) return static_cast<int64_t>(place) * all.rows;
+    return static_cast<int64_t>(modulo(place * all.stride, all.count)) * all.rows;
+  }
+  __device__ static uint32_t modulo(uint64_t n, uint32_t m) {
+    return n >> 32 == 0 ? static_cast<uint32_t>(n) % m : modulo_of_large(n, m);
+  }
+  [[gnu::noinline]] __device__ static uint32_t modulo_of_large(uint64_t n, uint32_t m) {
+    return static_cast<uint32_t>(n % m);
   }
 };
 
@@ -58,7 +70,8 @@ __device__ void run_work(const Work& work, Session& s, const Pull& pull, const Z
 
 // The source of a pull: the peers first, then this rank itself, so that the link never waits.
 __device__ inline int source_rank(const Exchange& x, int pull) {
-  return (x.rank + 1 + pull % x.num_ranks) % x.num_ranks;
+  const int rank = x.rank + 1 + remainder(pull, x.ranks);
+  return rank < x.num_ranks ? rank : rank - x.num_ranks;
 }
 
 // A slice of one token, in the registers of a warp.
@@ -94,6 +107,7 @@ struct Values {
 template <typename Access>
 __device__ void zero_bytes(std::byte* bytes, int64_t size) {
   auto* target = reinterpret_cast<Access*>(bytes);
+#pragma unroll 1
   for (int64_t i = lane_id(); i < size / static_cast<int64_t>(sizeof(Access)); i += kWarpSize) {
     target[i] = Access{};
   }

@@ -44,9 +44,22 @@ __device__ inline bool has_failed(const Session& s) {
 
 __device__ inline ControlBlock& self(const Exchange& x) { return *x.control[x.rank]; }
 
+// n / d and n % d of an n from 0 on.
+__device__ inline int quotient(int n, const Divisor& d) {
+  const uint64_t product = static_cast<uint64_t>(static_cast<uint32_t>(n)) * d.factor;
+  return static_cast<int>(product >> d.shift);
+}
+__device__ inline int remainder(int n, const Divisor& d) {
+  return n - quotient(n, d) * static_cast<int>(d.divisor);
+}
+
+// Functions of what hardly ever happens are not inlined: a call with few tokens takes about as long
+// as its instructions take to be fetched, and those of failures would lie between all others.
+
 // Ends the exchange with an error: records it, if it is this GPU's first, and tells the peers.
-__device__ inline void fail(const Exchange& x, Session& s, Step step, int peer, int word = 0,
-                            uint32_t expected = 0, uint32_t found = 0) {
+[[gnu::noinline]] __device__ inline void fail(const Exchange& x, Session& s, Step step, int peer,
+                                              int word = 0, uint32_t expected = 0,
+                                              uint32_t found = 0) {
   s.failed = 1;
   if (atomicExch(&self(x).failed, 1u) != 0) return;
   Failure& failure = x.host->failure;
@@ -61,7 +74,7 @@ __device__ inline void fail(const Exchange& x, Session& s, Step step, int peer, 
   fence_system();
   *const_cast<volatile int32_t*>(&failure.step) = step;
   for (int rank = 0; rank < x.num_ranks; ++rank) {
-    // Partner: the load in wait_until.
+    // Partner: the load in may_wait().
     if (rank != x.rank) store_release_system(&x.control[rank]->aborted[x.gpu[x.rank]], 1);
   }
 }
@@ -82,37 +95,45 @@ __device__ inline void look_at_host(const Exchange& x, uint64_t now) {
   copy.timeout_ns = host.timeout_ns;
 }
 
-// The one wait: polls `ready` until it holds. False if the time is up, a rank has given up, or the
-// peer's process is there no more.
+// Whether a wait for the peer may go on, and since when it lasts: `begin` if that is not 0. 0: the
+// time is up, a rank has given up, or the peer's process is there no more.
+[[gnu::noinline]] __device__ inline uint64_t may_wait(const Exchange& x, Session& s, Step step,
+                                                      int peer, uint64_t begin) {
+  if (load_relaxed_device(&self(x).failed) != 0) {
+    s.failed = 1;
+    return 0;
+  }
+  // Partner: the store in fail().
+  if (load_acquire_system(&self(x).aborted[x.gpu[peer]]) != 0) {
+    fail(x, s, kPeerGaveUp, peer);
+    return 0;
+  }
+  const uint64_t now = nanoseconds();
+  if (begin == 0) begin = now;
+  look_at_host(x, now);
+  const volatile ControlBlock& copy = self(x);
+  if (const uint32_t lost = copy.lost[x.gpu[peer]]; lost != 0) {
+    fail(x, s, kPeerLost, peer, 0, 0, lost);
+    return 0;
+  }
+  if (const uint64_t timeout = copy.timeout_ns; timeout != 0 && now - begin > timeout) {
+    fail(x, s, step, peer);
+    return 0;
+  }
+  return begin;
+}
+
+// The one wait: polls `ready` until it holds. False: see may_wait().
 template <typename Ready>
 __device__ bool wait_until(const Exchange& x, Session& s, Step step, int peer, const Ready& ready) {
   constexpr int kPollsBetweenChecks = 1024;
-  uint64_t begin = 0;
-  while (true) {
+  for (uint64_t begin = 0;;) {
+#pragma unroll 1
     for (int poll = 0; poll < kPollsBetweenChecks; ++poll) {
       if (ready()) return true;
     }
-    if (load_relaxed_device(&self(x).failed) != 0) {
-      s.failed = 1;
-      return false;
-    }
-    // Partner: the store in fail().
-    if (load_acquire_system(&self(x).aborted[x.gpu[peer]]) != 0) {
-      fail(x, s, kPeerGaveUp, peer);
-      return false;
-    }
-    const uint64_t now = nanoseconds();
-    if (begin == 0) begin = now;
-    look_at_host(x, now);
-    const volatile ControlBlock& copy = self(x);
-    if (const uint32_t lost = copy.lost[x.gpu[peer]]; lost != 0) {
-      fail(x, s, kPeerLost, peer, 0, 0, lost);
-      return false;
-    }
-    if (const uint64_t timeout = copy.timeout_ns; timeout != 0 && now - begin > timeout) {
-      fail(x, s, step, peer);
-      return false;
-    }
+    begin = may_wait(x, s, step, peer, begin);
+    if (begin == 0) return false;
   }
 }
 
@@ -165,6 +186,7 @@ __device__ inline bool open(const Exchange& x, Session& s) {
 // Tells every peer where this rank's buffer is. One thread; the buffer is ready for its use.
 __device__ inline void post_address(const Exchange& x, const Session& s, int slot) {
   const uint64_t address = x.posted[slot];
+#pragma unroll 1
   for (int rank = 0; rank < x.num_ranks; ++rank) {
     if (rank == x.rank) continue;
     Word* words = mailbox(x, rank, x.rank).address[slot];
@@ -253,13 +275,21 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
 // This CTA reads its peers' buffers no more, and what it has stored to them by now is there: says
 // so, once in each kernel. (What combine stores later has arrival flags of its own, and whose it is
 // waits for all of them.) CTA 0 waits until all CTAs of all ranks have said it, and closes the
-// exchange. One warp.
-__device__ inline void conclude(const Exchange& x, Session& s) {
+// exchange. One warp. `kPublishes`: the peers are to see what it has stored.
+template <bool kPublishes>
+__device__ void conclude(const Exchange& x, Session& s) {
   ControlBlock& control = self(x);
   const int rank = lane_id();
   if (__any_sync(kFullWarp, has_failed(s))) return;
   // Partner: the load below, of this GPU's CTA 0 and of the peers'.
-  if (rank < x.num_ranks) add_release_system(&x.control[rank]->finished[x.gpu[x.rank]], 1);
+  if (rank < x.num_ranks) {
+    uint32_t* finished = &x.control[rank]->finished[x.gpu[x.rank]];
+    if constexpr (kPublishes) {
+      add_release_system(finished, 1);
+    } else {
+      add_relaxed_system(finished, 1);
+    }
+  }
   if (blockIdx.x != 0) return;
   const int gpu = x.gpu[rank < x.num_ranks ? rank : x.rank];
   const uint32_t end = control.ended[gpu] + gridDim.x;
@@ -277,9 +307,10 @@ __device__ inline void conclude(const Exchange& x, Session& s) {
 }
 
 // The same at the end of a kernel. All threads.
-__device__ inline void finish(const Exchange& x, Session& s) {
+template <bool kPublishes>
+__device__ void finish(const Exchange& x, Session& s) {
   __syncthreads();
-  if (warp_id() == 0) conclude(x, s);
+  if (warp_id() == 0) conclude<kPublishes>(x, s);
 }
 
 // Fills a share of a failed exchange's result with ones: NaN, or -1, which nobody takes for data,
@@ -290,6 +321,7 @@ __device__ inline void spoil(const Share& share, void* result, int64_t bytes) {
   const int64_t count = bytes / static_cast<int64_t>(sizeof(uint32_t));
   const int64_t step = static_cast<int64_t>(share.of) * kThreads;
   const int64_t begin = static_cast<int64_t>(share.number) * kThreads + threadIdx.x;
+#pragma unroll 1
   for (int64_t i = begin; i < count; i += step) words[i] = ~0u;
   auto* rest = static_cast<uint8_t*>(result) + count * sizeof(uint32_t);
   if (begin < bytes % static_cast<int64_t>(sizeof(uint32_t))) rest[begin] = 0xff;
@@ -297,7 +329,7 @@ __device__ inline void spoil(const Share& share, void* result, int64_t bytes) {
 
 // The share of this CTA, which knows of the failure, in spoiling the results. One thread. When it
 // has it, no CTA stores to them any more.
-__device__ inline Share await_spoiling(const Exchange& x) {
+[[gnu::noinline]] __device__ inline Share await_spoiling(const Exchange& x) {
   ControlBlock& control = self(x);
   // An earlier kernel failed: all CTAs know.
   if (load_relaxed_device(&control.spoiled) != 0) return {blockIdx.x, gridDim.x};
@@ -326,25 +358,31 @@ __device__ inline Share await_spoiling(const Exchange& x) {
 // Last phase of every kernel. Where the exchange has failed, spoil_results(share) is called by all
 // CTAs that know, when no other one stores results any more. All threads.
 template <typename Spoil>
-__device__ void leave(const Exchange& x, Session& s, const Spoil& spoil_results) {
-  __syncthreads();
-  if (!has_failed(s)) {
-    if (threadIdx.x == 0) count_around_device(&self(x).left, gridDim.x - 1);
-    return;
-  }
+[[gnu::noinline]] __device__ void leave_failed(const Exchange& x, Session& s,
+                                               const Spoil& spoil_results) {
   if (threadIdx.x == 0) s.share = await_spoiling(x);
   __syncthreads();
   spoil_results(s.share);
 }
+template <typename Spoil>
+__device__ void leave(const Exchange& x, Session& s, const Spoil& spoil_results) {
+  __syncthreads();
+  if (has_failed(s)) return leave_failed(x, s, spoil_results);
+  if (threadIdx.x == 0) count_around_device(&self(x).left, gridDim.x - 1);
+}
 
-// Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them.
+// Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them. The last ones have
+// one more where they cannot be shared evenly: the first has other things to do.
 struct Chunk {
   int begin;
   int end;
 
-  __device__ Chunk(int num_tokens, int index, int count)
-      : begin(static_cast<int>(static_cast<int64_t>(index) * num_tokens / count)),
-        end(static_cast<int>((static_cast<int64_t>(index) + 1) * num_tokens / count)) {}
+  __device__ Chunk(int num_tokens, int index, int count) {
+    const auto each = static_cast<int>(static_cast<uint32_t>(num_tokens) / count);
+    const int first_of_more = count - (num_tokens - each * count);
+    begin = index * each + max(index - first_of_more, 0);
+    end = begin + each + (index >= first_of_more ? 1 : 0);
+  }
   __device__ explicit Chunk(int num_tokens)
       : Chunk(num_tokens, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)) {}
   __device__ int size() const { return end - begin; }

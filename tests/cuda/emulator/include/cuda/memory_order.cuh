@@ -50,6 +50,12 @@ inline void add_release_system(uint32_t* counter, uint32_t amount) {
   emulator::stored(counter);
 }
 
+inline void add_relaxed_system(uint32_t* counter, uint32_t amount) {
+  emulator::preempt();
+  __atomic_fetch_add(counter, amount, __ATOMIC_RELAXED);
+  emulator::stored(counter);
+}
+
 inline void count_around_device(uint32_t* counter, uint32_t last) {
   emulator::preempt();
   __atomic_store_n(counter, *counter >= last ? 0 : *counter + 1, __ATOMIC_RELAXED);
