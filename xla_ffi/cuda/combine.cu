@@ -14,11 +14,17 @@ namespace freeio::cuda {
 namespace {
 
 constexpr int kAhead = 12;            // slices by which pushing is ahead of summing
-constexpr int kStages = 4;            // slices of rows that each warp has on their way
 constexpr int kTileBytes = 24 << 10;  // for the routes of a tile, of all ranks
-constexpr int kColumns = 4;           // accesses of one lane to a slice
-constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
-static_assert(kColumns * kWarpSize == kCombineSlice);
+
+// What depends on whether partial sums are sent as words.
+template <bool kSendsSums>
+struct Slicing {
+  static constexpr int kColumns = kSendsSums ? 1 : 4;  // accesses of one lane to a slice
+  static constexpr int kStages =
+      kSendsSums ? 8 : 4;  // slices of rows that each warp has on the way
+  static constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
+  static_assert(kColumns * kWarpSize == (kSendsSums ? kSentSlice : kCombineSlice));
+};
 
 template <typename Accumulator>
 __host__ __device__ constexpr int tile_assignments() {
@@ -60,12 +66,13 @@ struct Units {
 // A tile's work, as one warp does it: item by item, each a sum of some rows' slices. The next rows
 // are on their way to shared memory meanwhile, so that no register waits for one, and the memory is
 // busy also while warps wait for the link.
-template <typename Element, int kCount>
+template <typename Element, int kCount, bool kSendsSums>
 struct Combine {
+  static constexpr int kColumns = Slicing<kSendsSums>::kColumns;
+  static constexpr int kStages = Slicing<kSendsSums>::kStages;
   using Accumulator = typename Element::Accumulator;
   using R = Raw<Element, kCount>;
   using Sums = Accumulator[kColumns][kCount];
-  static constexpr int kBatch = 2;  // partial sums in flight together
   static constexpr int kStep = kWarpSize * kCount;
 
   // One row of an item's sum.
@@ -125,7 +132,11 @@ struct Combine {
       if (task.rank == x.rank) {
         sum(task, sums);
       } else {
-        push(task, sums);
+        if constexpr (kSendsSums) {
+          send(task, sums);
+        } else {
+          push(task, sums);
+        }
       }
       clear(sums);
     }
@@ -251,6 +262,57 @@ struct Combine {
     return static_cast<int64_t>(token) * p.num_slots + slot;
   }
 
+  // This lane's first word of a unit's partial sum on `at`, of those from `from`; its others follow
+  // with a stride of a warp.
+  __device__ Word* words_of(int at, int from, int unit) const {
+    return x.control[at]->sums[x.gpu[from]] +
+           unit * static_cast<int>(kSentSlice * sizeof(R) / sizeof(uint32_t)) + lane_id();
+  }
+
+  // This rank's partial sum of a peer's token, to the peer, in words that carry their flag.
+  __device__ void send(const Task& task, const Sums& sums) const {
+    constexpr int kWords = sizeof(R) / sizeof(uint32_t);
+    const auto [first, slice_end] = columns_of(task.unit);
+    Word* const words = words_of(task.rank, x.rank, task.unit);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (first + c * kStep >= slice_end) continue;
+      const R raw = round_to<Element, kCount>(sums[c]);
+      uint32_t values[kWords];
+      memcpy(values, &raw, sizeof(raw));
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        // Partner: the load in receive() on the peer.
+        store_word(words + (c * kWords + i) * kWarpSize, make_word(s.epoch[task.rank], values[i]));
+      }
+    }
+  }
+
+  // Waits for the partial sum of `rank` as it has been sent, and takes it.
+  __device__ void receive(int rank, int unit, R (&partial)[kColumns]) const {
+    constexpr int kWords = sizeof(R) / sizeof(uint32_t);
+    const auto [first, slice_end] = columns_of(unit);
+    const Word* const words = words_of(x.rank, rank, unit);
+    while (true) {
+      const Word* missing = nullptr;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        uint32_t values[kWords];
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+          const Word* const address = words + (c * kWords + i) * kWarpSize;
+          const Word word = first + c * kStep < slice_end ? load_word(address) : 0;
+          values[i] = value_of(word);
+          if (first + c * kStep < slice_end && !has_arrived(word, s.epoch[rank])) missing = address;
+        }
+        memcpy(&partial[c], values, sizeof(values));
+      }
+      if (missing == nullptr) return;
+      Word word = 0;
+      if (!wait_word(x, s, kWaitPartialSums, rank, missing, word)) return;
+    }
+  }
+
   // This rank's partial sum of a peer's token, to the peer.
   __device__ void push(const Task& task, const Sums& sums) const {
     const int slot = slot_of(x.rank, ranks_of(task), task.rank);
@@ -258,7 +320,7 @@ struct Combine {
     store_sums(s.buffer<Element>(task.rank, kScratch) + row * p.width, task.unit, sums);
     __syncwarp();
     if (lane_id() != 0) return;
-    // Partner: the load in has_arrived() on the peer.
+    // Partner: the load in flag_is_set() on the peer.
     if (p.sends_routes) {
       uint32_t* arrived = x.control[task.rank]->arrived[x.gpu[x.rank]];
       store_release_system(&arrived[task.unit], s.epoch[task.rank]);
@@ -268,7 +330,7 @@ struct Combine {
   }
 
   // Whether `rank` has stored its partial sum of the unit in that slot.
-  __device__ bool has_arrived(int rank, int unit, int slot) const {
+  __device__ bool flag_is_set(int rank, int unit, int slot) const {
     // Partner: the store in push() on the peer.
     if (p.sends_routes) {
       // A peer may be in its next exchange already, and have stored that one's epoch.
@@ -282,16 +344,30 @@ struct Combine {
   __device__ void wait_for_partial_sums(uint32_t ranks, int unit) const {
     if (const int rank = lane_id(); rank != x.rank && (ranks >> rank & 1) != 0) {
       const int slot = slot_of(rank, ranks, x.rank);
-      wait_until(x, s, kWaitPartialSums, rank, [&] { return has_arrived(rank, unit, slot); });
+      wait_until<true>(x, s, kWaitPartialSums, rank, [&] { return flag_is_set(rank, unit, slot); });
     }
     __syncwarp();
   }
 
   // Adds the partial sums of the peers in `ranks`, in order, to the totals.
+  __device__ void add_peers(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
+    if constexpr (kSendsSums) {
+      for (; ranks != 0; ranks &= ranks - 1) {
+        R partial[kColumns];
+        receive(__ffs(static_cast<int>(ranks)) - 1, unit, partial);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) add(partial[c], totals[c]);
+      }
+    } else {
+      add_slots(ranks, all_ranks, unit, totals);
+    }
+  }
+
   __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
     const auto [first, slice_end] = columns_of(unit);
     const Element* slots = static_cast<const Element*>(p.partial_sums) +
                            slot_index(quotient(unit, p.slices), 0) * p.width + first;
+    constexpr int kBatch = 2;  // partial sums in flight together
     while (ranks != 0) {
       R partials[kBatch][kColumns];
       const int count = __popc(ranks);
@@ -332,11 +408,11 @@ struct Combine {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) own[c] = round_to<Element, kCount>(sums[c]);
     clear(sums);
-    wait_for_partial_sums(ranks, task.unit);
-    add_slots(ranks & lower, ranks, task.unit, sums);
+    if constexpr (!kSendsSums) wait_for_partial_sums(ranks, task.unit);
+    add_peers(ranks & lower, ranks, task.unit, sums);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) add(own[c], sums[c]);
-    add_slots(ranks & ~lower & ~(1u << x.rank), ranks, task.unit, sums);
+    add_peers(ranks & ~lower & ~(1u << x.rank), ranks, task.unit, sums);
     Element* row = static_cast<Element*>(p.sums) + int64_t{quotient(task.unit, p.slices)} * p.width;
     store_sums(row, task.unit, sums);
   }
@@ -346,7 +422,7 @@ struct Combine {
 // it is to read itself: it waits for no other CTA before it does.
 __device__ void prepare_slots(const CombineParams& p, const Chunk& units, Session& s) {
   const Exchange& x = p.exchange;
-  if (x.num_ranks == 1 || p.sends_routes) return;
+  if (x.num_ranks == 1) return;
   const int64_t end = static_cast<int64_t>(units.end) * p.num_slots;
   for (int64_t i = static_cast<int64_t>(units.begin) * p.num_slots + threadIdx.x; i < end;
        i += kThreads) {
@@ -364,55 +440,58 @@ __device__ void prepare_slots(const CombineParams& p, const Chunk& units, Sessio
 // they did not come.
 template <typename Accumulator>
 __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& tile,
-                               RouteTile<Accumulator>& routes) {
+                               bool sends_routes, RouteTile<Accumulator>& routes) {
   const Exchange& x = p.exchange;
   routes.begin(x, tile);
-  if (p.sends_routes) {
+  if (sends_routes) {
     routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights);
   } else {
     routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
   }
   // Where flags had to be cleared, the slots' addresses come later than the others.
-  const uint32_t slots = p.sends_routes ? 1u << kScratch : 1u << kScratch | 1u << kFlags;
+  const uint32_t slots = sends_routes ? 1u << kScratch : 1u << kScratch | 1u << kFlags;
   if (tile.number == 0) return receive_addresses(x, s, slots);
   return !__syncthreads_or(has_failed(s));
 }
 
-template <typename Element, int kCount>
+template <typename Element, int kCount, bool kSendsSums>
 __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
+  const bool sends_routes = kSendsSums || p.sends_routes;
   const Units units(p);
   // What needs no peer is loaded while the exchange opens.
-  const int early = p.sends_routes && blockIdx.x == 0 ? x.num_tokens * x.top_k : 0;
+  const int early = sends_routes && blockIdx.x == 0 ? x.num_tokens * x.top_k : 0;
   const SentAssignment first(static_cast<int>(threadIdx.x), early, p.dest_rank, p.dest_row,
                              p.weights);
   if (!open(x, s)) return;
   const uint32_t routes_of_peers = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
   if (blockIdx.x == 0) {
-    post(x, s, p.sends_routes ? 1u << kScratch : routes_of_peers);
-    if (p.sends_routes) send_routes(x, s, first, p.dest_rank, p.dest_row, p.weights);
+    post(x, s, sends_routes ? 1u << kScratch : routes_of_peers);
+    if (sends_routes) send_routes(x, s, first, p.dest_rank, p.dest_row, p.weights);
   }
-  prepare_slots(p, units.chunk, s);
-  if (!p.sends_routes && !receive_addresses(x, s, routes_of_peers)) return;
+  if (!sends_routes) {
+    prepare_slots(p, units.chunk, s);
+    if (!receive_addresses(x, s, routes_of_peers)) return;
+  }
   constexpr int kAssignments = tile_assignments<typename Element::Accumulator>();
   RouteTile<typename Element::Accumulator> routes(shared_memory, kAssignments);
   void* const ring = static_cast<std::byte*>(shared_memory) + kTileBytes;
   const Tiles tiles(units.tokens(), kAssignments / (x.num_ranks * x.top_k));
   bool ready = true;
   tiles.for_each(s, [&](const Tile& tile) {
-    ready = ready && receive_routes(p, s, tile, routes);
+    ready = ready && receive_routes(p, s, tile, sends_routes, routes);
     if (!ready) return;
     // Only the routes are read from the peers, and those now are.
     if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude<true>(x, s);
-    Combine<Element, kCount>(p, s, routes, tile, units.of(tile), ring).run();
+    Combine<Element, kCount, kSendsSums>(p, s, routes, tile, units.of(tile), ring).run();
   });
 }
 
-template <typename Element, int kCount>
+template <typename Element, int kCount, bool kSendsSums>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_kernel(const __grid_constant__ CombineParams p) {
   __shared__ Session s;
-  exchange<Element, kCount>(p, s, dynamic_shared_memory<void>());
+  exchange<Element, kCount, kSendsSums>(p, s, dynamic_shared_memory<void>());
   leave(p.exchange, s, [&](const Share& share) {
     const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
     spoil(share, p.sums, p.exchange.num_tokens * row_bytes);
@@ -423,15 +502,29 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 int threads_per_cta() { return kThreads; }
 
-size_t combine_shared_bytes() { return kTileBytes + kRingBytes; }
+size_t combine_shared_bytes(bool sends_sums) {
+  return kTileBytes + (sends_sums ? Slicing<true>::kRingBytes : Slicing<false>::kRingBytes);
+}
 
-const void* combine_function(DType dtype, bool wide) {
+namespace {
+
+template <typename Element, int kCount>
+const void* function_of(bool sends_sums) {
+  if (!sends_sums) return reinterpret_cast<const void*>(&combine_kernel<Element, kCount, false>);
+  if constexpr (sizeof(Element) <= 4 && sizeof(Element) * kCount % sizeof(uint32_t) == 0) {
+    return reinterpret_cast<const void*>(&combine_kernel<Element, kCount, true>);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const void* combine_function(DType dtype, bool wide, bool sends_sums) {
   const void* function = nullptr;
   with_element_type(dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     constexpr int kWide = wide_pack(sizeof(Element));
-    function = wide ? reinterpret_cast<const void*>(&combine_kernel<Element, kWide>)
-                    : reinterpret_cast<const void*>(&combine_kernel<Element, 1>);
+    function = wide ? function_of<Element, kWide>(sends_sums) : function_of<Element, 1>(sends_sums);
   });
   return function;
 }

@@ -22,6 +22,8 @@ constexpr int kMaxSentAssignments = 2048;
 constexpr int kMaxSentByAll = 16384;
 constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
 constexpr int kMaxArrivals = 8192;    // partial sums of one rank: slices of its tokens
+// With yet fewer, the partial sums are sent as words, too: so many, of one rank to another.
+constexpr int kMaxSumWords = 28 << 10;
 
 // What two ranks must agree on before one reads the other's memory. Names for the error are in
 // engine.cc, in this order.
@@ -77,6 +79,9 @@ struct ControlBlock {
   uint32_t aborted[kMaxRanks];   // not 0: the peer gave up, and its memory must not be touched
   // Epoch of the last exchange in which the peer has stored that slice of that token's partial sum.
   uint32_t arrived[kMaxRanks][kMaxArrivals];
+  // Partial sums of the peer, four bytes in each word. A peer that sends those of its next exchange
+  // has got this GPU's routes of that one, so nobody reads what it overwrites.
+  Word sums[kMaxRanks][kMaxSumWords];
 
   // Written by this GPU's process, before it lets a peer use the region: where this GPU sees it.
   uint64_t region_base[kMaxRanks][kMaxRegions];
@@ -204,8 +209,8 @@ struct CombineParams {
   int32_t num_slices;
   Divisor slices;
   int32_t slice_width;
-  bool
-      sends_routes;  // few assignments: the routes are sent, and the arrival flags are the engine's
+  bool sends_routes;  // few assignments: they are sent, and the arrival flags are the engine's
+  bool sends_sums;    // yet fewer: partial sums are sent as words
 };
 
 struct CombineTransposeParams {

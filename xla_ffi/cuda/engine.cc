@@ -76,7 +76,10 @@ std::vector<const void*> all_kernels() {
   for (const Routes routes : kAllRoutes) kernels.push_back(dispatch_function(routes));
   for (const DType dtype : kDTypes) {
     for (const bool wide : {true, false}) {
-      kernels.push_back(combine_function(dtype, wide));
+      for (const bool sends_sums : {true, false}) {
+        const void* combine = combine_function(dtype, wide, sends_sums);
+        if (combine != nullptr) kernels.push_back(combine);
+      }
       kernels.push_back(combine_transpose_function(dtype, wide));
     }
   }
@@ -105,7 +108,11 @@ Status load_kernels() {
   }
   for (const DType dtype : kDTypes) {
     for (const bool wide : {true, false}) {
-      if (status.ok()) status = allow(combine_function(dtype, wide), combine_shared_bytes());
+      for (const bool sends_sums : {true, false}) {
+        const void* combine = combine_function(dtype, wide, sends_sums);
+        if (!status.ok() || combine == nullptr) continue;
+        status = allow(combine, combine_shared_bytes(sends_sums));
+      }
       if (status.ok()) {
         status = allow(combine_transpose_function(dtype, wide), combine_transpose_shared_bytes());
       }

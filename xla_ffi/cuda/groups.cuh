@@ -30,67 +30,60 @@ struct Routing {
   int num_experts_;
 };
 
-// First rows of the groups. Each lane takes an expert, each warp a block of them, all of one rank.
-// Row numbers stop at capacity, past which nothing is stored, so they fit whatever the alignment
-// adds. All threads.
+__device__ inline int64_t sum_of_lanes_before(int64_t value) {
+  int64_t sum = value;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const int64_t other = __shfl_up_sync(kFullWarp, sum, distance);
+    if (lane_id() >= distance) sum += other;
+  }
+  return sum - value;
+}
+
+// First rows of the groups: one warp for each rank's experts, of which each lane has some in a row.
+// (All warps together, over blocks of experts, need less time by themselves; but where rows are
+// being fetched meanwhile, each access to shared memory waits behind those, and that way has more
+// of them.) Row numbers stop at capacity, past which nothing is stored, so they fit whatever the
+// alignment adds.
 __device__ inline void place_groups(const DispatchParams& p, const Routing& routing) {
   const Exchange& x = p.exchange;
-  const int experts = quotient(x.num_experts, x.ranks);
-  const int blocks_per_rank = (experts + kWarpSize - 1) / kWarpSize;
-  const int blocks = blocks_per_rank * x.num_ranks;
-  const auto capacity = static_cast<uint32_t>(x.capacity);
+  const int experts = x.num_experts / x.num_ranks;
+  const int per_lane = (experts + kWarpSize - 1) / kWarpSize;
+  const int first = min(lane_id() * per_lane, experts);
+  const int end = min(first + per_lane, experts);
   const auto alignment = static_cast<uint32_t>(x.alignment);
   const auto padded = [&](uint32_t load) {
-    return min((load + alignment - 1) / alignment * alignment, capacity);
+    return static_cast<int64_t>((load + alignment - 1) / alignment) * alignment;
   };
-  const auto add = [&](uint32_t a, uint32_t b) { return min(a + b, capacity); };
-  // The counts of this rank alone have been added up to the loads, and are needed no more.
-  uint32_t* const before_in_block = routing.before;
-  uint32_t* const rows_of_block = routing.count;
-  __shared__ int dropped;
-  if (threadIdx.x == 0) dropped = 0;
+  for (int rank = warp_id(); rank < x.num_ranks; rank += kWarps) {
+    const int first_expert = rank * experts;
+    int64_t rows = 0;
 #pragma unroll 1
-  for (int block = warp_id(); block < blocks; block += kWarps) {
-    const int rank = block / blocks_per_rank;
-    const int group = block % blocks_per_rank * kWarpSize + lane_id();
-    const uint32_t rows = group < experts ? padded(routing.load[rank * experts + group]) : 0;
-    uint32_t sum = rows;
-#pragma unroll
-    for (int distance = 1; distance < kWarpSize; distance *= 2) {
-      const uint32_t other = __shfl_up_sync(kFullWarp, sum, distance);
-      if (lane_id() >= distance) sum = add(sum, other);
+    for (int group = first; group < end; ++group)
+      rows += padded(routing.load[first_expert + group]);
+    int64_t start = sum_of_lanes_before(rows);
+    int dropped = 0;
+#pragma unroll 1
+    for (int group = first; group < end; ++group) {
+      const uint32_t load = routing.load[first_expert + group];
+      const int64_t capacity = x.capacity;
+      const auto first_row = static_cast<uint32_t>(min(start, capacity));
+      start += padded(load);
+      routing.next[first_expert + group] += first_row;
+      if (rank != x.rank) continue;
+      routing.start[group] = first_row;
+      if (blockIdx.x != 0) continue;
+      const int size = static_cast<int>(min(start, capacity) - first_row);
+      p.expert_load[group] = static_cast<int>(load);
+      p.group_sizes[group] = size;
+      dropped += max(static_cast<int>(load) - size, 0);
     }
-    const uint32_t before = __shfl_up_sync(kFullWarp, sum, 1);
-    if (group < experts) {
-      before_in_block[rank * experts + group] = lane_id() == 0 ? 0 : before;
+    if (rank == x.rank && blockIdx.x == 0) {
+      dropped = __reduce_add_sync(kFullWarp, dropped);
+      if (lane_id() == 0) *p.num_dropped = dropped;
     }
-    if (lane_id() == kWarpSize - 1) rows_of_block[block] = sum;
   }
   __syncthreads();
-#pragma unroll 1
-  for (int block = warp_id(); block < blocks; block += kWarps) {
-    const int rank = block / blocks_per_rank;
-    const int group = block % blocks_per_rank * kWarpSize + lane_id();
-    uint32_t start = 0;
-#pragma unroll 1
-    for (int other = rank * blocks_per_rank; other < block; ++other) {
-      start = add(start, rows_of_block[other]);
-    }
-    if (group >= experts) continue;
-    const int expert = rank * experts + group;
-    start = add(start, before_in_block[expert]);
-    routing.next[expert] += start;
-    if (rank != x.rank) continue;
-    routing.start[group] = start;
-    if (blockIdx.x != 0) continue;
-    const uint32_t load = routing.load[expert];
-    const uint32_t size = add(start, padded(load)) - start;
-    p.expert_load[group] = static_cast<int>(load);
-    p.group_sizes[group] = static_cast<int>(size);
-    if (load > size) atomicAdd(&dropped, static_cast<int>(load - size));
-  }
-  __syncthreads();
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_dropped = dropped;
 }
 
 }  // namespace freeio::cuda

@@ -50,6 +50,12 @@ int64_t bytes_of(DType dtype) {
   return bytes;
 }
 
+// Words in which one lane sends what it takes at a time; 0: that is no whole number of them.
+int64_t sent_words(DType dtype, bool wide) {
+  const int64_t bytes = bytes_of(dtype) * pack_of(dtype, wide);
+  return bytes % sizeof(uint32_t) == 0 ? bytes / sizeof(uint32_t) : 0;
+}
+
 bool is_wide(const RowType& type, std::initializer_list<const void*> buffers) {
   const int64_t bytes = bytes_of(type.dtype);
   return access_bytes(type.width * bytes, buffers) >= bytes * pack_of(type.dtype, true);
@@ -136,11 +142,17 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
 
 Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params) {
   const bool wide = is_wide(type, {params.expert_out, params.sums, params.partial_sums});
-  cut_rows(type, wide, kCombineSlice, params);
   const Exchange& x = params.exchange;
-  params.sends_routes = x.num_ranks > 1 && sends_routing(x) && bytes_of(type.dtype) <= 4 &&
-                        x.capacity <= kMaxSentRow &&
-                        int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals;
+  const bool sends =
+      x.num_ranks > 1 && sends_routing(x) && bytes_of(type.dtype) <= 4 && x.capacity <= kMaxSentRow;
+  cut_rows(type, wide, kSentSlice, params);
+  const int64_t words = sent_words(type.dtype, wide);
+  params.sends_sums =
+      sends && words > 0 &&
+      int64_t{x.num_tokens} * params.num_slices * kSentSlice * words <= kMaxSumWords;
+  if (!params.sends_sums) cut_rows(type, wide, kCombineSlice, params);
+  params.sends_routes =
+      params.sends_sums || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
   post(kScratch, params.partial_sums, params.exchange);
   if (!params.sends_routes) {
     post_routes(params);
@@ -149,10 +161,11 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
   }
   params.num_slots = std::min(params.exchange.top_k, params.exchange.num_ranks - 1);
   params.exchange.signature[kOp] = kCombineOp;
-  params.exchange.signature[kRows] =
-      Digest({static_cast<int>(type.dtype), type.width, wide, weighted, params.sends_routes})
-          .folded();
-  return {combine_function(type.dtype, wide), combine_shared_bytes()};
+  params.exchange.signature[kRows] = Digest({static_cast<int>(type.dtype), type.width, wide,
+                                             weighted, params.sends_routes, params.sends_sums})
+                                         .folded();
+  return {combine_function(type.dtype, wide, params.sends_sums),
+          combine_shared_bytes(params.sends_sums)};
 }
 
 Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,

@@ -97,8 +97,8 @@ __device__ inline void look_at_host(const Exchange& x, uint64_t now) {
 
 // Whether a wait for the peer may go on, and since when it lasts: `begin` if that is not 0. 0: the
 // time is up, a rank has given up, or the peer's process is there no more.
-[[gnu::noinline]] __device__ inline uint64_t may_wait(const Exchange& x, Session& s, Step step,
-                                                      int peer, uint64_t begin) {
+__device__ __forceinline__ uint64_t may_wait(const Exchange& x, Session& s, Step step, int peer,
+                                             uint64_t begin) {
   if (load_relaxed_device(&self(x).failed) != 0) {
     s.failed = 1;
     return 0;
@@ -123,8 +123,15 @@ __device__ inline void look_at_host(const Exchange& x, uint64_t now) {
   return begin;
 }
 
-// The one wait: polls `ready` until it holds. False: see may_wait().
-template <typename Ready>
+[[gnu::noinline]] __device__ inline uint64_t may_wait_out_of_line(const Exchange& x, Session& s,
+                                                                  Step step, int peer,
+                                                                  uint64_t begin) {
+  return may_wait(x, s, step, peer, begin);
+}
+
+// The one wait: polls `ready` until it holds. False: see may_wait(). `kInLoop`: of a loop that
+// needs all registers, of which a call would take some.
+template <bool kInLoop = false, typename Ready>
 __device__ bool wait_until(const Exchange& x, Session& s, Step step, int peer, const Ready& ready) {
   constexpr int kPollsBetweenChecks = 1024;
   for (uint64_t begin = 0;;) {
@@ -132,7 +139,8 @@ __device__ bool wait_until(const Exchange& x, Session& s, Step step, int peer, c
     for (int poll = 0; poll < kPollsBetweenChecks; ++poll) {
       if (ready()) return true;
     }
-    begin = may_wait(x, s, step, peer, begin);
+    begin =
+        kInLoop ? may_wait(x, s, step, peer, begin) : may_wait_out_of_line(x, s, step, peer, begin);
     if (begin == 0) return false;
   }
 }

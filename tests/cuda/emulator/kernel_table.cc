@@ -27,7 +27,9 @@ std::map<const void*, Bind> make_table() {
   for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16,
                             DType::kFloat8E5M2, DType::kFloat8E4M3FN}) {
     for (const bool wide : {true, false}) {
-      table[combine_function(dtype, wide)] = bind<CombineParams>;
+      for (const bool sends_sums : {true, false}) {
+        table[combine_function(dtype, wide, sends_sums)] = bind<CombineParams>;
+      }
       table[combine_transpose_function(dtype, wide)] = bind<CombineTransposeParams>;
     }
   }
