@@ -26,13 +26,13 @@ def _shared_machine():
 @pytest.fixture
 def machine(emulator_library, _shared_machine, rng):
     """Sixteen emulated GPUs with a schedule of this test's own."""
-    from emulated import Emulator
+    from emulated import PROTOCOLS, Emulator
 
     if not _shared_machine:
         _shared_machine.append(Emulator(emulator_library, num_gpus=16, num_sms=16))
     shared = _shared_machine[0]
     shared.set_num_sms(3)
-    shared.set_sends_routing(True)
+    shared.set_protocol(PROTOCOLS[0])
     shared.set_seed(rng.integers(2**32))
     yield shared
     if shared.is_broken():

@@ -23,6 +23,10 @@ import numpy as np
 
 from freeio_jax.layout import dropless_capacity
 
+#: What calls with few assignments send: their routing and, in combine, the partial sums, in words
+#: that carry their flags; their routing alone; or nothing, as all other calls.
+PROTOCOLS = ("sums", "routes", "nothing")
+
 #: In the order of DType in core/dtype.h.
 DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]
 
@@ -266,9 +270,14 @@ class Emulator:
     def set_num_sms(self, num_sms):
         self._library.engine_set_num_sms(c.c_int64(num_sms))
 
-    def set_sends_routing(self, sends):
-        """Whether calls with few assignments send their routing itself, or as all others do."""
-        self._library.engine_set_max_sent_assignments(c.c_int64(2**31 if sends else -1))
+    def set_protocol(self, name):
+        """What calls with few assignments send if they can, one of PROTOCOLS; else the next one."""
+        most = [2**31 if PROTOCOLS.index(name) <= i else -1 for i in (1, 0)]
+        self._library.engine_set_most_sent(*map(c.c_int64, most))
+
+    def divide(self, n, d):
+        """Quotient and remainder as kernels find them."""
+        return self._library.engine_quotient(n, d), self._library.engine_remainder(n, d)
 
     @property
     def steps(self):

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import oracle  # noqa: E402
-from emulated import Emulator, EngineError, Group, Place, capacity_of  # noqa: E402
+from emulated import PROTOCOLS, Emulator, EngineError, Group, Place, capacity_of  # noqa: E402
 from helpers import Geometry, assert_bitwise, routing, values  # noqa: E402
 from test_emulated_memory import Driver  # noqa: E402
 
@@ -57,7 +57,7 @@ class Process:
         self.mine = sorted(place.ordinals())
         self.group = Group(tuple(range(len(place.gpus))))
 
-    def layer(self, group=None, *, sends_routing=True):
+    def layer(self, group=None, *, protocol=PROTOCOLS[0]):
         """dispatch, dispatch along, combine and its gradients; every result is checked."""
         rng, group = self.rng, group or self.group
         geometry = Geometry(
@@ -74,7 +74,7 @@ class Process:
         if not mine:
             return
         machine = self.machine
-        machine.set_sends_routing(sends_routing)
+        machine.set_protocol(protocol)
         placement = geometry.place(topk_idx, capacity_of(geometry))
         rows = oracle.dispatch(x, placement)
         out = {r: machine.dispatch(group, r, geometry, topk_idx[r], [x[r]]) for r in mine}
@@ -121,7 +121,7 @@ def wait_for_all():
 
 def layers(process):
     for i in range(8):
-        process.layer(sends_routing=i % 2 == 0)
+        process.layer(protocol=PROTOCOLS[i % 3])
 
 
 def groups(process):
@@ -139,7 +139,7 @@ def growing_pool(process):
     for i in range(10):
         if i % len((*process.place.peers, 0)) == process.place.process:
             process.machine.allocate = Pool(process.machine).allocate
-        process.layer(sends_routing=i % 3 != 0)
+        process.layer(protocol=PROTOCOLS[i % 3])
 
 
 def growing_pool_while_capturing(process):

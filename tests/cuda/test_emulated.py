@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from emulated import EngineError, Group, capacity_of
+from emulated import PROTOCOLS, EngineError, Group, capacity_of
 from helpers import (
     ROUTINGS,
     Geometry,
@@ -21,7 +21,7 @@ from helpers import (
     routing,
     values,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 # --- Exchanges -----------------------------------------------------------------------------------
@@ -135,15 +135,14 @@ def check_transposed(out, geometry, placement, cotangent, weights, expert_out):
             assert np.all(np.abs(our_grads - grads[rank]) <= bounds[rank])
 
 
-#: Two protocols: calls with few assignments send their routing itself, all others where it is.
-both_protocols = pytest.mark.parametrize(
-    "machine_sends_routing", [True, False], ids=["sent", "fetched"], indirect=True
-)
+all_protocols = pytest.mark.parametrize("protocol", PROTOCOLS, indirect=True)
+#: Of dispatch, which sums nothing.
+protocols_of_routes = pytest.mark.parametrize("protocol", PROTOCOLS[1:], indirect=True)
 
 
 @pytest.fixture
-def machine_sends_routing(request, machine):
-    machine.set_sends_routing(request.param)
+def protocol(request, machine):
+    machine.set_protocol(request.param)
 
 
 # --- dispatch ------------------------------------------------------------------------------------
@@ -169,15 +168,15 @@ GEOMETRIES = {
 }
 
 
-@both_protocols
-@pytest.mark.usefixtures("machine_sends_routing")
+@protocols_of_routes
+@pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_dispatch(machine, rng, name):
     run_dispatch(machine, rng, GEOMETRIES[name])
 
 
-@both_protocols
-@pytest.mark.usefixtures("machine_sends_routing")
+@protocols_of_routes
+@pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("skew", ROUTINGS)
 def test_dispatch_of_any_routing(machine, rng, skew):
     run_dispatch(machine, rng, Geometry(4, 23, 4, 12, capacity=64), skew)
@@ -224,6 +223,8 @@ def test_dispatch_along_a_handle(machine, rng, name):
 DTYPES = ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"]
 
 
+@all_protocols
+@pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_combine_dtypes(machine, rng, dtype, weighted):
@@ -241,8 +242,8 @@ def test_combine_dtypes(machine, rng, dtype, weighted):
         )
 
 
-@both_protocols
-@pytest.mark.usefixtures("machine_sends_routing")
+@all_protocols
+@pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_combine(machine, rng, name):
     """Any weights: bitwise where products and sums round one by one, else within their rounding."""
@@ -267,6 +268,17 @@ def test_the_weight_of_a_skipped_id_is_not_looked_at(machine, rng):
     z = combine(machine, geometry, out, expert_out, weights)
     machine.synchronize()
     assert np.isfinite(np.stack(z)).all()
+
+
+@pytest.mark.parametrize("num_tokens", [56, 57])
+def test_the_most_sums_that_are_sent(machine, rng, num_tokens):
+    """56 rows of 1024 bfloat16 elements are just as many words as a rank has for a peer's."""
+    geometry = Geometry(2, num_tokens, 2, 4)
+    _, out, placement = run_dispatch(machine, rng, geometry)
+    expert_out = values(rng, (2, capacity_of(geometry), 1024), "bfloat16")
+    z = combine(machine, geometry, out, expert_out)
+    machine.synchronize()
+    assert_combined(np.stack(z), expert_out, placement, geometry.topk_shape, None, exact=True)
 
 
 # --- combine_transpose ---------------------------------------------------------------------------
@@ -336,8 +348,8 @@ def all_operations(machine, geometry, topk_idx, x, weights, group=None):
     return out, expert_out, z, grads
 
 
-@both_protocols
-@pytest.mark.usefixtures("machine_sends_routing")
+@all_protocols
+@pytest.mark.usefixtures("protocol")
 def test_results_do_not_depend_on_the_schedule(machine, rng):
     geometry = Geometry(4, 13, 4, 16, alignment=2)
     topk_idx = routing(rng, geometry)
@@ -378,7 +390,7 @@ class Calls:
     def launch(self, group):
         """Some operation: dispatch, or one along the last handle of the group."""
         rng, handle = self.rng, self.handles.get(group)
-        self.machine.set_sends_routing(rng.random() < 0.5)
+        self.machine.set_protocol(rng.choice(PROTOCOLS))
         operation = rng.integers(4) if handle else 0
         if operation == 0:
             self._dispatch(group)
@@ -517,7 +529,7 @@ def test_any_geometry(machine, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
     machine.set_seed(rng.integers(2**32))
     machine.set_num_sms(data.draw(st.integers(1, 4), "num_sms"))
-    machine.set_sends_routing(data.draw(st.booleans(), "sends_routing"))
+    machine.set_protocol(data.draw(st.sampled_from(PROTOCOLS), "protocol"))
     skew = data.draw(st.sampled_from(sorted(ROUTINGS)), "skew")
     width = data.draw(st.integers(1, 40), "width")
     dtype = data.draw(st.sampled_from(["float32", "float64"]), "dtype")
@@ -528,6 +540,16 @@ def test_any_geometry(machine, data):
     placement = check_dispatched(out, geometry, topk_idx, [x])
     assert_combined(np.stack(z), expert_out, placement, geometry.topk_shape, weights, exact=True)
     check_transposed(grads, geometry, placement, x, weights, expert_out)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n=st.integers(0, 2**31 - 1), d=st.integers(1, 2**31 - 1))
+@example(n=2**31 - 1, d=2**31 - 1)
+@example(n=2**31 - 1, d=2**30 + 1)
+@example(n=2**31 - 1, d=1)
+def test_division(machine, n, d):
+    assert machine.divide(n, d) == divmod(n, d)
+    assert machine.divide(d * (n // d), d) == (n // d, 0)
 
 
 # --- Failures ------------------------------------------------------------------------------------

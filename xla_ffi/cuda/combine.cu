@@ -49,8 +49,8 @@ struct Units {
   // The tokens of this CTA's units.
   __device__ Chunk tokens() const {
     Chunk tokens = chunk;
-    tokens.begin = quotient(chunk.begin, per_token);
-    tokens.end = chunk.size() == 0 ? tokens.begin : quotient(chunk.end + slices - 1, per_token);
+    tokens.begin = per_token.quotient(chunk.begin);
+    tokens.end = chunk.size() == 0 ? tokens.begin : per_token.quotient(chunk.end + slices - 1);
     return tokens;
   }
 
@@ -177,11 +177,11 @@ struct Combine {
     while (next_one < items) {
       const int item = next_one;
       next_one = next_item(s);
-      const int turn = remainder(item, x.ranks);
+      const int turn = x.ranks.remainder(item);
       const bool pushes = turn != x.num_ranks - 1;
-      const int unit = quotient(item, x.ranks) - (pushes ? 0 : kAhead);
+      const int unit = x.ranks.quotient(item) - (pushes ? 0 : kAhead);
       if (unit < 0 || unit >= units.size()) continue;
-      const int token = quotient(units.begin + unit, p.slices);
+      const int token = p.slices.quotient(units.begin + unit);
       const int after = x.rank + 1 + turn;
       const int rank = after < x.num_ranks ? after : after - x.num_ranks;
       const int first = routes.first_of(rank, token - tile.begin);
@@ -239,7 +239,7 @@ struct Combine {
 
   // This lane's first column of the unit's slice, and the end of the slice.
   __device__ int2 columns_of(int unit) const {
-    const int begin = remainder(unit, p.slices) * p.slice_width;
+    const int begin = p.slices.remainder(unit) * p.slice_width;
     return {begin + lane_id() * kCount, min(begin + p.slice_width, p.width)};
   }
 
@@ -316,7 +316,7 @@ struct Combine {
   // This rank's partial sum of a peer's token, to the peer.
   __device__ void push(const Task& task, const Sums& sums) const {
     const int slot = slot_of(x.rank, ranks_of(task), task.rank);
-    const int64_t row = slot_index(quotient(task.unit, p.slices), slot);
+    const int64_t row = slot_index(p.slices.quotient(task.unit), slot);
     store_sums(s.buffer<Element>(task.rank, kScratch) + row * p.width, task.unit, sums);
     __syncwarp();
     if (lane_id() != 0) return;
@@ -366,7 +366,7 @@ struct Combine {
   __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
     const auto [first, slice_end] = columns_of(unit);
     const Element* slots = static_cast<const Element*>(p.partial_sums) +
-                           slot_index(quotient(unit, p.slices), 0) * p.width + first;
+                           slot_index(p.slices.quotient(unit), 0) * p.width + first;
     constexpr int kBatch = 2;  // partial sums in flight together
     while (ranks != 0) {
       R partials[kBatch][kColumns];
@@ -413,7 +413,7 @@ struct Combine {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) add(own[c], sums[c]);
     add_peers(ranks & ~lower & ~(1u << x.rank), ranks, task.unit, sums);
-    Element* row = static_cast<Element*>(p.sums) + int64_t{quotient(task.unit, p.slices)} * p.width;
+    Element* row = static_cast<Element*>(p.sums) + int64_t{p.slices.quotient(task.unit)} * p.width;
     store_sums(row, task.unit, sums);
   }
 };

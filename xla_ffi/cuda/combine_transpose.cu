@@ -112,8 +112,8 @@ struct CombineTranspose {
 
   __device__ void pull(int item) const {
     const int rank = source_rank(x, item);
-    const int unit = quotient(item, x.ranks);
-    const int tile_token = quotient(unit, p.slices);
+    const int unit = x.ranks.quotient(item);
+    const int tile_token = p.slices.quotient(unit);
     const int slice = unit - tile_token * p.num_slices;
     const Routes routes = routes_of.of(rank, tile_token);
     const auto* tokens = rank == x.rank ? static_cast<const Element*>(p.tokens)

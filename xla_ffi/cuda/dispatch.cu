@@ -53,8 +53,8 @@ struct Slice {
 
   __device__ Slice(const DispatchParams& p, int pull)
       : rank(source_rank(p.exchange, pull)), leaf(0) {
-    const int unit = quotient(pull, p.exchange.ranks);
-    tile_token = quotient(unit, p.slices);
+    const int unit = p.exchange.ranks.quotient(pull);
+    tile_token = p.slices.quotient(unit);
     int slice = unit - tile_token * p.num_slices;
     first = slice == 0;
     while (slice >= p.leaves[leaf].num_slices) slice -= p.leaves[leaf++].num_slices;

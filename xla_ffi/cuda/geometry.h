@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <numeric>
 
+#include "core/dtype.h"
+
 namespace freeio::cuda {
 
 // Divides by what is fixed when a kernel is launched: three instructions instead of some twenty,
@@ -20,6 +22,14 @@ struct Divisor {
   explicit Divisor(int32_t d) : divisor(static_cast<uint32_t>(d)) {
     while ((int64_t{1} << (shift - 31)) < d) ++shift;
     factor = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+
+  // n / d and n % d.
+  FREEIO_HOST_DEVICE int32_t quotient(int32_t n) const {
+    return static_cast<int32_t>(uint64_t{static_cast<uint32_t>(n)} * factor >> shift);
+  }
+  FREEIO_HOST_DEVICE int32_t remainder(int32_t n) const {
+    return n - quotient(n) * static_cast<int32_t>(divisor);
   }
 };
 

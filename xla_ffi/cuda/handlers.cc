@@ -245,9 +245,6 @@ void add_module(py::module_& native) {
   module.attr("max_top_k") = kMaxTopK;
   module.attr("max_leaves") = kMaxLeaves;
   module.attr("combine_slice") = kCombineSlice;
-  module.attr("max_sent_assignments") = kMaxSentAssignments;
-  module.def("set_max_sent_assignments", &set_max_sent_assignments, py::arg("assignments"),
-             "Calls with at most this many assignments of a rank send their routing itself.");
   module.def("has_driver", &has_driver, "Whether this machine has NVIDIA's driver.");
   module.def("can_access_peer", &can_access_peer, py::arg("from_ordinal"), py::arg("to_ordinal"));
   module.def(

@@ -14,6 +14,7 @@ namespace freeio::cuda {
 namespace {
 
 std::atomic<int64_t> max_sent_assignments{kMaxSentAssignments};
+std::atomic<int64_t> max_sum_words{kMaxSumWords};
 
 enum Op : uint32_t { kDispatchOp, kDispatchAlongOp, kCombineOp, kCombineTransposeOp };
 
@@ -96,8 +97,9 @@ bool sends_routing(const Exchange& exchange) {
 
 }  // namespace
 
-void set_max_sent_assignments(int64_t assignments) {
+void set_most_sent(int64_t assignments, int64_t sum_words) {
   max_sent_assignments = std::min<int64_t>(assignments, kMaxSentAssignments);
+  max_sum_words = std::min<int64_t>(sum_words, kMaxSumWords);
 }
 
 void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params) {
@@ -149,7 +151,7 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
   const int64_t words = sent_words(type.dtype, wide);
   params.sends_sums =
       sends && words > 0 &&
-      int64_t{x.num_tokens} * params.num_slices * kSentSlice * words <= kMaxSumWords;
+      int64_t{x.num_tokens} * params.num_slices * kSentSlice * words <= max_sum_words;
   if (!params.sends_sums) cut_rows(type, wide, kCombineSlice, params);
   params.sends_routes =
       params.sends_sums || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);

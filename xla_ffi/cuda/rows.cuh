@@ -70,7 +70,7 @@ __device__ void run_work(const Work& work, Session& s, const Pull& pull, const Z
 
 // The source of a pull: the peers first, then this rank itself, so that the link never waits.
 __device__ inline int source_rank(const Exchange& x, int pull) {
-  const int rank = x.rank + 1 + remainder(pull, x.ranks);
+  const int rank = x.rank + 1 + x.ranks.remainder(pull);
   return rank < x.num_ranks ? rank : rank - x.num_ranks;
 }
 

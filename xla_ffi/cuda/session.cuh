@@ -44,15 +44,6 @@ __device__ inline bool has_failed(const Session& s) {
 
 __device__ inline ControlBlock& self(const Exchange& x) { return *x.control[x.rank]; }
 
-// n / d and n % d of an n from 0 on.
-__device__ inline int quotient(int n, const Divisor& d) {
-  const uint64_t product = static_cast<uint64_t>(static_cast<uint32_t>(n)) * d.factor;
-  return static_cast<int>(product >> d.shift);
-}
-__device__ inline int remainder(int n, const Divisor& d) {
-  return n - quotient(n, d) * static_cast<int>(d.divisor);
-}
-
 // Functions of what hardly ever happens are not inlined: a call with few tokens takes about as long
 // as its instructions take to be fetched, and those of failures would lie between all others.
 
