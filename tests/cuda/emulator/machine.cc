@@ -280,12 +280,12 @@ class Machine {
   }
 
   void stored(const void* address) {
-    leap_ = kMillisecond;
     // Those who poll for it.
     for (Thread** link = &bucket_of(address); *link != nullptr;) {
       Thread& thread = **link;
       if (thread.address == address && load(address, thread.bytes) != thread.value) {
         *link = thread.next;
+        leap_ = kMillisecond;
         ready(thread);
       } else {
         link = &thread.next;
