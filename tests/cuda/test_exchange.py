@@ -13,6 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
+from freeio_jax.bench import late
+from freeio_jax.bench.report import Report
+from freeio_jax.bench.shapes import Suite
 
 
 def gpus():
@@ -297,3 +300,20 @@ def test_next_to_collectives_of_xla():
     ours = run(functools.partial(model, fio), gpu_mesh(2), *args)
     theirs = by_reference(functools.partial(model, fio.reference), 2, *args)
     assert_close(ours, theirs, "float32", 16)
+
+
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+def test_waiting_for_a_late_rank_costs_no_more_than_the_wait(op):
+    """The last rank's kernel: the others must not slow it down by how they wait."""
+    report = Report({})
+    late.run(
+        report,
+        [Suite("late", 2048, 8, 64, "uniform", (2048,))],
+        num_ranks=gpu_mesh(2).size,
+        ops=[op],
+        dtype="bfloat16",
+        milliseconds=(0.0, 3.0),
+    )
+    assert report.failed == 0
+    (times,) = report.data["late"]
+    assert times["late_3000us_s"] < 1.5 * times["late_0us_s"], times
