@@ -1,4 +1,4 @@
-"""The CUDA engine against the reference, on all GPUs of one process (R = 1 and up)."""
+"""The CUDA engine against the reference, on the GPUs of one process (R = 1 and up)."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ SHAPES = {
     "odd row": (33, 7, 3, 5, None, 1),
     "decode": (8, 7168, 8, 32, None, 1),
     "one token": (1, 512, 4, 8, None, 1),
+    "sums not sent": (64, 1024, 4, 8, None, 1),  # too many for words: flags
     "wide": (257, 7168, 8, 128, 1.25, 1),
     "drops": (300, 64, 4, 8, 0.5, 1),
     "aligned": (129, 256, 4, 8, None, 16),
@@ -153,7 +154,7 @@ def assert_close(ours, theirs, dtype, ulps=1):
     assert worst <= 0, f"{np.sum(np.abs(a - b) > bound)} of {a.size} differ by more"
 
 
-ranks = pytest.mark.parametrize("num_ranks", [1, 2])
+ranks = pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 
 
 @ranks
@@ -167,7 +168,9 @@ def test_dispatch_is_bitwise_the_reference(num_ranks, shape):
 
 
 @ranks
-@pytest.mark.parametrize("shape", ["small", "odd row", "wide", "drops", "aligned"])
+@pytest.mark.parametrize(
+    "shape", ["small", "odd row", "decode", "sums not sent", "wide", "drops", "aligned"]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_layer_and_its_gradients(num_ranks, shape, dtype):
     case = Case(num_ranks, shape, dtype)
