@@ -270,6 +270,11 @@ def test_the_weight_of_a_skipped_id_is_not_looked_at(machine, rng):
     assert np.isfinite(np.stack(z)).all()
 
 
+def test_few_tokens_and_very_much_padding(machine, rng):
+    machine.set_num_sms(1)
+    run_dispatch(machine, rng, Geometry(1, 2, 1, 2, capacity=524_280), width=1)
+
+
 @pytest.mark.parametrize("num_tokens", [56, 57])
 def test_the_most_sums_that_are_sent(machine, rng, num_tokens):
     """56 rows of 1024 bfloat16 elements are just as many words as a rank has for a peer's."""
@@ -755,6 +760,7 @@ def test_a_time_out_at_any_step(new_machine, rng):
     steps = set()
     for _ in range(25):
         machine = new_machine()
+        machine.set_protocol(rng.choice(PROTOCOLS))
         _, out, _ = run_dispatch(machine, rng, geometry)
         machine.set_timeout(10 ** rng.uniform(-8, -3.5))
         machine.set_patience(2)

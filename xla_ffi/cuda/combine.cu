@@ -1,8 +1,9 @@
 // combine: expert outputs back to their tokens.
 //
 // Each rank sums a token's rows that it hosts, weighted, and stores that partial sum to a slot that
-// the token's own rank keeps for it: one row crosses per (token, rank) pair. The token's rank adds
-// the partial sums in order of rank, its own among them, straight from its rows.
+// the token's own rank keeps for it, or, where there are few, to words of its control block: one
+// row crosses per (token, rank) pair. The token's rank adds the partial sums in order of rank, its
+// own among them, straight from its rows.
 #include "cuda/async_copy.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/geometry.h"
@@ -333,9 +334,7 @@ struct Combine {
   __device__ bool flag_is_set(int rank, int unit, int slot) const {
     // Partner: the store in push() on the peer.
     if (p.sends_routes) {
-      // A peer may be in its next exchange already, and have stored that one's epoch.
-      const uint32_t epoch = load_acquire_system(&self(x).arrived[x.gpu[rank]][unit]);
-      return static_cast<int32_t>(epoch - s.epoch[rank]) >= 0;
+      return load_acquire_system(&self(x).arrived[x.gpu[rank]][unit]) == s.epoch[rank];
     }
     return load_acquire_system(p.flags + slot_index(unit, slot)) != 0;
   }
@@ -466,6 +465,7 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
   if (!open(x, s)) return;
   const uint32_t routes_of_peers = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
   if (blockIdx.x == 0) {
+    // Where sums are sent as words, nobody needs it; but one address must be waited for.
     post(x, s, sends_routes ? 1u << kScratch : routes_of_peers);
     if (sends_routes) send_routes(x, s, first, p.dest_rank, p.dest_row, p.weights);
   }
@@ -482,7 +482,7 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
     ready = ready && receive_routes(p, s, tile, sends_routes, routes);
     if (!ready) return;
     // Only the routes are read from the peers, and those now are.
-    if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude<true>(x, s);
+    if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude<false>(x, s);
     Combine<Element, kCount, kSendsSums>(p, s, routes, tile, units.of(tile), ring).run();
   });
 }

@@ -96,7 +96,7 @@ struct ControlBlock {
   uint32_t spoiled;           // not 0: its results are known not to be data
 
   // Copied from the host block by one of the threads that wait, once in a while.
-  uint32_t looked;           // when, in ticks of wait_until()
+  uint32_t looked;           // when, in ticks of look_at_host()
   uint32_t lost[kMaxRanks];  // not 0: the peer's process is there no more
   uint64_t timeout_ns;       // 0: not copied yet
 };

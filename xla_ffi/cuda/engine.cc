@@ -269,7 +269,8 @@ Status translate_addresses(Exchange& exchange) {
 
 void set_timeout(double seconds) {
   std::lock_guard lock(engine().mutex);
-  engine().timeout_ns = static_cast<uint64_t>(std::min(seconds, 1e9) * 1e9);
+  // Not 0, which the kernels take for "not known yet".
+  engine().timeout_ns = std::max<uint64_t>(1, static_cast<uint64_t>(std::min(seconds, 1e9) * 1e9));
   for (auto& [number, gpu] : engine().gpus) {
     *const_cast<volatile uint64_t*>(&gpu.host->timeout_ns) = engine().timeout_ns;
   }

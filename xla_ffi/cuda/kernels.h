@@ -18,9 +18,9 @@ size_t dispatch_shared_bytes(Routes routes, int num_experts, int assignments_of_
 size_t prefetch_bytes();
 constexpr size_t kMostWithPrefetch = 152 << 10;
 
-// CombineParams, CombineTransposeParams. `wide`: 16 bytes for each access of a lane, for rows and
-// buffers that allow it; else one element. `sends_sums`: as in the parameters; null where that is
-// not possible.
+// CombineParams, CombineTransposeParams. `wide`: 16 bytes for each access of a lane (8 of one-byte
+// elements), for rows and buffers that allow it; else one element. `sends_sums`: as in the
+// parameters; null where that is not possible.
 const void* combine_function(DType dtype, bool wide, bool sends_sums);
 size_t combine_shared_bytes(bool sends_sums);
 const void* combine_transpose_function(DType dtype, bool wide);

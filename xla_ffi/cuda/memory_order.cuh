@@ -59,7 +59,8 @@ __device__ inline void add_release_system(uint32_t* counter, uint32_t amount) {
 
 // The same, and publishes nothing: it does not wait for what was stored before, which a release
 // does. It comes after every load whose value this thread, or one that it met at a barrier, has
-// used: that value is here, whatever the peer stores there from now on.
+// used: that value is here, whatever the peer stores there from now on. (In PTX's model that is no
+// release; what this relies on is that a value that has been used has been loaded.)
 __device__ inline void add_relaxed_system(uint32_t* counter, uint32_t amount) {
   asm volatile("red.relaxed.sys.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
 }

@@ -335,7 +335,7 @@ void Peers::gone(int process, bool died) {
     for (Region& region : regions_) region.awaited.erase(process);
     for (const auto& [gpu, owner] : processes_) {
       if (owner != process) continue;
-      // Partner: the load in wait_until, of kernels that wait for that GPU.
+      // Partner: the load in look_at_host(), of kernels that wait for that GPU.
       for (const OwnGpu& own : own_) {
         *const_cast<volatile uint32_t*>(&own.host->lost[gpu]) = died ? kDied : kLeft;
       }

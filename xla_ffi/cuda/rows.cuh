@@ -32,7 +32,7 @@ struct Work {
       blocks = mine.size();
     }
     shift = blocks > 0 ? __clz(blocks) : 0;
-    density = ((static_cast<uint32_t>(blocks) << shift) + max(size(), 1) - 1) / max(size(), 1);
+    density = blocks > 0 ? ((static_cast<uint32_t>(blocks) << shift) - 1) / size() + 1 : 0;
   }
   __device__ int size() const { return pulls + blocks; }
   // Blocks among the first `items`: none among none, all among all, and at most one more for each.

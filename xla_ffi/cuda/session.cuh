@@ -163,7 +163,8 @@ __device__ inline bool open(const Exchange& x, Session& s) {
   const int thread = static_cast<int>(threadIdx.x);
   bool wrong = false;
   // Each load by a warp of its own: they are in flight together.
-  if (thread < x.num_ranks) s.epoch[thread] = self(x).epoch[x.gpu[thread]] + 1;
+  // Never 0: what was never written must not count as arrived.
+  if (thread < x.num_ranks) s.epoch[thread] = max(self(x).epoch[x.gpu[thread]] + 1, 1u);
   if (thread == kWarpSize) {
     s.failed = load_relaxed_device(&self(x).failed);
     wrong = s.failed != 0;
@@ -271,10 +272,10 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
   return !__syncthreads_or(has_failed(s));
 }
 
-// This CTA reads its peers' buffers no more, and what it has stored to them by now is there: says
-// so, once in each kernel. (What combine stores later has arrival flags of its own, and whose it is
-// waits for all of them.) CTA 0 waits until all CTAs of all ranks have said it, and closes the
-// exchange. One warp. `kPublishes`: the peers are to see what it has stored.
+// This CTA reads its peers' buffers no more: says so, once in each kernel. (What combine stores
+// later has arrival flags of its own, and whose it is waits for all of them.) CTA 0 waits until all
+// CTAs of all ranks have said it, and closes the exchange. One warp. `kPublishes`: what the CTA has
+// stored to its peers by now is there, too.
 template <bool kPublishes>
 __device__ void conclude(const Exchange& x, Session& s) {
   ControlBlock& control = self(x);

@@ -28,7 +28,8 @@ std::map<const void*, Bind> make_table() {
                             DType::kFloat8E5M2, DType::kFloat8E4M3FN}) {
     for (const bool wide : {true, false}) {
       for (const bool sends_sums : {true, false}) {
-        table[combine_function(dtype, wide, sends_sums)] = bind<CombineParams>;
+        const void* combine = combine_function(dtype, wide, sends_sums);
+        if (combine != nullptr) table[combine] = bind<CombineParams>;
       }
       table[combine_transpose_function(dtype, wide)] = bind<CombineTransposeParams>;
     }
