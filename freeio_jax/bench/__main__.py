@@ -13,7 +13,7 @@ import jax
 
 from freeio_jax import cluster
 
-PARTS = ("check", "shapes", "sms", "late", "soak", "layer", "once")
+PARTS = ("check", "shapes", "scaling", "sms", "late", "soak", "layer", "once")
 OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
 NAMES = ("freeio", "reference", "ragged", "ragged-by-expert", "ragged-32", "ragged-1", "dense")
 SUITES = ("large", "small", "half", "zipf")
@@ -66,6 +66,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parts = parser.add_argument_group("parts").add_argument
     parts("--check", action="store_true", help="each exchange against freeio_jax.reference")
     parts("--shapes", action="store_true", help="times on each shape, next to the floor")
+    parts("--scaling", action="store_true", help="times on 2, 4, ... ranks, next to the floors")
     parts("--sms", action="store_true", help="how many SMs an exchange needs")
     parts("--late", action="store_true", help="what an exchange takes when one rank comes late")
     parts(
@@ -111,7 +112,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     what("--num-sms", type=count, help="as in freeio_jax.config")
     what("--repeats", type=count, default=5, help="on CPU: rounds; the median counts")
     what("--json", type=pathlib.Path, help="also write all figures to this file, as they come")
-    what("--png", type=pathlib.Path, help="also draw the times over T")
+    what("--png", type=pathlib.Path, help="also draw the times over T, or R")
     arguments = parser.parse_args(argv)
 
     arguments.parts = [p for p in PARTS if getattr(arguments, p) not in (None, False)]
@@ -152,9 +153,9 @@ _at_least_one.__name__ = "int"
 def run_parts(arguments: argparse.Namespace) -> int:
     """The parts, in order, on the first ``arguments.ranks`` devices; 1 if something failed."""
     import freeio_jax
-    from freeio_jax.bench import check, late, layer, shapes
+    from freeio_jax.bench import check, late, layer, scaling, shapes
     from freeio_jax.bench.floor import Limits
-    from freeio_jax.bench.report import Report, plot_shapes
+    from freeio_jax.bench.report import Report, plot_scaling, plot_shapes
 
     devices = jax.devices()[: arguments.ranks]
     on_gpu = devices[0].platform == "gpu"
@@ -194,6 +195,14 @@ def run_parts(arguments: argparse.Namespace) -> int:
             shapes.run(report, limits, suites, ops=arguments.ops, exchanges=names, **sizes)
             if arguments.png:
                 plot_shapes(report.data["shapes"], arguments.png)
+        elif part == "scaling":
+            suites = _suites(arguments, "large", (128, 4096))
+            scaling.run(report, suites, devices=devices, ops=arguments.ops, dtype=dtype)
+            if arguments.png:
+                path = arguments.png
+                if "shapes" in arguments.parts:
+                    path = path.with_name(f"{path.stem}-scaling{path.suffix}")
+                plot_scaling(report.data["scaling"], path)
         elif part == "sms":
             suites = _suites(arguments, "large", (128, 4096))
             numbers = shapes.numbers_of_sms()

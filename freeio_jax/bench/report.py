@@ -116,6 +116,35 @@ def plot_shapes(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
+def plot_scaling(records: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Each operation's time and floor over the number of ranks, one panel for each shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [record for record in records if "error" not in record]
+    shapes = list(dict.fromkeys((record["name"], record["num_tokens"]) for record in records))
+    figure, panels = pyplot.subplots(
+        1, max(1, len(shapes)), figsize=(4.5 * max(1, len(shapes)), 3.6), squeeze=False
+    )
+    for axes, (name, num_tokens) in zip(panels[0], shapes, strict=False):
+        here = [r for r in records if (r["name"], r["num_tokens"]) == (name, num_tokens)]
+        for op in dict.fromkeys(record["op"] for record in here):
+            mine = [record for record in here if record["op"] == op]
+            ranks = [record["num_ranks"] for record in mine]
+            (line,) = axes.plot(ranks, [r["kernel_s"] * 1e6 for r in mine], "o-", label=op)
+            axes.plot(ranks, [r["floor_s"] * 1e6 for r in mine], ":", color=line.get_color())
+        axes.set(title=f"{name}, T={num_tokens} (dotted: floor)", xlabel="ranks", ylabel="us")
+        axes.set(xticks=sorted({record["num_ranks"] for record in here}))
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=6)
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def _is(record, exchange, field):
     value = record.get(field)
     return record["exchange"] == exchange and value is not None and math.isfinite(value)
