@@ -31,6 +31,7 @@ NOT_ON_PODS = {
     "test_bootstrap.py",
     "test_docs.py",
     "test_emulated.py",
+    "test_emulated_failures.py",
     "test_emulated_memory.py",
     "test_emulated_pods.py",
     "test_faults.py",
