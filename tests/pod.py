@@ -62,8 +62,9 @@ def fetch_whole_arrays() -> None:
     def value(self):
         if self.is_fully_addressable or self.is_fully_replicated:
             return local.fget(self)
-        # XLA gathers fp8 as a wider type, which makes all NaNs the same.
-        narrow = self.dtype.itemsize == 1 and jnp.issubdtype(self.dtype, jnp.floating)
+        # XLA gathers floats of one or two bytes as a wider type, which changes NaNs: all to one, or
+        # signaling ones to quiet ones.
+        narrow = self.dtype.itemsize <= 2 and jnp.issubdtype(self.dtype, jnp.floating)
         bits = jax.jit(_bits)(self) if narrow else self
         return np.asarray(multihost_utils.process_allgather(bits, tiled=True)).view(self.dtype)
 
@@ -71,7 +72,7 @@ def fetch_whole_arrays() -> None:
 
 
 def _bits(array):
-    return lax.bitcast_convert_type(array, np.uint8)
+    return lax.bitcast_convert_type(array, np.dtype(f"uint{array.dtype.itemsize * 8}"))
 
 
 class PodPlugin:
