@@ -202,7 +202,7 @@ def run_parts(arguments: argparse.Namespace) -> int:
                 path = arguments.png
                 if "shapes" in arguments.parts:
                     path = path.with_name(f"{path.stem}-scaling{path.suffix}")
-                plot_scaling(report.data["scaling"], path)
+                plot_scaling(report.data.get("scaling", []), path)
         elif part == "sms":
             suites = _suites(arguments, "large", (128, 4096))
             numbers = shapes.numbers_of_sms()

@@ -15,7 +15,7 @@ from freeio_jax.bench import profile, timing
 from freeio_jax.bench.floor import KERNELS
 from freeio_jax.bench.programs import Program
 from freeio_jax.bench.report import Report
-from freeio_jax.bench.shapes import Case, Suite, some_milliseconds_of_work
+from freeio_jax.bench.shapes import Suite, cases, some_milliseconds_of_work
 
 #: By how much the last rank comes later than the others.
 MILLISECONDS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -33,24 +33,22 @@ def run(
 ) -> None:
     """The kernel's time on the rank that comes last, for each operation of freeio."""
     delay = _delay(jax.devices()[num_ranks - 1])
-    for suite in suites:
-        for num_tokens in suite.tokens:
-            case = Case(suite, num_tokens, num_ranks, dtype)
-            programs = case.programs()
-            report.table(
-                f"The last rank's kernel: {suite.name}, T={num_tokens}",
-                {"op": "operation"} | {_column(ms): f"{ms:g} ms late: us" for ms in milliseconds},
-            )
-            for op in ops:
+    for case in cases(suites, num_ranks, dtype):
+        programs = case.programs()
+        report.table(
+            f"The last rank's kernel: {case.name}, T={case.shape.num_tokens}",
+            {"op": "operation"} | {_column(ms): f"{ms:g} ms late: us" for ms in milliseconds},
+        )
+        for op in ops:
 
-                def measure(op=op, programs=programs):
-                    program = programs.build(fio, op, 1)
-                    return {
-                        _column(ms): _last_kernel_seconds(program, op, lambda ms=ms: delay(ms))
-                        for ms in milliseconds
-                    }
+            def measure(op=op, programs=programs):
+                program = programs.build(fio, op, 1)
+                return {
+                    _column(ms): _last_kernel_seconds(program, op, lambda ms=ms: delay(ms))
+                    for ms in milliseconds
+                }
 
-                report.guarded("late", {**case.about, "op": op}, measure)
+            report.guarded("late", {**case.about, "op": op}, measure)
 
 
 def _column(milliseconds: float) -> str:

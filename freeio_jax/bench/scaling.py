@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
 
 import freeio_jax as fio
-from freeio_jax.bench import timing
 from freeio_jax.bench.floor import Limits
 from freeio_jax.bench.report import Report
-from freeio_jax.bench.shapes import Case, Suite, kernel_seconds
+from freeio_jax.bench.shapes import Suite, cases, kernel_or_wall_seconds
 
 _COLUMNS = {
     "name": "shape",
@@ -49,25 +47,27 @@ def run(
         limits_of = report.data["about"].setdefault("limits_of_ranks", {})
         limits_of[str(num_ranks)] = dataclasses.asdict(limits)
         report.table(f"Scaling, R={num_ranks}", _COLUMNS)
+        fitting = [suite for suite in suites if suite.num_experts % num_ranks == 0]
         for suite in suites:
-            for num_tokens in suite.tokens:
-                case = Case(suite, num_tokens, num_ranks, dtype)
-                programs, moved = case.programs(), case.traffic()
-                for op in ops:
+            if suite not in fitting:
+                print(
+                    f"# {suite.name}: {suite.num_experts} experts are not {num_ranks} equal parts"
+                )
+        for case in cases(fitting, num_ranks, dtype):
+            programs, moved = case.programs(), case.traffic()
+            for op in ops:
 
-                    def measure(op=op, case=case, programs=programs, moved=moved, limits=limits):
-                        program = programs.build(fio, op, case.calls)
-                        kernel = kernel_seconds(program, op)
-                        if math.isnan(kernel):
-                            kernel = timing.seconds_per_run(program) / case.calls
-                        floor, link = limits.floor(moved[op]), moved[op].link_bytes
-                        return {
-                            "kernel_s": kernel,
-                            "floor_s": floor,
-                            "ratio": kernel / floor,
-                            "link_bytes": link,
-                            "link_rate": link / kernel,
-                            "of_link": link / kernel / limits.link,
-                        }
+                def measure(op=op, case=case, programs=programs, moved=moved, limits=limits):
+                    program = programs.build(fio, op, case.calls)
+                    seconds = kernel_or_wall_seconds(program, op)
+                    floor, link = limits.floor(moved[op]), moved[op].link_bytes
+                    return {
+                        "kernel_s": seconds,
+                        "floor_s": floor,
+                        "ratio": seconds / floor,
+                        "link_bytes": link,
+                        "link_rate": link / seconds,
+                        "of_link": link / seconds / limits.link,
+                    }
 
-                    report.guarded("scaling", {**case.about, "op": op}, measure)
+                report.guarded("scaling", {**case.about, "op": op}, measure)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,19 @@ class Case:
         return 16 if self.shape.num_tokens <= 128 else 8 if self.shape.num_tokens <= 1024 else 4
 
 
+def cases(suites: Sequence[Suite], num_ranks: int, dtype: str) -> Iterator[Case]:
+    """Each shape of each suite."""
+    for suite in suites:
+        for num_tokens in suite.tokens:
+            yield Case(suite, num_tokens, num_ranks, dtype)
+
+
+def kernel_or_wall_seconds(program, op: str) -> float:
+    """Of one call: the kernel's, or by the host's clock where the profile shows none."""
+    kernel = kernel_seconds(program, op)
+    return timing.seconds_per_run(program) / program.calls if math.isnan(kernel) else kernel
+
+
 def kernel_seconds(program, op: str) -> float:
     """Median duration of the operation's kernel; NaN where the profile shows none."""
     events = profile.record(program, ahead=some_milliseconds_of_work())
@@ -150,9 +163,8 @@ def run(
 ) -> None:
     """Times ``ops`` of freeio, and dispatch and combine of the other exchanges."""
     report.table("Exchanges", _COLUMNS)
-    for suite in suites:
-        for num_tokens in suite.tokens:
-            _run_case(report, limits, Case(suite, num_tokens, num_ranks, dtype), ops, exchanges)
+    for case in cases(suites, num_ranks, dtype):
+        _run_case(report, limits, case, ops, exchanges)
 
 
 def _run_case(report, limits, case, ops, exchanges):
@@ -215,35 +227,30 @@ def sweep(
 ) -> None:
     """Times each operation of freeio with some of the SMs: how many give 95% of the best speed."""
     before = fio.config()["num_sms"]
-    for suite in suites:
-        for num_tokens in suite.tokens:
-            case = Case(suite, num_tokens, num_ranks, dtype)
-            programs = case.programs()
-            report.table(
-                f"SMs: {suite.name}, T={num_tokens}",
-                {"op": "operation", "enough_sms": f"SMs for {ENOUGH:.0%} of the best"}
-                | {f"sms_{n}": f"{n}: us" for n in sms},
-            )
-            for op in ops:
+    for case in cases(suites, num_ranks, dtype):
+        programs = case.programs()
+        report.table(
+            f"SMs: {case.name}, T={case.shape.num_tokens}",
+            {"op": "operation", "enough_sms": f"SMs for {ENOUGH:.0%} of the best"}
+            | {f"sms_{n}": f"{n}: us" for n in sms},
+        )
+        for op in ops:
 
-                def measure(op=op, programs=programs, case=case):
-                    seconds = {}
-                    for number in sms:
-                        # Holds for programs compiled from here on.
-                        fio.config(num_sms=number)
-                        program = programs.build(fio, op, case.calls)
-                        kernel = kernel_seconds(program, op)
-                        if math.isnan(kernel):
-                            kernel = timing.seconds_per_run(program) / case.calls
-                        seconds[number] = kernel
-                    fastest = min(seconds.values())
-                    enough = min(n for n in sms if fastest / seconds[n] >= ENOUGH)
-                    return {"enough_sms": enough} | {f"sms_{n}": s for n, s in seconds.items()}
+            def measure(op=op, programs=programs, case=case):
+                seconds = {}
+                for number in sms:
+                    # Holds for programs compiled from here on.
+                    fio.config(num_sms=number)
+                    program = programs.build(fio, op, case.calls)
+                    seconds[number] = kernel_or_wall_seconds(program, op)
+                fastest = min(seconds.values())
+                enough = min(n for n in sms if fastest / seconds[n] >= ENOUGH)
+                return {"enough_sms": enough} | {f"sms_{n}": s for n, s in seconds.items()}
 
-                try:
-                    report.guarded("sms", {**case.about, "op": op}, measure)
-                finally:
-                    fio.config(num_sms=before)
+            try:
+                report.guarded("sms", {**case.about, "op": op}, measure)
+            finally:
+                fio.config(num_sms=before)
 
 
 # --- For other profilers -------------------------------------------------------------------------

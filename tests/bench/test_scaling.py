@@ -24,7 +24,7 @@ def test_each_number_has_its_own_limits(monkeypatch):
         return Limits(link=len(devices) * 1e6, memory=1e12, trip=0.0)
 
     monkeypatch.setattr(Limits, "measure", limits)
-    monkeypatch.setattr(scaling, "kernel_seconds", lambda program, op: 2.0)
+    monkeypatch.setattr(scaling, "kernel_or_wall_seconds", lambda program, op: 2.0)
     report = Report({})
     suite = Suite("tiny", 8, 2, 8, "uniform", (6,))
     devices = jax.devices()[:4]
@@ -39,6 +39,15 @@ def test_each_number_has_its_own_limits(monkeypatch):
         assert record["ratio"] == pytest.approx(2.0 / record["floor_s"])
         assert record["of_link"] == pytest.approx(1 / record["ratio"])
     assert report.data["about"]["limits_of_ranks"]["4"]["link"] == 4e6
+
+
+def test_experts_that_cannot_be_shared_out_are_left_out(capsys):
+    report = Report({})
+    suite = Suite("tiny", 8, 2, 8, "uniform", (6,))
+    devices = jax.devices()[:3]
+    scaling.run(report, [suite], devices=devices, ops=["combine"], dtype="float32")
+    assert [record["num_ranks"] for record in report.data["scaling"]] == [2]
+    assert "tiny: 8 experts are not 3 equal parts" in capsys.readouterr().out
 
 
 def test_part_and_plot(tmp_path, capsys):

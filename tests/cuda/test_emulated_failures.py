@@ -60,6 +60,13 @@ def test_a_rank_that_never_comes(new_machine):
     assert any(message.startswith("DEADLINE_EXCEEDED") for message in messages)
 
 
+def test_the_shortest_time_out_ends_a_wait(new_machine):
+    machine = new_machine(timeout=1e-10)
+    launch_dispatch(machine, Group((0, 1)), 0)
+    machine.synchronize()
+    assert_failed(errors_of(machine, Group((0, 1)), [0]), r"rank 0 waited \S+ s for rank 1")
+
+
 def test_a_rank_that_comes_too_late_is_told(new_machine):
     machine = new_machine(timeout=5)
     group = Group((0, 1))
