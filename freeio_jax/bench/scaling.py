@@ -46,13 +46,13 @@ def run(
         print(f"# R={num_ranks}: {limits}", flush=True)
         limits_of = report.data["about"].setdefault("limits_of_ranks", {})
         limits_of[str(num_ranks)] = dataclasses.asdict(limits)
-        report.table(f"Scaling, R={num_ranks}", _COLUMNS)
         fitting = [suite for suite in suites if suite.num_experts % num_ranks == 0]
         for suite in suites:
             if suite not in fitting:
                 print(
                     f"# {suite.name}: {suite.num_experts} experts are not {num_ranks} equal parts"
                 )
+        report.table(f"Scaling, R={num_ranks}", _COLUMNS)
         for case in cases(fitting, num_ranks, dtype):
             programs, moved = case.programs(), case.traffic()
             for op in ops:
