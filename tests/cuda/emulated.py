@@ -23,9 +23,9 @@ import numpy as np
 
 from freeio_jax.layout import dropless_capacity
 
-#: What calls with few assignments send: their routing and, in combine, the partial sums, in words
-#: that carry their flags; their routing alone; or nothing, as all other calls.
-PROTOCOLS = ("sums", "routes", "nothing")
+#: What calls with few assignments send: their routing and, in lines that carry their flags, their
+#: rows or partial sums; their routing alone; or nothing, as all other calls.
+PROTOCOLS = ("lines", "routes", "nothing")
 
 #: In the order of DType in core/dtype.h.
 DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]

@@ -32,8 +32,6 @@ from operations import (
 )
 
 all_protocols = pytest.mark.parametrize("protocol", PROTOCOLS, indirect=True)
-#: Of dispatch, which sums nothing.
-protocols_of_routes = pytest.mark.parametrize("protocol", PROTOCOLS[1:], indirect=True)
 
 
 @pytest.fixture
@@ -64,14 +62,14 @@ GEOMETRIES = {
 }
 
 
-@protocols_of_routes
+@all_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_dispatch(machine, rng, name):
     run_dispatch(machine, rng, GEOMETRIES[name])
 
 
-@protocols_of_routes
+@all_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("skew", ROUTINGS)
 def test_dispatch_of_any_routing(machine, rng, skew):

@@ -1,13 +1,14 @@
 // combine: expert outputs back to their tokens.
 //
 // Each rank sums a token's rows that it hosts, weighted, and stores that partial sum to a slot that
-// the token's own rank keeps for it, or, where there are few, to words of its control block: one
-// row crosses per (token, rank) pair. The token's rank adds the partial sums in order of rank, its
-// own among them, straight from its rows.
+// the token's own rank keeps for it, or, in small calls, sends it in lines (lines.cuh) to its control
+// block: one row crosses per (token, rank) pair. The token's rank adds the partial sums in order of
+// rank, its own among them, straight from its rows.
 #include "cuda/async_copy.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
+#include "cuda/lines.cuh"
 #include "cuda/session.cuh"
 #include "cuda/shared_memory.cuh"
 
@@ -17,15 +18,24 @@ namespace {
 constexpr int kAhead = 12;            // slices by which pushing is ahead of summing
 constexpr int kTileBytes = 24 << 10;  // for the routes of a tile, of all ranks
 
-// What depends on whether partial sums are sent as words.
+// What depends on whether partial sums are sent in lines.
 template <bool kSendsSums>
 struct Slicing {
-  static constexpr int kColumns = kSendsSums ? 1 : 4;  // accesses of one lane to a slice
+  static constexpr int kColumns = kSendsSums ? 2 : 4;  // accesses of one lane to a slice
   static constexpr int kStages =
       kSendsSums ? 8 : 4;  // slices of rows that each warp has on the way
   static constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
-  static_assert(kColumns * kWarpSize == (kSendsSums ? kSentSlice : kCombineSlice));
+
+  // Which accesses of the slice are this lane's.
+  __device__ static int place(int column) {
+    if constexpr (kSendsSums) {
+      return LineSlice::place(column);
+    } else {
+      return lane_id() + column * kWarpSize;
+    }
+  }
 };
+static_assert(Slicing<false>::kColumns * kWarpSize == kCombineSlice);
 
 template <typename Accumulator>
 __host__ __device__ constexpr int tile_assignments() {
@@ -37,33 +47,6 @@ __device__ int slot_of(int rank, uint32_t ranks, int own_rank) {
   return __popc(ranks & ~(1u << own_rank) & ((1u << rank) - 1));
 }
 
-// A slice of a token is a unit. The units of all tokens are shared out among the CTAs, so that one
-// token is the work of several where there are few.
-struct Units {
-  const Divisor& per_token;
-  int slices;  // of one token
-  Chunk chunk;
-
-  __device__ explicit Units(const CombineParams& p)
-      : per_token(p.slices), slices(p.num_slices), chunk(p.exchange.num_tokens * p.num_slices) {}
-
-  // The tokens of this CTA's units.
-  __device__ Chunk tokens() const {
-    Chunk tokens = chunk;
-    tokens.begin = per_token.quotient(chunk.begin);
-    tokens.end = chunk.size() == 0 ? tokens.begin : per_token.quotient(chunk.end + slices - 1);
-    return tokens;
-  }
-
-  // This CTA's units of a tile's tokens.
-  __device__ Chunk of(const Tile& tile) const {
-    Chunk units = chunk;
-    units.begin = max(units.begin, tile.begin * slices);
-    units.end = min(units.end, tile.end * slices);
-    return units;
-  }
-};
-
 // A tile's work, as one warp does it: item by item, each a sum of some rows' slices. The next rows
 // are on their way to shared memory meanwhile, so that no register waits for one, and the memory is
 // busy also while warps wait for the link.
@@ -74,7 +57,6 @@ struct Combine {
   using Accumulator = typename Element::Accumulator;
   using R = Raw<Element, kCount>;
   using Sums = Accumulator[kColumns][kCount];
-  static constexpr int kStep = kWarpSize * kCount;
 
   // One row of an item's sum.
   struct Task {
@@ -96,8 +78,8 @@ struct Combine {
 
   int next_one;             // item to look at
   Task fetched = {};        // whose rows are being fetched
-  int column = 0;           // of its slice, the first of this lane
-  int end = 0;              // of its slice
+  int begin = 0;            // of its slice, in the row
+  int end = 0;
   uint32_t mask = 0;        // of its rows that are yet to be fetched
   bool unfinished = false;  // its last row has not been fetched
   int stage = 0;            // of the next row to sum, and then of the next one to fetch
@@ -191,8 +173,7 @@ struct Combine {
       if (pushes && mask == 0) continue;
       fetched = {units.begin + unit, first, rank, -1, false};
       unfinished = true;
-      const int begin = (units.begin + unit - token * p.num_slices) * p.slice_width;
-      column = begin + lane_id() * kCount;
+      begin = (units.begin + unit - token * p.num_slices) * p.slice_width;
       end = min(begin + p.slice_width, p.width);
       return;
     }
@@ -203,11 +184,12 @@ struct Combine {
     R* const to = ring + stage * kColumns * kWarpSize;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (column + c * kStep >= end) continue;
+      const int column = column_of(begin, c);
+      if (column >= end) continue;
       if constexpr (sizeof(R) >= 4) {
-        copy_async<sizeof(R)>(to + c * kWarpSize, from + column + c * kStep);
+        copy_async<sizeof(R)>(to + c * kWarpSize, from + column);
       } else {
-        to[c * kWarpSize] = load_raw<Element, kCount>(from + column + c * kStep);
+        to[c * kWarpSize] = load_raw<Element, kCount>(from + column);
       }
     }
   }
@@ -238,18 +220,24 @@ struct Combine {
     }
   }
 
-  // This lane's first column of the unit's slice, and the end of the slice.
-  __device__ int2 columns_of(int unit) const {
-    const int begin = p.slices.remainder(unit) * p.slice_width;
-    return {begin + lane_id() * kCount, min(begin + p.slice_width, p.width)};
+  // Where the lane's elements begin, in the row, of a slice that begins there.
+  __device__ static int column_of(int slice_begin, int c) {
+    return slice_begin + Slicing<kSendsSums>::place(c) * kCount;
+  }
+
+  // Begin and end of the unit's slice, in the row.
+  __device__ int2 slice_of(int unit) const {
+    const int slice_begin = p.slices.remainder(unit) * p.slice_width;
+    return {slice_begin, min(slice_begin + p.slice_width, p.width)};
   }
 
   __device__ void store_sums(Element* row, int unit, const Sums& sums) const {
-    const auto [first, slice_end] = columns_of(unit);
+    const auto [slice_begin, slice_end] = slice_of(unit);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (first + c * kStep >= slice_end) continue;
-      store_raw<Element, kCount>(row + first + c * kStep, round_to<Element, kCount>(sums[c]));
+      const int column = column_of(slice_begin, c);
+      if (column >= slice_end) continue;
+      store_raw<Element, kCount>(row + column, round_to<Element, kCount>(sums[c]));
     }
   }
 
@@ -263,54 +251,30 @@ struct Combine {
     return static_cast<int64_t>(token) * p.num_slots + slot;
   }
 
-  // This lane's first word of a unit's partial sum on `at`, of those from `from`; its others follow
-  // with a stride of a warp.
-  __device__ Word* words_of(int at, int from, int unit) const {
-    return x.control[at]->sums[x.gpu[from]] +
-           unit * static_cast<int>(kSentSlice * sizeof(R) / sizeof(uint32_t)) + lane_id();
-  }
-
-  // This rank's partial sum of a peer's token, to the peer, in words that carry their flag.
+  // This rank's partial sum of a peer's token, to the peer, in lines.
   __device__ void send(const Task& task, const Sums& sums) const {
-    constexpr int kWords = sizeof(R) / sizeof(uint32_t);
-    const auto [first, slice_end] = columns_of(task.unit);
-    Word* const words = words_of(task.rank, x.rank, task.unit);
+    LineSlice slice;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (first + c * kStep >= slice_end) continue;
       const R raw = round_to<Element, kCount>(sums[c]);
-      uint32_t values[kWords];
-      memcpy(values, &raw, sizeof(raw));
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        // Partner: the load in receive() on the peer.
-        store_word(words + (c * kWords + i) * kWarpSize, make_word(s.epoch[task.rank], values[i]));
-      }
+      memcpy(&slice.accesses[c], &raw, sizeof(raw));
     }
+    slice.send(slices_to(x, s, task.rank)[task.unit], s.epoch[task.rank]);
   }
 
-  // Waits for the partial sum of `rank` as it has been sent, and takes it.
-  __device__ void receive(int rank, int unit, R (&partial)[kColumns]) const {
-    constexpr int kWords = sizeof(R) / sizeof(uint32_t);
-    const auto [first, slice_end] = columns_of(unit);
-    const Word* const words = words_of(x.rank, rank, unit);
-    while (true) {
-      const Word* missing = nullptr;
+  // Adds the partial sums of the ranks in `ranks`, in order, as they come.
+  __device__ void add_sent(uint32_t ranks, int unit, Sums& totals) const {
+    for (; ranks != 0; ranks &= ranks - 1) {
+      const int rank = __ffs(static_cast<int>(ranks)) - 1;
+      LineSlice slice;
+      const SentSlice& sent = slices_from(x, s, rank)[unit];
+      if (!slice.receive(x, s, kWaitPartialSums, rank, sent)) return;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        uint32_t values[kWords];
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-          const Word* const address = words + (c * kWords + i) * kWarpSize;
-          const Word word = first + c * kStep < slice_end ? load_word(address) : 0;
-          values[i] = value_of(word);
-          if (first + c * kStep < slice_end && !has_arrived(word, s.epoch[rank])) missing = address;
-        }
-        memcpy(&partial[c], values, sizeof(values));
+        R raw;
+        memcpy(&raw, &slice.accesses[c], sizeof(raw));
+        add(raw, totals[c]);
       }
-      if (missing == nullptr) return;
-      Word word = 0;
-      if (!wait_word(x, s, kWaitPartialSums, rank, missing, word)) return;
     }
   }
 
@@ -351,21 +315,16 @@ struct Combine {
   // Adds the partial sums of the peers in `ranks`, in order, to the totals.
   __device__ void add_peers(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
     if constexpr (kSendsSums) {
-      for (; ranks != 0; ranks &= ranks - 1) {
-        R partial[kColumns];
-        receive(__ffs(static_cast<int>(ranks)) - 1, unit, partial);
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) add(partial[c], totals[c]);
-      }
+      add_sent(ranks, unit, totals);
     } else {
       add_slots(ranks, all_ranks, unit, totals);
     }
   }
 
   __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
-    const auto [first, slice_end] = columns_of(unit);
+    const auto [slice_begin, slice_end] = slice_of(unit);
     const Element* slots = static_cast<const Element*>(p.partial_sums) +
-                           slot_index(p.slices.quotient(unit), 0) * p.width + first;
+                           slot_index(p.slices.quotient(unit), 0) * p.width;
     constexpr int kBatch = 2;  // partial sums in flight together
     while (ranks != 0) {
       R partials[kBatch][kColumns];
@@ -377,8 +336,9 @@ struct Combine {
         const Element* slot = slots + slot_of(rank, all_ranks, x.rank) * int64_t{p.width};
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          if (i < count && first + c * kStep < slice_end) {
-            partials[i][c] = load_raw<Element, kCount>(slot + c * kStep);
+          const int column = column_of(slice_begin, c);
+          if (i < count && column < slice_end) {
+            partials[i][c] = load_raw<Element, kCount>(slot + column);
           }
         }
       }
@@ -437,7 +397,7 @@ __device__ void prepare_slots(const CombineParams& p, const Chunk& units, Sessio
 
 // The routes of the tile, and at the first one where the peers' slots are. False, for all threads:
 // they did not come.
-template <typename Accumulator>
+template <bool kSendsSums, typename Accumulator>
 __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& tile,
                                bool sends_routes, RouteTile<Accumulator>& routes) {
   const Exchange& x = p.exchange;
@@ -448,7 +408,9 @@ __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& t
     routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
   }
   // Where flags had to be cleared, the slots' addresses come later than the others.
-  const uint32_t slots = sends_routes ? 1u << kScratch : 1u << kScratch | 1u << kFlags;
+  const uint32_t slots = kSendsSums     ? 0
+                         : sends_routes ? 1u << kScratch
+                                        : 1u << kScratch | 1u << kFlags;
   if (tile.number == 0) return receive_addresses(x, s, slots);
   return !__syncthreads_or(has_failed(s));
 }
@@ -457,18 +419,18 @@ template <typename Element, int kCount, bool kSendsSums>
 __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const bool sends_routes = kSendsSums || p.sends_routes;
-  const Units units(p);
+  const Units units(p.slices, x.num_tokens, true);
   // What needs no peer is loaded while the exchange opens.
-  const int early = sends_routes && blockIdx.x == 0 ? x.num_tokens * x.top_k : 0;
-  const SentAssignment first(static_cast<int>(threadIdx.x), early, p.dest_rank, p.dest_row,
-                             p.weights);
+  const Chunk sent(sends_routes ? x.num_tokens * x.top_k : 0);
+  const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
+                             p.dest_row, p.weights);
   if (!open(x, s)) return;
+  if (kSendsSums) begin_alone(x);
   const uint32_t routes_of_peers = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
   if (blockIdx.x == 0) {
-    // Where sums are sent as words, nobody needs it; but one address must be waited for.
-    post(x, s, sends_routes ? 1u << kScratch : routes_of_peers);
-    if (sends_routes) send_routes(x, s, first, p.dest_rank, p.dest_row, p.weights);
+    post(x, s, kSendsSums ? 0 : sends_routes ? 1u << kScratch : routes_of_peers);
   }
+  send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
   if (!sends_routes) {
     prepare_slots(p, units.chunk, s);
     if (!receive_addresses(x, s, routes_of_peers)) return;
@@ -479,10 +441,14 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
   const Tiles tiles(units.tokens(), kAssignments / (x.num_ranks * x.top_k));
   bool ready = true;
   tiles.for_each(s, [&](const Tile& tile) {
-    ready = ready && receive_routes(p, s, tile, sends_routes, routes);
+    ready = ready && receive_routes<kSendsSums>(p, s, tile, sends_routes, routes);
     if (!ready) return;
-    // Only the routes are read from the peers, and those now are.
-    if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude<false>(x, s);
+    if (kSendsSums) {
+      if (tile.number == 0) finish_alone(x, s);
+    } else if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) {
+      // Only the routes are read from the peers, and those now are.
+      conclude<false>(x, s);
+    }
     Combine<Element, kCount, kSendsSums>(p, s, routes, tile, units.of(tile), ring).run();
   });
 }
@@ -511,7 +477,7 @@ namespace {
 template <typename Element, int kCount>
 const void* function_of(bool sends_sums) {
   if (!sends_sums) return reinterpret_cast<const void*>(&combine_kernel<Element, kCount, false>);
-  if constexpr (sizeof(Element) <= 4 && sizeof(Element) * kCount % sizeof(uint32_t) == 0) {
+  if constexpr (sizeof(Element) <= 4 && sizeof(Element) * kCount == LineSlice::kAccess) {
     return reinterpret_cast<const void*>(&combine_kernel<Element, kCount, true>);
   }
   return nullptr;

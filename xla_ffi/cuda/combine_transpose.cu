@@ -198,7 +198,7 @@ __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shar
     routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
     __syncthreads();
     const Op op{p, x, s, routes, dots, tile};
-    const Work work(tile, p.num_slices * x.num_ranks, p.rows != nullptr, p.padding);
+    const Work work(tile, tile.size() * p.num_slices * x.num_ranks, p.rows != nullptr, p.padding);
     run_work(work, s, [&](int item) { op.pull(item); }, [&](int64_t row) { op.zero_padding(row); });
     if (p.weight_grads != nullptr) op.send_weight_grads();
   });

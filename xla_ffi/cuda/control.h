@@ -22,8 +22,9 @@ constexpr int kMaxSentAssignments = 2048;
 constexpr int kMaxSentByAll = 16384;
 constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
 constexpr int kMaxArrivals = 8192;    // partial sums of one rank: slices of its tokens
-// With yet fewer, the partial sums are sent as words, too: so many, of one rank to another.
-constexpr int kMaxSumWords = 28 << 10;
+// With few bytes, too, their rows and partial sums are sent, in lines: so many slices (geometry.h) of
+// one rank to another, 2 MiB.
+constexpr int kMaxSentSlices = 2048;
 
 // What two ranks must agree on before one reads the other's memory. Names for the error are in
 // engine.cc, in this order.
@@ -63,6 +64,11 @@ constexpr uint32_t kMaxRegions = 64;  // of one process; XLA's pool grows by dou
 // bytes are stored and loaded as one, so no fence and no second store stand between value and flag.
 using Word = uint64_t;
 
+// A slice of a row, as it is sent: lines.cuh.
+struct alignas(128) SentSlice {
+  unsigned char bytes[1024];
+};
+
 struct Mailbox {
   Word signature[kSignatureWords];
   Word address[kMaxAddresses][2];  // low half, high half
@@ -72,16 +78,15 @@ struct Mailbox {
 // Words of the control block are counted by the peer's GPU number, which all processes of the host
 // agree on: groups differ from program to program, these do not.
 struct ControlBlock {
-  // Written by peers. A peer begins its next exchange with this GPU when all CTAs here have ended
-  // this one, so nobody reads what it overwrites.
-  Mailbox mailbox[kMaxRanks];
+  // Written by peers. By turns, for even and odd exchanges with the peer: when it begins its next
+  // but one, it has had this GPU's words of the next one, and so all CTAs here have ended this one,
+  // and nobody reads what it overwrites.
+  Mailbox mailbox[kMaxRanks][2];
   uint32_t finished[kMaxRanks];  // CTAs, in all exchanges, in which the peer is done with us
   uint32_t aborted[kMaxRanks];   // not 0: the peer gave up, and its memory must not be touched
   // Epoch of the last exchange in which the peer has stored that slice of that token's partial sum.
+  // A peer that stores those of its next exchange has got this GPU's routes of that one.
   uint32_t arrived[kMaxRanks][kMaxArrivals];
-  // Partial sums of the peer, four bytes in each word. A peer that sends those of its next exchange
-  // has got this GPU's routes of that one, so nobody reads what it overwrites.
-  Word sums[kMaxRanks][kMaxSumWords];
 
   // Written by this GPU's process, before it lets a peer use the region: where this GPU sees it.
   uint64_t region_base[kMaxRanks][kMaxRegions];
@@ -90,6 +95,7 @@ struct ControlBlock {
   uint32_t epoch[kMaxRanks];  // exchanges completed with each peer
   uint32_t ended[kMaxRanks];  // CTAs of each peer in those exchanges
   uint32_t prepared;          // CTAs of the running kernel that have prepared their scratch
+  uint32_t opened;            // CTAs of the running kernel that know the epochs; 0: all
   uint32_t left;              // CTAs of the running kernel that are at its end; 0: all
   uint32_t failed;            // not 0: an exchange failed, and no further one is run
   uint32_t failing;           // CTAs of the failed exchange that know
@@ -99,7 +105,16 @@ struct ControlBlock {
   uint32_t looked;           // when, in ticks of look_at_host()
   uint32_t lost[kMaxRanks];  // not 0: the peer's process is there no more
   uint64_t timeout_ns;       // 0: not copied yet
+
+  // Rows or partial sums of the peer, by turns as the mailboxes. There is memory for as many peers
+  // as there are GPUs: control_bytes().
+  SentSlice slices[kMaxRanks][2][kMaxSentSlices];
 };
+
+// Of a control block, where so many GPUs exchange rows.
+inline size_t control_bytes(int num_gpus) {
+  return sizeof(ControlBlock) - (kMaxRanks - num_gpus) * sizeof(ControlBlock::slices[0]);
+}
 
 // Steps at which a rank waits or gives up. Texts for the error are in engine.cc, in this order.
 enum Step : int {
@@ -112,6 +127,7 @@ enum Step : int {
   kWaitAddress,
   kWaitCounts,
   kWaitRoutes,
+  kWaitRows,
   kWaitPartialSums,
   kWaitFinish
 };
@@ -191,8 +207,7 @@ struct DispatchParams {
   int32_t* expert_load;
   int32_t* num_dropped;
   int32_t* num_invalid;
-  Word* routes;     // [R, T, K]: rows here of every rank's assignments, written by the ranks
-  bool prefetches;  // few assignments: rows are fetched while their places are found
+  Word* routes;  // [R, T, K]: rows here of every rank's assignments, written by the ranks
 };
 
 struct CombineParams {
@@ -210,7 +225,7 @@ struct CombineParams {
   Divisor slices;
   int32_t slice_width;
   bool sends_routes;  // few assignments: they are sent, and the arrival flags are the engine's
-  bool sends_sums;    // yet fewer: partial sums are sent as words
+  bool sends_sums;    // with few bytes: partial sums are sent in lines
 };
 
 struct CombineTransposeParams {

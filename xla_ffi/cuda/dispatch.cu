@@ -5,9 +5,13 @@
 // and nothing is staged. Flags: counts and then routes (which row each assignment gets) go to all
 // peers, or, where there are few, the ids; all as words that carry their own flag. No data waits
 // for a flag of its own.
+//
+// Small calls, ruled by latency, do not wait until they know where the rows go: the token's rank
+// sends each row, once to each rank that needs it, in lines (lines.cuh) to the control block there,
+// together with the ids. Nobody waits for the others' end then.
 #include "core/layout.h"
-#include "cuda/async_copy.cuh"
 #include "cuda/kernels.h"
+#include "cuda/lines.cuh"
 #include "cuda/routing_by_counts.cuh"
 #include "cuda/routing_by_ids.cuh"
 #include "cuda/rows.cuh"
@@ -42,20 +46,18 @@ __device__ bool fetch_rows(const DispatchParams& p, Session& s, const Tile& tile
   return !__syncthreads_or(has_failed(s));
 }
 
-// What one pull moves.
+// A slice of a row, of a token of some rank. The slices of a rank's tokens are its units.
 struct Slice {
-  int rank;  // of the token
-  int tile_token;
-  int leaf;
+  int rank;
+  int token;
+  int leaf = 0;
   int bytes;
   int64_t offset;  // in the row
   bool first;      // of the row
 
-  __device__ Slice(const DispatchParams& p, int pull)
-      : rank(source_rank(p.exchange, pull)), leaf(0) {
-    const int unit = p.exchange.ranks.quotient(pull);
-    tile_token = p.slices.quotient(unit);
-    int slice = unit - tile_token * p.num_slices;
+  __device__ Slice(const DispatchParams& p, int tokens_rank, int unit)
+      : rank(tokens_rank), token(p.slices.quotient(unit)) {
+    int slice = unit - token * p.num_slices;
     first = slice == 0;
     while (slice >= p.leaves[leaf].num_slices) slice -= p.leaves[leaf++].num_slices;
     const Leaf& it = p.leaves[leaf];
@@ -63,12 +65,9 @@ struct Slice {
     bytes = static_cast<int>(min(static_cast<int64_t>(it.slice_bytes), it.row_bytes - offset));
   }
 
-  __device__ const std::byte* source(const DispatchParams& p, const Session& s,
-                                     const Tile& tile) const {
-    const Leaf& it = p.leaves[leaf];
-    const std::byte* tokens =
-        rank == p.exchange.rank ? it.tokens : s.buffer<std::byte>(rank, kFirstLeaf + leaf);
-    return tokens + (tile.begin + tile_token) * it.row_bytes + offset;
+  // Where it is in these tokens.
+  __device__ const std::byte* in(const std::byte* tokens, const DispatchParams& p) const {
+    return tokens + token * p.leaves[leaf].row_bytes + offset;
   }
 };
 
@@ -81,61 +80,78 @@ struct Targets {
   __device__ Targets(const DispatchParams& p, const Tile& tile, const int* rows,
                      const Slice& slice) {
     const Exchange& x = p.exchange;
-    const int first = (slice.rank * tile.size() + slice.tile_token) * x.top_k;
+    const int first = (slice.rank * tile.size() + slice.token - tile.begin) * x.top_k;
     row = lane_id() < x.top_k ? rows[first + lane_id()] : -1;
     mask = __ballot_sync(kFullWarp, row >= 0);
     if (kRouted && slice.first && row >= 0) {
-      const int token = tile.begin + slice.tile_token;
-      p.row_source[row] = (slice.rank * x.num_tokens + token) * x.top_k + lane_id();
+      p.row_source[row] = (slice.rank * x.num_tokens + slice.token) * x.top_k + lane_id();
     }
   }
 };
 
-constexpr int kPrefetched = kCopySlice * static_cast<int>(sizeof(uint4));  // bytes of one warp
+// A slice of this rank's tokens on its way to the peers that need it.
+struct OutgoingSlice {
+  LineSlice data;
+  int id = -1;  // of the token's assignment, in the lanes
 
-// The first slice that a warp pulls, fetched to shared memory before its places are known.
-struct Prefetched {
-  const std::byte* data = nullptr;
-  int pull = -1;  // -1: none
+  __device__ OutgoingSlice(const DispatchParams& p, int unit, int end) {
+    if (unit >= end) return;
+    const Slice slice(p, p.exchange.rank, unit);
+    data.load(slice.in(p.leaves[slice.leaf].tokens, p), slice.bytes);
+    if (lane_id() < p.exchange.top_k) id = p.topk_idx[slice.token * p.exchange.top_k + lane_id()];
+  }
 
-  // Starts it if the token has an expert here. Whole warp.
-  __device__ void start(const DispatchParams& p, const Session& s, const AllIds& ids,
-                        const Tile& tile, const Work& work, std::byte* memory) {
-    if (!p.prefetches || warp_id() >= work.size()) return;
-    const int blocks = work.blocks_before(warp_id());
-    if (work.blocks_before(warp_id() + 1) > blocks) return;
-    const Slice slice(p, warp_id() - blocks);
-    if (p.leaves[slice.leaf].access_bytes != sizeof(uint4)) return;
-    if (!ids.any_on(p.exchange, p.exchange.rank, slice.rank, tile.begin + slice.tile_token)) return;
-    std::byte* const target = memory + warp_id() * kPrefetched;
-    const std::byte* const source = slice.source(p, s, tile);
-    constexpr int kAccess = sizeof(uint4);
-    for (int at = lane_id() * kAccess; at < slice.bytes; at += kWarpSize * kAccess) {
-      copy_async<kAccess>(target + at, source + at);
+  // Whole warp.
+  __device__ void send(const DispatchParams& p, const Session& s, int unit) const {
+    const Exchange& x = p.exchange;
+    const bool valid = id >= 0 && id < x.num_experts;
+    const uint32_t ranks = __reduce_or_sync(
+        kFullWarp, valid ? 1u << id / (x.num_experts / x.num_ranks) : 0u);
+    // Not all to the same one first.
+    for (int i = 0; i + 1 < x.num_ranks; ++i) {
+      const int rank = source_rank(x, i);
+      if ((ranks >> rank & 1) != 0) data.send(slices_to(x, s, rank)[unit], s.epoch[rank]);
     }
-    commit_copies();
-    data = target;
-    pull = warp_id() - blocks;
   }
 };
 
-template <bool kRouted>
-__device__ void pull_slice(const DispatchParams& p, const Session& s, const Tile& tile,
-                           const int* rows, int pull, const Prefetched& prefetched) {
-  const Slice slice(p, pull);
-  const Targets<kRouted> targets(p, tile, rows, slice);
+// This rank's units `mine`, the warp's first of which has been loaded. All threads.
+__device__ void send_rows(const DispatchParams& p, const Session& s, const Chunk& mine,
+                          OutgoingSlice slice) {
+  for (int unit = mine.begin + warp_id(); unit < mine.end; unit += kWarps) {
+    slice.send(p, s, unit);
+    slice = OutgoingSlice(p, unit + kWarps, mine.end);
+  }
+}
+
+// Moves a unit of `rank`'s to this rank's rows. Whole warp.
+template <Routes kRoutes>
+__device__ void move_slice(const DispatchParams& p, Session& s, const Tile& tile, const int* rows,
+                           int rank, int unit) {
+  const Slice slice(p, rank, unit);
+  const Targets<kRoutes != Routes::kOfHandle> targets(p, tile, rows, slice);
   if (targets.mask == 0) return;
   const Leaf& leaf = p.leaves[slice.leaf];
-  const std::byte* source = slice.source(p, s, tile);
-  if (pull == prefetched.pull) {
-    wait_for_copies<0>();
-    source = prefetched.data;
+  std::byte* const to = leaf.rows + slice.offset;
+  const bool own = rank == p.exchange.rank;
+  if constexpr (kRoutes == Routes::kByIdsWithRows) {
+    LineSlice data;
+    if (own) {
+      data.load(slice.in(leaf.tokens, p), slice.bytes);
+    } else {
+      const SentSlice& sent = slices_from(p.exchange, s, rank)[unit];
+      if (!data.receive(p.exchange, s, kWaitRows, rank, sent)) return;
+    }
+    data.store(to, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
+  } else {
+    const std::byte* const tokens =
+        own ? leaf.tokens : s.buffer<std::byte>(rank, kFirstLeaf + slice.leaf);
+    with_access(leaf.access_bytes, [&](auto access) {
+      Values<decltype(access)> values;
+      values.load(slice.in(tokens, p), slice.bytes);
+      values.store(to, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
+    });
   }
-  with_access(leaf.access_bytes, [&](auto access) {
-    Values<decltype(access)> values;
-    values.load(source, slice.bytes);
-    values.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
-  });
 }
 
 // Whether the packed row belongs to no assignment.
@@ -174,10 +190,13 @@ __device__ void zero_padding(const DispatchParams& p, const Routing& routing, in
   }
 }
 
+template <Routes kRoutes>
+constexpr bool kIsByIds = kRoutes == Routes::kByIds || kRoutes == Routes::kByIdsWithRows;
+
 // This thread's first ids.
 template <Routes kRoutes>
 __device__ auto load_early(const DispatchParams& p) {
-  if constexpr (kRoutes == Routes::kByIds) {
+  if constexpr (kIsByIds<kRoutes>) {
     return IdPair(p, static_cast<int>(threadIdx.x));
   } else if constexpr (kRoutes == Routes::kByCounts) {
     return IdQuads(p, static_cast<int>(threadIdx.x));
@@ -190,26 +209,28 @@ template <Routes kRoutes>
 __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   constexpr bool kRouted = kRoutes != Routes::kOfHandle;
+  constexpr bool kSendsRows = kRoutes == Routes::kByIdsWithRows;
   int* rows = static_cast<int*>(shared_memory);
   const Routing routing(reinterpret_cast<uint32_t*>(rows + kTileAssignments), x.num_experts);
   const AllIds all_ids(routing.end(), x);
-  const Chunk chunk(x.num_tokens);
+  // Where rows are sent there are few, and several CTAs share a token.
+  const Units units(p.slices, x.num_tokens, kSendsRows);
+  const Chunk chunk = units.tokens();
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
-  const auto work_of = [&](const Tile& tile) {
-    return Work(tile, p.num_slices * x.num_ranks, true, p.padding);
-  };
-  Prefetched prefetched;
-  const uint32_t leaves = ((1u << p.num_leaves) - 1) << kFirstLeaf;
+  const uint32_t leaves = kSendsRows ? 0 : ((1u << p.num_leaves) - 1) << kFirstLeaf;
   // What needs no peer is loaded while the exchange opens.
   [[maybe_unused]] const auto early = load_early<kRoutes>(p);
+  [[maybe_unused]] const OutgoingSlice first(p, units.chunk.begin + warp_id(),
+                                             kSendsRows ? units.chunk.end : 0);
   if (!open(x, s)) return;
+  if (kSendsRows) begin_alone(x);
   if (blockIdx.x == 0) post(x, s, kRouted ? leaves : leaves | 1u << kDestRank | 1u << kDestRow);
-  if constexpr (kRoutes == Routes::kByIds) {
+  if constexpr (kIsByIds<kRoutes>) {
     send_ids(p, s, all_ids, early);
+    if (kSendsRows) send_rows(p, s, units.chunk, first);
     clear_counts(x, routing);
     receive_ids(x, s, all_ids);
     if (!receive_addresses(x, s, leaves)) return;
-    prefetched.start(p, s, all_ids, tiles[0], work_of(tiles[0]), all_ids.end(x));
     count_ids(x, routing, all_ids);
     place_groups(p, routing);
   } else if constexpr (kRoutes == Routes::kByCounts) {
@@ -226,22 +247,27 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
     if (!receive_addresses(x, s, leaves | 1u << kDestRank | 1u << kDestRow)) return;
   }
   tiles.for_each(s, [&](const Tile& tile) {
-    if constexpr (kRoutes == Routes::kByIds) {
+    if constexpr (kIsByIds<kRoutes>) {
       find_rows(p, routing, all_ids, tile, rows);
     } else if (!fetch_rows<kRouted>(p, s, tile, rows)) {
       return;
     }
+    const Chunk mine = units.of(tile);
     run_work(
-        work_of(tile), s,
-        [&](int pull) { pull_slice<kRouted>(p, s, tile, rows, pull, prefetched); },
+        Work(tile, mine.size() * x.num_ranks, true, p.padding), s,
+        [&](int item) {
+          const int rank = source_rank(x, kSendsRows ? item + x.num_ranks - 1 : item);
+          move_slice<kRoutes>(p, s, tile, rows, rank, mine.begin + x.ranks.quotient(item));
+        },
         [&](int64_t row) { zero_padding<kRouted>(p, routing, row); });
-    // Of a token whose assignments did not fit, nobody has waited for it.
-    wait_for_copies<0>();
-    prefetched.pull = -1;
   });
-  // Nothing has been stored to a peer but words that carry their flags, and what has been loaded
-  // from one is here: it has been stored to this rank's rows.
-  finish<false>(x, s);
+  if constexpr (kSendsRows) {
+    finish_alone(x, s);
+  } else {
+    // Nothing has been stored to a peer but words that carry their flags, and what has been loaded
+    // from one is here: it has been stored to this rank's rows.
+    finish<false>(x, s);
+  }
 }
 
 template <bool kRouted>
@@ -276,12 +302,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-size_t prefetch_bytes() { return kWarps * kPrefetched; }
-
 size_t dispatch_shared_bytes(Routes routes, int num_experts, int assignments_of_all) {
   const size_t experts =
       routes == Routes::kOfHandle ? 0 : round_up(kArraysOverExperts * int64_t{num_experts}, 4);
-  const size_t ids = routes == Routes::kByIds ? assignments_of_all + AllIds::kPerLane : 0;
+  const bool by_ids = routes == Routes::kByIds || routes == Routes::kByIdsWithRows;
+  const size_t ids = by_ids ? assignments_of_all + AllIds::kPerLane : 0;
   return sizeof(uint32_t) * (kTileAssignments + experts) + sizeof(uint16_t) * ids;
 }
 
@@ -292,9 +317,11 @@ const void* dispatch_function(Routes routes) {
     case Routes::kByCounts:
       return reinterpret_cast<const void*>(&dispatch_kernel<Routes::kByCounts>);
     case Routes::kByIds:
+      return reinterpret_cast<const void*>(&dispatch_kernel<Routes::kByIds>);
+    case Routes::kByIdsWithRows:
       break;
   }
-  return reinterpret_cast<const void*>(&dispatch_kernel<Routes::kByIds>);
+  return reinterpret_cast<const void*>(&dispatch_kernel<Routes::kByIdsWithRows>);
 }
 
 }  // namespace freeio::cuda

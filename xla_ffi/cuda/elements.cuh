@@ -142,30 +142,30 @@ struct SentAssignment {
   uint32_t route = 0;
   uint32_t weight = 0;
 
-  __device__ SentAssignment(int a, int assignments, const int32_t* dest_rank,
-                            const int32_t* dest_row, const void* weights) {
-    if (a >= assignments) return;
+  __device__ SentAssignment(int a, int end, const int32_t* dest_rank, const int32_t* dest_row,
+                            const void* weights) {
+    if (a >= end) return;
     route = SentRoute(dest_rank[a], dest_row[a]).word();
     if (weights != nullptr) weight = static_cast<const uint32_t*>(weights)[a];
   }
 };
 
-// The routes of this rank's assignments, and their weights unless these are ones, to all peers.
-// All threads of one CTA; `first` is the thread's first assignment.
-__device__ inline void send_routes(const Exchange& x, const Session& s, SentAssignment first,
-                                   const int32_t* dest_rank, const int32_t* dest_row,
-                                   const void* weights) {
+// The routes of this rank's assignments `mine`, and their weights unless these are ones, to all
+// peers. All threads; `first` is the thread's first of them.
+__device__ inline void send_routes(const Exchange& x, const Session& s, const Chunk& mine,
+                                   SentAssignment first, const int32_t* dest_rank,
+                                   const int32_t* dest_row, const void* weights) {
   const int assignments = x.num_tokens * x.top_k;
-  for (int a = static_cast<int>(threadIdx.x); a < assignments; a += kThreads) {
+  for (int a = mine.begin + static_cast<int>(threadIdx.x); a < mine.end; a += kThreads) {
     for (int rank = 0; rank < x.num_ranks; ++rank) {
       if (rank == x.rank) continue;
-      Word* words = mailbox(x, rank, x.rank).routing;
+      Word* words = mailbox_to(x, s, rank).routing;
       store_word(&words[a], make_word(s.epoch[rank], first.route));
       if (weights != nullptr) {
         store_word(&words[assignments + a], make_word(s.epoch[rank], first.weight));
       }
     }
-    first = SentAssignment(a + kThreads, assignments, dest_rank, dest_row, weights);
+    first = SentAssignment(a + kThreads, mine.end, dest_rank, dest_row, weights);
   }
 }
 
@@ -215,7 +215,7 @@ struct RouteTile {
       const int rank = rank_of(i);
       const int a = begin + i % per_rank;
       // All loads are on their way before one is waited for.
-      const Word* words = mailbox(x, x.rank, rank).routing;
+      const Word* words = mailbox_from(x, s, rank).routing;
       const bool own = rank == x.rank;
       const int own_rank = own ? dest_rank[a] : -1;
       const int own_row = own ? dest_row[a] : -1;

@@ -21,7 +21,8 @@ namespace {
 
 constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32,    DType::kBFloat16,
                              DType::kFloat16, DType::kFloat8E5M2, DType::kFloat8E4M3FN};
-constexpr Routes kAllRoutes[] = {Routes::kOfHandle, Routes::kByCounts, Routes::kByIds};
+constexpr Routes kAllRoutes[] = {Routes::kOfHandle, Routes::kByCounts, Routes::kByIds,
+                                 Routes::kByIdsWithRows};
 
 struct FreeDevice {
   void operator()(void* pointer) const { cudaFree(pointer); }
@@ -35,7 +36,7 @@ struct ControlMemory {
   std::unique_ptr<void, FreeDevice> own;
   Allocation allocation;
   Mapping mapping;
-  size_t bytes = sizeof(ControlBlock);
+  size_t bytes = 0;
 
   ControlBlock* get() const {
     return static_cast<ControlBlock*>(own != nullptr ? own.get() : mapping.base());
@@ -102,9 +103,8 @@ Status load_kernels() {
   Status status;
   for (const Routes routes : kAllRoutes) {
     if (!status.ok()) return status;
-    const size_t most = dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll);
     status = allow(dispatch_function(routes),
-                   routes == Routes::kByIds ? std::max(most, kMostWithPrefetch) : most);
+                   dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll));
   }
   for (const DType dtype : kDTypes) {
     for (const bool wide : {true, false}) {
@@ -134,17 +134,20 @@ Status allocate_control(int ordinal, const std::vector<int>& shared_by, ControlM
     }
   }
   if (!status.ok()) return status;
-  status = cuda_status(cudaMemset(control.get(), 0, sizeof(ControlBlock)), "cudaMemset");
+  status = cuda_status(cudaMemset(control.get(), 0, control.bytes), "cudaMemset");
   if (status.ok()) status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   return status;
 }
 
-// `shared_by`: all GPUs of this process, by ordinal, where other processes take part; else none.
-Status make_gpu(int ordinal, const std::vector<int>& shared_by, uint64_t timeout_ns, Gpu& gpu) {
+// `num_gpus`: of all processes. `shared_by`: all GPUs of this process, by ordinal, where other
+// processes take part; else none.
+Status make_gpu(int ordinal, int num_gpus, const std::vector<int>& shared_by, uint64_t timeout_ns,
+                Gpu& gpu) {
   CurrentDevice current(ordinal);
   Status status = cuda_status(current.error(), "cudaSetDevice");
   if (!status.ok()) return status;
   gpu.ordinal = ordinal;
+  gpu.control.bytes = control_bytes(num_gpus);
   status = allocate_control(ordinal, shared_by, gpu.control);
   if (!status.ok()) return status;
   void* host = nullptr;
@@ -160,16 +163,28 @@ Status make_gpu(int ordinal, const std::vector<int>& shared_by, uint64_t timeout
   return load_kernels();
 }
 
+// Whether a GPU accesses another one's memory as the kernels need it: with atomics, and so that what
+// a warp stores to a line arrives as one.
+cudaError_t find_link(int from, int to, bool& found) {
+  int access = 0, atomics = 0;
+  cudaError_t error = cudaDeviceCanAccessPeer(&access, from, to);
+  if (error == cudaSuccess && access != 0) {
+    error = cudaDeviceGetP2PAttribute(&atomics, cudaDevP2PAttrNativeAtomicSupported, from, to);
+  }
+  found = access != 0 && atomics != 0;
+  return error;
+}
+
 Status connect(int from, int to) {
-  int possible = 0;
-  Status status =
-      cuda_status(cudaDeviceCanAccessPeer(&possible, from, to), "cudaDeviceCanAccessPeer");
+  bool linked = false;
+  Status status = cuda_status(find_link(from, to, linked), "cudaDeviceGetP2PAttribute");
   if (!status.ok()) return status;
-  if (possible == 0) {
-    return {Code::kInternal, "freeio_jax: GPU " + std::to_string(from) +
-                                 " cannot access the memory of GPU " + std::to_string(to) +
-                                 ": the engine needs NVLink or PCIe peer access between all GPUs "
-                                 "of the expert axis."};
+  if (!linked) {
+    return {Code::kInternal, "freeio_jax: no NVLink from GPU " + std::to_string(from) + " to GPU " +
+                                 std::to_string(to) +
+                                 ", or peer access is off: the engine needs it between all GPUs "
+                                 "of a process. Leave GPUs out with CUDA_VISIBLE_DEVICES, or use "
+                                 "freeio_jax.reference."};
   }
   CurrentDevice current(from);
   const cudaError_t error = cudaDeviceEnablePeerAccess(to, 0);
@@ -181,14 +196,14 @@ Status connect(int from, int to) {
 }
 
 // Of this process: makes their control blocks, and lets each access the others' memory.
-Status make_gpus(const std::map<int, int>& ordinals, bool shared, uint64_t timeout_ns,
-                 std::map<int, Gpu>& gpus) {
+Status make_gpus(const std::map<int, int>& ordinals, int num_gpus, bool shared,
+                 uint64_t timeout_ns, std::map<int, Gpu>& gpus) {
+  if (num_gpus > kMaxRanks) {
+    return {Code::kInvalidArgument, "freeio_jax: the engine takes at most " +
+                                        std::to_string(kMaxRanks) + " GPUs of one host."};
+  }
   std::vector<int> shared_by;
   for (const auto& [number, ordinal] : ordinals) {
-    if (number < 0 || number >= kMaxRanks) {
-      return {Code::kInvalidArgument, "freeio_jax: the engine takes at most " +
-                                          std::to_string(kMaxRanks) + " GPUs of one host."};
-    }
     if (shared) shared_by.push_back(ordinal);
   }
   for (const auto& [number, ordinal] : ordinals) {
@@ -199,7 +214,7 @@ Status make_gpus(const std::map<int, int>& ordinals, bool shared, uint64_t timeo
       if (status.ok()) status = connect(ordinal, peer.ordinal);
       if (status.ok()) status = connect(peer.ordinal, ordinal);
     }
-    if (status.ok()) status = make_gpu(ordinal, shared_by, timeout_ns, gpu);
+    if (status.ok()) status = make_gpu(ordinal, num_gpus, shared_by, timeout_ns, gpu);
     if (!status.ok()) return status;
     gpus.emplace(number, std::move(gpu));
   }
@@ -293,8 +308,8 @@ Memory memory() {
 }
 
 bool can_access_peer(int from, int to) {
-  int possible = 0;
-  return cudaDeviceCanAccessPeer(&possible, from, to) == cudaSuccess && possible != 0;
+  bool linked = false;
+  return find_link(from, to, linked) == cudaSuccess && linked;
 }
 
 Status start(const std::vector<int>& ordinals) {
@@ -304,7 +319,7 @@ Status start(const std::vector<int>& ordinals) {
   std::map<int, int> numbers;
   for (const int ordinal : ordinals) numbers[static_cast<int>(numbers.size())] = ordinal;
   std::map<int, Gpu> gpus;
-  Status status = make_gpus(numbers, false, engine().timeout_ns, gpus);
+  Status status = make_gpus(numbers, static_cast<int>(numbers.size()), false, engine().timeout_ns, gpus);
   if (!status.ok()) return status;
   engine().gpus = std::move(gpus);
   engine().started = true;
@@ -315,12 +330,14 @@ Status start(const std::vector<int>& ordinals) {
 Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
   RelaxedCapture relaxed;
   std::map<int, int> numbers, processes;
+  int num_gpus = 0;
   for (const PodGpu& gpu : pod_gpus) {
+    num_gpus = std::max(num_gpus, gpu.number + 1);
     if (gpu.process == process) numbers[gpu.number] = gpu.ordinal;
     processes[gpu.number] = gpu.process;
   }
   std::map<int, Gpu> gpus;
-  Status status = make_gpus(numbers, true, engine().timeout_ns, gpus);
+  Status status = make_gpus(numbers, num_gpus, true, engine().timeout_ns, gpus);
   if (!status.ok()) return status;
   std::vector<OwnGpu> own;
   for (const auto& [number, gpu] : gpus) {

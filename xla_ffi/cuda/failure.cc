@@ -20,6 +20,8 @@ const char* text_of(int step) {
       return "the routing of its tokens";
     case kWaitRoutes:
       return "the rows that its tokens get";
+    case kWaitRows:
+      return "its tokens";
     case kWaitPartialSums:
       return "partial sums";
     default:

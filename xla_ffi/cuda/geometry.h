@@ -54,9 +54,12 @@ constexpr int wide_pack(int element_bytes) { return element_bytes == 1 ? 8 : 16 
 // Accesses of the lanes of one warp to one slice of a row: all in flight together in a copy.
 constexpr int kCopySlice = 8 * 32;
 
-// The same in combine, and where it sends its partial sums as words.
+// The same in combine.
 constexpr int kCombineSlice = 4 * 32;
-constexpr int kSentSlice = 32;
+
+// Accesses in a slice that is sent in lines, with their flags a kilobyte: lines.cuh.
+constexpr int kSentSlice = 60;
+constexpr int kSentAccess = 16;  // bytes
 
 // The same in its transpose. With few tokens more warps share a row; with many, a slice's fixed
 // cost counts for more.

@@ -9,14 +9,11 @@
 namespace freeio::cuda {
 
 // Where dispatch has the rows of its assignments from.
-enum class Routes { kOfHandle, kByCounts, kByIds };
+enum class Routes { kOfHandle, kByCounts, kByIds, kByIdsWithRows };
 
 // DispatchParams. `assignments_of_all`: of all ranks together.
 const void* dispatch_function(Routes routes);
 size_t dispatch_shared_bytes(Routes routes, int num_experts, int assignments_of_all);
-// More of it, for rows that are fetched early: where it does not exceed this.
-size_t prefetch_bytes();
-constexpr size_t kMostWithPrefetch = 152 << 10;
 
 // CombineParams, CombineTransposeParams. `wide`: 16 bytes for each access of a lane (8 of one-byte
 // elements), for rows and buffers that allow it; else one element. `sends_sums`: as in the

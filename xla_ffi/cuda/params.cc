@@ -14,7 +14,7 @@ namespace freeio::cuda {
 namespace {
 
 std::atomic<int64_t> max_sent_assignments{kMaxSentAssignments};
-std::atomic<int64_t> max_sum_words{kMaxSumWords};
+std::atomic<int64_t> max_sent_slices{kMaxSentSlices};
 
 enum Op : uint32_t { kDispatchOp, kDispatchAlongOp, kCombineOp, kCombineTransposeOp };
 
@@ -51,15 +51,15 @@ int64_t bytes_of(DType dtype) {
   return bytes;
 }
 
-// Words in which one lane sends what it takes at a time; 0: that is no whole number of them.
-int64_t sent_words(DType dtype, bool wide) {
-  const int64_t bytes = bytes_of(dtype) * pack_of(dtype, wide);
-  return bytes % sizeof(uint32_t) == 0 ? bytes / sizeof(uint32_t) : 0;
-}
-
 bool is_wide(const RowType& type, std::initializer_list<const void*> buffers) {
   const int64_t bytes = bytes_of(type.dtype);
   return access_bytes(type.width * bytes, buffers) >= bytes * pack_of(type.dtype, true);
+}
+
+template <typename Params>
+void set_slices(int32_t slices, Params& params) {
+  params.slices = Divisor(slices);
+  params.num_slices = slices;
 }
 
 // Width and slices of the rows that are summed.
@@ -68,9 +68,13 @@ void cut_rows(const RowType& type, bool wide, int64_t most, Params& params) {
   const int32_t pack = pack_of(type.dtype, wide);
   const auto [slices, accesses] = slices_of(type.width / pack, most);
   params.width = static_cast<int32_t>(type.width);
-  params.slices = Divisor(slices);
-  params.num_slices = slices;
   params.slice_width = accesses * pack;
+  set_slices(slices, params);
+}
+
+// Slices, as they are sent in lines, of a row of so many accesses.
+int64_t sent_slices(int64_t accesses) {
+  return std::max<int64_t>(1, ceil_div(accesses, kSentSlice));
 }
 
 Blocks blocks_of(int32_t capacity) {
@@ -95,11 +99,33 @@ bool sends_routing(const Exchange& exchange) {
   return assignments <= max_sent_assignments && assignments * exchange.num_ranks <= kMaxSentByAll;
 }
 
+// Whether it has so few bytes that it sends rows or partial sums of so many slices, too.
+bool sends_slices(const Exchange& exchange, int64_t of_token) {
+  return sends_routing(exchange) && exchange.num_tokens * of_token <= max_sent_slices;
+}
+
+// Cuts the leaves into slices that can be sent in lines, if the call sends its rows.
+bool cut_to_be_sent(DispatchParams& params) {
+  int64_t of_token = 0;
+  for (int i = 0; i < params.num_leaves; ++i) {
+    if (params.leaves[i].access_bytes != kSentAccess) return false;
+    of_token += sent_slices(params.leaves[i].row_bytes / kSentAccess);
+  }
+  if (!sends_slices(params.exchange, of_token)) return false;
+  for (int i = 0; i < params.num_leaves; ++i) {
+    Leaf& leaf = params.leaves[i];
+    leaf.slice_bytes = kSentSlice * kSentAccess;
+    leaf.num_slices = static_cast<int32_t>(sent_slices(leaf.row_bytes / kSentAccess));
+  }
+  params.num_slices = static_cast<int32_t>(of_token);
+  return true;
+}
+
 }  // namespace
 
-void set_most_sent(int64_t assignments, int64_t sum_words) {
+void set_most_sent(int64_t assignments, int64_t slices) {
   max_sent_assignments = std::min<int64_t>(assignments, kMaxSentAssignments);
-  max_sum_words = std::min<int64_t>(sum_words, kMaxSumWords);
+  max_sent_slices = std::min<int64_t>(slices, kMaxSentSlices);
 }
 
 void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params) {
@@ -121,25 +147,20 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
     post(static_cast<Address>(kFirstLeaf + i), params.leaves[i].tokens, params.exchange);
   }
   const Routes routes = !routed                          ? Routes::kOfHandle
+                        : cut_to_be_sent(params)         ? Routes::kByIdsWithRows
                         : sends_routing(params.exchange) ? Routes::kByIds
                                                          : Routes::kByCounts;
   if (routes == Routes::kOfHandle) post_routes(params);
   if (routes == Routes::kByCounts) post(kScratch, params.routes, params.exchange);
-  params.slices = Divisor(params.num_slices);
+  set_slices(params.num_slices, params);
   params.padding = blocks_of(params.exchange.capacity);
   params.exchange.signature[kOp] = routed ? kDispatchOp : kDispatchAlongOp;
-  if (routes == Routes::kByCounts) rows.add({1});  // another protocol than that of few assignments
   params.exchange.signature[kRows] = rows.folded();
   const Exchange& x = params.exchange;
   const int64_t all = int64_t{x.num_tokens} * x.top_k * x.num_ranks;
-  size_t shared_bytes = dispatch_shared_bytes(
-      routes, x.num_experts, static_cast<int>(std::min<int64_t>(all, kMaxSentByAll)));
-  // With fewer tokens nothing waits for the link, and starting it early takes longer than it saves.
-  constexpr int32_t kLeast = 64;
-  params.prefetches = routes == Routes::kByIds && x.num_tokens >= kLeast &&
-                      shared_bytes + prefetch_bytes() <= kMostWithPrefetch;
-  if (params.prefetches) shared_bytes += prefetch_bytes();
-  return {dispatch_function(routes), shared_bytes};
+  return {dispatch_function(routes),
+          dispatch_shared_bytes(routes, x.num_experts,
+                                static_cast<int>(std::min<int64_t>(all, kMaxSentByAll)))};
 }
 
 Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params) {
@@ -147,12 +168,15 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
   const Exchange& x = params.exchange;
   const bool sends =
       x.num_ranks > 1 && sends_routing(x) && bytes_of(type.dtype) <= 4 && x.capacity <= kMaxSentRow;
-  cut_rows(type, wide, kSentSlice, params);
-  const int64_t words = sent_words(type.dtype, wide);
+  const int32_t pack = pack_of(type.dtype, wide);
+  const int64_t slices = sent_slices(type.width / pack);
   params.sends_sums =
-      sends && words > 0 &&
-      int64_t{x.num_tokens} * params.num_slices * kSentSlice * words <= max_sum_words;
-  if (!params.sends_sums) cut_rows(type, wide, kCombineSlice, params);
+      sends && pack * bytes_of(type.dtype) == kSentAccess && sends_slices(x, slices);
+  cut_rows(type, wide, kCombineSlice, params);
+  if (params.sends_sums) {
+    params.slice_width = kSentSlice * pack;
+    set_slices(static_cast<int32_t>(slices), params);
+  }
   params.sends_routes =
       params.sends_sums || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
   post(kScratch, params.partial_sums, params.exchange);

@@ -24,10 +24,10 @@ struct RowType {
   int64_t width = 0;
 };
 
-// Calls with at most so many assignments of one rank send their routing itself, and such a combine
-// with at most so many words its partial sums; the defaults, and the most, are kMaxSentAssignments
-// and kMaxSumWords. For tests: all ranks must have the same.
-void set_most_sent(int64_t assignments, int64_t sum_words);
+// Calls with at most so many assignments of one rank send their routing itself, and those of them
+// with at most so many slices also their rows or partial sums; the defaults, and the most, are
+// kMaxSentAssignments and kMaxSentSlices. For tests: all ranks must have the same.
+void set_most_sent(int64_t assignments, int64_t slices);
 
 // Adds one array of the token pytree; at most kMaxLeaves.
 void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params);

@@ -91,7 +91,7 @@ __device__ inline void send_counts(const Exchange& x, const Session& s, const Ro
     const int rank = i / x.num_experts;
     const int e = i % x.num_experts;
     if (rank == x.rank) continue;
-    store_word(&mailbox(x, rank, x.rank).routing[e],
+    store_word(&mailbox_to(x, s, rank).routing[e],
                make_word(s.epoch[rank], routing.before[e] + routing.count[e]));
   }
 }
@@ -108,16 +108,15 @@ __device__ inline void receive_counts(const Exchange& x, Session& s, const Routi
       for (int i = 0; i < kBatch; ++i) {
         const int rank = first + i;
         if (rank < x.num_ranks && rank != x.rank) {
-          words[i] = load_word(&mailbox(x, x.rank, rank).routing[e]);
+          words[i] = load_word(&mailbox_from(x, s, rank).routing[e]);
         }
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int rank = first + i;
         if (rank >= x.num_ranks || rank == x.rank) continue;
-        if (!wait_word(x, s, kWaitCounts, rank, &mailbox(x, x.rank, rank).routing[e], words[i])) {
-          break;
-        }
+        const Word* address = &mailbox_from(x, s, rank).routing[e];
+        if (!wait_word(x, s, kWaitCounts, rank, address, words[i])) break;
         load += value_of(words[i]);
         if (rank < x.rank) earlier += value_of(words[i]);
       }

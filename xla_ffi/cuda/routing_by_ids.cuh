@@ -1,6 +1,7 @@
 // Routing by ids, for calls with few assignments: each rank sends its ids to all others, and every
 // CTA finds the rows of all ranks' assignments to its tokens by itself. One trip over the link less
-// than routing by counts, for more work in each CTA.
+// than routing by counts, for more work in each CTA. Where the rows themselves are sent, no further
+// one follows.
 #pragma once
 
 #include "cuda/groups.cuh"
@@ -18,12 +19,6 @@ struct AllIds {
   __device__ AllIds(void* memory, const Exchange& x)
       : ids(static_cast<uint16_t*>(memory)), per_rank(x.num_tokens * x.top_k) {}
 
-  // Behind the ids, aligned for 16-byte accesses.
-  __device__ std::byte* end(const Exchange& x) const {
-    const int count = (per_rank * x.num_ranks + kPerLane - 1) / kPerLane * kPerLane;
-    return reinterpret_cast<std::byte*>(ids + count);
-  }
-
   __device__ int words_per_rank() const { return (per_rank + 1) / 2; }
 
   // Two ids in one word. Whoever has an odd number of them leaves the last half empty.
@@ -31,14 +26,6 @@ struct AllIds {
     uint16_t* pair = ids + rank * per_rank + 2 * word;
     pair[0] = static_cast<uint16_t>(value);
     if (2 * word + 1 < per_rank) pair[1] = static_cast<uint16_t>(value >> 16);
-  }
-
-  // Whether a token of `rank` has an expert there. Whole warp.
-  __device__ bool any_on(const Exchange& x, int where, int rank, int token) const {
-    const int experts = x.num_experts / x.num_ranks;
-    const int position = rank * per_rank + token * x.top_k + lane_id();
-    const int id = lane_id() < x.top_k ? ids[position] : kNone;
-    return __any_sync(kFullWarp, id != kNone && id / experts == where);
   }
 
   // Assignments to `id` before `position`. Whole warp.
@@ -66,11 +53,12 @@ struct IdPair {
   }
 };
 
-// Takes this rank's ids, and sends them to all peers (CTA 0). All threads; `pair` are the ids of
-// the thread's first word.
+// Takes this rank's ids, and sends this CTA's share of them to all peers. All threads; `pair` are
+// the ids of the thread's first word.
 __device__ inline void send_ids(const DispatchParams& p, const Session& s, const AllIds& all,
                                 IdPair pair) {
   const Exchange& x = p.exchange;
+  const Chunk mine(all.words_per_rank());
   int invalid = 0;
   const auto valid_or_none = [&](int id) {
     invalid += id < -1 || id >= x.num_experts;
@@ -79,9 +67,10 @@ __device__ inline void send_ids(const DispatchParams& p, const Session& s, const
   for (int word = static_cast<int>(threadIdx.x); word < all.words_per_rank(); word += kThreads) {
     const uint32_t value = valid_or_none(pair.high) << 16 | valid_or_none(pair.low);
     all.put(x.rank, word, value);
-    for (int rank = 0; blockIdx.x == 0 && rank < x.num_ranks; ++rank) {
+    const bool sends = mine.begin <= word && word < mine.end;
+    for (int rank = 0; sends && rank < x.num_ranks; ++rank) {
       if (rank == x.rank) continue;
-      store_word(&mailbox(x, rank, x.rank).routing[word], make_word(s.epoch[rank], value));
+      store_word(&mailbox_to(x, s, rank).routing[word], make_word(s.epoch[rank], value));
     }
     pair = IdPair(p, word + kThreads);
   }
@@ -94,16 +83,31 @@ __device__ inline void send_ids(const DispatchParams& p, const Session& s, const
   if (threadIdx.x == 0) *p.num_invalid = all_invalid;
 }
 
+// All threads.
 __device__ inline void receive_ids(const Exchange& x, Session& s, const AllIds& all) {
-  const int words = all.words_per_rank();
-  for (int i = static_cast<int>(threadIdx.x); i < words * x.num_ranks; i += kThreads) {
-    const int rank = i / words;
-    const int word = i % words;
-    if (rank == x.rank) continue;
-    const Word* address = &mailbox(x, x.rank, rank).routing[word];
-    Word found = load_word(address);
-    if (!wait_word(x, s, kWaitCounts, rank, address, found)) break;
-    all.put(rank, word, value_of(found));
+  constexpr int kBatch = 4;  // loads on their way together
+  const int of_rank = all.words_per_rank();
+  const int count = of_rank * (x.num_ranks - 1);
+  for (int first = static_cast<int>(threadIdx.x); first < count; first += kBatch * kThreads) {
+    Word words[kBatch];
+    const auto rank_of = [&](int i) {
+      const int peer = i / of_rank;
+      return peer < x.rank ? peer : peer + 1;
+    };
+    const auto address_of = [&](int i) {
+      return &mailbox_from(x, s, rank_of(i)).routing[i % of_rank];
+    };
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (const int i = first + b * kThreads; i < count) words[b] = load_word(address_of(i));
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = first + b * kThreads;
+      if (i >= count) break;
+      if (!wait_word(x, s, kWaitCounts, rank_of(i), address_of(i), words[b])) return;
+      all.put(rank_of(i), i % of_rank, value_of(words[b]));
+    }
   }
 }
 

@@ -23,8 +23,8 @@ struct Work {
   int shift;
 
   // `padded`: whether there is padding to zero.
-  __device__ Work(const Tile& tile, int pulls_per_token, bool padded, const Blocks& padding)
-      : pulls(tile.size() * pulls_per_token), first_block(0), blocks(0), all(padding) {
+  __device__ Work(const Tile& tile, int num_pulls, bool padded, const Blocks& padding)
+      : pulls(num_pulls), first_block(0), blocks(0), all(padding) {
     if (padded) {
       const Chunk mine(static_cast<int>((padding.count + gridDim.x - 1) / gridDim.x), tile.number,
                        tile.count);

@@ -152,9 +152,15 @@ __device__ inline bool wait_word(const Exchange& x, Session& s, Step step, int p
   });
 }
 
-// The mailbox that `from` writes and `at` reads.
-__device__ inline Mailbox& mailbox(const Exchange& x, int at, int from) {
-  return x.control[at]->mailbox[x.gpu[from]];
+// Which of two things that are used by turns is this exchange's with the peer.
+__device__ inline uint32_t turn(const Session& s, int peer) { return s.epoch[peer] % 2; }
+
+// The mailbox on the peer that this rank writes, and the one here that the peer writes.
+__device__ inline Mailbox& mailbox_to(const Exchange& x, const Session& s, int peer) {
+  return x.control[peer]->mailbox[x.gpu[x.rank]][turn(s, peer)];
+}
+__device__ inline Mailbox& mailbox_from(const Exchange& x, const Session& s, int peer) {
+  return self(x).mailbox[x.gpu[peer]][turn(s, peer)];
 }
 
 // First phase of every kernel. False, for all threads: the engine has failed before, or this is not
@@ -163,8 +169,11 @@ __device__ inline bool open(const Exchange& x, Session& s) {
   const int thread = static_cast<int>(threadIdx.x);
   bool wrong = false;
   // Each load by a warp of its own: they are in flight together.
-  // Never 0: what was never written must not count as arrived.
-  if (thread < x.num_ranks) s.epoch[thread] = max(self(x).epoch[x.gpu[thread]] + 1, 1u);
+  if (thread < x.num_ranks) {
+    const uint32_t next = self(x).epoch[x.gpu[thread]] + 1;
+    // Never 0: what was never written must not count as arrived. Even after odd.
+    s.epoch[thread] = next == 0 ? 2 : next;
+  }
   if (thread == kWarpSize) {
     s.failed = load_relaxed_device(&self(x).failed);
     wrong = s.failed != 0;
@@ -189,21 +198,23 @@ __device__ inline void post_address(const Exchange& x, const Session& s, int slo
 #pragma unroll 1
   for (int rank = 0; rank < x.num_ranks; ++rank) {
     if (rank == x.rank) continue;
-    Word* words = mailbox(x, rank, x.rank).address[slot];
+    Word* words = mailbox_to(x, s, rank).address[slot];
     store_word(&words[0], make_word(s.epoch[rank], static_cast<uint32_t>(address)));
     store_word(&words[1], make_word(s.epoch[rank], static_cast<uint32_t>(address >> 32)));
   }
 }
 
 // Tells every peer what this rank is about to run, and where the buffers in `slots` are (one bit
-// for each), all of them ready for its use. All threads of one CTA, one for each word.
+// for each), all of them ready for its use. All threads of one CTA, one for each word; the last ones,
+// so that the first can send something else before.
 __device__ inline void post(const Exchange& x, const Session& s, uint32_t slots) {
   constexpr int kWords = kSignatureWords + 2 * kMaxAddresses;
-  for (int i = static_cast<int>(threadIdx.x); i < kWords * x.num_ranks; i += kThreads) {
+  for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < kWords * x.num_ranks;
+       i += kThreads) {
     const int rank = i / kWords;
     const int word = i % kWords;
     if (rank == x.rank) continue;
-    Mailbox& box = mailbox(x, rank, x.rank);
+    Mailbox& box = mailbox_to(x, s, rank);
     if (word < kSignatureWords) {
       store_word(&box.signature[word], make_word(s.epoch[rank], x.signature[word]));
       continue;
@@ -228,9 +239,9 @@ __device__ inline uint64_t to_local_address(const Exchange& x, const Session& s,
 }
 
 // Waits for the peers' signatures, compares them, and takes the addresses of `slots` (one bit for
-// each, at least one). All threads; the last ones do it, so that the first can wait for something
-// else before. After it, what the peers' programs had computed before this exchange may be read.
-// False, for all threads: this or an earlier wait of the CTA has failed.
+// each). All threads; the last ones do it, so that the first can wait for something else before.
+// After it, what the peers' programs had computed before this exchange may be read if there was an
+// address to wait for. False, for all threads: this or an earlier wait of the CTA has failed.
 __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t slots) {
   constexpr int kWords = kSignatureWords + kMaxAddresses;
   for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < kWords * x.num_ranks;
@@ -238,7 +249,7 @@ __device__ inline bool receive_addresses(const Exchange& x, Session& s, uint32_t
     const int rank = i / kWords;
     const int word = i % kWords;
     if (rank == x.rank) continue;
-    const Mailbox& box = mailbox(x, x.rank, rank);
+    const Mailbox& box = mailbox_from(x, s, rank);
     if (word < kSignatureWords) {
       // A peer that has posted all this and then given up has its buffers no more. Partner: the
       // store in fail().
@@ -311,6 +322,23 @@ template <bool kPublishes>
 __device__ void finish(const Exchange& x, Session& s) {
   __syncthreads();
   if (warp_id() == 0) conclude<kPublishes>(x, s);
+}
+
+// Beginning and end of an exchange in which no rank's kernel touches a buffer of another rank, or
+// needs to know that one has ended: it ends by itself. Begin: all threads.
+__device__ inline void begin_alone(const Exchange& x) {
+  if (threadIdx.x == 0) count_around_device(&self(x).opened, gridDim.x - 1);
+}
+// All threads.
+__device__ inline void finish_alone(const Exchange& x, Session& s) {
+  if (blockIdx.x != 0 || warp_id() != kWarps - 1 || __any_sync(kFullWarp, has_failed(s))) return;
+  ControlBlock& control = self(x);
+  const int rank = lane_id();
+  // Not before all CTAs have looked at the epochs.
+  const bool opened = rank != 0 || wait_until(x, s, kWaitFinish, x.rank, [&] {
+                        return load_relaxed_device(&control.opened) == 0;
+                      });
+  if (__all_sync(kFullWarp, opened) && rank < x.num_ranks) control.epoch[x.gpu[rank]] = s.epoch[rank];
 }
 
 // Fills a share of a failed exchange's result with ones: NaN, or -1, which nobody takes for data,
@@ -422,6 +450,39 @@ struct Tiles {
       f((*this)[number]);
       __syncthreads();
     }
+  }
+};
+
+// A slice of a token is a unit, and this CTA's are those of its tokens; or all tokens' units are
+// shared out, so that one token is the work of several CTAs where there are few.
+struct Units {
+  const Divisor& per_token;
+  Chunk chunk;
+
+  __device__ Units(const Divisor& slices, int num_tokens, bool shares_tokens)
+      : per_token(slices), chunk(shares_tokens ? num_tokens * size_of_token() : num_tokens) {
+    if (shares_tokens) return;
+    chunk.begin *= size_of_token();
+    chunk.end *= size_of_token();
+  }
+
+  __device__ int size_of_token() const { return static_cast<int>(per_token.divisor); }
+
+  // The tokens of this CTA's units.
+  __device__ Chunk tokens() const {
+    Chunk tokens = chunk;
+    tokens.begin = per_token.quotient(chunk.begin);
+    tokens.end =
+        chunk.size() == 0 ? tokens.begin : per_token.quotient(chunk.end + size_of_token() - 1);
+    return tokens;
+  }
+
+  // This CTA's units of a tile's tokens.
+  __device__ Chunk of(const Tile& tile) const {
+    Chunk units = chunk;
+    units.begin = max(units.begin, tile.begin * size_of_token());
+    units.end = max(units.begin, min(units.end, tile.end * size_of_token()));
+    return units;
   }
 };
 

@@ -105,8 +105,8 @@ EMULATOR_API const char* emulator_synchronize() { return text(emulator::synchron
 
 EMULATOR_API void engine_set_timeout(double seconds) { set_timeout(seconds); }
 EMULATOR_API void engine_set_num_sms(int64_t num_sms) { set_num_sms(num_sms); }
-EMULATOR_API void engine_set_most_sent(int64_t assignments, int64_t sum_words) {
-  set_most_sent(assignments, sum_words);
+EMULATOR_API void engine_set_most_sent(int64_t assignments, int64_t slices) {
+  set_most_sent(assignments, slices);
 }
 EMULATOR_API int32_t engine_quotient(int32_t n, int32_t d) { return Divisor(d).quotient(n); }
 EMULATOR_API int32_t engine_remainder(int32_t n, int32_t d) { return Divisor(d).remainder(n); }

@@ -21,7 +21,8 @@ std::function<void()> bind(const void* function, const void* params) {
 
 std::map<const void*, Bind> make_table() {
   std::map<const void*, Bind> table;
-  for (const Routes routes : {Routes::kOfHandle, Routes::kByCounts, Routes::kByIds}) {
+  for (const Routes routes :
+       {Routes::kOfHandle, Routes::kByCounts, Routes::kByIds, Routes::kByIdsWithRows}) {
     table[dispatch_function(routes)] = bind<DispatchParams>;
   }
   for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16,

@@ -140,9 +140,14 @@ struct Kernel {
   size_t live = 0;
 };
 
+struct Line {
+  uint64_t words[kLineWords];
+};
+
 struct Word {
   uint64_t* address;
   uint64_t value;
+  std::shared_ptr<Line> line;  // null: it is one word
 };
 
 class Machine {
@@ -252,7 +257,14 @@ class Machine {
 
   void send_word(uint64_t* address, uint64_t value) {
     preempt();
-    in_flight_[gpu()].push_back({address, value});
+    in_flight_[gpu()].push_back({address, value, nullptr});
+  }
+
+  void send_line(void* address, const uint64_t (&words)[kLineWords]) {
+    preempt();
+    auto line = std::make_shared<Line>();
+    memcpy(line->words, words, sizeof(words));
+    in_flight_[gpu()].push_back({static_cast<uint64_t*>(address), 0, std::move(line)});
   }
 
   void fence() {
@@ -543,8 +555,16 @@ class Machine {
   }
 
   void arrive(const Word& word) {
-    __atomic_store_n(word.address, word.value, __ATOMIC_RELAXED);
-    stored(word.address);
+    if (word.line == nullptr) {
+      __atomic_store_n(word.address, word.value, __ATOMIC_RELAXED);
+      stored(word.address);
+      return;
+    }
+    // As one, also for another process that looks at the last word first.
+    constexpr int kLast = kLineWords - 1;
+    memcpy(word.address, word.line->words, kLast * sizeof(uint64_t));
+    __atomic_store_n(word.address + kLast, word.line->words[kLast], __ATOMIC_RELEASE);
+    stored(word.address + kLast);
   }
 
   void deliver_one() {
@@ -706,6 +726,9 @@ void before_load(const void* address, size_t bytes, Place place) {
   machine().before_load(address, bytes, place);
 }
 void send_word(uint64_t* address, uint64_t value) { machine().send_word(address, value); }
+void send_line(void* address, const uint64_t (&words)[kLineWords]) {
+  machine().send_line(address, words);
+}
 void fence() { machine().fence(); }
 void start_copy(void* shared, const void* global, size_t bytes) {
   machine().start_copy(shared, global, bytes);

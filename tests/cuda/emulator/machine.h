@@ -91,6 +91,10 @@ void before_load(const void* address, size_t bytes, Place place);
 // A relaxed store: arrives at any time before the GPU's next fence.
 void send_word(uint64_t* address, uint64_t value);
 
+// The same for 128 bytes, which arrive together. The last eight are those that others poll.
+constexpr int kLineWords = 16;
+void send_line(void* address, const uint64_t (&words)[kLineWords]);
+
 // Whatever this GPU has stored is visible to all.
 void fence();
 

@@ -130,6 +130,14 @@ cudaError_t cudaDeviceCanAccessPeer(int* possible, int device, int peer) {
   return cudaSuccess;
 }
 
+cudaError_t cudaDeviceGetP2PAttribute(int* value, cudaDeviceP2PAttr attribute, int device,
+                                      int peer) {
+  if (!is_device(device) || !is_device(peer)) return result(cudaErrorInvalidDevice);
+  if (attribute != cudaDevP2PAttrNativeAtomicSupported) return result(cudaErrorInvalidValue);
+  *value = device != peer;
+  return cudaSuccess;
+}
+
 cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags) {
   if (flags != 0 || peer == current_device) return result(cudaErrorInvalidValue);
   if (!is_device(peer)) return result(cudaErrorInvalidDevice);

@@ -26,6 +26,38 @@ inline uint64_t load_word(const uint64_t* word, emulator::Place place = emulator
   return __atomic_load_n(word, __ATOMIC_RELAXED);
 }
 
+// Whole warps: the line is sent as one, once all its lanes have come.
+inline void store_line(uint4* part, const uint4& value,
+                       emulator::Place place = emulator::Place::here()) {
+  constexpr int kLanesOfLine = 8;
+  uint64_t line[emulator::kLineWords];
+  uint64_t halves[emulator::kLineWords / kLanesOfLine];
+  memcpy(halves, &value, sizeof(halves));
+  const int first = emulator::lane() / kLanesOfLine * kLanesOfLine;
+  for (int half = 0; half < 2; ++half) {
+    const uint64_t* all =
+        emulator::gather(emulator::Together::kShuffle, halves[half], emulator::kAllLanes, place);
+    for (int i = 0; i < kLanesOfLine; ++i) line[2 * i + half] = all[first + i];
+  }
+  if (emulator::lane() == first) emulator::send_line(part, line);
+}
+
+// The lanes with the flags first: the others' parts are there if those are.
+inline uint4 load_line(const uint4* part, emulator::Place place = emulator::Place::here()) {
+  constexpr int kLanesOfLine = 8;
+  const bool flags = emulator::lane() % kLanesOfLine == kLanesOfLine - 1;
+  uint4 value;
+  if (flags) {
+    const uint32_t flag = __atomic_load_n(&part->z, __ATOMIC_ACQUIRE);
+    value = *part;
+    value.z = flag;
+  }
+  emulator::gather(emulator::Together::kNothing, 0, emulator::kAllLanes, place);
+  if (!flags) value = *part;
+  emulator::gather(emulator::Together::kNothing, 0, emulator::kAllLanes, place);
+  return value;
+}
+
 inline uint64_t load_acquire_word(const uint64_t* word,
                                   emulator::Place place = emulator::Place::here()) {
   emulator::before_load(word, sizeof(*word), place);
