@@ -22,8 +22,7 @@ constexpr int kTileBytes = 24 << 10;  // for the routes of a tile, of all ranks
 template <bool kSendsSums>
 struct Slicing {
   static constexpr int kColumns = kSendsSums ? 2 : 4;  // accesses of one lane to a slice
-  static constexpr int kStages =
-      kSendsSums ? 8 : 4;  // slices of rows that each warp has on the way
+  static constexpr int kStages = 4;  // slices of rows that each warp has on the way
   static constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
 
   // Which accesses of the slice are this lane's.
@@ -72,6 +71,7 @@ struct Combine {
   Session& s;
   const RouteTile<Accumulator>& routes;
   const Tile& tile;
+  const Teams teams;
   const Chunk units;
   const int items;
   R* const ring;  // this lane's of [kStages, kColumns, kWarpSize]
@@ -87,14 +87,18 @@ struct Combine {
 
   __device__ Combine(const CombineParams& params, Session& session,
                      const RouteTile<Accumulator>& tile_routes, const Tile& whole,
-                     const Chunk& tile_units, void* ring_memory)
+                     const Teams& of, const Chunk& tile_units, void* ring_memory)
       : p(params),
         x(params.exchange),
         s(session),
         routes(tile_routes),
         tile(whole),
+        teams(of),
         units(tile_units),
-        items(units.size() <= 0 ? 0 : (units.size() + kAhead) * x.num_ranks),
+        items(units.size() == 0       ? 0
+              : !teams.has_senders()  ? (units.size() + kAhead) * x.num_ranks
+              : teams.is_sender()     ? units.size() * (x.num_ranks - 1)
+                                      : units.size()),
         ring(static_cast<R*>(ring_memory) + warp_id() * kStages * kColumns * kWarpSize + lane_id()),
         next_one(warp_id()) {}
 
@@ -102,6 +106,7 @@ struct Combine {
   // come before it in the peers' order, and every warp does its items in order, so what waits
   // never holds up what it waits for.
   __device__ void run() {
+#pragma unroll 1
     for (int i = 0; i < kStages; ++i) fetch();
     Sums sums;
     clear(sums);
@@ -160,9 +165,8 @@ struct Combine {
     while (next_one < items) {
       const int item = next_one;
       next_one = next_item(s);
-      const int turn = x.ranks.remainder(item);
+      const auto [unit, turn] = place_of(item);
       const bool pushes = turn != x.num_ranks - 1;
-      const int unit = x.ranks.quotient(item) - (pushes ? 0 : kAhead);
       if (unit < 0 || unit >= units.size()) continue;
       const int token = p.slices.quotient(units.begin + unit);
       const int after = x.rank + 1 + turn;
@@ -177,6 +181,17 @@ struct Combine {
       end = min(begin + p.slice_width, p.width);
       return;
     }
+  }
+
+  // Of an item: its unit, and which of the peers, in turn, it is pushed to; the last: it is summed.
+  __device__ int2 place_of(int item) const {
+    const int peers = x.num_ranks - 1;
+    if (!teams.has_senders()) {
+      const int turn = x.ranks.remainder(item);
+      return {x.ranks.quotient(item) - (turn == peers ? kAhead : 0), turn};
+    }
+    if (!teams.is_sender()) return {item, peers};
+    return {p.peers.quotient(item), p.peers.remainder(item)};
   }
 
   __device__ void copy_row(int row) {
@@ -262,21 +277,56 @@ struct Combine {
     slice.send(slices_to(x, s, task.rank)[task.unit], s.epoch[task.rank]);
   }
 
-  // Adds the partial sums of the ranks in `ranks`, in order, as they come.
-  __device__ void add_sent(uint32_t ranks, int unit, Sums& totals) const {
-    for (; ranks != 0; ranks &= ranks - 1) {
-      const int rank = __ffs(static_cast<int>(ranks)) - 1;
-      LineSlice slice;
-      const SentSlice& sent = slices_from(x, s, rank)[unit];
-      if (!slice.receive(x, s, kWaitPartialSums, rank, sent)) return;
+  // Sums the partial sums that are sent, and this rank's own, in order of rank.
+  __device__ void sum_sent(uint32_t ranks, int unit, const R (&own)[kColumns], Sums& totals) const {
+    uint32_t rest = ranks & ~(1u << x.rank);
+    bool has_own = false;
+    const auto add_own = [&] {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        R raw;
-        memcpy(&raw, &slice.accesses[c], sizeof(raw));
-        add(raw, totals[c]);
+      for (int c = 0; c < kColumns; ++c) add(own[c], totals[c]);
+      has_own = true;
+    };
+    while (rest != 0) {
+      LineSlice slices[kSlicesTogether];
+      while (!load_sent(rest, unit, slices)) {
+        uint32_t from = rest;
+        for (int i = 0; i < slice_of_lane(); ++i) from &= from - 1;
+        const int rank = first_of(from);
+        const SentSlice* const sent = from == 0 ? nullptr : &slices_from(x, s, rank)[unit];
+        if (!wait_for_lines(x, s, kWaitPartialSums, rank, sent)) return;
+      }
+#pragma unroll
+      for (int i = 0; i < kSlicesTogether; ++i, rest &= rest - 1) {
+        if (rest == 0) break;
+        if (!has_own && first_of(rest) > x.rank) add_own();
+        slices[i].take();
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          R raw;
+          memcpy(&raw, &slices[i].accesses[c], sizeof(raw));
+          add(raw, totals[c]);
+        }
       }
     }
+    if (!has_own) add_own();
   }
+
+  // Loads the first ranks' partial sums, as many as there is room for. Whether they were there.
+  __device__ bool load_sent(uint32_t ranks, int unit, LineSlice (&slices)[kSlicesTogether]) const {
+    uint32_t rest = ranks;
+#pragma unroll
+    for (int i = 0; i < kSlicesTogether; ++i, rest &= rest - 1) {
+      if (rest != 0) slices[i].start(slices_from(x, s, first_of(rest))[unit]);
+    }
+    bool here = true;
+#pragma unroll
+    for (int i = 0; i < kSlicesTogether; ++i, ranks &= ranks - 1) {
+      if (ranks != 0) here &= slices[i].is_here(s.epoch[first_of(ranks)]);
+    }
+    return __all_sync(kFullWarp, here);
+  }
+
+  __device__ static int first_of(uint32_t ranks) { return __ffs(static_cast<int>(ranks)) - 1; }
 
   // This rank's partial sum of a peer's token, to the peer.
   __device__ void push(const Task& task, const Sums& sums) const {
@@ -312,15 +362,7 @@ struct Combine {
     __syncwarp();
   }
 
-  // Adds the partial sums of the peers in `ranks`, in order, to the totals.
-  __device__ void add_peers(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
-    if constexpr (kSendsSums) {
-      add_sent(ranks, unit, totals);
-    } else {
-      add_slots(ranks, all_ranks, unit, totals);
-    }
-  }
-
+  // Adds the partial sums in the slots of the peers in `ranks`, in order, to the totals.
   __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
     const auto [slice_begin, slice_end] = slice_of(unit);
     const Element* slots = static_cast<const Element*>(p.partial_sums) +
@@ -367,11 +409,15 @@ struct Combine {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) own[c] = round_to<Element, kCount>(sums[c]);
     clear(sums);
-    if constexpr (!kSendsSums) wait_for_partial_sums(ranks, task.unit);
-    add_peers(ranks & lower, ranks, task.unit, sums);
+    if constexpr (kSendsSums) {
+      sum_sent(ranks, task.unit, own, sums);
+    } else {
+      wait_for_partial_sums(ranks, task.unit);
+      add_slots(ranks & lower, ranks, task.unit, sums);
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) add(own[c], sums[c]);
-    add_peers(ranks & ~lower & ~(1u << x.rank), ranks, task.unit, sums);
+      for (int c = 0; c < kColumns; ++c) add(own[c], sums[c]);
+      add_slots(ranks & ~lower & ~(1u << x.rank), ranks, task.unit, sums);
+    }
     Element* row = static_cast<Element*>(p.sums) + int64_t{p.slices.quotient(task.unit)} * p.width;
     store_sums(row, task.unit, sums);
   }
@@ -399,11 +445,14 @@ __device__ void prepare_slots(const CombineParams& p, const Chunk& units, Sessio
 // they did not come.
 template <bool kSendsSums, typename Accumulator>
 __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& tile,
-                               bool sends_routes, RouteTile<Accumulator>& routes) {
+                               const Teams& teams, bool sends_routes,
+                               RouteTile<Accumulator>& routes) {
   const Exchange& x = p.exchange;
   routes.begin(x, tile);
   if (sends_routes) {
-    routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights);
+    // Those that only sum need no other's.
+    const bool peers = !teams.has_senders() || teams.is_sender();
+    routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights, peers);
   } else {
     routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
   }
@@ -419,18 +468,19 @@ template <typename Element, int kCount, bool kSendsSums>
 __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const bool sends_routes = kSendsSums || p.sends_routes;
-  const Units units(p.slices, x.num_tokens, true);
+  const Teams teams{kSendsSums ? p.senders : 0};
+  const Units units(p.slices, x.num_tokens, true, teams.own());
   // What needs no peer is loaded while the exchange opens.
   const Chunk sent(sends_routes ? x.num_tokens * x.top_k : 0);
   const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
                              p.dest_row, p.weights);
   if (!open(x, s)) return;
   if (kSendsSums) begin_alone(x);
+  send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
   const uint32_t routes_of_peers = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
   if (blockIdx.x == 0) {
     post(x, s, kSendsSums ? 0 : sends_routes ? 1u << kScratch : routes_of_peers);
   }
-  send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
   if (!sends_routes) {
     prepare_slots(p, units.chunk, s);
     if (!receive_addresses(x, s, routes_of_peers)) return;
@@ -441,16 +491,16 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
   const Tiles tiles(units.tokens(), kAssignments / (x.num_ranks * x.top_k));
   bool ready = true;
   tiles.for_each(s, [&](const Tile& tile) {
-    ready = ready && receive_routes<kSendsSums>(p, s, tile, sends_routes, routes);
+    ready = ready && receive_routes<kSendsSums>(p, s, tile, teams, sends_routes, routes);
     if (!ready) return;
-    if (kSendsSums) {
-      if (tile.number == 0) finish_alone(x, s);
-    } else if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) {
-      // Only the routes are read from the peers, and those now are.
+    // Only the routes are read from the peers, and those now are.
+    if (!kSendsSums && tile.number + 1 == tile.count && warp_id() == kWarps - 1) {
       conclude<false>(x, s);
     }
-    Combine<Element, kCount, kSendsSums>(p, s, routes, tile, units.of(tile), ring).run();
+    const Chunk mine = units.of(tile);
+    Combine<Element, kCount, kSendsSums>(p, s, routes, tile, teams, mine, ring).run();
   });
+  if (kSendsSums) finish_alone(x, s);
 }
 
 template <typename Element, int kCount, bool kSendsSums>

@@ -165,6 +165,7 @@ struct Exchange {
   int32_t rank;
   int32_t num_ranks;
   Divisor ranks;
+  Divisor local_experts;  // of each rank
   int32_t num_tokens;
   int32_t top_k;
   int32_t num_experts;
@@ -208,6 +209,7 @@ struct DispatchParams {
   int32_t* num_dropped;
   int32_t* num_invalid;
   Word* routes;  // [R, T, K]: rows here of every rank's assignments, written by the ranks
+  int32_t senders;  // CTAs that only send rows; 0: all do what others do, too
 };
 
 struct CombineParams {
@@ -226,6 +228,8 @@ struct CombineParams {
   int32_t slice_width;
   bool sends_routes;  // few assignments: they are sent, and the arrival flags are the engine's
   bool sends_sums;    // with few bytes: partial sums are sent in lines
+  int32_t senders;    // then: CTAs that only send; 0: all do both
+  Divisor peers;
 };
 
 struct CombineTransposeParams {

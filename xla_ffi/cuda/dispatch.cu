@@ -105,8 +105,8 @@ struct OutgoingSlice {
   __device__ void send(const DispatchParams& p, const Session& s, int unit) const {
     const Exchange& x = p.exchange;
     const bool valid = id >= 0 && id < x.num_experts;
-    const uint32_t ranks = __reduce_or_sync(
-        kFullWarp, valid ? 1u << id / (x.num_experts / x.num_ranks) : 0u);
+    const uint32_t ranks =
+        __reduce_or_sync(kFullWarp, valid ? 1u << x.local_experts.quotient(id) : 0u);
     // Not all to the same one first.
     for (int i = 0; i + 1 < x.num_ranks; ++i) {
       const int rank = source_rank(x, i);
@@ -125,33 +125,77 @@ __device__ void send_rows(const DispatchParams& p, const Session& s, const Chunk
 }
 
 // Moves a unit of `rank`'s to this rank's rows. Whole warp.
-template <Routes kRoutes>
-__device__ void move_slice(const DispatchParams& p, Session& s, const Tile& tile, const int* rows,
-                           int rank, int unit) {
+template <bool kRouted>
+__device__ void pull_slice(const DispatchParams& p, const Session& s, const Tile& tile,
+                           const int* rows, int rank, int unit) {
   const Slice slice(p, rank, unit);
-  const Targets<kRoutes != Routes::kOfHandle> targets(p, tile, rows, slice);
+  const Targets<kRouted> targets(p, tile, rows, slice);
   if (targets.mask == 0) return;
   const Leaf& leaf = p.leaves[slice.leaf];
-  std::byte* const to = leaf.rows + slice.offset;
-  const bool own = rank == p.exchange.rank;
-  if constexpr (kRoutes == Routes::kByIdsWithRows) {
-    LineSlice data;
-    if (own) {
-      data.load(slice.in(leaf.tokens, p), slice.bytes);
+  const std::byte* const tokens = rank == p.exchange.rank
+                                      ? leaf.tokens
+                                      : s.buffer<std::byte>(rank, kFirstLeaf + slice.leaf);
+  with_access(leaf.access_bytes, [&](auto access) {
+    Values<decltype(access)> values;
+    values.load(slice.in(tokens, p), slice.bytes);
+    values.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
+  });
+}
+
+// The same where rows are sent.
+struct IncomingSlice {
+  LineSlice data;
+  Slice slice;
+  Targets<true> targets;
+  const SentSlice* sent = nullptr;  // null: it is this rank's own, or not wanted
+
+  __device__ IncomingSlice(const DispatchParams& p, const Session& s, const Tile& tile,
+                           const int* rows, int rank, int unit)
+      : slice(p, rank, unit), targets(p, tile, rows, slice) {
+    if (targets.mask == 0) return;
+    if (rank == p.exchange.rank) {
+      data.load(slice.in(p.leaves[slice.leaf].tokens, p), slice.bytes);
     } else {
-      const SentSlice& sent = slices_from(p.exchange, s, rank)[unit];
-      if (!data.receive(p.exchange, s, kWaitRows, rank, sent)) return;
+      sent = &slices_from(p.exchange, s, rank)[unit];
+      start();
     }
-    data.store(to, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
-  } else {
-    const std::byte* const tokens =
-        own ? leaf.tokens : s.buffer<std::byte>(rank, kFirstLeaf + slice.leaf);
-    with_access(leaf.access_bytes, [&](auto access) {
-      Values<decltype(access)> values;
-      values.load(slice.in(tokens, p), slice.bytes);
-      values.store(to, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
-    });
   }
+
+  __device__ void start() {
+    if (sent != nullptr) data.start(*sent);
+  }
+  __device__ bool is_here(const Session& s) const {
+    return sent == nullptr || data.is_here(s.epoch[slice.rank]);
+  }
+  __device__ void store(const DispatchParams& p) {
+    if (sent != nullptr) data.take();
+    const Leaf& leaf = p.leaves[slice.leaf];
+    data.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
+  }
+};
+
+// Moves the units of two pulls, of which there are `pulls`. Whole warp.
+__device__ void move_two(const DispatchParams& p, Session& s, const Tile& tile, const int* rows,
+                         int pull, int pulls, int first_unit) {
+  const Exchange& x = p.exchange;
+  const auto slice_of = [&](int i) {
+    // This rank's own first: the others' are on their way.
+    return IncomingSlice(p, s, tile, rows, source_rank(x, i + x.num_ranks - 1),
+                         first_unit + x.ranks.quotient(i));
+  };
+  IncomingSlice a = slice_of(pull);
+  IncomingSlice b = slice_of(min(pull + 1, pulls - 1));
+  if (pull + 1 == pulls) b.targets.mask = 0;
+  while (!__all_sync(kFullWarp, a.is_here(s) && b.is_here(s))) {
+    const int which = slice_of_lane();
+    const int peer = which == 0 ? a.slice.rank : b.slice.rank;
+    const SentSlice* const sent = which == 0 ? a.sent : which == 1 ? b.sent : nullptr;
+    if (!wait_for_lines(x, s, kWaitRows, peer, sent)) return;
+    a.start();
+    b.start();
+  }
+  a.store(p);
+  b.store(p);
 }
 
 // Whether the packed row belongs to no assignment.
@@ -213,21 +257,24 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   int* rows = static_cast<int*>(shared_memory);
   const Routing routing(reinterpret_cast<uint32_t*>(rows + kTileAssignments), x.num_experts);
   const AllIds all_ids(routing.end(), x);
+  const Teams teams{kSendsRows ? p.senders : 0};
+  const Team team = teams.own();
   // Where rows are sent there are few, and several CTAs share a token.
-  const Units units(p.slices, x.num_tokens, kSendsRows);
+  const Units units(p.slices, x.num_tokens, kSendsRows, team);
   const Chunk chunk = units.tokens();
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
   const uint32_t leaves = kSendsRows ? 0 : ((1u << p.num_leaves) - 1) << kFirstLeaf;
   // What needs no peer is loaded while the exchange opens.
   [[maybe_unused]] const auto early = load_early<kRoutes>(p);
-  [[maybe_unused]] const OutgoingSlice first(p, units.chunk.begin + warp_id(),
-                                             kSendsRows ? units.chunk.end : 0);
+  const bool sends_rows = kSendsRows && (!teams.has_senders() || teams.is_sender());
+  const OutgoingSlice first(p, units.chunk.begin + warp_id(), sends_rows ? units.chunk.end : 0);
   if (!open(x, s)) return;
   if (kSendsRows) begin_alone(x);
+  if (kSendsRows && teams.is_sender()) return send_rows(p, s, units.chunk, first);
   if (blockIdx.x == 0) post(x, s, kRouted ? leaves : leaves | 1u << kDestRank | 1u << kDestRow);
   if constexpr (kIsByIds<kRoutes>) {
-    send_ids(p, s, all_ids, early);
-    if (kSendsRows) send_rows(p, s, units.chunk, first);
+    send_ids(p, s, all_ids, team, early);
+    if (sends_rows) send_rows(p, s, units.chunk, first);
     clear_counts(x, routing);
     receive_ids(x, s, all_ids);
     if (!receive_addresses(x, s, leaves)) return;
@@ -253,13 +300,20 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
       return;
     }
     const Chunk mine = units.of(tile);
-    run_work(
-        Work(tile, mine.size() * x.num_ranks, true, p.padding), s,
-        [&](int item) {
-          const int rank = source_rank(x, kSendsRows ? item + x.num_ranks - 1 : item);
-          move_slice<kRoutes>(p, s, tile, rows, rank, mine.begin + x.ranks.quotient(item));
-        },
-        [&](int64_t row) { zero_padding<kRouted>(p, routing, row); });
+    const int pulls = mine.size() * x.num_ranks;
+    const auto zero = [&](int64_t row) { zero_padding<kRouted>(p, routing, row); };
+    if constexpr (kSendsRows) {
+      const auto move_pair = [&](int pair) {
+        move_two(p, s, tile, rows, 2 * pair, pulls, mine.begin);
+      };
+      run_work(Work(tile, (pulls + 1) / 2, true, p.padding, team), s, move_pair, zero);
+    } else {
+      const auto pull_one = [&](int pull) {
+        const int unit = mine.begin + x.ranks.quotient(pull);
+        pull_slice<kRouted>(p, s, tile, rows, source_rank(x, pull), unit);
+      };
+      run_work(Work(tile, pulls, true, p.padding), s, pull_one, zero);
+    }
   });
   if constexpr (kSendsRows) {
     finish_alone(x, s);

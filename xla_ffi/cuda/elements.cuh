@@ -206,9 +206,10 @@ struct RouteTile {
     }
   }
 
-  // Takes the peers' from what they have sent (send_routes()). All threads; a barrier must follow.
+  // Takes the peers' from what they have sent (send_routes()), unless only this rank's own are
+  // wanted. All threads; a barrier must follow.
   __device__ void receive(const Exchange& x, Session& s, const Tile& tile, const int32_t* dest_rank,
-                          const int32_t* dest_row, const void* weight) {
+                          const int32_t* dest_row, const void* weight, bool peers) {
     const int begin = tile.begin * top_k;
     const int weights_at = x.num_tokens * top_k;
     for (int i = static_cast<int>(threadIdx.x); i < size(); i += kThreads) {
@@ -217,6 +218,7 @@ struct RouteTile {
       // All loads are on their way before one is waited for.
       const Word* words = mailbox_from(x, s, rank).routing;
       const bool own = rank == x.rank;
+      if (!own && !peers) continue;
       const int own_rank = own ? dest_rank[a] : -1;
       const int own_row = own ? dest_row[a] : -1;
       const Accumulator own_weight =

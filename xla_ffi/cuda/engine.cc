@@ -231,7 +231,8 @@ uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
   const int64_t asked = engine().num_sms;
   const int64_t ctas = asked > 0 ? std::min<int64_t>(asked, gpu.num_sms)
                                  : std::max<int64_t>(gpu.num_sms - kSpare, 1);
-  return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, 2 * layout.num_tokens)));
+  static const int64_t f = getenv("XP_GRID") ? atoi(getenv("XP_GRID")) : 8;
+  return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, f * layout.num_tokens)));
 }
 
 // With the engine locked. OK: no exchange on the GPU has failed.
@@ -427,6 +428,7 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
   exchange.rank = member.rank;
   exchange.num_ranks = static_cast<int32_t>(layout.num_ranks);
   exchange.ranks = Divisor(exchange.num_ranks);
+  exchange.local_experts = Divisor(static_cast<int32_t>(layout.num_experts / layout.num_ranks));
   exchange.num_tokens = static_cast<int32_t>(layout.num_tokens);
   exchange.top_k = static_cast<int32_t>(layout.top_k);
   exchange.num_experts = static_cast<int32_t>(layout.num_experts);

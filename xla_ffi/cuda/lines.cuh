@@ -53,36 +53,50 @@ struct LineSlice {
     const bool flag = has_flag();
     const uint4 &a = accesses[0], &b = accesses[1];
     uint4* const parts = reinterpret_cast<uint4*>(&slice) + lane_id();
-    // Partner: the loads in receive() on the peer.
+    // Partner: the loads in start() on the peer.
     store_line(parts, flag ? uint4{a.x, a.y, epoch, 0} : a);
     store_line(parts + kWarpSize, flag ? uint4{a.z, a.w, epoch, 0} : b);
   }
 
-  // Waits for what the peer has sent. Whole warp. False, for all lanes: it did not come.
-  __device__ bool receive(const Exchange& x, Session& s, Step step, int peer,
-                          const SentSlice& slice) {
+  // Loads what the peer sends, whether it is there yet or not. Whole warp.
+  __device__ void start(const SentSlice& slice) {
     const uint4* const parts = reinterpret_cast<const uint4*>(&slice) + lane_id();
-    const bool flag = has_flag();
-    const uint32_t epoch = s.epoch[peer];
-    while (true) {
-      // Partner: the stores in send() on the peer.
-      const uint4 a = load_line(parts);
-      const uint4 b = load_line(parts + kWarpSize);
-      const bool here = !flag || (a.z == epoch && b.z == epoch);
-      accesses[0] = flag ? uint4{a.x, a.y, b.x, b.y} : a;
-      accesses[1] = b;
-      if (__all_sync(kFullWarp, here)) return true;
-      const uint32_t* const missing = &parts[a.z == epoch ? kWarpSize : 0].z;
-      const bool came = here || wait_until(x, s, step, peer, [&] {
-                          return load_acquire_system(missing) == epoch;
-                        });
-      if (!__all_sync(kFullWarp, came)) return false;
-    }
+    // Partner: the stores in send() on the peer.
+    accesses[0] = load_line(parts);
+    accesses[1] = load_line(parts + kWarpSize);
+  }
+
+  // Whether the lane's parts of what start() has loaded were there, as far as it can see.
+  __device__ bool is_here(uint32_t epoch) const {
+    return !has_flag() || (accesses[0].z == epoch && accesses[1].z == epoch);
+  }
+
+  // Takes the flags out, once all lanes' parts are there.
+  __device__ void take() {
+    if (!has_flag()) return;
+    accesses[0].z = accesses[1].x;
+    accesses[0].w = accesses[1].y;
   }
 };
 static_assert(sizeof(uint4) == kSentAccess);
 static_assert(sizeof(SentSlice) == 2 * kWarpSize * sizeof(uint4));
 static_assert(kSentSlice == 2 * kWarpSize - kWarpSize / LineSlice::kLanesOfLine);
+
+// Slices that a warp waits for together: each of its lanes looks at one line's flag.
+constexpr int kSlicesTogether = kWarpSize / LineSlice::kLanesOfLine;
+__device__ inline int slice_of_lane() { return lane_id() / LineSlice::kLanesOfLine; }
+
+// Waits for a line of the slice that the peer sends; none: null. Whole warp, where the eight lanes of
+// slice_of_lane() have the same slice. False, for all lanes: one of them did not come.
+[[gnu::noinline]] __device__ inline bool wait_for_lines(const Exchange& x, Session& s, Step step,
+                                                        int peer, const SentSlice* slice) {
+  const int line = lane_id() % LineSlice::kLanesOfLine;
+  const auto* const flags = reinterpret_cast<const Word*>(slice) + line * 16 + 15;
+  const bool came = slice == nullptr || wait_until(x, s, step, peer, [&] {
+                      return value_of(load_word(flags)) == s.epoch[peer];
+                    });
+  return __all_sync(kFullWarp, came);
+}
 
 // Where this rank's slices go on the peer, and the peer's come here.
 __device__ inline SentSlice* slices_to(const Exchange& x, const Session& s, int peer) {

@@ -104,6 +104,13 @@ bool sends_slices(const Exchange& exchange, int64_t of_token) {
   return sends_routing(exchange) && exchange.num_tokens * of_token <= max_sent_slices;
 }
 
+// CTAs that only send so many slices to each peer: half of all where there is enough to do for them.
+int32_t senders_of(const Exchange& exchange, int64_t slices) {
+  static const int64_t kLeast = getenv("XP_SPLIT") ? atoi(getenv("XP_SPLIT")) : 4;
+  const auto ctas = static_cast<int32_t>(exchange.signature[kGrid]);
+  return exchange.num_ranks > 1 && slices >= kLeast * ctas ? ctas * (getenv("XP_SHARE") ? atoi(getenv("XP_SHARE")) : 8) / 16 : 0;
+}
+
 // Cuts the leaves into slices that can be sent in lines, if the call sends its rows.
 bool cut_to_be_sent(DispatchParams& params) {
   int64_t of_token = 0;
@@ -118,6 +125,7 @@ bool cut_to_be_sent(DispatchParams& params) {
     leaf.num_slices = static_cast<int32_t>(sent_slices(leaf.row_bytes / kSentAccess));
   }
   params.num_slices = static_cast<int32_t>(of_token);
+  params.senders = senders_of(params.exchange, params.exchange.num_tokens * of_token);
   return true;
 }
 
@@ -176,6 +184,8 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
   if (params.sends_sums) {
     params.slice_width = kSentSlice * pack;
     set_slices(static_cast<int32_t>(slices), params);
+    params.senders = senders_of(x, x.num_tokens * slices);
+    params.peers = Divisor(x.num_ranks - 1);
   }
   params.sends_routes =
       params.sends_sums || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);

@@ -137,7 +137,6 @@ __device__ inline int first_id(const DispatchParams& p, const Chunk& chunk) {
 __device__ inline void assign_rows(const DispatchParams& p, const Session& s,
                                    const Routing& routing, const Chunk& chunk, int id) {
   const Exchange& x = p.exchange;
-  const int experts = x.num_experts / x.num_ranks;
   const int64_t num_assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
   const int end = chunk.end * x.top_k;
   for (int first = chunk.begin * x.top_k; first < end; first += kThreads) {
@@ -158,7 +157,7 @@ __device__ inline void assign_rows(const DispatchParams& p, const Session& s,
     }
     if (a < end) {
       const bool kept = valid && row < static_cast<uint32_t>(x.capacity);
-      const int dest = kept ? id / experts : -1;
+      const int dest = kept ? x.local_experts.quotient(id) : -1;
       for (int rank = 0; rank < x.num_ranks; ++rank) {
         if (rank == x.rank) continue;
         store_word(s.buffer<Word>(rank, kScratch) + x.rank * num_assignments + a,

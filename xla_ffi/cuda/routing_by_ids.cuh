@@ -28,16 +28,38 @@ struct AllIds {
     if (2 * word + 1 < per_rank) pair[1] = static_cast<uint16_t>(value >> 16);
   }
 
+  struct Some {
+    uint16_t ids[kPerLane];
+  };
+  // From `first` on, a multiple of their number.
+  __device__ Some load(int first) const {
+    Some some;
+    memcpy(&some, __builtin_assume_aligned(ids + first, sizeof(some)), sizeof(some));
+    return some;
+  }
+
   // Assignments to `id` before `position`. Whole warp.
   __device__ uint32_t count_before(int position, int id) const {
+    const uint32_t twice = static_cast<uint32_t>(id) * 0x10001u;
     uint32_t found = 0;
+#pragma unroll 1
     for (int first = lane_id() * kPerLane; first < position; first += kWarpSize * kPerLane) {
-      uint16_t some[kPerLane];
-      memcpy(some, __builtin_assume_aligned(ids + first, sizeof(some)), sizeof(some));
+      uint32_t pairs[kPerLane / 2];
+      memcpy(pairs, __builtin_assume_aligned(ids + first, sizeof(pairs)), sizeof(pairs));
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) found += some[i] == id && first + i < position;
+      for (int i = 0; i < kPerLane / 2; ++i) {
+        const int rest = position - first - 2 * i;
+        const uint32_t wanted = rest > 1 ? 0x80008000u : rest == 1 ? 0x8000u : 0u;
+        found += __popc(halves_without_bits(pairs[i] ^ twice) & wanted);
+      }
     }
     return __reduce_add_sync(kFullWarp, found);
+  }
+
+  // The highest bits of those halves of a word that are zero, among others.
+  __device__ static uint32_t halves_without_bits(uint32_t word) {
+    constexpr uint32_t kLow = 0x7fff7fffu;
+    return ~(((word & kLow) + kLow) | word);
   }
 };
 
@@ -53,12 +75,12 @@ struct IdPair {
   }
 };
 
-// Takes this rank's ids, and sends this CTA's share of them to all peers. All threads; `pair` are
-// the ids of the thread's first word.
+// Takes this rank's ids, and sends this CTA's share of them to all peers. All threads of the team;
+// `pair` are the ids of the thread's first word.
 __device__ inline void send_ids(const DispatchParams& p, const Session& s, const AllIds& all,
-                                IdPair pair) {
+                                const Team& team, IdPair pair) {
   const Exchange& x = p.exchange;
-  const Chunk mine(all.words_per_rank());
+  const Chunk mine(all.words_per_rank(), team);
   int invalid = 0;
   const auto valid_or_none = [&](int id) {
     invalid += id < -1 || id >= x.num_experts;
@@ -86,27 +108,24 @@ __device__ inline void send_ids(const DispatchParams& p, const Session& s, const
 // All threads.
 __device__ inline void receive_ids(const Exchange& x, Session& s, const AllIds& all) {
   constexpr int kBatch = 4;  // loads on their way together
-  const int of_rank = all.words_per_rank();
-  const int count = of_rank * (x.num_ranks - 1);
-  for (int first = static_cast<int>(threadIdx.x); first < count; first += kBatch * kThreads) {
-    Word words[kBatch];
-    const auto rank_of = [&](int i) {
-      const int peer = i / of_rank;
-      return peer < x.rank ? peer : peer + 1;
-    };
-    const auto address_of = [&](int i) {
-      return &mailbox_from(x, s, rank_of(i)).routing[i % of_rank];
-    };
+  for (int i = static_cast<int>(threadIdx.x); i < all.words_per_rank(); i += kThreads) {
+#pragma unroll 1
+    for (int first = 0; first < x.num_ranks; first += kBatch) {
+      Word words[kBatch] = {};
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (const int i = first + b * kThreads; i < count) words[b] = load_word(address_of(i));
-    }
+      for (int b = 0; b < kBatch; ++b) {
+        const int rank = first + b;
+        if (rank >= x.num_ranks || rank == x.rank) continue;
+        words[b] = load_word(&mailbox_from(x, s, rank).routing[i]);
+      }
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int i = first + b * kThreads;
-      if (i >= count) break;
-      if (!wait_word(x, s, kWaitCounts, rank_of(i), address_of(i), words[b])) return;
-      all.put(rank_of(i), i % of_rank, value_of(words[b]));
+      for (int b = 0; b < kBatch; ++b) {
+        const int rank = first + b;
+        if (rank >= x.num_ranks || rank == x.rank) continue;
+        const Word* const address = &mailbox_from(x, s, rank).routing[i];
+        if (!wait_word(x, s, kWaitCounts, rank, address, words[b])) return;
+        all.put(rank, i, value_of(words[b]));
+      }
     }
   }
 }
@@ -121,9 +140,17 @@ __device__ inline void clear_counts(const Exchange& x, const Routing& routing) {
 
 // The load of every expert; the first row of its group is found from it. All threads.
 __device__ inline void count_ids(const Exchange& x, const Routing& routing, const AllIds& all) {
+  const int end = all.per_rank * x.num_ranks;
+  constexpr int kStep = kThreads * AllIds::kPerLane;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < all.per_rank * x.num_ranks; i += kThreads) {
-    if (const int id = all.ids[i]; id != AllIds::kNone) atomicAdd(&routing.load[id], 1u);
+  for (int first = static_cast<int>(threadIdx.x) * AllIds::kPerLane; first < end; first += kStep) {
+    const AllIds::Some some = all.load(first);
+#pragma unroll
+    for (int i = 0; i < AllIds::kPerLane; ++i) {
+      if (first + i < end && some.ids[i] != AllIds::kNone) {
+        atomicAdd(&routing.load[some.ids[i]], 1u);
+      }
+    }
   }
   __syncthreads();
 }
@@ -133,16 +160,17 @@ __device__ inline void count_ids(const Exchange& x, const Routing& routing, cons
 __device__ inline void find_rows(const DispatchParams& p, const Routing& routing, const AllIds& all,
                                  const Tile& tile, int* rows) {
   const Exchange& x = p.exchange;
-  const int experts = x.num_experts / x.num_ranks;
   const int tile_assignments = tile.size() * x.top_k;
-  const int first = tile.begin * x.top_k;
-  for (int i = warp_id(); i < tile_assignments * x.num_ranks; i += kWarps) {
-    const int rank = i / tile_assignments;
-    const int a = first + i % tile_assignments;
+  int rank = 0;
+  int rest = warp_id();
+#pragma unroll 1
+  for (int i = rest; i < tile_assignments * x.num_ranks; i += kWarps, rest += kWarps) {
+    for (; rest >= tile_assignments; ++rank) rest -= tile_assignments;
+    const int a = tile.begin * x.top_k + rest;
     const int position = rank * all.per_rank + a;
     const int id = all.ids[position];
     const bool valid = id != AllIds::kNone;
-    int dest = valid ? id / experts : -1;
+    int dest = valid ? x.local_experts.quotient(id) : -1;
     int row = -1;
     if (valid && (rank == x.rank || dest == x.rank)) {
       const uint32_t place = routing.next[id] + all.count_before(position, id);

@@ -16,18 +16,19 @@ constexpr int kUnroll = kCopySlice / kWarpSize;
 // evenly, so that link and memory are busy together from the first item to the last.
 struct Work {
   int pulls;
+  Team team;
   int first_block;
   int blocks;        // to zero in this tile
-  Blocks all;        // of all CTAs
+  Blocks all;        // of all CTAs of the team
   uint32_t density;  // blocks for each item, rounded up, times 2^shift
   int shift;
 
   // `padded`: whether there is padding to zero.
-  __device__ Work(const Tile& tile, int num_pulls, bool padded, const Blocks& padding)
-      : pulls(num_pulls), first_block(0), blocks(0), all(padding) {
+  __device__ Work(const Tile& tile, int num_pulls, bool padded, const Blocks& padding,
+                  const Team& of = Team::all())
+      : pulls(num_pulls), team(of), first_block(0), blocks(0), all(padding) {
     if (padded) {
-      const Chunk mine(static_cast<int>((padding.count + gridDim.x - 1) / gridDim.x), tile.number,
-                       tile.count);
+      const Chunk mine((padding.count - 1) / team.size + 1, tile.number, tile.count);
       first_block = mine.begin;
       blocks = mine.size();
     }
@@ -43,7 +44,7 @@ struct Work {
   // First row of the tile's n-th block; at or beyond capacity: none. The padding is mostly one run
   // of rows at the end: consecutive blocks lie far apart, so every CTA and every moment gets some.
   __device__ int64_t block_row(int n) const {
-    const uint64_t place = static_cast<uint64_t>(first_block + n) * gridDim.x + blockIdx.x;
+    const uint64_t place = static_cast<uint64_t>(first_block + n) * team.size + team.number;
     if (place >= static_cast<uint64_t>(all.count)) return static_cast<int64_t>(place) * all.rows;
     return static_cast<int64_t>(modulo(place * all.stride, all.count)) * all.rows;
   }

@@ -399,6 +399,33 @@ __device__ void leave(const Exchange& x, Session& s, const Spoil& spoil_results)
   if (threadIdx.x == 0) count_around_device(&self(x).left, gridDim.x - 1);
 }
 
+// CTAs that share something out, and this one's number among them.
+struct Team {
+  int number;
+  int size;
+
+  __device__ static Team all() {
+    return {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};
+  }
+};
+
+// A kernel's CTAs where some of them send and the others receive, as a CTA whose stores wait for the
+// link can do nothing else meanwhile: its loads, and what it does in shared memory, queue up behind
+// them.
+struct Teams {
+  int senders;  // the last ones; 0: all CTAs do both
+
+  __device__ bool has_senders() const { return senders > 0; }
+  __device__ bool is_sender() const {
+    return static_cast<int>(blockIdx.x) >= Team::all().size - senders;
+  }
+  __device__ Team own() const {
+    const Team all = Team::all();
+    const int others = all.size - senders;
+    return is_sender() ? Team{all.number - others, senders} : Team{all.number, others};
+  }
+};
+
 // Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them. The last ones have
 // one more where they cannot be shared evenly: the first has other things to do.
 struct Chunk {
@@ -411,8 +438,8 @@ struct Chunk {
     begin = index * each + max(index - first_of_more, 0);
     end = begin + each + (index >= first_of_more ? 1 : 0);
   }
-  __device__ explicit Chunk(int num_tokens)
-      : Chunk(num_tokens, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)) {}
+  __device__ explicit Chunk(int num_tokens, const Team& team = Team::all())
+      : Chunk(num_tokens, team.number, team.size) {}
   __device__ int size() const { return end - begin; }
 };
 
@@ -459,8 +486,9 @@ struct Units {
   const Divisor& per_token;
   Chunk chunk;
 
-  __device__ Units(const Divisor& slices, int num_tokens, bool shares_tokens)
-      : per_token(slices), chunk(shares_tokens ? num_tokens * size_of_token() : num_tokens) {
+  __device__ Units(const Divisor& slices, int num_tokens, bool shares_tokens,
+                   const Team& team = Team::all())
+      : per_token(slices), chunk(shares_tokens ? num_tokens * size_of_token() : num_tokens, team) {
     if (shares_tokens) return;
     chunk.begin *= size_of_token();
     chunk.end *= size_of_token();
