@@ -22,7 +22,9 @@ constexpr int kTileBytes = 24 << 10;  // for the routes of a tile, of all ranks
 template <bool kSendsSums>
 struct Slicing {
   static constexpr int kColumns = kSendsSums ? 2 : 4;  // accesses of one lane to a slice
-  static constexpr int kStages = 4;  // slices of rows that each warp has on the way
+  // Slices of rows that each warp has on the way. Where few tokens are sent, the first row is sent
+  // the later the more there are.
+  static constexpr int kStages = kSendsSums ? 2 : 4;
   static constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
 
   // Which accesses of the slice are this lane's.
@@ -115,18 +117,22 @@ struct Combine {
       if (task.unit < 0) break;
       wait_for_copies<kStages - 1>();
       if (task.k >= 0) add_row(routes.weights[task.first + task.k], sums);
-      fetch();
-      if (!task.last) continue;
-      if (task.rank == x.rank) {
-        sum(task, sums);
+      if constexpr (kSendsSums) {
+        const bool sends = task.last && task.rank != x.rank;
+        if (sends) send(task, sums);
+        fetch();
+        if (task.last && !sends) sum(task, sums);
       } else {
-        if constexpr (kSendsSums) {
-          send(task, sums);
-        } else {
-          push(task, sums);
+        fetch();
+        if (task.last) {
+          if (task.rank == x.rank) {
+            sum(task, sums);
+          } else {
+            push(task, sums);
+          }
         }
       }
-      clear(sums);
+      if (task.last) clear(sums);
     }
   }
 
@@ -467,6 +473,7 @@ __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& t
 template <typename Element, int kCount, bool kSendsSums>
 __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
+  const Opening opening(x);
   const bool sends_routes = kSendsSums || p.sends_routes;
   const Teams teams{kSendsSums ? p.senders : 0};
   const Units units(p.slices, x.num_tokens, true, teams.own());
@@ -474,7 +481,7 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
   const Chunk sent(sends_routes ? x.num_tokens * x.top_k : 0);
   const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
                              p.dest_row, p.weights);
-  if (!open(x, s)) return;
+  if (!open(x, s, opening)) return;
   if (kSendsSums) begin_alone(x);
   send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
   const uint32_t routes_of_peers = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;

@@ -181,8 +181,9 @@ struct CombineTranspose {
 template <typename Element, int kCount>
 __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
+  const Opening opening(x);
   const Chunk chunk(x.num_tokens);
-  if (!open(x, s)) return;
+  if (!open(x, s, opening)) return;
   constexpr uint32_t kSlots =
       1u << kDestRank | 1u << kDestRow | 1u << kWeights | 1u << kWeightGrads | 1u << kFirstLeaf;
   if (blockIdx.x == 0) post(x, s, kSlots);

@@ -241,7 +241,7 @@ constexpr bool kIsByIds = kRoutes == Routes::kByIds || kRoutes == Routes::kByIds
 template <Routes kRoutes>
 __device__ auto load_early(const DispatchParams& p) {
   if constexpr (kIsByIds<kRoutes>) {
-    return IdPair(p, static_cast<int>(threadIdx.x));
+    return IdPair(p, static_cast<int>(threadIdx.x), INT_MAX);
   } else if constexpr (kRoutes == Routes::kByCounts) {
     return IdQuads(p, static_cast<int>(threadIdx.x));
   } else {
@@ -252,6 +252,7 @@ __device__ auto load_early(const DispatchParams& p) {
 template <Routes kRoutes>
 __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
+  const Opening opening(x);
   constexpr bool kRouted = kRoutes != Routes::kOfHandle;
   constexpr bool kSendsRows = kRoutes == Routes::kByIdsWithRows;
   int* rows = static_cast<int*>(shared_memory);
@@ -267,13 +268,19 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   // What needs no peer is loaded while the exchange opens.
   [[maybe_unused]] const auto early = load_early<kRoutes>(p);
   const bool sends_rows = kSendsRows && (!teams.has_senders() || teams.is_sender());
+  // Before all rows.
+  [[maybe_unused]] const Chunk words(all_ids.words_per_rank(), team);
+  [[maybe_unused]] const IdPair sent_ids(p, words.begin + static_cast<int>(threadIdx.x), words.end);
   const OutgoingSlice first(p, units.chunk.begin + warp_id(), sends_rows ? units.chunk.end : 0);
-  if (!open(x, s)) return;
+  if (!open(x, s, opening)) return;
   if (kSendsRows) begin_alone(x);
+  if constexpr (kIsByIds<kRoutes>) {
+    if (sends_rows || !kSendsRows) send_ids(p, s, words, sent_ids);
+  }
   if (kSendsRows && teams.is_sender()) return send_rows(p, s, units.chunk, first);
   if (blockIdx.x == 0) post(x, s, kRouted ? leaves : leaves | 1u << kDestRank | 1u << kDestRow);
   if constexpr (kIsByIds<kRoutes>) {
-    send_ids(p, s, all_ids, team, early);
+    take_ids(p, all_ids, early);
     if (sends_rows) send_rows(p, s, units.chunk, first);
     clear_counts(x, routing);
     receive_ids(x, s, all_ids);

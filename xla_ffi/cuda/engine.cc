@@ -222,7 +222,7 @@ Status make_gpus(const std::map<int, int>& ordinals, int num_gpus, bool shared,
 }
 
 // CTAs of a kernel: one for each multiprocessor, so that all run at once, but not many more
-// than have tokens. Unless all are asked for, some multiprocessors are left for other kernels that
+// than share a token. Unless all are asked for, some multiprocessors are left for other kernels that
 // wait for their peers, NCCL's for instance: where each of two such kernels holds a GPU that the
 // other one needs, neither ends.
 uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
@@ -231,8 +231,8 @@ uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
   const int64_t asked = engine().num_sms;
   const int64_t ctas = asked > 0 ? std::min<int64_t>(asked, gpu.num_sms)
                                  : std::max<int64_t>(gpu.num_sms - kSpare, 1);
-  static const int64_t f = getenv("XP_GRID") ? atoi(getenv("XP_GRID")) : 8;
-  return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, f * layout.num_tokens)));
+  constexpr int64_t kOfToken = 8;
+  return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, kOfToken * layout.num_tokens)));
 }
 
 // With the engine locked. OK: no exchange on the GPU has failed.

@@ -106,9 +106,9 @@ bool sends_slices(const Exchange& exchange, int64_t of_token) {
 
 // CTAs that only send so many slices to each peer: half of all where there is enough to do for them.
 int32_t senders_of(const Exchange& exchange, int64_t slices) {
-  static const int64_t kLeast = getenv("XP_SPLIT") ? atoi(getenv("XP_SPLIT")) : 4;
+  constexpr int64_t kLeast = 4;  // of each CTA
   const auto ctas = static_cast<int32_t>(exchange.signature[kGrid]);
-  return exchange.num_ranks > 1 && slices >= kLeast * ctas ? ctas * (getenv("XP_SHARE") ? atoi(getenv("XP_SHARE")) : 8) / 16 : 0;
+  return exchange.num_ranks > 1 && slices >= kLeast * ctas ? ctas / 2 : 0;
 }
 
 // Cuts the leaves into slices that can be sent in lines, if the call sends its rows.

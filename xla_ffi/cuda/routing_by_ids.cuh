@@ -38,22 +38,33 @@ struct AllIds {
     return some;
   }
 
-  // Assignments to `id` before `position`. Whole warp.
-  __device__ uint32_t count_before(int position, int id) const {
+  // Assignments to `id` in [begin, end). Whole warp.
+  __device__ uint32_t count(int begin, int end, int id) const {
     const uint32_t twice = static_cast<uint32_t>(id) * 0x10001u;
+    const int first = (begin / kPerLane + lane_id()) * kPerLane;
     uint32_t found = 0;
-#pragma unroll 1
-    for (int first = lane_id() * kPerLane; first < position; first += kWarpSize * kPerLane) {
+#pragma unroll 2
+    for (int i = first; i < end; i += kWarpSize * kPerLane) {
       uint32_t pairs[kPerLane / 2];
-      memcpy(pairs, __builtin_assume_aligned(ids + first, sizeof(pairs)), sizeof(pairs));
+      memcpy(pairs, __builtin_assume_aligned(ids + i, sizeof(pairs)), sizeof(pairs));
+      uint32_t equal = 0;  // one bit for each
 #pragma unroll
-      for (int i = 0; i < kPerLane / 2; ++i) {
-        const int rest = position - first - 2 * i;
-        const uint32_t wanted = rest > 1 ? 0x80008000u : rest == 1 ? 0x8000u : 0u;
-        found += __popc(halves_without_bits(pairs[i] ^ twice) & wanted);
+      for (int j = 0; j < kPerLane / 2; ++j) {
+        equal |= halves_without_bits(pairs[j] ^ twice) >> (15 - j) & (0x10001u << j);
       }
+      // Bit j: the id at i + 2 * j; bit 16 + j: the next one.
+      if (i < begin || i + kPerLane > end) equal &= bits_within(begin - i, end - i);
+      found += __popc(equal);
     }
     return __reduce_add_sync(kFullWarp, found);
+  }
+
+  // Of the bits above, those of the ids [begin, end) of the eight.
+  __device__ static uint32_t bits_within(int begin, int end) {
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int n = max(begin, 0); n < min(end, kPerLane); ++n) bits |= 1u << (n / 2 + n % 2 * 16);
+    return bits;
   }
 
   // The highest bits of those halves of a word that are zero, among others.
@@ -65,36 +76,54 @@ struct AllIds {
 
 // Two of this rank's ids, which are sent in one word.
 struct IdPair {
-  int low;
-  int high;
+  int low = -1;
+  int high = -1;
 
-  __device__ IdPair(const DispatchParams& p, int word)
-      : low(load(p, 2 * word)), high(load(p, 2 * word + 1)) {}
+  __device__ IdPair(const DispatchParams& p, int word, int end) {
+    if (word >= end) return;
+    low = load(p, 2 * word);
+    high = load(p, 2 * word + 1);
+  }
   __device__ static int load(const DispatchParams& p, int a) {
     return a < p.exchange.num_tokens * p.exchange.top_k ? p.topk_idx[a] : -1;
   }
+  __device__ static uint32_t valid_or_none(const Exchange& x, int id) {
+    return static_cast<uint32_t>(id >= 0 && id < x.num_experts ? id : AllIds::kNone);
+  }
+  __device__ uint32_t word(const Exchange& x) const {
+    return valid_or_none(x, high) << 16 | valid_or_none(x, low);
+  }
+  // How many are neither ids nor -1.
+  __device__ int invalid(const Exchange& x) const {
+    return (low < -1 || low >= x.num_experts) + (high < -1 || high >= x.num_experts);
+  }
 };
 
-// Takes this rank's ids, and sends this CTA's share of them to all peers. All threads of the team;
-// `pair` are the ids of the thread's first word.
-__device__ inline void send_ids(const DispatchParams& p, const Session& s, const AllIds& all,
-                                const Team& team, IdPair pair) {
+// Sends these words of ids to all peers. All threads; `pair` is the thread's first.
+__device__ inline void send_ids(const DispatchParams& p, const Session& s, const Chunk& words,
+                                IdPair pair) {
   const Exchange& x = p.exchange;
-  const Chunk mine(all.words_per_rank(), team);
-  int invalid = 0;
-  const auto valid_or_none = [&](int id) {
-    invalid += id < -1 || id >= x.num_experts;
-    return static_cast<uint32_t>(id >= 0 && id < x.num_experts ? id : AllIds::kNone);
-  };
-  for (int word = static_cast<int>(threadIdx.x); word < all.words_per_rank(); word += kThreads) {
-    const uint32_t value = valid_or_none(pair.high) << 16 | valid_or_none(pair.low);
-    all.put(x.rank, word, value);
-    const bool sends = mine.begin <= word && word < mine.end;
-    for (int rank = 0; sends && rank < x.num_ranks; ++rank) {
+  const int first = words.begin + static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  for (int word = first; word < words.end; word += kThreads) {
+#pragma unroll 1
+    for (int rank = 0; rank < x.num_ranks; ++rank) {
       if (rank == x.rank) continue;
-      store_word(&mailbox_to(x, s, rank).routing[word], make_word(s.epoch[rank], value));
+      store_word(&mailbox_to(x, s, rank).routing[word], make_word(s.epoch[rank], pair.word(x)));
     }
-    pair = IdPair(p, word + kThreads);
+    pair = IdPair(p, word + kThreads, words.end);
+  }
+}
+
+// Takes all of this rank's ids. All threads; `pair` is the thread's first.
+__device__ inline void take_ids(const DispatchParams& p, const AllIds& all, IdPair pair) {
+  const Exchange& x = p.exchange;
+  int invalid = 0;
+#pragma unroll 1
+  for (int word = static_cast<int>(threadIdx.x); word < all.words_per_rank(); word += kThreads) {
+    all.put(x.rank, word, pair.word(x));
+    invalid += pair.invalid(x);
+    pair = IdPair(p, word + kThreads, INT_MAX);
   }
   if (blockIdx.x != 0) return;
   __shared__ int all_invalid;
@@ -173,7 +202,12 @@ __device__ inline void find_rows(const DispatchParams& p, const Routing& routing
     int dest = valid ? x.local_experts.quotient(id) : -1;
     int row = -1;
     if (valid && (rank == x.rank || dest == x.rank)) {
-      const uint32_t place = routing.next[id] + all.count_before(position, id);
+      // Those before it, or all but those from it on.
+      const int end = all.per_rank * x.num_ranks;
+      const bool is_early = 2 * position < end;
+      const uint32_t some = all.count(is_early ? 0 : position, is_early ? position : end, id);
+      const uint32_t before = is_early ? some : routing.load[id] - some;
+      const uint32_t place = routing.next[id] + before;
       const bool kept = place < static_cast<uint32_t>(x.capacity);
       row = kept ? static_cast<int>(place) : -1;
       dest = kept ? dest : -1;

@@ -163,27 +163,40 @@ __device__ inline Mailbox& mailbox_from(const Exchange& x, const Session& s, int
   return self(x).mailbox[x.gpu[peer]][turn(s, peer)];
 }
 
+// What a kernel loads first of all: each value by a thread of another warp, so that all are on their
+// way together, and the thread can load something else before it looks at them.
+struct Opening {
+  uint64_t value = 0;
+
+  __device__ explicit Opening(const Exchange& x) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < x.num_ranks) value = self(x).epoch[x.gpu[thread]];
+    if (thread == kWarpSize) value = load_relaxed_device(&self(x).failed);
+    if (thread == 2 * kWarpSize) value = *x.device;
+    if (const int rank = thread - 3 * kWarpSize; rank >= 0 && rank < x.num_ranks) {
+      value = load_word(&self(x).region_base[x.gpu[rank]][kFirstRegion]);
+    }
+  }
+};
+
 // First phase of every kernel. False, for all threads: the engine has failed before, or this is not
 // the device that the host took it for.
-__device__ inline bool open(const Exchange& x, Session& s) {
+__device__ inline bool open(const Exchange& x, Session& s, const Opening& loaded) {
   const int thread = static_cast<int>(threadIdx.x);
+  const auto value = static_cast<uint32_t>(loaded.value);
   bool wrong = false;
-  // Each load by a warp of its own: they are in flight together.
-  if (thread < x.num_ranks) {
-    const uint32_t next = self(x).epoch[x.gpu[thread]] + 1;
-    // Never 0: what was never written must not count as arrived. Even after odd.
-    s.epoch[thread] = next == 0 ? 2 : next;
-  }
+  // Never 0: what was never written must not count as arrived. Even after odd.
+  if (thread < x.num_ranks) s.epoch[thread] = value + 1 == 0 ? 2 : value + 1;
   if (thread == kWarpSize) {
-    s.failed = load_relaxed_device(&self(x).failed);
-    wrong = s.failed != 0;
+    s.failed = value;
+    wrong = value != 0;
   }
   if (thread == 2 * kWarpSize) {
-    s.device = *x.device;
-    wrong = s.device != x.expected_device;
+    s.device = value;
+    wrong = value != x.expected_device;
   }
   if (const int rank = thread - 3 * kWarpSize; rank >= 0 && rank < x.num_ranks) {
-    s.first_region[rank] = load_word(&self(x).region_base[x.gpu[rank]][kFirstRegion]);
+    s.first_region[rank] = loaded.value;
   }
   if (!__syncthreads_or(wrong)) return true;
   if (thread == 0 && s.failed == 0) {
