@@ -241,7 +241,7 @@ constexpr bool kIsByIds = kRoutes == Routes::kByIds || kRoutes == Routes::kByIds
 template <Routes kRoutes>
 __device__ auto load_early(const DispatchParams& p) {
   if constexpr (kIsByIds<kRoutes>) {
-    return IdPair(p, static_cast<int>(threadIdx.x), INT_MAX);
+    return IdPair(p, static_cast<int>(threadIdx.x));
   } else if constexpr (kRoutes == Routes::kByCounts) {
     return IdQuads(p, static_cast<int>(threadIdx.x));
   } else {
@@ -268,19 +268,17 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   // What needs no peer is loaded while the exchange opens.
   [[maybe_unused]] const auto early = load_early<kRoutes>(p);
   const bool sends_rows = kSendsRows && (!teams.has_senders() || teams.is_sender());
-  // Before all rows.
-  [[maybe_unused]] const Chunk words(all_ids.words_per_rank(), team);
-  [[maybe_unused]] const IdPair sent_ids(p, words.begin + static_cast<int>(threadIdx.x), words.end);
   const OutgoingSlice first(p, units.chunk.begin + warp_id(), sends_rows ? units.chunk.end : 0);
   if (!open(x, s, opening)) return;
   if (kSendsRows) begin_alone(x);
-  if constexpr (kIsByIds<kRoutes>) {
-    if (sends_rows || !kSendsRows) send_ids(p, s, words, sent_ids);
+  if (kSendsRows && teams.is_sender()) {
+    // Else the ids, on which all receivers wait, are behind the rows on the link.
+    if (wait_for_first_ids(x, s)) send_rows(p, s, units.chunk, first);
+    return;
   }
-  if (kSendsRows && teams.is_sender()) return send_rows(p, s, units.chunk, first);
   if (blockIdx.x == 0) post(x, s, kRouted ? leaves : leaves | 1u << kDestRank | 1u << kDestRow);
   if constexpr (kIsByIds<kRoutes>) {
-    take_ids(p, all_ids, early);
+    send_ids(p, s, all_ids, team, early);
     if (sends_rows) send_rows(p, s, units.chunk, first);
     clear_counts(x, routing);
     receive_ids(x, s, all_ids);

@@ -139,13 +139,15 @@ __device__ Accumulator weight_of(uint32_t word) {
 
 // One of this rank's assignments, as it is sent to the peers.
 struct SentAssignment {
-  uint32_t route = 0;
+  int rank = -1;
+  int row = -1;
   uint32_t weight = 0;
 
   __device__ SentAssignment(int a, int end, const int32_t* dest_rank, const int32_t* dest_row,
                             const void* weights) {
     if (a >= end) return;
-    route = SentRoute(dest_rank[a], dest_row[a]).word();
+    rank = dest_rank[a];
+    row = dest_row[a];
     if (weights != nullptr) weight = static_cast<const uint32_t*>(weights)[a];
   }
 };
@@ -157,10 +159,11 @@ __device__ inline void send_routes(const Exchange& x, const Session& s, const Ch
                                    const int32_t* dest_row, const void* weights) {
   const int assignments = x.num_tokens * x.top_k;
   for (int a = mine.begin + static_cast<int>(threadIdx.x); a < mine.end; a += kThreads) {
+    const uint32_t route = SentRoute(first.rank, first.row).word();
     for (int rank = 0; rank < x.num_ranks; ++rank) {
       if (rank == x.rank) continue;
       Word* words = mailbox_to(x, s, rank).routing;
-      store_word(&words[a], make_word(s.epoch[rank], first.route));
+      store_word(&words[a], make_word(s.epoch[rank], route));
       if (weights != nullptr) {
         store_word(&words[assignments + a], make_word(s.epoch[rank], first.weight));
       }

@@ -76,54 +76,38 @@ struct AllIds {
 
 // Two of this rank's ids, which are sent in one word.
 struct IdPair {
-  int low = -1;
-  int high = -1;
+  int low;
+  int high;
 
-  __device__ IdPair(const DispatchParams& p, int word, int end) {
-    if (word >= end) return;
-    low = load(p, 2 * word);
-    high = load(p, 2 * word + 1);
-  }
+  __device__ IdPair(const DispatchParams& p, int word)
+      : low(load(p, 2 * word)), high(load(p, 2 * word + 1)) {}
   __device__ static int load(const DispatchParams& p, int a) {
     return a < p.exchange.num_tokens * p.exchange.top_k ? p.topk_idx[a] : -1;
   }
-  __device__ static uint32_t valid_or_none(const Exchange& x, int id) {
-    return static_cast<uint32_t>(id >= 0 && id < x.num_experts ? id : AllIds::kNone);
-  }
-  __device__ uint32_t word(const Exchange& x) const {
-    return valid_or_none(x, high) << 16 | valid_or_none(x, low);
-  }
-  // How many are neither ids nor -1.
-  __device__ int invalid(const Exchange& x) const {
-    return (low < -1 || low >= x.num_experts) + (high < -1 || high >= x.num_experts);
-  }
 };
 
-// Sends these words of ids to all peers. All threads; `pair` is the thread's first.
-__device__ inline void send_ids(const DispatchParams& p, const Session& s, const Chunk& words,
-                                IdPair pair) {
+// Takes this rank's ids, and sends this CTA's share of them to all peers. All threads of the team;
+// `pair` are the ids of the thread's first word.
+__device__ inline void send_ids(const DispatchParams& p, const Session& s, const AllIds& all,
+                                const Team& team, IdPair pair) {
   const Exchange& x = p.exchange;
-  const int first = words.begin + static_cast<int>(threadIdx.x);
-#pragma unroll 1
-  for (int word = first; word < words.end; word += kThreads) {
-#pragma unroll 1
-    for (int rank = 0; rank < x.num_ranks; ++rank) {
-      if (rank == x.rank) continue;
-      store_word(&mailbox_to(x, s, rank).routing[word], make_word(s.epoch[rank], pair.word(x)));
-    }
-    pair = IdPair(p, word + kThreads, words.end);
-  }
-}
-
-// Takes all of this rank's ids. All threads; `pair` is the thread's first.
-__device__ inline void take_ids(const DispatchParams& p, const AllIds& all, IdPair pair) {
-  const Exchange& x = p.exchange;
+  const Chunk mine(all.words_per_rank(), team);
   int invalid = 0;
+  const auto valid_or_none = [&](int id) {
+    invalid += id < -1 || id >= x.num_experts;
+    return static_cast<uint32_t>(id >= 0 && id < x.num_experts ? id : AllIds::kNone);
+  };
 #pragma unroll 1
   for (int word = static_cast<int>(threadIdx.x); word < all.words_per_rank(); word += kThreads) {
-    all.put(x.rank, word, pair.word(x));
-    invalid += pair.invalid(x);
-    pair = IdPair(p, word + kThreads, INT_MAX);
+    const uint32_t value = valid_or_none(pair.high) << 16 | valid_or_none(pair.low);
+    all.put(x.rank, word, value);
+    const bool sends = mine.begin <= word && word < mine.end;
+#pragma unroll 1
+    for (int rank = 0; sends && rank < x.num_ranks; ++rank) {
+      if (rank == x.rank) continue;
+      store_word(&mailbox_to(x, s, rank).routing[word], make_word(s.epoch[rank], value));
+    }
+    pair = IdPair(p, word + kThreads);
   }
   if (blockIdx.x != 0) return;
   __shared__ int all_invalid;
@@ -132,6 +116,18 @@ __device__ inline void take_ids(const DispatchParams& p, const AllIds& all, IdPa
   if (invalid != 0) atomicAdd(&all_invalid, invalid);
   __syncthreads();
   if (threadIdx.x == 0) *p.num_invalid = all_invalid;
+}
+
+// Waits for the first ids of each peer. Whole warp. False, for all lanes: they did not come.
+__device__ inline bool wait_for_first_ids(const Exchange& x, Session& s) {
+  const int rank = lane_id();
+  bool came = true;
+  if (rank < x.num_ranks && rank != x.rank) {
+    const Word* const address = &mailbox_from(x, s, rank).routing[0];
+    Word word = load_word(address);
+    came = wait_word(x, s, kWaitCounts, rank, address, word);
+  }
+  return __all_sync(kFullWarp, came);
 }
 
 // All threads.
