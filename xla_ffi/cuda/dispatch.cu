@@ -271,11 +271,7 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   const OutgoingSlice first(p, units.chunk.begin + warp_id(), sends_rows ? units.chunk.end : 0);
   if (!open(x, s, opening)) return;
   if (kSendsRows) begin_alone(x);
-  if (kSendsRows && teams.is_sender()) {
-    // Else the ids, on which all receivers wait, are behind the rows on the link.
-    if (wait_for_first_ids(x, s)) send_rows(p, s, units.chunk, first);
-    return;
-  }
+  if (kSendsRows && teams.is_sender()) return send_rows(p, s, units.chunk, first);
   if (blockIdx.x == 0) post(x, s, kRouted ? leaves : leaves | 1u << kDestRank | 1u << kDestRow);
   if constexpr (kIsByIds<kRoutes>) {
     send_ids(p, s, all_ids, team, early);

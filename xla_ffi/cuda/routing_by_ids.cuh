@@ -118,18 +118,6 @@ __device__ inline void send_ids(const DispatchParams& p, const Session& s, const
   if (threadIdx.x == 0) *p.num_invalid = all_invalid;
 }
 
-// Waits for the first ids of each peer. Whole warp. False, for all lanes: they did not come.
-__device__ inline bool wait_for_first_ids(const Exchange& x, Session& s) {
-  const int rank = lane_id();
-  bool came = true;
-  if (rank < x.num_ranks && rank != x.rank) {
-    const Word* const address = &mailbox_from(x, s, rank).routing[0];
-    Word word = load_word(address);
-    came = wait_word(x, s, kWaitCounts, rank, address, word);
-  }
-  return __all_sync(kFullWarp, came);
-}
-
 // All threads.
 __device__ inline void receive_ids(const Exchange& x, Session& s, const AllIds& all) {
   constexpr int kBatch = 4;  // loads on their way together
