@@ -56,8 +56,8 @@ GEOMETRIES = {
     "sixteen ranks": Geometry(16, 5, 3, 32),
     "more ids than experts": Geometry(2, 9, 8, 4),
     "widest token": Geometry(2, 6, 32, 64),
-    "early rows": Geometry(3, 70, 3, 9),
-    "early rows, drops": Geometry(2, 64, 4, 8, capacity=100),
+    "many tokens": Geometry(3, 70, 3, 9),
+    "many tokens, drops": Geometry(2, 64, 4, 8, capacity=100),
     "several tiles": Geometry(2, 1500, 8, 8, capacity=600),
 }
 
@@ -66,15 +66,17 @@ GEOMETRIES = {
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_dispatch(machine, rng, name):
-    run_dispatch(machine, rng, GEOMETRIES[name])
+    """Rows of a part of a slice, as it is sent in lines; of more than one; and that are not sent."""
+    for width in (4, 244, 5):
+        run_dispatch(machine, rng, GEOMETRIES[name], width=width)
 
 
 @all_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("skew", ROUTINGS)
 def test_dispatch_of_any_routing(machine, rng, skew):
-    run_dispatch(machine, rng, Geometry(4, 23, 4, 12, capacity=64), skew)
-    run_dispatch(machine, rng, Geometry(2, 11, 3, 6, alignment=4), skew)
+    run_dispatch(machine, rng, Geometry(4, 23, 4, 12, capacity=64), skew, width=8)
+    run_dispatch(machine, rng, Geometry(2, 11, 3, 6, alignment=4), skew, width=5)
 
 
 @pytest.mark.parametrize("offset", [0, 8, 2])
@@ -91,6 +93,27 @@ def test_leaves_of_any_row_size_travel_together(machine, rng, offset):
     out = dispatch(machine, geometry, topk_idx, leaves, offset=offset)
     machine.synchronize()
     check_dispatched(out, geometry, topk_idx, leaves)
+
+
+@all_protocols
+@pytest.mark.usefixtures("protocol")
+@pytest.mark.parametrize("num_sms", [1, 2, 7])
+def test_leaves_of_several_slices_travel_together(machine, rng, num_sms):
+    """All of them in lines: of one access, of a slice, of one more, and of many."""
+    machine.set_num_sms(num_sms)
+    geometry = Geometry(3, 19, 3, 6, capacity=40)
+    shape = (geometry.num_ranks, geometry.num_tokens)
+    leaves = [random_bits(rng, (*shape, size), np.uint8) for size in (16, 960, 976, 4000, 32)]
+    topk_idx = routing(rng, geometry, "invalid")
+    out = dispatch(machine, geometry, topk_idx, leaves)
+    machine.synchronize()
+    check_dispatched(out, geometry, topk_idx, leaves)
+
+
+@pytest.mark.parametrize("num_tokens", [128, 129])
+def test_the_most_rows_that_are_sent(machine, rng, num_tokens):
+    """128 rows of 16 slices are just as many as a rank has room for from a peer."""
+    run_dispatch(machine, rng, Geometry(2, num_tokens, 2, 4), width=16 * 240)
 
 
 @pytest.mark.parametrize("name", ["small", "three ranks", "drops", "eight ranks", "no tokens"])
@@ -169,12 +192,12 @@ def test_few_tokens_and_very_much_padding(machine, rng):
     run_dispatch(machine, rng, Geometry(1, 2, 1, 2, capacity=524_280), width=1)
 
 
-@pytest.mark.parametrize("num_tokens", [56, 57])
+@pytest.mark.parametrize("num_tokens", [128, 129])
 def test_the_most_sums_that_are_sent(machine, rng, num_tokens):
-    """56 rows of 1024 bfloat16 elements are just as many words as a rank has for a peer's."""
+    """128 rows of 16 slices are just as many as a rank has room for from a peer."""
     geometry = Geometry(2, num_tokens, 2, 4)
     _, out, placement = run_dispatch(machine, rng, geometry)
-    expert_out = values(rng, (2, capacity_of(geometry), 1024), "bfloat16")
+    expert_out = values(rng, (2, capacity_of(geometry), 16 * 480), "bfloat16")
     z = combine(machine, geometry, out, expert_out)
     machine.synchronize()
     assert_combined(np.stack(z), expert_out, placement, geometry.topk_shape, None, exact=True)
@@ -296,7 +319,7 @@ class Calls:
             return
         geometry, out, placement = handle
         ranks, tokens = geometry.num_ranks, geometry.num_tokens
-        width = int(rng.choice([3, 8, 40]))
+        width = int(rng.choice([3, 8, 260]))
         x = values(rng, (ranks, tokens, width), "float32")
         weights = rng.standard_normal(geometry.topk_shape).astype(np.float32)
         expert_out = values(rng, (ranks, capacity_of(geometry), width), "float32")
@@ -333,7 +356,8 @@ class Calls:
             capacity=int(rng.integers(1, 30)) if rng.random() < 0.5 else None,
         )
         topk_idx = routing(rng, geometry, "invalid")
-        x = values(rng, (group.size, geometry.num_tokens, int(rng.integers(1, 9))), "float32")
+        width = int(rng.choice([3, 8, 260]))
+        x = values(rng, (group.size, geometry.num_tokens, width), "float32")
         out = dispatch(self.machine, geometry, topk_idx, [x], group)
         placement = geometry.place(topk_idx, capacity_of(geometry))
         # Along it only once it has run: the operands are copied when a call is launched.
@@ -430,7 +454,7 @@ def test_any_geometry(machine, data):
     machine.set_num_sms(data.draw(st.integers(1, 4), "num_sms"))
     machine.set_protocol(data.draw(st.sampled_from(PROTOCOLS), "protocol"))
     skew = data.draw(st.sampled_from(sorted(ROUTINGS)), "skew")
-    width = data.draw(st.integers(1, 40), "width")
+    width = data.draw(st.integers(1, 40) | st.sampled_from([240, 244, 500]), "width")
     dtype = data.draw(st.sampled_from(["float32", "float64"]), "dtype")
     topk_idx = routing(rng, geometry, skew)
     x = values(rng, (num_ranks, geometry.num_tokens, width), dtype)
