@@ -64,11 +64,11 @@ def _topology() -> str:
 
 
 def _gpu_pairs() -> dict[bool, list[tuple[int, int]]]:
-    """Pairs of this process's GPUs, as CUDA numbers them, by whether the first reads the second."""
+    """Pairs of this process's GPUs, as CUDA numbers them, by whether NVLink connects them."""
     ordinals = [device.local_hardware_id for device in jax.local_devices()]
     pairs = {True: [], False: []}
     for pair in itertools.permutations(ordinals, 2):
-        pairs[_native.cuda.can_access_peer(*pair)].append(pair)
+        pairs[_native.cuda.has_link(*pair)].append(pair)
     return pairs
 
 
@@ -81,7 +81,7 @@ def _reach() -> str:
     lines = []
     if _has_gpu_engine():
         pairs = _gpu_pairs()
-        for possible, how in ((True, "peer access"), (False, "NO peer access")):
+        for possible, how in ((True, "NVLink"), (False, "NO NVLink")):
             if pairs[possible]:
                 lines.append(f"{how}: GPUs {', '.join(f'{a}->{b}' for a, b in pairs[possible])}")
     if not lines:
@@ -165,8 +165,8 @@ def _problems() -> list[str]:
         )
     if _has_gpu_engine() and (apart := _gpu_pairs()[False]):
         problems.append(
-            f"GPUs {', '.join(f'{a}->{b}' for a, b in apart)} have no peer access: keep them out "
-            "of one expert axis (CUDA_VISIBLE_DEVICES), or use freeio_jax.reference"
+            f"no NVLink between GPUs {', '.join(f'{a}->{b}' for a, b in apart)}, or peer access is "
+            "off: leave some out (CUDA_VISIBLE_DEVICES), or use freeio_jax.reference"
         )
     if jax.process_count() == 1 and (launched := cluster.num_processes()) > 1:
         problems.append(

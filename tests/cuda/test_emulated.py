@@ -66,7 +66,7 @@ GEOMETRIES = {
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_dispatch(machine, rng, name):
-    """Rows of a part of a slice, as it is sent in lines; of more than one; and that are not sent."""
+    """Rows of a part of a slice as it is sent in lines, of more than one, and that are not sent."""
     for width in (4, 244, 5):
         run_dispatch(machine, rng, GEOMETRIES[name], width=width)
 

@@ -1,9 +1,9 @@
 // combine: expert outputs back to their tokens.
 //
 // Each rank sums a token's rows that it hosts, weighted, and stores that partial sum to a slot that
-// the token's own rank keeps for it, or, in small calls, sends it in lines (lines.cuh) to its control
-// block: one row crosses per (token, rank) pair. The token's rank adds the partial sums in order of
-// rank, its own among them, straight from its rows.
+// the token's own rank keeps for it, or, in small calls, sends it in lines (lines.cuh) to its
+// control block: one row crosses per (token, rank) pair. The token's rank adds the partial sums in
+// order of rank, its own among them, straight from its rows.
 #include "cuda/async_copy.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/geometry.h"
@@ -78,9 +78,9 @@ struct Combine {
   const int items;
   R* const ring;  // this lane's of [kStages, kColumns, kWarpSize]
 
-  int next_one;             // item to look at
-  Task fetched = {};        // whose rows are being fetched
-  int begin = 0;            // of its slice, in the row
+  int next_one;       // item to look at
+  Task fetched = {};  // whose rows are being fetched
+  int begin = 0;      // of its slice, in the row
   int end = 0;
   uint32_t mask = 0;        // of its rows that are yet to be fetched
   bool unfinished = false;  // its last row has not been fetched
@@ -88,8 +88,8 @@ struct Combine {
   Task tasks = {};          // of the stages, by lane
 
   __device__ Combine(const CombineParams& params, Session& session,
-                     const RouteTile<Accumulator>& tile_routes, const Tile& whole,
-                     const Teams& of, const Chunk& tile_units, void* ring_memory)
+                     const RouteTile<Accumulator>& tile_routes, const Tile& whole, const Teams& of,
+                     const Chunk& tile_units, void* ring_memory)
       : p(params),
         x(params.exchange),
         s(session),
@@ -97,10 +97,10 @@ struct Combine {
         tile(whole),
         teams(of),
         units(tile_units),
-        items(units.size() == 0       ? 0
-              : !teams.has_senders()  ? (units.size() + kAhead) * x.num_ranks
-              : teams.is_sender()     ? units.size() * (x.num_ranks - 1)
-                                      : units.size()),
+        items(units.size() == 0      ? 0
+              : !teams.has_senders() ? (units.size() + kAhead) * x.num_ranks
+              : teams.is_sender()    ? units.size() * (x.num_ranks - 1)
+                                     : units.size()),
         ring(static_cast<R*>(ring_memory) + warp_id() * kStages * kColumns * kWarpSize + lane_id()),
         next_one(warp_id()) {}
 

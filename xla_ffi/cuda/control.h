@@ -22,8 +22,8 @@ constexpr int kMaxSentAssignments = 2048;
 constexpr int kMaxSentByAll = 16384;
 constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
 constexpr int kMaxArrivals = 8192;    // partial sums of one rank: slices of its tokens
-// With few bytes, too, their rows and partial sums are sent, in lines: so many slices (geometry.h) of
-// one rank to another, 2 MiB.
+// With few bytes, too, their rows and partial sums are sent, in lines: so many slices (geometry.h)
+// of one rank to another, 2 MiB.
 constexpr int kMaxSentSlices = 2048;
 
 // What two ranks must agree on before one reads the other's memory. Names for the error are in
@@ -208,7 +208,7 @@ struct DispatchParams {
   int32_t* expert_load;
   int32_t* num_dropped;
   int32_t* num_invalid;
-  Word* routes;  // [R, T, K]: rows here of every rank's assignments, written by the ranks
+  Word* routes;     // [R, T, K]: rows here of every rank's assignments, written by the ranks
   int32_t senders;  // CTAs that only send rows; 0: all do what others do, too
 };
 

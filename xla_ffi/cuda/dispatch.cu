@@ -132,9 +132,8 @@ __device__ void pull_slice(const DispatchParams& p, const Session& s, const Tile
   const Targets<kRouted> targets(p, tile, rows, slice);
   if (targets.mask == 0) return;
   const Leaf& leaf = p.leaves[slice.leaf];
-  const std::byte* const tokens = rank == p.exchange.rank
-                                      ? leaf.tokens
-                                      : s.buffer<std::byte>(rank, kFirstLeaf + slice.leaf);
+  const std::byte* const tokens =
+      rank == p.exchange.rank ? leaf.tokens : s.buffer<std::byte>(rank, kFirstLeaf + slice.leaf);
   with_access(leaf.access_bytes, [&](auto access) {
     Values<decltype(access)> values;
     values.load(slice.in(tokens, p), slice.bytes);

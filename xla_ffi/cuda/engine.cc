@@ -103,8 +103,8 @@ Status load_kernels() {
   Status status;
   for (const Routes routes : kAllRoutes) {
     if (!status.ok()) return status;
-    status = allow(dispatch_function(routes),
-                   dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll));
+    status =
+        allow(dispatch_function(routes), dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll));
   }
   for (const DType dtype : kDTypes) {
     for (const bool wide : {true, false}) {
@@ -163,8 +163,8 @@ Status make_gpu(int ordinal, int num_gpus, const std::vector<int>& shared_by, ui
   return load_kernels();
 }
 
-// Whether a GPU accesses another one's memory as the kernels need it: with atomics, and so that what
-// a warp stores to a line arrives as one.
+// Whether a GPU accesses another one's memory as the kernels need it: with atomics, and so that
+// what a warp stores to a line arrives as one.
 cudaError_t find_link(int from, int to, bool& found) {
   int access = 0, atomics = 0;
   cudaError_t error = cudaDeviceCanAccessPeer(&access, from, to);
@@ -196,8 +196,8 @@ Status connect(int from, int to) {
 }
 
 // Of this process: makes their control blocks, and lets each access the others' memory.
-Status make_gpus(const std::map<int, int>& ordinals, int num_gpus, bool shared,
-                 uint64_t timeout_ns, std::map<int, Gpu>& gpus) {
+Status make_gpus(const std::map<int, int>& ordinals, int num_gpus, bool shared, uint64_t timeout_ns,
+                 std::map<int, Gpu>& gpus) {
   if (num_gpus > kMaxRanks) {
     return {Code::kInvalidArgument, "freeio_jax: the engine takes at most " +
                                         std::to_string(kMaxRanks) + " GPUs of one host."};
@@ -222,9 +222,9 @@ Status make_gpus(const std::map<int, int>& ordinals, int num_gpus, bool shared,
 }
 
 // CTAs of a kernel: one for each multiprocessor, so that all run at once, but not many more
-// than share a token. Unless all are asked for, some multiprocessors are left for other kernels that
-// wait for their peers, NCCL's for instance: where each of two such kernels holds a GPU that the
-// other one needs, neither ends.
+// than share a token. Unless all are asked for, some multiprocessors are left for other kernels
+// that wait for their peers, NCCL's for instance: where each of two such kernels holds a GPU that
+// the other one needs, neither ends.
 uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
   constexpr int64_t kLeast = 16;
   constexpr int64_t kSpare = 4;
@@ -308,7 +308,7 @@ Memory memory() {
   return memory;
 }
 
-bool can_access_peer(int from, int to) {
+bool has_link(int from, int to) {
   bool linked = false;
   return find_link(from, to, linked) == cudaSuccess && linked;
 }
@@ -320,7 +320,8 @@ Status start(const std::vector<int>& ordinals) {
   std::map<int, int> numbers;
   for (const int ordinal : ordinals) numbers[static_cast<int>(numbers.size())] = ordinal;
   std::map<int, Gpu> gpus;
-  Status status = make_gpus(numbers, static_cast<int>(numbers.size()), false, engine().timeout_ns, gpus);
+  Status status =
+      make_gpus(numbers, static_cast<int>(numbers.size()), false, engine().timeout_ns, gpus);
   if (!status.ok()) return status;
   engine().gpus = std::move(gpus);
   engine().started = true;

@@ -52,8 +52,8 @@ Memory memory();
 // The number of this process's GPU with this ordinal; -1: the engine does not have it.
 int gpu_number(int ordinal);
 
-// Whether GPU `from` can map the memory of GPU `to` (CUDA ordinals).
-bool can_access_peer(int from, int to);
+// Whether NVLink leads from one GPU to another (CUDA ordinals).
+bool has_link(int from, int to);
 
 // A group's exchange as its member on one GPU sees it.
 struct Member {

@@ -246,7 +246,7 @@ void add_module(py::module_& native) {
   module.attr("max_leaves") = kMaxLeaves;
   module.attr("combine_slice") = kCombineSlice;
   module.def("has_driver", &has_driver, "Whether this machine has NVIDIA's driver.");
-  module.def("can_access_peer", &can_access_peer, py::arg("from_ordinal"), py::arg("to_ordinal"));
+  module.def("has_link", &has_link, py::arg("from_ordinal"), py::arg("to_ordinal"));
   module.def(
       "memory",
       [] {

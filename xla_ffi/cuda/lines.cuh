@@ -1,5 +1,5 @@
-// Rows of small calls, as they are sent: in lines of 128 bytes, the last eight of which say that the
-// others are there. So no flag of its own follows them, and no fence waits for them, for a
+// Rows of small calls, as they are sent: in lines of 128 bytes, the last eight of which say that
+// the others are there. So no flag of its own follows them, and no fence waits for them, for a
 // fifteenth more bytes.
 #pragma once
 
@@ -86,8 +86,8 @@ static_assert(kSentSlice == 2 * kWarpSize - kWarpSize / LineSlice::kLanesOfLine)
 constexpr int kSlicesTogether = kWarpSize / LineSlice::kLanesOfLine;
 __device__ inline int slice_of_lane() { return lane_id() / LineSlice::kLanesOfLine; }
 
-// Waits for a line of the slice that the peer sends; none: null. Whole warp, where the eight lanes of
-// slice_of_lane() have the same slice. False, for all lanes: one of them did not come.
+// Waits for a line of the slice that the peer sends; none: null. Whole warp, where the eight lanes
+// of slice_of_lane() have the same slice. False, for all lanes: one of them did not come.
 [[gnu::noinline]] __device__ inline bool wait_for_lines(const Exchange& x, Session& s, Step step,
                                                         int peer, const SentSlice* slice) {
   const int line = lane_id() % LineSlice::kLanesOfLine;

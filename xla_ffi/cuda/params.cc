@@ -104,7 +104,8 @@ bool sends_slices(const Exchange& exchange, int64_t of_token) {
   return sends_routing(exchange) && exchange.num_tokens * of_token <= max_sent_slices;
 }
 
-// CTAs that only send so many slices to each peer: half of all where there is enough to do for them.
+// CTAs that only send so many slices to each peer: half of all where there is enough to do for
+// them.
 int32_t senders_of(const Exchange& exchange, int64_t slices) {
   constexpr int64_t kLeast = 4;  // of each CTA
   const auto ctas = static_cast<int32_t>(exchange.signature[kGrid]);

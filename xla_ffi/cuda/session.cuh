@@ -163,8 +163,8 @@ __device__ inline Mailbox& mailbox_from(const Exchange& x, const Session& s, int
   return self(x).mailbox[x.gpu[peer]][turn(s, peer)];
 }
 
-// What a kernel loads first of all: each value by a thread of another warp, so that all are on their
-// way together, and the thread can load something else before it looks at them.
+// What a kernel loads first of all: each value by a thread of another warp, so that all are on
+// their way together, and the thread can load something else before it looks at them.
 struct Opening {
   uint64_t value = 0;
 
@@ -218,8 +218,8 @@ __device__ inline void post_address(const Exchange& x, const Session& s, int slo
 }
 
 // Tells every peer what this rank is about to run, and where the buffers in `slots` are (one bit
-// for each), all of them ready for its use. All threads of one CTA, one for each word; the last ones,
-// so that the first can send something else before.
+// for each), all of them ready for its use. All threads of one CTA, one for each word; the last
+// ones, so that the first can send something else before.
 __device__ inline void post(const Exchange& x, const Session& s, uint32_t slots) {
   constexpr int kWords = kSignatureWords + 2 * kMaxAddresses;
   for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < kWords * x.num_ranks;
@@ -351,7 +351,8 @@ __device__ inline void finish_alone(const Exchange& x, Session& s) {
   const bool opened = rank != 0 || wait_until(x, s, kWaitFinish, x.rank, [&] {
                         return load_relaxed_device(&control.opened) == 0;
                       });
-  if (__all_sync(kFullWarp, opened) && rank < x.num_ranks) control.epoch[x.gpu[rank]] = s.epoch[rank];
+  if (__all_sync(kFullWarp, opened) && rank < x.num_ranks)
+    control.epoch[x.gpu[rank]] = s.epoch[rank];
 }
 
 // Fills a share of a failed exchange's result with ones: NaN, or -1, which nobody takes for data,
@@ -422,9 +423,9 @@ struct Team {
   }
 };
 
-// A kernel's CTAs where some of them send and the others receive, as a CTA whose stores wait for the
-// link can do nothing else meanwhile: its loads, and what it does in shared memory, queue up behind
-// them.
+// A kernel's CTAs where some of them send and the others receive, as a CTA whose stores wait for
+// the link can do nothing else meanwhile: its loads, and what it does in shared memory, queue up
+// behind them.
 struct Teams {
   int senders;  // the last ones; 0: all CTAs do both
 
