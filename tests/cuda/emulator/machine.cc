@@ -164,10 +164,10 @@ class Machine {
       Cta* cta = choose();
       if (cta != nullptr) {
         run_cta(*cta);
-      } else if (!start_kernels(true) && !wake_changed()) {
+      } else if (!start_kernels(true) && !deliver_late() && !wake_changed()) {
         idle();
       }
-      if (random_.one_in(4)) deliver_one();
+      if (random_.one_in(4)) deliver_some(random_.below(kMaxGpus));
       if (!active_ctas_.empty() && random_.one_in(patience_)) {
         look_at_clock(*active_ctas_[random_.below(static_cast<uint32_t>(active_ctas_.size()))]);
       }
@@ -567,11 +567,10 @@ class Machine {
     stored(word.address + kLast);
   }
 
-  void deliver_one() {
-    const size_t gpu = random_.below(kMaxGpus);
+  void deliver_some(size_t gpu) {
     const size_t words = in_flight_[gpu].size();
     if (words == 0) return;
-    // Some of them: one by one would take long where there are thousands.
+    // One by one would take long where there are thousands.
     for (size_t i = 0; i < 1 + words / 8; ++i) {
       deliver(gpu, random_.below(static_cast<uint32_t>(in_flight_[gpu].size())));
     }
@@ -583,13 +582,21 @@ class Machine {
     for (const Word& word : words) arrive(word);
   }
 
+  // Delivers something when nothing else can go on: also then what was sent together comes one
+  // after the other. False: there was nothing.
+  bool deliver_late() {
+    std::vector<size_t> gpus;
+    for (size_t gpu = 0; gpu < kMaxGpus; ++gpu) {
+      if (!in_flight_[gpu].empty()) gpus.push_back(gpu);
+    }
+    if (gpus.empty()) return false;
+    deliver_some(gpus[random_.below(static_cast<uint32_t>(gpus.size()))]);
+    return true;
+  }
+
   // Wakes the sleeping threads whose values have changed, by other processes or plain stores.
   bool wake_changed() {
     bool any = false;
-    for (size_t gpu = 0; gpu < kMaxGpus; ++gpu) {
-      any |= !in_flight_[gpu].empty();
-      deliver_all(gpu);
-    }
     for (Thread*& bucket : sleeping_) {
       for (Thread** link = &bucket; *link != nullptr;) {
         Thread& thread = **link;
