@@ -394,6 +394,33 @@ def test_calls_that_wait_for_each_other_in_queues(machine, rng):
         calls.run()
 
 
+@pytest.mark.parametrize("num_sms", [2, 5])
+def test_small_calls_in_queues(machine, rng, num_sms):
+    """No rank waits for the others to end: what comes next must not fall on what is unread."""
+    machine.set_num_sms(num_sms)
+
+    def launch(geometry, topk_idx, out, placement):
+        width = int(rng.choice([8, 260]))
+        if rng.random() < 0.5:
+            x = values(rng, (3, geometry.num_tokens, width), "float32")
+            sent = dispatch(machine, geometry, topk_idx, [x])
+            return lambda: check_dispatched(sent, geometry, topk_idx, [x])
+        rows = values(rng, (3, capacity_of(geometry), width), "float32")
+        z = combine(machine, geometry, out, rows)
+        return lambda: assert_combined(
+            np.stack(z), rows, placement, geometry.topk_shape, None, exact=True
+        )
+
+    for _ in range(20):
+        geometry = Geometry(3, int(rng.integers(1, 24)), 2, 6)
+        handle = run_dispatch(machine, rng, geometry, width=8)
+        checks = [launch(geometry, *handle) for _ in range(6)]
+        machine.set_seed(rng.integers(2**32))
+        machine.synchronize()
+        for check in checks:
+            check()
+
+
 def test_groups_side_by_side(machine, rng):
     calls = Calls(machine, rng)
     for _ in range(6):

@@ -22,8 +22,8 @@ constexpr int kTileBytes = 24 << 10;  // for the routes of a tile, of all ranks
 template <bool kSendsSums>
 struct Slicing {
   static constexpr int kColumns = kSendsSums ? 2 : 4;  // accesses of one lane to a slice
-  // Slices of rows that each warp has on the way. Where few tokens are sent, the first row is sent
-  // the later the more there are.
+  // Slices of rows that each warp has on the way. All warps start with so many before they sum the
+  // first: where that is what a call's time is made of, few.
   static constexpr int kStages = kSendsSums ? 2 : 4;
   static constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
 

@@ -27,7 +27,7 @@ constexpr int kMaxArrivals = 8192;    // partial sums of one rank: slices of its
 constexpr int kMaxSentSlices = 2048;
 
 // What two ranks must agree on before one reads the other's memory. Names for the error are in
-// engine.cc, in this order.
+// failure.cc, in this order.
 enum Signature : int {
   kOp,
   kInstance,  // custom call of the program
@@ -116,7 +116,7 @@ inline size_t control_bytes(int num_gpus) {
   return sizeof(ControlBlock) - (kMaxRanks - num_gpus) * sizeof(ControlBlock::slices[0]);
 }
 
-// Steps at which a rank waits or gives up. Texts for the error are in engine.cc, in this order.
+// Steps at which a rank waits or gives up. Texts for the error are in failure.cc.
 enum Step : int {
   kNone,
   kWrongDevice,
@@ -129,7 +129,8 @@ enum Step : int {
   kWaitRoutes,
   kWaitRows,
   kWaitPartialSums,
-  kWaitFinish
+  kWaitFinish,
+  kWaitOwn
 };
 
 // What became of the process of a peer.
@@ -209,7 +210,7 @@ struct DispatchParams {
   int32_t* num_dropped;
   int32_t* num_invalid;
   Word* routes;     // [R, T, K]: rows here of every rank's assignments, written by the ranks
-  int32_t senders;  // CTAs that only send rows; 0: all do what others do, too
+  int32_t senders;  // where rows are sent: CTAs that only send; 0: all do both
 };
 
 struct CombineParams {
@@ -219,8 +220,8 @@ struct CombineParams {
   const void* expert_out;
   const void* weights;  // null: ones
   void* sums;
-  void* partial_sums;  // [T, slots, width]
-  uint32_t* flags;     // [T, num_slices, slots]
+  void* partial_sums;  // [T, slots, width], unless sums are sent
+  uint32_t* flags;     // [T, num_slices, slots], unless routes are sent
   int32_t width;
   int32_t num_slots;  // ranks other than its own in which a token can have rows
   int32_t num_slices;
@@ -229,7 +230,7 @@ struct CombineParams {
   bool sends_routes;  // few assignments: they are sent, and the arrival flags are the engine's
   bool sends_sums;    // with few bytes: partial sums are sent in lines
   int32_t senders;    // then: CTAs that only send; 0: all do both
-  Divisor peers;
+  Divisor peers;      // of each rank
 };
 
 struct CombineTransposeParams {

@@ -22,6 +22,8 @@ const char* text_of(int step) {
       return "the rows that its tokens get";
     case kWaitRows:
       return "its tokens";
+    case kWaitOwn:
+      return "all parts of its kernel to start";
     case kWaitPartialSums:
       return "partial sums";
     default:

@@ -57,12 +57,12 @@ constexpr int kCopySlice = 8 * 32;
 // The same in combine.
 constexpr int kCombineSlice = 4 * 32;
 
-// Accesses in a slice that is sent in lines, with their flags a kilobyte: lines.cuh.
-constexpr int kSentSlice = 60;
-constexpr int kSentAccess = 16;  // bytes
-
 // The same in its transpose. With few tokens more warps share a row; with many, a slice's fixed
 // cost counts for more.
 inline int transpose_slice(int64_t num_tokens) { return num_tokens <= 1024 ? 2 * 32 : 8 * 32; }
+
+// Accesses in a slice that is sent in lines, with their flags a kilobyte: lines.cuh.
+constexpr int kSentSlice = 60;
+constexpr int kSentAccess = 16;  // bytes
 
 }  // namespace freeio::cuda

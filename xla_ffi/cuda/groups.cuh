@@ -41,10 +41,9 @@ __device__ inline int64_t sum_of_lanes_before(int64_t value) {
 }
 
 // First rows of the groups: one warp for each rank's experts, of which each lane has some in a row.
-// (All warps together, over blocks of experts, need less time by themselves; but where rows are
-// being fetched meanwhile, each access to shared memory waits behind those, and that way has more
-// of them.) Row numbers stop at capacity, past which nothing is stored, so they fit whatever the
-// alignment adds.
+// (All warps together, over blocks of experts, need less time by themselves, but make more accesses
+// to shared memory, each of which waits behind what else the multiprocessor has on its way.) Row
+// numbers stop at capacity, past which nothing is stored, so they fit whatever the alignment adds.
 __device__ inline void place_groups(const DispatchParams& p, const Routing& routing) {
   const Exchange& x = p.exchange;
   const int experts = x.num_experts / x.num_ranks;

@@ -35,6 +35,7 @@ __device__ inline uint64_t load_word(const uint64_t* word) {
 // this relies on is that NVLink carries what a warp stores to a line in one packet, as NCCL's
 // protocol of lines does.) Whole warp. Partner: load_line on the peer.
 __device__ inline void store_line(uint4* part, const uint4& value) {
+  __syncwarp();  // one instruction for all lanes
   asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(part), "r"(value.x),
                "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
@@ -42,6 +43,7 @@ __device__ inline void store_line(uint4* part, const uint4& value) {
 
 // Whole warp. Partner: store_line on the peer.
 __device__ inline uint4 load_line(const uint4* part) {
+  __syncwarp();
   uint4 value;
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -50,7 +52,7 @@ __device__ inline uint4 load_line(const uint4* part) {
   return value;
 }
 
-// The same; what the peer wrote before its last fence, or before its kernel began, is seen after
+// load_word; what the peer wrote before its last fence, or before its kernel began, is seen after
 // it. (The start of a kernel is no release in PTX's model. What this relies on is that the kernels
 // before it have ended: their writes are in the memory of their GPU by then.)
 __device__ inline uint64_t load_acquire_word(const uint64_t* word) {

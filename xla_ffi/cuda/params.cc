@@ -153,12 +153,15 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
   Digest rows;
   for (int i = 0; i < params.num_leaves; ++i) {
     rows.add({params.leaves[i].row_bytes, params.leaves[i].access_bytes});
-    post(static_cast<Address>(kFirstLeaf + i), params.leaves[i].tokens, params.exchange);
   }
   const Routes routes = !routed                          ? Routes::kOfHandle
                         : cut_to_be_sent(params)         ? Routes::kByIdsWithRows
                         : sends_routing(params.exchange) ? Routes::kByIds
                                                          : Routes::kByCounts;
+  // What no peer reads is not shown to them.
+  for (int i = 0; i < params.num_leaves && routes != Routes::kByIdsWithRows; ++i) {
+    post(static_cast<Address>(kFirstLeaf + i), params.leaves[i].tokens, params.exchange);
+  }
   if (routes == Routes::kOfHandle) post_routes(params);
   if (routes == Routes::kByCounts) post(kScratch, params.routes, params.exchange);
   set_slices(params.num_slices, params);
@@ -190,7 +193,7 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
   }
   params.sends_routes =
       params.sends_sums || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
-  post(kScratch, params.partial_sums, params.exchange);
+  if (!params.sends_sums) post(kScratch, params.partial_sums, params.exchange);
   if (!params.sends_routes) {
     post_routes(params);
     post(kWeights, params.weights, params.exchange);

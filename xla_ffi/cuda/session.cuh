@@ -348,7 +348,7 @@ __device__ inline void finish_alone(const Exchange& x, Session& s) {
   ControlBlock& control = self(x);
   const int rank = lane_id();
   // Not before all CTAs have looked at the epochs.
-  const bool opened = rank != 0 || wait_until(x, s, kWaitFinish, x.rank, [&] {
+  const bool opened = rank != 0 || wait_until(x, s, kWaitOwn, x.rank, [&] {
                         return load_relaxed_device(&control.opened) == 0;
                       });
   if (__all_sync(kFullWarp, opened) && rank < x.num_ranks)
