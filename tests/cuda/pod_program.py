@@ -68,7 +68,7 @@ class Process:
             capacity=int(rng.integers(8, 40)) if rng.random() < 0.5 else None,
         )
         topk_idx = routing(rng, geometry, "holes")
-        x = values(rng, (group.size, geometry.num_tokens, int(rng.choice([3, 8, 260]))), "float32")
+        x = values(rng, (group.size, geometry.num_tokens, int(rng.choice([3, 8, 68]))), "float32")
         weights = rng.standard_normal(geometry.topk_shape).astype(np.float32)
         mine = [rank for rank, gpu in enumerate(group.gpus) if gpu in self.mine]
         if not mine:
