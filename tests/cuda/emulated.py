@@ -179,7 +179,17 @@ class _Buffer:
 class Emulator:
     """GPUs and an engine of their own: what one of them has been through, no other one knows."""
 
-    def __init__(self, library, *, seed=0, num_gpus=8, num_sms=3, timeout=60.0, place=None):
+    def __init__(
+        self,
+        library,
+        *,
+        seed=0,
+        num_gpus=8,
+        num_sms=3,
+        timeout=60.0,
+        place=None,
+        native_atomics=True,
+    ):
         # One library holds one engine, for as long as the process lives.
         with tempfile.NamedTemporaryFile(suffix=".so") as copy:
             shutil.copyfile(library, copy.name)
@@ -187,7 +197,7 @@ class Emulator:
         for name in (
             *("emulator_synchronize", "engine_start", "engine_dispatch", "engine_combine"),
             *("engine_combine_transpose", "engine_join", "engine_leave", "engine_take_failure"),
-            "engine_state_of",
+            *("engine_state_of", "engine_set_epochs"),
         ):
             getattr(self._library, name).restype = c.c_char_p
         self._library.emulator_steps.restype = c.c_uint64
@@ -197,6 +207,7 @@ class Emulator:
         self._broken = False
         self._launches = {}  # by (GPU, peer)
         self._library.emulator_set_devices(num_gpus, num_sms)
+        self._library.emulator_set_native_atomics(c.c_int(native_atomics))
         self.set_num_sms(num_sms)  # all of them: by itself the engine leaves some to others
         self.set_seed(seed)
         self.set_timeout(timeout)
@@ -274,6 +285,11 @@ class Emulator:
         """What calls with few assignments send if they can, one of PROTOCOLS; else the next one."""
         most = [2**31 if PROTOCOLS.index(name) <= i else -1 for i in (1, 0)]
         self._library.engine_set_most_sent(*map(c.c_int64, most))
+
+    def set_epochs(self, group, epoch):
+        """As if each two of the group's GPUs had made so many exchanges."""
+        gpus = (c.c_int32 * group.size)(*group.gpus)
+        self._check(self._library.engine_set_epochs(gpus, group.size, c.c_uint32(epoch)))
 
     def divide(self, n, d):
         """Quotient and remainder as kernels find them."""

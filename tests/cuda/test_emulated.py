@@ -394,6 +394,23 @@ def test_calls_that_wait_for_each_other_in_queues(machine, rng):
         calls.run()
 
 
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_epochs_begin_anew(new_machine, rng, name):
+    """After 2^32 - 1 exchanges; no epoch is 0, and odd and even ones still take turns."""
+    machine = new_machine(num_sms=3)
+    machine.set_protocol(name)
+    group = Group((0, 1, 2))
+    machine.set_epochs(group, 2**32 - 4)
+    geometry = Geometry(3, 11, 2, 6)
+    topk_idx = routing(rng, geometry)
+    for _ in range(4):
+        x = [values(rng, (3, 11, 8), "float32") for _ in range(2)]
+        out = [dispatch(machine, geometry, topk_idx, [rows]) for rows in x]
+        machine.synchronize()
+        for rows, results in zip(x, out, strict=True):
+            check_dispatched(results, geometry, topk_idx, [rows])
+
+
 @pytest.mark.parametrize("num_sms", [2, 5])
 def test_small_calls_in_queues(machine, rng, num_sms):
     """No rank waits for the others to end: what comes next must not fall on what is unread."""

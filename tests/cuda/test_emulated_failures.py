@@ -245,6 +245,12 @@ def test_a_time_out_at_any_step(new_machine, rng):
     assert len(steps) > 2, steps
 
 
+def test_gpus_without_nvlink_are_refused(new_machine):
+    with pytest.raises(EngineError, match=r"no NVLink from GPU \d to GPU \d.*CUDA_VISIBLE_DEVICES"):
+        new_machine(native_atomics=False)
+    new_machine(num_gpus=1, native_atomics=False)
+
+
 def test_a_gpu_that_is_not_started(new_machine):
     machine = new_machine(num_gpus=2)
     with pytest.raises(EngineError, match="GPU 3 of the mesh is not connected"):

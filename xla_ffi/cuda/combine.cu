@@ -9,6 +9,7 @@
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
 #include "cuda/lines.cuh"
+#include "cuda/routes.cuh"
 #include "cuda/session.cuh"
 #include "cuda/shared_memory.cuh"
 

@@ -5,6 +5,7 @@
 #include "cuda/elements.cuh"
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
+#include "cuda/routes.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/shared_memory.cuh"
 

@@ -1,7 +1,7 @@
 // The groups of packed rows: where each begins and ends.
 #pragma once
 
-#include "cuda/session.cuh"
+#include "cuda/shares.cuh"
 
 namespace freeio::cuda {
 

@@ -28,12 +28,11 @@ int32_t access_bytes(int64_t row_bytes, std::initializer_list<const void*> buffe
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cuts `accesses` of a row evenly into slices of whole warps, at most `most` each.
-std::pair<int32_t, int32_t> slices_of(int64_t accesses, int64_t most) {
+std::pair<int64_t, int32_t> slices_of(int64_t accesses, int64_t most) {
   constexpr int64_t kWarp = 32;
   const int64_t slices = std::max<int64_t>(1, ceil_div(accesses, most));
   const int64_t each = std::max(kWarp, round_up(ceil_div(accesses, slices), kWarp));
-  return {static_cast<int32_t>(std::max<int64_t>(1, ceil_div(accesses, each))),
-          static_cast<int32_t>(each)};
+  return {std::max<int64_t>(1, ceil_div(accesses, each)), static_cast<int32_t>(each)};
 }
 
 // Elements that one lane takes at a time.
@@ -62,19 +61,17 @@ void set_slices(int32_t slices, Params& params) {
   params.num_slices = slices;
 }
 
-// Width and slices of the rows that are summed.
-template <typename Params>
-void cut_rows(const RowType& type, bool wide, int64_t most, Params& params) {
-  const int32_t pack = pack_of(type.dtype, wide);
-  const auto [slices, accesses] = slices_of(type.width / pack, most);
-  params.width = static_cast<int32_t>(type.width);
-  params.slice_width = accesses * pack;
-  set_slices(slices, params);
+// Slices of a row of so many accesses, and the accesses of each, where it is sent in lines.
+std::pair<int64_t, int32_t> sent_slices_of(int64_t accesses) {
+  return {std::max<int64_t>(1, ceil_div(accesses, kSentSlice)), kSentSlice};
 }
 
-// Slices, as they are sent in lines, of a row of so many accesses.
-int64_t sent_slices(int64_t accesses) {
-  return std::max<int64_t>(1, ceil_div(accesses, kSentSlice));
+// Width of the rows that are summed, and their slices.
+template <typename Params>
+void cut_rows(const RowType& type, bool wide, std::pair<int64_t, int32_t> slices, Params& params) {
+  params.width = static_cast<int32_t>(type.width);
+  params.slice_width = slices.second * pack_of(type.dtype, wide);
+  set_slices(static_cast<int32_t>(slices.first), params);
 }
 
 Blocks blocks_of(int32_t capacity) {
@@ -117,13 +114,14 @@ bool cut_to_be_sent(DispatchParams& params) {
   int64_t of_token = 0;
   for (int i = 0; i < params.num_leaves; ++i) {
     if (params.leaves[i].access_bytes != kSentAccess) return false;
-    of_token += sent_slices(params.leaves[i].row_bytes / kSentAccess);
+    of_token += sent_slices_of(params.leaves[i].row_bytes / kSentAccess).first;
   }
   if (!sends_slices(params.exchange, of_token)) return false;
   for (int i = 0; i < params.num_leaves; ++i) {
     Leaf& leaf = params.leaves[i];
-    leaf.slice_bytes = kSentSlice * kSentAccess;
-    leaf.num_slices = static_cast<int32_t>(sent_slices(leaf.row_bytes / kSentAccess));
+    const auto [slices, accesses] = sent_slices_of(leaf.row_bytes / kSentAccess);
+    leaf.num_slices = static_cast<int32_t>(slices);
+    leaf.slice_bytes = accesses * kSentAccess;
   }
   params.num_slices = static_cast<int32_t>(of_token);
   params.senders = senders_of(params.exchange, params.exchange.num_tokens * of_token);
@@ -144,9 +142,9 @@ void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams&
   leaf.row_bytes = row_bytes;
   leaf.access_bytes = access_bytes(row_bytes, {tokens, rows});
   const auto [slices, accesses] = slices_of(row_bytes / leaf.access_bytes, kCopySlice);
-  leaf.num_slices = slices;
+  leaf.num_slices = static_cast<int32_t>(slices);
   leaf.slice_bytes = accesses * leaf.access_bytes;
-  params.num_slices += slices;
+  params.num_slices += leaf.num_slices;
 }
 
 Kernel complete_dispatch(bool routed, DispatchParams& params) {
@@ -181,14 +179,13 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
   const bool sends =
       x.num_ranks > 1 && sends_routing(x) && bytes_of(type.dtype) <= 4 && x.capacity <= kMaxSentRow;
   const int32_t pack = pack_of(type.dtype, wide);
-  const int64_t slices = sent_slices(type.width / pack);
+  const int64_t accesses = type.width / pack;
+  const auto sent = sent_slices_of(accesses);
   params.sends_sums =
-      sends && pack * bytes_of(type.dtype) == kSentAccess && sends_slices(x, slices);
-  cut_rows(type, wide, kCombineSlice, params);
+      sends && pack * bytes_of(type.dtype) == kSentAccess && sends_slices(x, sent.first);
+  cut_rows(type, wide, params.sends_sums ? sent : slices_of(accesses, kCombineSlice), params);
   if (params.sends_sums) {
-    params.slice_width = kSentSlice * pack;
-    set_slices(static_cast<int32_t>(slices), params);
-    params.senders = senders_of(x, x.num_tokens * slices);
+    params.senders = senders_of(x, x.num_tokens * sent.first);
     params.peers = Divisor(x.num_ranks - 1);
   }
   params.sends_routes =
@@ -215,7 +212,7 @@ Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,
   const size_t accumulator_bytes = type.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   int64_t slice = transpose_slice(params.exchange.num_tokens);
   do {
-    cut_rows(type, wide, slice, params);
+    cut_rows(type, wide, slices_of(type.width / pack_of(type.dtype, wide), slice), params);
     slice *= 2;
   } while (!combine_transpose_fits(accumulator_bytes, params.num_slices, assignments));
   post_routes(params);

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cuda/geometry.h"
-#include "cuda/session.cuh"
+#include "cuda/shares.cuh"
 
 namespace freeio::cuda {
 

@@ -1,8 +1,6 @@
 // One exchange as its CTAs see it: opening, bounded waits, mailboxes, and the end.
 #pragma once
 
-#include <climits>
-
 #include "cuda/control.h"
 #include "cuda/memory_order.cuh"
 
@@ -411,129 +409,6 @@ __device__ void leave(const Exchange& x, Session& s, const Spoil& spoil_results)
   __syncthreads();
   if (has_failed(s)) return leave_failed(x, s, spoil_results);
   if (threadIdx.x == 0) count_around_device(&self(x).left, gridDim.x - 1);
-}
-
-// CTAs that share something out, and this one's number among them.
-struct Team {
-  int number;
-  int size;
-
-  __device__ static Team all() {
-    return {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};
-  }
-};
-
-// A kernel's CTAs where some of them send and the others receive, as a CTA whose stores wait for
-// the link can do nothing else meanwhile: its loads, and what it does in shared memory, queue up
-// behind them.
-struct Teams {
-  int senders;  // the last ones; 0: all CTAs do both
-
-  __device__ bool has_senders() const { return senders > 0; }
-  __device__ bool is_sender() const {
-    return static_cast<int>(blockIdx.x) >= Team::all().size - senders;
-  }
-  __device__ Team own() const {
-    const Team all = Team::all();
-    const int others = all.size - senders;
-    return is_sender() ? Team{all.number - others, senders} : Team{all.number, others};
-  }
-};
-
-// Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them. The last ones have
-// one more where they cannot be shared evenly: the first has other things to do.
-struct Chunk {
-  int begin;
-  int end;
-
-  __device__ Chunk(int num_tokens, int index, int count) {
-    const auto each = static_cast<int>(static_cast<uint32_t>(num_tokens) / count);
-    const int first_of_more = count - (num_tokens - each * count);
-    begin = index * each + max(index - first_of_more, 0);
-    end = begin + each + (index >= first_of_more ? 1 : 0);
-  }
-  __device__ explicit Chunk(int num_tokens, const Team& team = Team::all())
-      : Chunk(num_tokens, team.number, team.size) {}
-  __device__ int size() const { return end - begin; }
-};
-
-// The part of a chunk whose routes fit in shared memory; mostly all of it.
-struct Tile {
-  int begin;
-  int end;
-  int number;
-  int count;  // of the chunk's tiles, at least one
-
-  __device__ int size() const { return end - begin; }
-};
-
-// Tiles of at most `tokens` tokens each.
-struct Tiles {
-  Chunk chunk;
-  int tokens;
-  int count;
-
-  __device__ Tiles(const Chunk& whole, int tile_tokens)
-      : chunk(whole),
-        tokens(max(1, tile_tokens)),
-        count(max(1, (whole.size() + tokens - 1) / tokens)) {}
-
-  __device__ Tile operator[](int number) const {
-    const int begin = chunk.begin + number * tokens;
-    return {begin, min(begin + tokens, chunk.end), number, count};
-  }
-
-  // Calls f(tile) for each, all threads together.
-  template <typename F>
-  __device__ void for_each(Session& s, const F& f) const {
-    for (int number = 0; number < count; ++number) {
-      if (threadIdx.x == 0) s.next_item = kWarps;
-      f((*this)[number]);
-      __syncthreads();
-    }
-  }
-};
-
-// A slice of a token is a unit, and this CTA's are those of its tokens; or all tokens' units are
-// shared out, so that one token is the work of several CTAs where there are few.
-struct Units {
-  const Divisor& per_token;
-  Chunk chunk;
-
-  __device__ Units(const Divisor& slices, int num_tokens, bool shares_tokens,
-                   const Team& team = Team::all())
-      : per_token(slices), chunk(shares_tokens ? num_tokens * size_of_token() : num_tokens, team) {
-    if (shares_tokens) return;
-    chunk.begin *= size_of_token();
-    chunk.end *= size_of_token();
-  }
-
-  __device__ int size_of_token() const { return static_cast<int>(per_token.divisor); }
-
-  // The tokens of this CTA's units.
-  __device__ Chunk tokens() const {
-    Chunk tokens = chunk;
-    tokens.begin = per_token.quotient(chunk.begin);
-    tokens.end =
-        chunk.size() == 0 ? tokens.begin : per_token.quotient(chunk.end + size_of_token() - 1);
-    return tokens;
-  }
-
-  // This CTA's units of a tile's tokens.
-  __device__ Chunk of(const Tile& tile) const {
-    Chunk units = chunk;
-    units.begin = max(units.begin, tile.begin * size_of_token());
-    units.end = max(units.begin, min(units.end, tile.end * size_of_token()));
-    return units;
-  }
-};
-
-// The tile's work is taken in order, item by item: warp w begins with item w and goes on with this.
-// The same in all lanes; past all items once the exchange has failed.
-__device__ inline int next_item(Session& s) {
-  int item = INT_MAX;
-  if (lane_id() == 0 && !has_failed(s)) item = static_cast<int>(atomicAdd(&s.next_item, 1u));
-  return __shfl_sync(kFullWarp, item, 0);
 }
 
 }  // namespace freeio::cuda

@@ -96,6 +96,9 @@ EMULATOR_API void emulator_retire(int gpu, void* buffer, size_t bytes, void* cop
 }
 EMULATOR_API void emulator_set_patience(uint32_t turns) { emulator::set_patience(turns); }
 EMULATOR_API void emulator_set_capturing(int capturing) { emulator::set_capturing(capturing != 0); }
+EMULATOR_API void emulator_set_native_atomics(int native) {
+  emulator::set_native_atomics(native != 0);
+}
 EMULATOR_API void* emulator_driver_function(const char* name) {
   return emulator::find_driver_function(name);
 }
@@ -107,6 +110,16 @@ EMULATOR_API void engine_set_timeout(double seconds) { set_timeout(seconds); }
 EMULATOR_API void engine_set_num_sms(int64_t num_sms) { set_num_sms(num_sms); }
 EMULATOR_API void engine_set_most_sent(int64_t assignments, int64_t slices) {
   set_most_sent(assignments, slices);
+}
+// As if each two of these GPUs, all of this process, had made so many exchanges.
+EMULATOR_API const char* engine_set_epochs(const int32_t* gpus, int count, uint32_t epoch) {
+  Exchange exchange;
+  const Status status = describe({count, 1, 1, count, 1, 1},
+                                 {std::vector<int>(gpus, gpus + count), 0, 0, nullptr}, exchange);
+  for (int rank = 0; status.ok() && rank < count; ++rank) {
+    for (int peer = 0; peer < count; ++peer) exchange.control[rank]->epoch[gpus[peer]] = epoch;
+  }
+  return text(status);
 }
 EMULATOR_API int32_t engine_quotient(int32_t n, int32_t d) { return Divisor(d).quotient(n); }
 EMULATOR_API int32_t engine_remainder(int32_t n, int32_t d) { return Divisor(d).remainder(n); }

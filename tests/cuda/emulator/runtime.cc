@@ -25,6 +25,7 @@ constexpr size_t kDefaultSharedBytes = 48 << 10;
 int device_count = kMaxGpus;
 int multiprocessors = 4;
 std::atomic<bool> capturing{false};
+bool native_atomics = true;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 thread_local int current_device = 0;
 cudaError_t last_error = cudaSuccess;
@@ -64,6 +65,8 @@ void set_devices(int count, int multiprocessors_of_each) {
 }
 
 void set_capturing(bool is_capturing) { capturing = is_capturing; }
+
+void set_native_atomics(bool are_native) { native_atomics = are_native; }
 
 std::string synchronize() { return run_stream(-1) == cudaSuccess ? std::string() : machine_error; }
 
@@ -134,7 +137,7 @@ cudaError_t cudaDeviceGetP2PAttribute(int* value, cudaDeviceP2PAttr attribute, i
                                       int peer) {
   if (!is_device(device) || !is_device(peer)) return result(cudaErrorInvalidDevice);
   if (attribute != cudaDevP2PAttrNativeAtomicSupported) return result(cudaErrorInvalidValue);
-  *value = device != peer;
+  *value = native_atomics && device != peer;
   return cudaSuccess;
 }
 

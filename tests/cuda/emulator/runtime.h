@@ -12,6 +12,9 @@ void set_devices(int count, int multiprocessors);
 // capture mode is not relaxed, as CUDA does for captures of the mode "global".
 void set_capturing(bool capturing);
 
+// Whether the GPUs' links have native atomics, as NVLink has.
+void set_native_atomics(bool native);
+
 // Runs all that was launched. What went wrong, or "".
 std::string synchronize();
 
