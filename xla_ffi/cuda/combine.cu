@@ -1,43 +1,24 @@
 // combine: expert outputs back to their tokens.
 //
 // Each rank sums a token's rows that it hosts, weighted, and stores that partial sum to a slot that
-// the token's own rank keeps for it, or, in small calls, sends it in lines (lines.cuh) to its
-// control block: one row crosses per (token, rank) pair. The token's rank adds the partial sums in
-// order of rank, its own among them, straight from its rows.
+// the token's own rank keeps for it: one row crosses per (token, rank) pair. The token's rank adds
+// the partial sums in order of rank, its own among them, straight from its rows. (Small calls:
+// combine_in_lines.cu.)
 #include "cuda/async_copy.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
-#include "cuda/lines.cuh"
 #include "cuda/routes.cuh"
-#include "cuda/session.cuh"
 #include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {
 
-constexpr int kAhead = 12;            // slices by which pushing is ahead of summing
-constexpr int kTileBytes = 24 << 10;  // for the routes of a tile, of all ranks
-
-// What depends on whether partial sums are sent in lines.
-template <bool kSendsSums>
-struct Slicing {
-  static constexpr int kColumns = kSendsSums ? 2 : 4;  // accesses of one lane to a slice
-  // Slices of rows that each warp has on the way. All warps start with so many before they sum the
-  // first: where that is what a call's time is made of, few.
-  static constexpr int kStages = kSendsSums ? 2 : 4;
-  static constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
-
-  // Which accesses of the slice are this lane's.
-  __device__ static int place(int column) {
-    if constexpr (kSendsSums) {
-      return LineSlice::place(column);
-    } else {
-      return lane_id() + column * kWarpSize;
-    }
-  }
-};
-static_assert(Slicing<false>::kColumns * kWarpSize == kCombineSlice);
+constexpr int kAhead = 12;                           // slices by which pushing is ahead of summing
+constexpr int kTileBytes = 24 << 10;                 // for the routes of a tile, of all ranks
+constexpr int kColumns = kCombineSlice / kWarpSize;  // accesses of one lane to a slice
+constexpr int kStages = 4;                           // slices of rows that each warp has on the way
+constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
 
 template <typename Accumulator>
 __host__ __device__ constexpr int tile_assignments() {
@@ -52,10 +33,8 @@ __device__ int slot_of(int rank, uint32_t ranks, int own_rank) {
 // A tile's work, as one warp does it: item by item, each a sum of some rows' slices. The next rows
 // are on their way to shared memory meanwhile, so that no register waits for one, and the memory is
 // busy also while warps wait for the link.
-template <typename Element, int kCount, bool kSendsSums>
+template <typename Element, int kCount>
 struct Combine {
-  static constexpr int kColumns = Slicing<kSendsSums>::kColumns;
-  static constexpr int kStages = Slicing<kSendsSums>::kStages;
   using Accumulator = typename Element::Accumulator;
   using R = Raw<Element, kCount>;
   using Sums = Accumulator[kColumns][kCount];
@@ -74,7 +53,6 @@ struct Combine {
   Session& s;
   const RouteTile<Accumulator>& routes;
   const Tile& tile;
-  const Teams teams;
   const Chunk units;
   const int items;
   R* const ring;  // this lane's of [kStages, kColumns, kWarpSize]
@@ -89,19 +67,15 @@ struct Combine {
   Task tasks = {};          // of the stages, by lane
 
   __device__ Combine(const CombineParams& params, Session& session,
-                     const RouteTile<Accumulator>& tile_routes, const Tile& whole, const Teams& of,
+                     const RouteTile<Accumulator>& tile_routes, const Tile& whole,
                      const Chunk& tile_units, void* ring_memory)
       : p(params),
         x(params.exchange),
         s(session),
         routes(tile_routes),
         tile(whole),
-        teams(of),
         units(tile_units),
-        items(units.size() == 0      ? 0
-              : !teams.has_senders() ? (units.size() + kAhead) * x.num_ranks
-              : teams.is_sender()    ? units.size() * (x.num_ranks - 1)
-                                     : units.size()),
+        items(units.size() == 0 ? 0 : (units.size() + kAhead) * x.num_ranks),
         ring(static_cast<R*>(ring_memory) + warp_id() * kStages * kColumns * kWarpSize + lane_id()),
         next_one(warp_id()) {}
 
@@ -118,22 +92,14 @@ struct Combine {
       if (task.unit < 0) break;
       wait_for_copies<kStages - 1>();
       if (task.k >= 0) add_row(routes.weights[task.first + task.k], sums);
-      if constexpr (kSendsSums) {
-        const bool sends = task.last && task.rank != x.rank;
-        if (sends) send(task, sums);
-        fetch();
-        if (task.last && !sends) sum(task, sums);
+      fetch();
+      if (!task.last) continue;
+      if (task.rank == x.rank) {
+        sum(task, sums);
       } else {
-        fetch();
-        if (task.last) {
-          if (task.rank == x.rank) {
-            sum(task, sums);
-          } else {
-            push(task, sums);
-          }
-        }
+        push(task, sums);
       }
-      if (task.last) clear(sums);
+      clear(sums);
     }
   }
 
@@ -172,12 +138,12 @@ struct Combine {
     while (next_one < items) {
       const int item = next_one;
       next_one = next_item(s);
-      const auto [unit, turn] = place_of(item);
+      const int turn = x.ranks.remainder(item);
       const bool pushes = turn != x.num_ranks - 1;
+      const int unit = x.ranks.quotient(item) - (pushes ? 0 : kAhead);
       if (unit < 0 || unit >= units.size()) continue;
       const int token = p.slices.quotient(units.begin + unit);
-      const int after = x.rank + 1 + turn;
-      const int rank = after < x.num_ranks ? after : after - x.num_ranks;
+      const int rank = rank_of_turn(x, turn);
       const int first = routes.first_of(rank, token - tile.begin);
       mask = __ballot_sync(kFullWarp,
                            lane_id() < x.top_k && routes.ranks[first + lane_id()] == x.rank);
@@ -188,17 +154,6 @@ struct Combine {
       end = min(begin + p.slice_width, p.width);
       return;
     }
-  }
-
-  // Of an item: its unit, and which of the peers, in turn, it is pushed to; the last: it is summed.
-  __device__ int2 place_of(int item) const {
-    const int peers = x.num_ranks - 1;
-    if (!teams.has_senders()) {
-      const int turn = x.ranks.remainder(item);
-      return {x.ranks.quotient(item) - (turn == peers ? kAhead : 0), turn};
-    }
-    if (!teams.is_sender()) return {item, peers};
-    return {p.peers.quotient(item), p.peers.remainder(item)};
   }
 
   __device__ void copy_row(int row) {
@@ -221,16 +176,7 @@ struct Combine {
     const R* const from = ring + stage * kColumns * kWarpSize;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      Accumulator values[kCount];
-      widen<Element, kCount>(from[c * kWarpSize], values);
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        if constexpr (sizeof(Element) < sizeof(float)) {
-          sums[c][j] = fma(weight, values[j], sums[c][j]);
-        } else {
-          sums[c][j] += weight * values[j];  // rounds twice, as on the CPU
-        }
-      }
+      add_weighted<Element, kCount>(weight, from[c * kWarpSize], sums[c]);
     }
   }
 
@@ -244,7 +190,7 @@ struct Combine {
 
   // Where the lane's elements begin, in the row, of a slice that begins there.
   __device__ static int column_of(int slice_begin, int c) {
-    return slice_begin + Slicing<kSendsSums>::place(c) * kCount;
+    return slice_begin + (lane_id() + c * kWarpSize) * kCount;
   }
 
   // Begin and end of the unit's slice, in the row.
@@ -272,68 +218,6 @@ struct Combine {
   __device__ int64_t slot_index(int token, int slot) const {
     return static_cast<int64_t>(token) * p.num_slots + slot;
   }
-
-  // This rank's partial sum of a peer's token, to the peer, in lines.
-  __device__ void send(const Task& task, const Sums& sums) const {
-    LineSlice slice;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const R raw = round_to<Element, kCount>(sums[c]);
-      memcpy(&slice.accesses[c], &raw, sizeof(raw));
-    }
-    slice.send(slices_to(x, s, task.rank)[task.unit], s.epoch[task.rank]);
-  }
-
-  // Sums the partial sums that are sent, and this rank's own, in order of rank.
-  __device__ void sum_sent(uint32_t ranks, int unit, const R (&own)[kColumns], Sums& totals) const {
-    uint32_t rest = ranks & ~(1u << x.rank);
-    bool has_own = false;
-    const auto add_own = [&] {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) add(own[c], totals[c]);
-      has_own = true;
-    };
-    while (rest != 0) {
-      LineSlice slices[kSlicesTogether];
-      while (!load_sent(rest, unit, slices)) {
-        uint32_t from = rest;
-        for (int i = 0; i < slice_of_lane(); ++i) from &= from - 1;
-        const int rank = first_of(from);
-        const SentSlice* const sent = from == 0 ? nullptr : &slices_from(x, s, rank)[unit];
-        if (!wait_for_lines(x, s, kWaitPartialSums, rank, sent)) return;
-      }
-#pragma unroll
-      for (int i = 0; i < kSlicesTogether; ++i, rest &= rest - 1) {
-        if (rest == 0) break;
-        if (!has_own && first_of(rest) > x.rank) add_own();
-        slices[i].take();
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          R raw;
-          memcpy(&raw, &slices[i].accesses[c], sizeof(raw));
-          add(raw, totals[c]);
-        }
-      }
-    }
-    if (!has_own) add_own();
-  }
-
-  // Loads the first ranks' partial sums, as many as there is room for. Whether they were there.
-  __device__ bool load_sent(uint32_t ranks, int unit, LineSlice (&slices)[kSlicesTogether]) const {
-    uint32_t rest = ranks;
-#pragma unroll
-    for (int i = 0; i < kSlicesTogether; ++i, rest &= rest - 1) {
-      if (rest != 0) slices[i].start(slices_from(x, s, first_of(rest))[unit]);
-    }
-    bool here = true;
-#pragma unroll
-    for (int i = 0; i < kSlicesTogether; ++i, ranks &= ranks - 1) {
-      if (ranks != 0) here &= slices[i].is_here(s.epoch[first_of(ranks)]);
-    }
-    return __all_sync(kFullWarp, here);
-  }
-
-  __device__ static int first_of(uint32_t ranks) { return __ffs(static_cast<int>(ranks)) - 1; }
 
   // This rank's partial sum of a peer's token, to the peer.
   __device__ void push(const Task& task, const Sums& sums) const {
@@ -395,16 +279,9 @@ struct Combine {
       for (int i = 0; i < kBatch; ++i) {
         if (i >= count) break;
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) add(partials[i][c], totals[c]);
+        for (int c = 0; c < kColumns; ++c) add<Element, kCount>(partials[i][c], totals[c]);
       }
     }
-  }
-
-  __device__ static void add(const R& raw, Accumulator (&totals)[kCount]) {
-    Accumulator values[kCount];
-    widen<Element, kCount>(raw, values);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) totals[j] += values[j];
   }
 
   // All partial sums of one of this rank's tokens, in order of rank: the lower ranks', its own, and
@@ -416,15 +293,11 @@ struct Combine {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) own[c] = round_to<Element, kCount>(sums[c]);
     clear(sums);
-    if constexpr (kSendsSums) {
-      sum_sent(ranks, task.unit, own, sums);
-    } else {
-      wait_for_partial_sums(ranks, task.unit);
-      add_slots(ranks & lower, ranks, task.unit, sums);
+    wait_for_partial_sums(ranks, task.unit);
+    add_slots(ranks & lower, ranks, task.unit, sums);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) add(own[c], sums[c]);
-      add_slots(ranks & ~lower & ~(1u << x.rank), ranks, task.unit, sums);
-    }
+    for (int c = 0; c < kColumns; ++c) add<Element, kCount>(own[c], sums[c]);
+    add_slots(ranks & ~lower & ~(1u << x.rank), ranks, task.unit, sums);
     Element* row = static_cast<Element*>(p.sums) + int64_t{p.slices.quotient(task.unit)} * p.width;
     store_sums(row, task.unit, sums);
   }
@@ -450,46 +323,36 @@ __device__ void prepare_slots(const CombineParams& p, const Chunk& units, Sessio
 
 // The routes of the tile, and at the first one where the peers' slots are. False, for all threads:
 // they did not come.
-template <bool kSendsSums, typename Accumulator>
+template <typename Accumulator>
 __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& tile,
-                               const Teams& teams, bool sends_routes,
                                RouteTile<Accumulator>& routes) {
   const Exchange& x = p.exchange;
   routes.begin(x, tile);
-  if (sends_routes) {
-    // Those that only sum need no other's.
-    const bool peers = !teams.has_senders() || teams.is_sender();
-    routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights, peers);
+  if (p.sends_routes) {
+    routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights, true);
   } else {
     routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
   }
+  if (tile.number > 0) return !__syncthreads_or(has_failed(s));
   // Where flags had to be cleared, the slots' addresses come later than the others.
-  const uint32_t slots = kSendsSums     ? 0
-                         : sends_routes ? 1u << kScratch
-                                        : 1u << kScratch | 1u << kFlags;
-  if (tile.number == 0) return receive_addresses(x, s, slots);
-  return !__syncthreads_or(has_failed(s));
+  const uint32_t flags = p.sends_routes ? 0 : 1u << kFlags;
+  return receive_addresses(x, s, 1u << kScratch | flags);
 }
 
-template <typename Element, int kCount, bool kSendsSums>
+template <typename Element, int kCount>
 __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const Opening opening(x);
-  const bool sends_routes = kSendsSums || p.sends_routes;
-  const Teams teams{kSendsSums ? p.senders : 0};
-  const Units units(p.slices, x.num_tokens, true, teams.own());
+  const Units units(p.slices, x.num_tokens, true);
   // What needs no peer is loaded while the exchange opens.
-  const Chunk sent(sends_routes ? x.num_tokens * x.top_k : 0);
+  const Chunk sent(p.sends_routes ? x.num_tokens * x.top_k : 0);
   const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
                              p.dest_row, p.weights);
   if (!open(x, s, opening)) return;
-  if (kSendsSums) begin_alone(x);
   send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
   const uint32_t routes_of_peers = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
-  if (blockIdx.x == 0) {
-    post(x, s, kSendsSums ? 0 : sends_routes ? 1u << kScratch : routes_of_peers);
-  }
-  if (!sends_routes) {
+  if (blockIdx.x == 0) post(x, s, p.sends_routes ? 1u << kScratch : routes_of_peers);
+  if (!p.sends_routes) {
     prepare_slots(p, units.chunk, s);
     if (!receive_addresses(x, s, routes_of_peers)) return;
   }
@@ -499,23 +362,19 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
   const Tiles tiles(units.tokens(), kAssignments / (x.num_ranks * x.top_k));
   bool ready = true;
   tiles.for_each(s, [&](const Tile& tile) {
-    ready = ready && receive_routes<kSendsSums>(p, s, tile, teams, sends_routes, routes);
+    ready = ready && receive_routes(p, s, tile, routes);
     if (!ready) return;
     // Only the routes are read from the peers, and those now are.
-    if (!kSendsSums && tile.number + 1 == tile.count && warp_id() == kWarps - 1) {
-      conclude<false>(x, s);
-    }
-    const Chunk mine = units.of(tile);
-    Combine<Element, kCount, kSendsSums>(p, s, routes, tile, teams, mine, ring).run();
+    if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude<false>(x, s);
+    Combine<Element, kCount>(p, s, routes, tile, units.of(tile), ring).run();
   });
-  if (kSendsSums) finish_alone(x, s);
 }
 
-template <typename Element, int kCount, bool kSendsSums>
+template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_kernel(const __grid_constant__ CombineParams p) {
   __shared__ Session s;
-  exchange<Element, kCount, kSendsSums>(p, s, dynamic_shared_memory<void>());
+  exchange<Element, kCount>(p, s, dynamic_shared_memory<void>());
   leave(p.exchange, s, [&](const Share& share) {
     const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
     spoil(share, p.sums, p.exchange.num_tokens * row_bytes);
@@ -526,29 +385,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 int threads_per_cta() { return kThreads; }
 
-size_t combine_shared_bytes(bool sends_sums) {
-  return kTileBytes + (sends_sums ? Slicing<true>::kRingBytes : Slicing<false>::kRingBytes);
-}
+size_t combine_shared_bytes() { return kTileBytes + kRingBytes; }
 
-namespace {
-
-template <typename Element, int kCount>
-const void* function_of(bool sends_sums) {
-  if (!sends_sums) return reinterpret_cast<const void*>(&combine_kernel<Element, kCount, false>);
-  if constexpr (sizeof(Element) <= 4 && sizeof(Element) * kCount == LineSlice::kAccess) {
-    return reinterpret_cast<const void*>(&combine_kernel<Element, kCount, true>);
-  }
-  return nullptr;
-}
-
-}  // namespace
-
-const void* combine_function(DType dtype, bool wide, bool sends_sums) {
+const void* combine_function(DType dtype, bool wide) {
   const void* function = nullptr;
   with_element_type(dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     constexpr int kWide = wide_pack(sizeof(Element));
-    function = wide ? function_of<Element, kWide>(sends_sums) : function_of<Element, 1>(sends_sums);
+    function = wide ? reinterpret_cast<const void*>(&combine_kernel<Element, kWide>)
+                    : reinterpret_cast<const void*>(&combine_kernel<Element, 1>);
   });
   return function;
 }

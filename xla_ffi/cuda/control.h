@@ -171,7 +171,7 @@ struct Exchange {
   int32_t top_k;
   int32_t num_experts;
   int32_t capacity;
-  int32_t alignment;
+  Divisor alignment;  // divides capacity
   uint32_t signature[kSignatureWords];
   uint64_t posted[kMaxAddresses];  // this rank's buffers, as the peers are told of them
 };
@@ -228,9 +228,9 @@ struct CombineParams {
   Divisor slices;
   int32_t slice_width;
   bool sends_routes;  // few assignments: they are sent, and the arrival flags are the engine's
-  bool sends_sums;    // with few bytes: partial sums are sent in lines
-  int32_t senders;    // then: CTAs that only send; 0: all do both
-  Divisor peers;      // of each rank
+  // Where partial sums are sent in lines:
+  int32_t senders;  // CTAs that only send; 0: all do both
+  Divisor peers;    // of each rank
 };
 
 struct CombineTransposeParams {

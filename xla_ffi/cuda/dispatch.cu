@@ -107,20 +107,21 @@ struct OutgoingSlice {
     const bool valid = id >= 0 && id < x.num_experts;
     const uint32_t ranks =
         __reduce_or_sync(kFullWarp, valid ? 1u << x.local_experts.quotient(id) : 0u);
-    // Not all to the same one first.
     for (int i = 0; i + 1 < x.num_ranks; ++i) {
-      const int rank = source_rank(x, i);
+      const int rank = rank_of_turn(x, i);
       if ((ranks >> rank & 1) != 0) data.send(slices_to(x, s, rank)[unit], s.epoch[rank]);
     }
   }
 };
 
-// This rank's units `mine`, the warp's first of which has been loaded. All threads.
+// This rank's units `mine`, the warp's first of which has been loaded. While one is sent, the next
+// one is on its way already. All threads.
 __device__ void send_rows(const DispatchParams& p, const Session& s, const Chunk& mine,
                           OutgoingSlice slice) {
   for (int unit = mine.begin + warp_id(); unit < mine.end; unit += kWarps) {
+    const OutgoingSlice next(p, unit + kWarps, mine.end);
     slice.send(p, s, unit);
-    slice = OutgoingSlice(p, unit + kWarps, mine.end);
+    slice = next;
   }
 }
 
@@ -271,6 +272,11 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   if (!open(x, s, opening)) return;
   if (kSendsRows) begin_alone(x);
   if (kSendsRows && teams.is_sender()) return send_rows(p, s, units.chunk, first);
+  const auto work_of = [&](const Tile& tile) {
+    const int pulls = units.of(tile).size() * x.num_ranks;
+    return Work(tile, kSendsRows ? (pulls + 1) / 2 : pulls, true, p.padding, team);
+  };
+  Work work = work_of(tiles[0]);
   if (blockIdx.x == 0) post(x, s, kRouted ? leaves : leaves | 1u << kDestRank | 1u << kDestRow);
   if constexpr (kIsByIds<kRoutes>) {
     send_ids(p, s, all_ids, team, early);
@@ -299,20 +305,21 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
     } else if (!fetch_rows<kRouted>(p, s, tile, rows)) {
       return;
     }
+    if (tile.number > 0) work = work_of(tile);
     const Chunk mine = units.of(tile);
-    const int pulls = mine.size() * x.num_ranks;
     const auto zero = [&](int64_t row) { zero_padding<kRouted>(p, routing, row); };
     if constexpr (kSendsRows) {
+      const int pulls = mine.size() * x.num_ranks;
       const auto move_pair = [&](int pair) {
         move_two(p, s, tile, rows, 2 * pair, pulls, mine.begin);
       };
-      run_work(Work(tile, (pulls + 1) / 2, true, p.padding, team), s, move_pair, zero);
+      run_work(work, s, move_pair, zero);
     } else {
       const auto pull_one = [&](int pull) {
         const int unit = mine.begin + x.ranks.quotient(pull);
         pull_slice<kRouted>(p, s, tile, rows, source_rank(x, pull), unit);
       };
-      run_work(Work(tile, pulls, true, p.padding), s, pull_one, zero);
+      run_work(work, s, pull_one, zero);
     }
   });
   if constexpr (kSendsRows) {

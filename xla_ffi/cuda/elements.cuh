@@ -102,4 +102,28 @@ __device__ Raw<Element, kCount> round_to(const typename Element::Accumulator (&v
   return raw;
 }
 
+// Adds an element each to sums: rows with their weight, and partial sums.
+template <typename Element, int kCount>
+__device__ void add_weighted(typename Element::Accumulator weight, const Raw<Element, kCount>& raw,
+                             typename Element::Accumulator (&sums)[kCount]) {
+  typename Element::Accumulator values[kCount];
+  widen<Element, kCount>(raw, values);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (sizeof(Element) < sizeof(float)) {
+      sums[i] = fma(weight, values[i], sums[i]);
+    } else {
+      sums[i] += weight * values[i];  // rounds twice, as on the CPU
+    }
+  }
+}
+template <typename Element, int kCount>
+__device__ void add(const Raw<Element, kCount>& raw,
+                    typename Element::Accumulator (&sums)[kCount]) {
+  typename Element::Accumulator values[kCount];
+  widen<Element, kCount>(raw, values);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sums[i] += values[i];
+}
+
 }  // namespace freeio::cuda

@@ -76,11 +76,9 @@ std::vector<const void*> all_kernels() {
   std::vector<const void*> kernels;
   for (const Routes routes : kAllRoutes) kernels.push_back(dispatch_function(routes));
   for (const DType dtype : kDTypes) {
+    if (const void* combine = combine_in_lines_function(dtype)) kernels.push_back(combine);
     for (const bool wide : {true, false}) {
-      for (const bool sends_sums : {true, false}) {
-        const void* combine = combine_function(dtype, wide, sends_sums);
-        if (combine != nullptr) kernels.push_back(combine);
-      }
+      kernels.push_back(combine_function(dtype, wide));
       kernels.push_back(combine_transpose_function(dtype, wide));
     }
   }
@@ -107,12 +105,11 @@ Status load_kernels() {
         allow(dispatch_function(routes), dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll));
   }
   for (const DType dtype : kDTypes) {
+    if (const void* combine = combine_in_lines_function(dtype); status.ok() && combine != nullptr) {
+      status = allow(combine, combine_in_lines_shared_bytes());
+    }
     for (const bool wide : {true, false}) {
-      for (const bool sends_sums : {true, false}) {
-        const void* combine = combine_function(dtype, wide, sends_sums);
-        if (!status.ok() || combine == nullptr) continue;
-        status = allow(combine, combine_shared_bytes(sends_sums));
-      }
+      if (status.ok()) status = allow(combine_function(dtype, wide), combine_shared_bytes());
       if (status.ok()) {
         status = allow(combine_transpose_function(dtype, wide), combine_transpose_shared_bytes());
       }
@@ -434,7 +431,7 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
   exchange.top_k = static_cast<int32_t>(layout.top_k);
   exchange.num_experts = static_cast<int32_t>(layout.num_experts);
   exchange.capacity = static_cast<int32_t>(layout.capacity);
-  exchange.alignment = static_cast<int32_t>(layout.alignment);
+  exchange.alignment = Divisor(static_cast<int32_t>(layout.alignment));
   exchange.signature[kNumTokens] = static_cast<uint32_t>(layout.num_tokens);
   exchange.signature[kTopK] = static_cast<uint32_t>(layout.top_k);
   exchange.signature[kNumExperts] = static_cast<uint32_t>(layout.num_experts);

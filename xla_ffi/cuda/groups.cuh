@@ -30,14 +30,38 @@ struct Routing {
   int num_experts_;
 };
 
-__device__ inline int64_t sum_of_lanes_before(int64_t value) {
-  int64_t sum = value;
+// Sums that stop at `most`, to this lane's and its own.
+__device__ inline uint32_t sum_up_to_lane(uint32_t value, uint32_t most) {
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const int64_t other = __shfl_up_sync(kFullWarp, sum, distance);
-    if (lane_id() >= distance) sum += other;
+    const uint32_t other = __shfl_up_sync(kFullWarp, value, distance);
+    if (lane_id() >= distance) value = min(value + other, most);
   }
-  return sum - value;
+  return value;
+}
+
+// Rows of a group with alignment, at most capacity, which is a multiple of it.
+__device__ inline uint32_t aligned_rows(const Exchange& x, uint32_t load) {
+  const uint32_t most = min(load + x.alignment.divisor - 1, static_cast<uint32_t>(x.capacity));
+  return x.alignment.quotient(static_cast<int>(most)) * x.alignment.divisor;
+}
+
+// What the caller learns of this rank's groups. One warp.
+__device__ inline void store_group_sizes(const DispatchParams& p, const Routing& routing) {
+  const Exchange& x = p.exchange;
+  const int experts = x.num_experts / x.num_ranks;
+  int dropped = 0;
+#pragma unroll 1
+  for (int group = lane_id(); group < experts; group += kWarpSize) {
+    const uint32_t load = routing.load[x.rank * experts + group];
+    const uint32_t room = static_cast<uint32_t>(x.capacity) - routing.start[group];
+    const uint32_t size = min(aligned_rows(x, load), room);
+    p.expert_load[group] = static_cast<int>(load);
+    p.group_sizes[group] = static_cast<int>(size);
+    dropped += load > size ? static_cast<int>(load - size) : 0;
+  }
+  dropped = __reduce_add_sync(kFullWarp, dropped);
+  if (lane_id() == 0) *p.num_dropped = dropped;
 }
 
 // First rows of the groups: one warp for each rank's experts, of which each lane has some in a row.
@@ -45,44 +69,39 @@ __device__ inline int64_t sum_of_lanes_before(int64_t value) {
 // to shared memory, each of which waits behind what else the multiprocessor has on its way.) Row
 // numbers stop at capacity, past which nothing is stored, so they fit whatever the alignment adds.
 __device__ inline void place_groups(const DispatchParams& p, const Routing& routing) {
+  constexpr int kPerLane = 4;
   const Exchange& x = p.exchange;
   const int experts = x.num_experts / x.num_ranks;
-  const int per_lane = (experts + kWarpSize - 1) / kWarpSize;
-  const int first = min(lane_id() * per_lane, experts);
-  const int end = min(first + per_lane, experts);
-  const auto alignment = static_cast<uint32_t>(x.alignment);
-  const auto padded = [&](uint32_t load) {
-    return static_cast<int64_t>((load + alignment - 1) / alignment) * alignment;
-  };
+  const auto capacity = static_cast<uint32_t>(x.capacity);
   for (int rank = warp_id(); rank < x.num_ranks; rank += kWarps) {
-    const int first_expert = rank * experts;
-    int64_t rows = 0;
+    uint32_t begin = 0;
 #pragma unroll 1
-    for (int group = first; group < end; ++group)
-      rows += padded(routing.load[first_expert + group]);
-    int64_t start = sum_of_lanes_before(rows);
-    int dropped = 0;
-#pragma unroll 1
-    for (int group = first; group < end; ++group) {
-      const uint32_t load = routing.load[first_expert + group];
-      const int64_t capacity = x.capacity;
-      const auto first_row = static_cast<uint32_t>(min(start, capacity));
-      start += padded(load);
-      routing.next[first_expert + group] += first_row;
-      if (rank != x.rank) continue;
-      routing.start[group] = first_row;
-      if (blockIdx.x != 0) continue;
-      const int size = static_cast<int>(min(start, capacity) - first_row);
-      p.expert_load[group] = static_cast<int>(load);
-      p.group_sizes[group] = size;
-      dropped += max(static_cast<int>(load) - size, 0);
-    }
-    if (rank == x.rank && blockIdx.x == 0) {
-      dropped = __reduce_add_sync(kFullWarp, dropped);
-      if (lane_id() == 0) *p.num_dropped = dropped;
+    for (int block = 0; block < experts; block += kPerLane * kWarpSize) {
+      const int first = block + lane_id() * kPerLane;
+      const int first_expert = rank * experts + first;
+      uint32_t rows[kPerLane];
+      uint32_t sum = 0;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        rows[i] = first + i < experts ? aligned_rows(x, routing.load[first_expert + i]) : 0;
+        sum = min(sum + rows[i], capacity);
+      }
+      const uint32_t end = min(begin + sum_up_to_lane(sum, capacity), capacity);
+      uint32_t row = __shfl_up_sync(kFullWarp, end, 1);
+      if (lane_id() == 0) row = begin;
+      begin = __shfl_sync(kFullWarp, end, kWarpSize - 1);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if (first + i < experts) {
+          routing.next[first_expert + i] += row;
+          if (rank == x.rank) routing.start[first + i] = row;
+        }
+        row = min(row + rows[i], capacity);
+      }
     }
   }
   __syncthreads();
+  if (blockIdx.x == 0 && warp_id() == kWarps - 1) store_group_sizes(p, routing);
 }
 
 }  // namespace freeio::cuda

@@ -16,10 +16,12 @@ const void* dispatch_function(Routes routes);
 size_t dispatch_shared_bytes(Routes routes, int num_experts, int assignments_of_all);
 
 // CombineParams, CombineTransposeParams. `wide`: 16 bytes for each access of a lane (8 of one-byte
-// elements), for rows and buffers that allow it; else one element. `sends_sums`: as in the
-// parameters; null where that is not possible.
-const void* combine_function(DType dtype, bool wide, bool sends_sums);
-size_t combine_shared_bytes(bool sends_sums);
+// elements), for rows and buffers that allow it; else one element. The one for small calls sends
+// partial sums in lines: null where that is not possible.
+const void* combine_function(DType dtype, bool wide);
+size_t combine_shared_bytes();
+const void* combine_in_lines_function(DType dtype);
+size_t combine_in_lines_shared_bytes();
 const void* combine_transpose_function(DType dtype, bool wide);
 size_t combine_transpose_shared_bytes();
 // Whether so many assignments, those of one token of each rank, fit in it.

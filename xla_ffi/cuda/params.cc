@@ -101,12 +101,12 @@ bool sends_slices(const Exchange& exchange, int64_t of_token) {
   return sends_routing(exchange) && exchange.num_tokens * of_token <= max_sent_slices;
 }
 
-// CTAs that only send so many slices to each peer: half of all where there is enough to do for
-// them.
-int32_t senders_of(const Exchange& exchange, int64_t slices) {
+// `share` of the CTAs only send so many slices to each peer, where there is enough to do for them.
+int32_t senders_of(const Exchange& exchange, int64_t slices, double share) {
   constexpr int64_t kLeast = 4;  // of each CTA
   const auto ctas = static_cast<int32_t>(exchange.signature[kGrid]);
-  return exchange.num_ranks > 1 && slices >= kLeast * ctas ? ctas / 2 : 0;
+  const bool enough = exchange.num_ranks > 1 && slices >= kLeast * ctas;
+  return enough ? static_cast<int32_t>(share * ctas) : 0;
 }
 
 // Cuts the leaves into slices that can be sent in lines, if the call sends its rows.
@@ -124,7 +124,9 @@ bool cut_to_be_sent(DispatchParams& params) {
     leaf.slice_bytes = accesses * kSentAccess;
   }
   params.num_slices = static_cast<int32_t>(of_token);
-  params.senders = senders_of(params.exchange, params.exchange.num_tokens * of_token);
+  // With one peer only, memory has more to do than the link.
+  const double share = params.exchange.num_ranks == 2 ? 0.25 : 0.5;
+  params.senders = senders_of(params.exchange, params.exchange.num_tokens * of_token, share);
   return true;
 }
 
@@ -181,16 +183,17 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
   const int32_t pack = pack_of(type.dtype, wide);
   const int64_t accesses = type.width / pack;
   const auto sent = sent_slices_of(accesses);
-  params.sends_sums =
+  const bool in_lines =
       sends && pack * bytes_of(type.dtype) == kSentAccess && sends_slices(x, sent.first);
-  cut_rows(type, wide, params.sends_sums ? sent : slices_of(accesses, kCombineSlice), params);
-  if (params.sends_sums) {
-    params.senders = senders_of(x, x.num_tokens * sent.first);
-    params.peers = Divisor(x.num_ranks - 1);
-  }
+  cut_rows(type, wide, in_lines ? sent : slices_of(accesses, kCombineSlice), params);
   params.sends_routes =
-      params.sends_sums || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
-  if (!params.sends_sums) post(kScratch, params.partial_sums, params.exchange);
+      in_lines || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
+  if (in_lines) {
+    params.senders = senders_of(x, x.num_tokens * sent.first, 0.5);
+    params.peers = Divisor(x.num_ranks - 1);
+  } else {
+    post(kScratch, params.partial_sums, params.exchange);
+  }
   if (!params.sends_routes) {
     post_routes(params);
     post(kWeights, params.weights, params.exchange);
@@ -199,10 +202,10 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
   params.num_slots = std::min(params.exchange.top_k, params.exchange.num_ranks - 1);
   params.exchange.signature[kOp] = kCombineOp;
   params.exchange.signature[kRows] = Digest({static_cast<int>(type.dtype), type.width, wide,
-                                             weighted, params.sends_routes, params.sends_sums})
+                                             weighted, params.sends_routes, in_lines})
                                          .folded();
-  return {combine_function(type.dtype, wide, params.sends_sums),
-          combine_shared_bytes(params.sends_sums)};
+  if (in_lines) return {combine_in_lines_function(type.dtype), combine_in_lines_shared_bytes()};
+  return {combine_function(type.dtype, wide), combine_shared_bytes()};
 }
 
 Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,

@@ -169,39 +169,48 @@ __device__ inline void count_ids(const Exchange& x, const Routing& routing, cons
 }
 
 // Rows of the tile's assignments: of all ranks' that have one here, in `rows` ([R, tokens, K] in
-// shared memory; -1: none), and of this rank's own, in the handle.
+// shared memory; -1: none), and of this rank's own, in the handle. The warps have them by turns,
+// the lanes one each, and a warp counts for one of its lanes after the other.
 __device__ inline void find_rows(const DispatchParams& p, const Routing& routing, const AllIds& all,
                                  const Tile& tile, int* rows) {
   const Exchange& x = p.exchange;
   const int tile_assignments = tile.size() * x.top_k;
+  const int end = all.per_rank * x.num_ranks;
   int rank = 0;
-  int rest = warp_id();
+  int rest = lane_id() * kWarps + warp_id();
 #pragma unroll 1
-  for (int i = rest; i < tile_assignments * x.num_ranks; i += kWarps, rest += kWarps) {
-    for (; rest >= tile_assignments; ++rank) rest -= tile_assignments;
+  for (int i = rest; i - lane_id() * kWarps < tile_assignments * x.num_ranks; i += kThreads) {
+    for (; rest >= tile_assignments && rank < x.num_ranks; ++rank) rest -= tile_assignments;
+    const bool is_any = rank < x.num_ranks;
     const int a = tile.begin * x.top_k + rest;
     const int position = rank * all.per_rank + a;
-    const int id = all.ids[position];
-    const bool valid = id != AllIds::kNone;
-    int dest = valid ? x.local_experts.quotient(id) : -1;
-    int row = -1;
-    if (valid && (rank == x.rank || dest == x.rank)) {
+    const int id = is_any ? all.ids[position] : AllIds::kNone;
+    int dest = id != AllIds::kNone ? x.local_experts.quotient(id) : -1;
+    const bool has_row = dest == x.rank || (dest >= 0 && rank == x.rank);
+    uint32_t before = 0;
+    for (uint32_t lanes = __ballot_sync(kFullWarp, has_row); lanes != 0; lanes &= lanes - 1) {
+      const int lane = __ffs(static_cast<int>(lanes)) - 1;
+      const int its_position = __shfl_sync(kFullWarp, position, lane);
+      const int its_id = __shfl_sync(kFullWarp, id, lane);
       // Those before it, or all but those from it on.
-      const int end = all.per_rank * x.num_ranks;
-      const bool is_early = 2 * position < end;
-      const uint32_t some = all.count(is_early ? 0 : position, is_early ? position : end, id);
-      const uint32_t before = is_early ? some : routing.load[id] - some;
+      const bool is_early = 2 * its_position < end;
+      const uint32_t some =
+          all.count(is_early ? 0 : its_position, is_early ? its_position : end, its_id);
+      if (lane_id() == lane) before = is_early ? some : routing.load[id] - some;
+    }
+    int row = -1;
+    if (has_row) {
       const uint32_t place = routing.next[id] + before;
       const bool kept = place < static_cast<uint32_t>(x.capacity);
       row = kept ? static_cast<int>(place) : -1;
       dest = kept ? dest : -1;
     }
-    if (lane_id() != 0) continue;
-    rows[i] = dest == x.rank ? row : -1;
-    if (rank == x.rank) {
+    if (is_any) rows[i] = dest == x.rank ? row : -1;
+    if (is_any && rank == x.rank) {
       p.dest_rank[a] = dest;
       p.dest_row[a] = row;
     }
+    rest += kThreads;
   }
   __syncthreads();
 }

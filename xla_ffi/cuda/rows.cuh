@@ -69,10 +69,9 @@ __device__ void run_work(const Work& work, Session& s, const Pull& pull, const Z
   }
 }
 
-// The source of a pull: the peers first, then this rank itself, so that the link never waits.
+// The source of a pull.
 __device__ inline int source_rank(const Exchange& x, int pull) {
-  const int rank = x.rank + 1 + x.ranks.remainder(pull);
-  return rank < x.num_ranks ? rank : rank - x.num_ranks;
+  return rank_of_turn(x, x.ranks.remainder(pull));
 }
 
 // A slice of one token, in the registers of a warp.

@@ -122,6 +122,13 @@ struct Units {
   }
 };
 
+// The ranks by turns: the peers from the next one on, so that not all turn to the same one first,
+// and then this rank itself, so that the link never waits.
+__device__ inline int rank_of_turn(const Exchange& x, int turn) {
+  const int rank = x.rank + 1 + turn;
+  return rank < x.num_ranks ? rank : rank - x.num_ranks;
+}
+
 // The tile's work is taken in order, item by item: warp w begins with item w and goes on with this.
 // The same in all lanes; past all items once the exchange has failed.
 __device__ inline int next_item(Session& s) {

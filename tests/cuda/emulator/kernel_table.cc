@@ -27,11 +27,11 @@ std::map<const void*, Bind> make_table() {
   }
   for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16,
                             DType::kFloat8E5M2, DType::kFloat8E4M3FN}) {
+    if (const void* combine = combine_in_lines_function(dtype)) {
+      table[combine] = bind<CombineParams>;
+    }
     for (const bool wide : {true, false}) {
-      for (const bool sends_sums : {true, false}) {
-        const void* combine = combine_function(dtype, wide, sends_sums);
-        if (combine != nullptr) table[combine] = bind<CombineParams>;
-      }
+      table[combine_function(dtype, wide)] = bind<CombineParams>;
       table[combine_transpose_function(dtype, wide)] = bind<CombineTransposeParams>;
     }
   }

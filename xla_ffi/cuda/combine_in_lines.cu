@@ -1,0 +1,233 @@
+// combine of small calls, which latency rules: as in combine.cu, but partial sums go to the token's
+// rank in lines (lines.cuh), into its control block, and nobody waits for the others' end.
+//
+// A warp loads the rows of a sum together, into its registers: with few slices for each warp there
+// is nothing to prepare while it waits, and the instructions that it would take are what time goes
+// into.
+#include "cuda/elements.cuh"
+#include "cuda/geometry.h"
+#include "cuda/kernels.h"
+#include "cuda/lines.cuh"
+#include "cuda/routes.cuh"
+#include "cuda/shared_memory.cuh"
+
+namespace freeio::cuda {
+namespace {
+
+constexpr int kTileAssignments = 2048;  // of all ranks, whose routes are in shared memory
+constexpr int kColumns = 2;             // accesses of one lane to a slice
+constexpr int kRowsTogether = 4;        // that a warp waits for at once
+
+// A tile's work, as one warp does it.
+template <typename Element>
+struct Combine {
+  static constexpr int kCount = kSentAccess / static_cast<int>(sizeof(Element));
+  using Accumulator = typename Element::Accumulator;
+  using Sums = Accumulator[kColumns][kCount];
+
+  // One slice of a token.
+  struct Slice {
+    int unit;
+    int token;
+    int begin;  // in the row
+    int end;
+
+    __device__ Slice(const CombineParams& p, int number)
+        : unit(number), token(p.slices.quotient(unit)) {
+      begin = (unit - token * p.num_slices) * p.slice_width;
+      end = min(begin + p.slice_width, p.width);
+    }
+    // Where the lane's elements begin; at or beyond `end`: it has none.
+    __device__ int column(int c) const { return begin + LineSlice::place(c) * kCount; }
+  };
+
+  const CombineParams& p;
+  const Exchange& x;
+  Session& s;
+  const RouteTile<Accumulator>& routes;
+  const Tile& tile;
+  const Chunk units;
+
+  // All that goes to the peers, and then what comes from them: what waits is behind what others
+  // wait for.
+  __device__ void run(bool sends, bool sums) const {
+    const int sent = sends ? units.size() * (x.num_ranks - 1) : 0;
+    const int items = sent + (sums ? units.size() : 0);
+    for (int item = warp_id(); item < items; item = next_item(s)) {
+      const bool is_sent = item < sent;
+      const int rank = is_sent ? rank_of_turn(x, p.peers.remainder(item)) : x.rank;
+      const Slice slice(p, units.begin + (is_sent ? p.peers.quotient(item) : item - sent));
+      const auto of_token = routes.of(rank, slice.token - tile.begin);
+      if (is_sent && of_token.on(x.rank) == 0) continue;
+      const LineSlice partial = sum_of_rows(of_token, slice);
+      if (is_sent) {
+        partial.send(slices_to(x, s, rank)[slice.unit], s.epoch[rank]);
+      } else {
+        store_sum(of_token, slice, partial);
+      }
+    }
+  }
+
+ private:
+  // Of the token's rows here, weighted.
+  __device__ LineSlice sum_of_rows(const TokenRoutes<Accumulator>& of_token,
+                                   const Slice& slice) const {
+    const auto* const all_rows = static_cast<const Element*>(p.expert_out);
+    Sums sums = {};
+    for (uint32_t rest = of_token.on(x.rank); rest != 0;) {
+      uint4 rows[kRowsTogether][kColumns] = {};
+      uint32_t ahead = rest;
+#pragma unroll
+      for (int i = 0; i < kRowsTogether; ++i, ahead &= ahead - 1) {
+        if (ahead == 0) break;
+        const int row = __shfl_sync(kFullWarp, of_token.row, first_of(ahead));
+        const Element* const from = all_rows + int64_t{row} * p.width;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const int column = slice.column(c);
+          if (column < slice.end) rows[i][c] = load_raw<Element, kCount>(from + column);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsTogether; ++i, rest &= rest - 1) {
+        if (rest == 0) break;
+        const Accumulator weight = __shfl_sync(kFullWarp, of_token.weight, first_of(rest));
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          add_weighted<Element, kCount>(weight, rows[i][c], sums[c]);
+        }
+      }
+    }
+    LineSlice rounded;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) rounded.accesses[c] = round(sums[c]);
+    return rounded;
+  }
+
+  // All partial sums of one of this rank's tokens, its own among them, in order of rank.
+  __device__ void store_sum(const TokenRoutes<Accumulator>& of_token, const Slice& slice,
+                            const LineSlice& own) const {
+    const uint32_t ranks =
+        __reduce_or_sync(kFullWarp, of_token.rank >= 0 ? 1u << of_token.rank : 0u);
+    Sums sums = {};
+    add_all(ranks & ~(1u << x.rank), slice.unit, own, sums);
+    Element* const row = static_cast<Element*>(p.sums) + int64_t{slice.token} * p.width;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int column = slice.column(c);
+      if (column < slice.end) store_raw<Element, kCount>(row + column, round(sums[c]));
+    }
+  }
+
+  // The partial sums that the peers in `ranks` send, and this rank's own where its turn is.
+  __device__ void add_all(uint32_t ranks, int unit, const LineSlice& own, Sums& sums) const {
+    bool has_own = false;
+    while (ranks != 0) {
+      LineSlice slices[kSlicesTogether];
+      while (!load_sent(ranks, unit, slices)) {
+        uint32_t from = ranks;
+        for (int i = 0; i < slice_of_lane(); ++i) from &= from - 1;
+        const int rank = first_of(from);
+        const SentSlice* const sent = from == 0 ? nullptr : &slices_from(x, s, rank)[unit];
+        if (!wait_for_lines(x, s, kWaitPartialSums, rank, sent)) return;
+      }
+#pragma unroll
+      for (int i = 0; i < kSlicesTogether; ++i, ranks &= ranks - 1) {
+        if (ranks == 0) break;
+        if (!has_own && first_of(ranks) > x.rank) {
+          add_one(own, sums);
+          has_own = true;
+        }
+        slices[i].take();
+        add_one(slices[i], sums);
+      }
+    }
+    if (!has_own) add_one(own, sums);
+  }
+
+  // Loads the first ranks' partial sums, as many as there is room for. Whether they were there.
+  __device__ bool load_sent(uint32_t ranks, int unit, LineSlice (&slices)[kSlicesTogether]) const {
+    uint32_t rest = ranks;
+#pragma unroll
+    for (int i = 0; i < kSlicesTogether; ++i, rest &= rest - 1) {
+      if (rest != 0) slices[i].start(slices_from(x, s, first_of(rest))[unit]);
+    }
+    bool here = true;
+#pragma unroll
+    for (int i = 0; i < kSlicesTogether; ++i, ranks &= ranks - 1) {
+      if (ranks != 0) here &= slices[i].is_here(s.epoch[first_of(ranks)]);
+    }
+    return __all_sync(kFullWarp, here);
+  }
+
+  __device__ static void add_one(const LineSlice& slice, Sums& sums) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) add<Element, kCount>(slice.accesses[c], sums[c]);
+  }
+  __device__ static uint4 round(const Accumulator (&sums)[kCount]) {
+    return round_to<Element, kCount>(sums);
+  }
+  __device__ static int first_of(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+};
+
+template <typename Element>
+__device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
+  const Exchange& x = p.exchange;
+  const Opening opening(x);
+  const Teams teams{p.senders};
+  const bool sends = !teams.has_senders() || teams.is_sender();
+  const bool sums = !teams.has_senders() || !teams.is_sender();
+  const Units units(p.slices, x.num_tokens, true, teams.own());
+  // What needs no peer is loaded while the exchange opens.
+  const Chunk sent(x.num_tokens * x.top_k);
+  const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
+                             p.dest_row, p.weights);
+  if (!open(x, s, opening)) return;
+  begin_alone(x);
+  send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
+  if (blockIdx.x == 0) post(x, s, 0);
+  RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
+  const Tiles tiles(units.tokens(), kTileAssignments / (x.num_ranks * x.top_k));
+  bool ready = true;
+  tiles.for_each(s, [&](const Tile& tile) {
+    if (!ready) return;
+    routes.begin(x, tile);
+    // Those that only sum need no other's.
+    routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights, sends);
+    ready = tile.number == 0 ? receive_addresses(x, s, 0) : !__syncthreads_or(has_failed(s));
+    if (!ready) return;
+    Combine<Element>{p, x, s, routes, tile, units.of(tile)}.run(sends, sums);
+  });
+  finish_alone(x, s);
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kThreads, 1)
+    combine_kernel(const __grid_constant__ CombineParams p) {
+  __shared__ Session s;
+  exchange<Element>(p, s, dynamic_shared_memory<void>());
+  leave(p.exchange, s, [&](const Share& share) {
+    const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
+    spoil(share, p.sums, p.exchange.num_tokens * row_bytes);
+  });
+}
+
+}  // namespace
+
+size_t combine_in_lines_shared_bytes() {
+  return kTileAssignments * (2 * sizeof(int) + sizeof(float));
+}
+
+const void* combine_in_lines_function(DType dtype) {
+  const void* function = nullptr;
+  with_element_type(dtype, [&](auto tag) {
+    using Element = typename decltype(tag)::Type;
+    // Elements of one byte: as many sums as 16 of them would take have no room.
+    if constexpr (sizeof(Element) == 2 || sizeof(Element) == 4) {
+      function = reinterpret_cast<const void*>(&combine_kernel<Element>);
+    }
+  });
+  return function;
+}
+
+}  // namespace freeio::cuda
