@@ -71,8 +71,8 @@ struct alignas(128) SentSlice {
 
 struct Mailbox {
   Word signature[kSignatureWords];
-  Word address[kMaxAddresses][2];  // low half, high half
-  Word routing[kMaxExperts];       // counts for each expert; or ids; or rows and weights
+  Word address[kMaxAddresses][2];         // low half, high half
+  alignas(16) Word routing[kMaxExperts];  // counts for each expert; or ids; or rows and weights
 };
 
 // Words of the control block are counted by the peer's GPU number, which all processes of the host

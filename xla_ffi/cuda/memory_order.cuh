@@ -29,6 +29,20 @@ __device__ inline uint64_t load_word(const uint64_t* word) {
   return value;
 }
 
+// Two words that follow each other, at a multiple of 16 bytes: each is one by itself.
+struct WordPair {
+  uint64_t first;
+  uint64_t second;
+};
+__device__ inline WordPair load_word_pair(const uint64_t* words) {
+  WordPair pair;
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(pair.first), "=l"(pair.second)
+               : "l"(words)
+               : "memory");
+  return pair;
+}
+
 // A lane's part of a line of 128 bytes, stored by all eight lanes of the line with one instruction.
 // The line arrives at the peer as one: who has loaded the last eight bytes, loads the others as
 // they were stored with these. (PTX's model promises that of no access wider than 16 bytes. What

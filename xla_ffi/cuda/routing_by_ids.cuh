@@ -61,10 +61,10 @@ struct AllIds {
 
   // Of the bits above, those of the ids [begin, end) of the eight.
   __device__ static uint32_t bits_within(int begin, int end) {
-    uint32_t bits = 0;
-#pragma unroll 1
-    for (int n = max(begin, 0); n < min(end, kPerLane); ++n) bits |= 1u << (n / 2 + n % 2 * 16);
-    return bits;
+    return bits_before(min(end, kPerLane)) & ~bits_before(max(begin, 0));
+  }
+  __device__ static uint32_t bits_before(int end) {
+    return ((1u << (end + 1) / 2) - 1) | ((1u << end / 2) - 1) << 16;
   }
 
   // The highest bits of those halves of a word that are zero, among others.
@@ -118,26 +118,29 @@ __device__ inline void send_ids(const DispatchParams& p, const Session& s, const
   if (threadIdx.x == 0) *p.num_invalid = all_invalid;
 }
 
-// All threads.
+// All threads, the first ones two words each: the last ones have other words to wait for.
 __device__ inline void receive_ids(const Exchange& x, Session& s, const AllIds& all) {
   constexpr int kBatch = 4;  // loads on their way together
-  for (int i = static_cast<int>(threadIdx.x); i < all.words_per_rank(); i += kThreads) {
+  for (int i = 2 * static_cast<int>(threadIdx.x); i < all.words_per_rank(); i += 2 * kThreads) {
 #pragma unroll 1
     for (int first = 0; first < x.num_ranks; first += kBatch) {
-      Word words[kBatch] = {};
+      WordPair words[kBatch] = {};
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int rank = first + b;
         if (rank >= x.num_ranks || rank == x.rank) continue;
-        words[b] = load_word(&mailbox_from(x, s, rank).routing[i]);
+        words[b] = load_word_pair(&mailbox_from(x, s, rank).routing[i]);
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int rank = first + b;
         if (rank >= x.num_ranks || rank == x.rank) continue;
         const Word* const address = &mailbox_from(x, s, rank).routing[i];
-        if (!wait_word(x, s, kWaitCounts, rank, address, words[b])) return;
-        all.put(rank, i, value_of(words[b]));
+        if (!wait_word(x, s, kWaitCounts, rank, address, words[b].first)) return;
+        all.put(rank, i, value_of(words[b].first));
+        if (i + 1 == all.words_per_rank()) continue;
+        if (!wait_word(x, s, kWaitCounts, rank, address + 1, words[b].second)) return;
+        all.put(rank, i + 1, value_of(words[b].second));
       }
     }
   }
@@ -169,26 +172,34 @@ __device__ inline void count_ids(const Exchange& x, const Routing& routing, cons
 }
 
 // Rows of the tile's assignments: of all ranks' that have one here, in `rows` ([R, tokens, K] in
-// shared memory; -1: none), and of this rank's own, in the handle. The warps have them by turns,
-// the lanes one each, and a warp counts for one of its lanes after the other.
+// shared memory; -1: none), and of this rank's own, in the handle. All warps look at all of them, a
+// lane at one, and those whose row is wanted are shared out evenly: a warp counts for one of its
+// lanes after the other.
 __device__ inline void find_rows(const DispatchParams& p, const Routing& routing, const AllIds& all,
                                  const Tile& tile, int* rows) {
   const Exchange& x = p.exchange;
   const int tile_assignments = tile.size() * x.top_k;
   const int end = all.per_rank * x.num_ranks;
-  int rank = 0;
-  int rest = lane_id() * kWarps + warp_id();
+  // Of numbers below 2^13, halfway to the next one: far enough from where rounding matters.
+  const float of_rank = 1.0f / static_cast<float>(tile_assignments);
+  uint32_t wanted = warp_id();  // of all, modulo the number of warps, relative to this one
 #pragma unroll 1
-  for (int i = rest; i - lane_id() * kWarps < tile_assignments * x.num_ranks; i += kThreads) {
-    for (; rest >= tile_assignments && rank < x.num_ranks; ++rank) rest -= tile_assignments;
+  for (int first = 0; first < tile_assignments * x.num_ranks; first += kWarpSize) {
+    const int i = first + lane_id();
+    const int rank = static_cast<int>((static_cast<float>(i) + 0.5f) * of_rank);
     const bool is_any = rank < x.num_ranks;
-    const int a = tile.begin * x.top_k + rest;
+    const int a = tile.begin * x.top_k + i - rank * tile_assignments;
     const int position = rank * all.per_rank + a;
     const int id = is_any ? all.ids[position] : AllIds::kNone;
     int dest = id != AllIds::kNone ? x.local_experts.quotient(id) : -1;
     const bool has_row = dest == x.rank || (dest >= 0 && rank == x.rank);
+    const uint32_t have_rows = __ballot_sync(kFullWarp, has_row);
+    const uint32_t number = wanted + __popc(have_rows & ((1u << lane_id()) - 1));
+    wanted += __popc(have_rows);
+    const bool is_mine = (has_row ? number : first / kWarpSize + warp_id()) % kWarps == 0;
     uint32_t before = 0;
-    for (uint32_t lanes = __ballot_sync(kFullWarp, has_row); lanes != 0; lanes &= lanes - 1) {
+    uint32_t lanes = __ballot_sync(kFullWarp, has_row && is_mine);
+    for (; lanes != 0; lanes &= lanes - 1) {
       const int lane = __ffs(static_cast<int>(lanes)) - 1;
       const int its_position = __shfl_sync(kFullWarp, position, lane);
       const int its_id = __shfl_sync(kFullWarp, id, lane);
@@ -198,6 +209,7 @@ __device__ inline void find_rows(const DispatchParams& p, const Routing& routing
           all.count(is_early ? 0 : its_position, is_early ? its_position : end, its_id);
       if (lane_id() == lane) before = is_early ? some : routing.load[id] - some;
     }
+    if (!is_any || !is_mine) continue;
     int row = -1;
     if (has_row) {
       const uint32_t place = routing.next[id] + before;
@@ -205,12 +217,11 @@ __device__ inline void find_rows(const DispatchParams& p, const Routing& routing
       row = kept ? static_cast<int>(place) : -1;
       dest = kept ? dest : -1;
     }
-    if (is_any) rows[i] = dest == x.rank ? row : -1;
-    if (is_any && rank == x.rank) {
+    rows[i] = dest == x.rank ? row : -1;
+    if (rank == x.rank) {
       p.dest_rank[a] = dest;
       p.dest_row[a] = row;
     }
-    rest += kThreads;
   }
   __syncthreads();
 }

@@ -26,6 +26,17 @@ inline uint64_t load_word(const uint64_t* word, emulator::Place place = emulator
   return __atomic_load_n(word, __ATOMIC_RELAXED);
 }
 
+struct WordPair {
+  uint64_t first;
+  uint64_t second;
+};
+inline WordPair load_word_pair(const uint64_t* words,
+                               emulator::Place place = emulator::Place::here()) {
+  emulator::before_load(words, sizeof(WordPair), place);
+  return {__atomic_load_n(&words[0], __ATOMIC_RELAXED),
+          __atomic_load_n(&words[1], __ATOMIC_RELAXED)};
+}
+
 // Whole warps: the line is sent as one, once all its lanes have come.
 inline void store_line(uint4* part, const uint4& value,
                        emulator::Place place = emulator::Place::here()) {
