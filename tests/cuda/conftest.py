@@ -31,7 +31,7 @@ def machine(emulator_library, _shared_machine, rng):
     if not _shared_machine:
         _shared_machine.append(Emulator(emulator_library, num_gpus=16, num_sms=16))
     shared = _shared_machine[0]
-    shared.set_num_sms(3)
+    shared.set_num_sms(5)
     shared.set_protocol(PROTOCOLS[0])
     shared.set_seed(rng.integers(2**32))
     yield shared
@@ -47,7 +47,7 @@ def new_machine(emulator_library, rng):
     machines = []
 
     def make(**options):
-        options = {"seed": rng.integers(2**32), "num_gpus": 4, "num_sms": 2, **options}
+        options = {"seed": rng.integers(2**32), "num_gpus": 4, "num_sms": 4, **options}
         machines.append(Emulator(emulator_library, **options))
         return machines[-1]
 

@@ -180,7 +180,7 @@ def test_ranks_with_different_numbers_of_ctas(new_machine):
     machine.set_num_sms(1)
     launch_dispatch(machine, group, 1)
     machine.synchronize()
-    cause = r"differ in the number of CTAs \((2 and 1|1 and 2)\)"
+    cause = r"differ in the number of CTAs \((4 and 1|1 and 4)\)"
     assert_failed(errors_of(machine, group, (0, 1)), cause)
 
 

@@ -174,10 +174,10 @@ template <typename Element>
 __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const Opening opening(x);
-  const Teams teams{p.senders};
+  const Teams<kCombineReceivers> teams{p.senders};
   const bool sends = !teams.has_senders() || teams.is_sender();
   const bool sums = !teams.has_senders() || !teams.is_sender();
-  const Units units(p.slices, x.num_tokens, true, teams.own());
+  const Units units(p.slices, x.num_tokens, teams);
   // What needs no peer is loaded while the exchange opens.
   const Chunk sent(x.num_tokens * x.top_k);
   const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
@@ -186,6 +186,7 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
   begin_alone(x);
   send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
   if (blockIdx.x == 0) post(x, s, 0);
+  if (teams.is_left_over()) return;
   RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
   const Tiles tiles(units.tokens(), kTileAssignments / (x.num_ranks * x.top_k));
   bool ready = true;

@@ -23,8 +23,8 @@ constexpr int kMaxSentByAll = 16384;
 constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
 constexpr int kMaxArrivals = 8192;    // partial sums of one rank: slices of its tokens
 // With few bytes, too, their rows and partial sums are sent, in lines: so many slices (geometry.h)
-// of one rank to another, 2 MiB.
-constexpr int kMaxSentSlices = 2048;
+// of one rank to another, 4 MiB.
+constexpr int kMaxSentSlices = 4096;
 
 // What two ranks must agree on before one reads the other's memory. Names for the error are in
 // failure.cc, in this order.

@@ -114,14 +114,19 @@ struct OutgoingSlice {
   }
 };
 
-// This rank's units `mine`, the warp's first of which has been loaded. While one is sent, the next
+using DispatchTeams = Teams<kDispatchReceivers>;
+
+// This CTA's units `mine`, the warp's first of which has been loaded. While one is sent, the next
 // one is on its way already. All threads.
-__device__ void send_rows(const DispatchParams& p, const Session& s, const Chunk& mine,
-                          OutgoingSlice slice) {
-  for (int unit = mine.begin + warp_id(); unit < mine.end; unit += kWarps) {
-    const OutgoingSlice next(p, unit + kWarps, mine.end);
+__device__ void send_rows(const DispatchParams& p, const Session& s, const DispatchTeams& teams,
+                          const Chunk& mine, OutgoingSlice slice) {
+  int unit = teams.sent_unit(mine, warp_id());
+  for (int n = warp_id(); n < teams.count_sent(mine); n += kWarps) {
+    const int next_unit = teams.sent_unit(mine, n + kWarps);
+    const OutgoingSlice next(p, next_unit, mine.end);
     slice.send(p, s, unit);
     slice = next;
+    unit = next_unit;
   }
 }
 
@@ -258,20 +263,23 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   int* rows = static_cast<int*>(shared_memory);
   const Routing routing(reinterpret_cast<uint32_t*>(rows + kTileAssignments), x.num_experts);
   const AllIds all_ids(routing.end(), x);
-  const Teams teams{kSendsRows ? p.senders : 0};
+  const DispatchTeams teams{kSendsRows ? p.senders : 0};
   const Team team = teams.own();
   // Where rows are sent there are few, and several CTAs share a token.
-  const Units units(p.slices, x.num_tokens, kSendsRows, team);
+  const Units units =
+      kSendsRows ? Units(p.slices, x.num_tokens, teams) : Units(p.slices, x.num_tokens, false);
   const Chunk chunk = units.tokens();
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
   const uint32_t leaves = kSendsRows ? 0 : ((1u << p.num_leaves) - 1) << kFirstLeaf;
   // What needs no peer is loaded while the exchange opens.
   [[maybe_unused]] const auto early = load_early<kRoutes>(p);
   const bool sends_rows = kSendsRows && (!teams.has_senders() || teams.is_sender());
-  const OutgoingSlice first(p, units.chunk.begin + warp_id(), sends_rows ? units.chunk.end : 0);
+  const OutgoingSlice first(p, teams.sent_unit(units.chunk, warp_id()),
+                            sends_rows ? units.chunk.end : 0);
   if (!open(x, s, opening)) return;
   if (kSendsRows) begin_alone(x);
-  if (kSendsRows && teams.is_sender()) return send_rows(p, s, units.chunk, first);
+  if (kSendsRows && teams.is_left_over()) return;
+  if (kSendsRows && teams.is_sender()) return send_rows(p, s, teams, units.chunk, first);
   const auto work_of = [&](const Tile& tile) {
     const int pulls = units.of(tile).size() * x.num_ranks;
     return Work(tile, kSendsRows ? (pulls + 1) / 2 : pulls, true, p.padding, team);
@@ -280,7 +288,7 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   if (blockIdx.x == 0) post(x, s, kRouted ? leaves : leaves | 1u << kDestRank | 1u << kDestRow);
   if constexpr (kIsByIds<kRoutes>) {
     send_ids(p, s, all_ids, team, early);
-    if (sends_rows) send_rows(p, s, units.chunk, first);
+    if (sends_rows) send_rows(p, s, teams, units.chunk, first);
     clear_counts(x, routing);
     receive_ids(x, s, all_ids);
     if (!receive_addresses(x, s, leaves)) return;

@@ -65,4 +65,9 @@ inline int transpose_slice(int64_t num_tokens) { return num_tokens <= 1024 ? 2 *
 constexpr int kSentSlice = 60;
 constexpr int kSentAccess = 16;  // bytes
 
+// CTAs that receive what one CTA sends, where they do not all do both. In dispatch they store each
+// row several times; in combine both sum rows.
+constexpr int kDispatchReceivers = 3;
+constexpr int kCombineReceivers = 1;
+
 }  // namespace freeio::cuda

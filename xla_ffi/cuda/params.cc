@@ -101,12 +101,11 @@ bool sends_slices(const Exchange& exchange, int64_t of_token) {
   return sends_routing(exchange) && exchange.num_tokens * of_token <= max_sent_slices;
 }
 
-// `share` of the CTAs only send so many slices to each peer, where there is enough to do for them.
-int32_t senders_of(const Exchange& exchange, int64_t slices, double share) {
+// CTAs that only send, so many slices to each peer, where there is enough to do for them.
+int32_t senders_of(const Exchange& exchange, int64_t slices, int receivers) {
   constexpr int64_t kLeast = 4;  // of each CTA
   const auto ctas = static_cast<int32_t>(exchange.signature[kGrid]);
-  const bool enough = exchange.num_ranks > 1 && slices >= kLeast * ctas;
-  return enough ? static_cast<int32_t>(share * ctas) : 0;
+  return exchange.num_ranks > 1 && slices >= kLeast * ctas ? ctas / (1 + receivers) : 0;
 }
 
 // Cuts the leaves into slices that can be sent in lines, if the call sends its rows.
@@ -124,9 +123,8 @@ bool cut_to_be_sent(DispatchParams& params) {
     leaf.slice_bytes = accesses * kSentAccess;
   }
   params.num_slices = static_cast<int32_t>(of_token);
-  // With one peer only, memory has more to do than the link.
-  const double share = params.exchange.num_ranks == 2 ? 0.25 : 0.5;
-  params.senders = senders_of(params.exchange, params.exchange.num_tokens * of_token, share);
+  params.senders =
+      senders_of(params.exchange, params.exchange.num_tokens * of_token, kDispatchReceivers);
   return true;
 }
 
@@ -189,7 +187,7 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
   params.sends_routes =
       in_lines || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
   if (in_lines) {
-    params.senders = senders_of(x, x.num_tokens * sent.first, 0.5);
+    params.senders = senders_of(x, x.num_tokens * sent.first, kCombineReceivers);
     params.peers = Divisor(x.num_ranks - 1);
   } else {
     post(kScratch, params.partial_sums, params.exchange);

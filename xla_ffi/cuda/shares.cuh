@@ -17,23 +17,6 @@ struct Team {
   }
 };
 
-// A kernel's CTAs where some of them send and the others receive, as a CTA whose stores wait for
-// the link can do nothing else meanwhile: its loads, and what it does in shared memory, queue up
-// behind them.
-struct Teams {
-  int senders;  // the last ones; 0: all CTAs do both
-
-  __device__ bool has_senders() const { return senders > 0; }
-  __device__ bool is_sender() const {
-    return static_cast<int>(blockIdx.x) >= Team::all().size - senders;
-  }
-  __device__ Team own() const {
-    const Team all = Team::all();
-    const int others = all.size - senders;
-    return is_sender() ? Team{all.number - others, senders} : Team{all.number, others};
-  }
-};
-
 // Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them. The last ones have
 // one more where they cannot be shared evenly: the first has other things to do.
 struct Chunk {
@@ -49,6 +32,54 @@ struct Chunk {
   __device__ explicit Chunk(int num_tokens, const Team& team = Team::all())
       : Chunk(num_tokens, team.number, team.size) {}
   __device__ int size() const { return end - begin; }
+
+  // The `index`-th of `count` shares of it.
+  __device__ Chunk part(int index, int count) const {
+    Chunk share(size(), index, count);
+    share.begin += begin;
+    share.end += begin;
+    return share;
+  }
+};
+
+// A kernel's CTAs where some of them send and the others receive, as a CTA whose stores wait for
+// the link can do nothing else meanwhile: its loads, and what it does in shared memory, queue up
+// behind them. The chunk of one that sends is shared out among `kReceivers`, on all ranks alike.
+template <int kReceivers>
+struct Teams {
+  int senders;  // the last CTAs; 0: all CTAs do both
+
+  __device__ bool has_senders() const { return senders > 0; }
+  __device__ bool is_sender() const {
+    return static_cast<int>(blockIdx.x) >= Team::all().size - senders;
+  }
+  __device__ bool is_left_over() const {
+    return has_senders() && !is_sender() && own().number >= own().size;
+  }
+  __device__ Team own() const {
+    const Team all = Team::all();
+    if (!has_senders()) return all;
+    return is_sender() ? Team{all.number - (all.size - senders), senders}
+                       : Team{all.number, senders * kReceivers};
+  }
+  // This CTA's of so many units.
+  __device__ Chunk chunk_of(int units) const {
+    const Team team = own();
+    if (!has_senders() || is_sender()) return Chunk(units, team);
+    return Chunk(units, team.number / kReceivers, senders)
+        .part(team.number % kReceivers, kReceivers);
+  }
+  // The n-th unit that this CTA sends of its chunk; at or beyond the chunk's end: none. All
+  // receivers get theirs in the same time.
+  __device__ int sent_unit(const Chunk& chunk, int n) const {
+    if (!has_senders()) return chunk.begin + n;
+    const Chunk part = chunk.part(n % kReceivers, kReceivers);
+    return n / kReceivers < part.size() ? part.begin + n / kReceivers : chunk.end;
+  }
+  // How many n there are.
+  __device__ static int count_sent(const Chunk& chunk) {
+    return (chunk.size() + kReceivers - 1) / kReceivers * kReceivers;
+  }
 };
 
 // The part of a chunk whose routes fit in shared memory; mostly all of it.
@@ -94,13 +125,15 @@ struct Units {
   const Divisor& per_token;
   Chunk chunk;
 
-  __device__ Units(const Divisor& slices, int num_tokens, bool shares_tokens,
-                   const Team& team = Team::all())
-      : per_token(slices), chunk(shares_tokens ? num_tokens * size_of_token() : num_tokens, team) {
+  __device__ Units(const Divisor& slices, int num_tokens, bool shares_tokens)
+      : per_token(slices), chunk(shares_tokens ? num_tokens * size_of_token() : num_tokens) {
     if (shares_tokens) return;
     chunk.begin *= size_of_token();
     chunk.end *= size_of_token();
   }
+  template <int kReceivers>
+  __device__ Units(const Divisor& slices, int num_tokens, const Teams<kReceivers>& teams)
+      : per_token(slices), chunk(teams.chunk_of(num_tokens * size_of_token())) {}
 
   __device__ int size_of_token() const { return static_cast<int>(per_token.divisor); }
 
