@@ -17,6 +17,9 @@ namespace {
 constexpr int kTileAssignments = 2048;  // of all ranks, whose routes are in shared memory
 constexpr int kColumns = 2;             // accesses of one lane to a slice
 constexpr int kRowsTogether = 4;        // that a warp waits for at once
+// A warp that waits loads the lines themselves so many times, some 20 us: when they have come, they
+// are in its registers. Then it looks at their flags only, and at the clock.
+constexpr int kEagerPolls = 32;
 
 // A tile's work, as one warp does it.
 template <typename Element>
@@ -124,7 +127,8 @@ struct Combine {
     bool has_own = false;
     while (ranks != 0) {
       LineSlice slices[kSlicesTogether];
-      while (!load_sent(ranks, unit, slices)) {
+      for (int polls = 0; !load_sent(ranks, unit, slices); ++polls) {
+        if (polls < kEagerPolls) continue;
         uint32_t from = ranks;
         for (int i = 0; i < slice_of_lane(); ++i) from &= from - 1;
         const int rank = first_of(from);

@@ -280,16 +280,18 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   if (kSendsRows) begin_alone(x);
   if (kSendsRows && teams.is_left_over()) return;
   if (kSendsRows && teams.is_sender()) return send_rows(p, s, teams, units.chunk, first);
-  const auto work_of = [&](const Tile& tile) {
-    const int pulls = units.of(tile).size() * x.num_ranks;
-    return Work(tile, kSendsRows ? (pulls + 1) / 2 : pulls, true, p.padding, team);
-  };
-  Work work = work_of(tiles[0]);
   if (blockIdx.x == 0) post(x, s, kRouted ? leaves : leaves | 1u << kDestRank | 1u << kDestRow);
   if constexpr (kIsByIds<kRoutes>) {
     send_ids(p, s, all_ids, team, early);
     if (sends_rows) send_rows(p, s, teams, units.chunk, first);
     clear_counts(x, routing);
+  }
+  const auto work_of = [&](const Tile& tile) {
+    const int pulls = units.of(tile).size() * x.num_ranks;
+    return Work(tile, kSendsRows ? (pulls + 1) / 2 : pulls, true, p.padding, team);
+  };
+  Work work = work_of(tiles[0]);
+  if constexpr (kIsByIds<kRoutes>) {
     receive_ids(x, s, all_ids);
     if (!receive_addresses(x, s, leaves)) return;
     count_ids(x, routing, all_ids);
