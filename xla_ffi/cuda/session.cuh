@@ -42,8 +42,8 @@ __device__ inline bool has_failed(const Session& s) {
 
 __device__ inline ControlBlock& self(const Exchange& x) { return *x.control[x.rank]; }
 
-// Functions of what hardly ever happens are not inlined: a call with few tokens takes about as long
-// as its instructions take to be fetched, and those of failures would lie between all others.
+// Functions of what hardly ever happens are not inlined: calls with few tokens, in which nothing is
+// done often, are faster for it.
 
 // Ends the exchange with an error: records it, if it is this GPU's first, and tells the peers.
 [[gnu::noinline]] __device__ inline void fail(const Exchange& x, Session& s, Step step, int peer,
