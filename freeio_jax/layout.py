@@ -148,12 +148,13 @@ class Layout:
         layout = cls(num_ranks, num_tokens, top_k, num_experts, capacity, alignment)
         for name, rows in (
             ("capacity", capacity),
+            ("alignment", alignment),
             ("num_ranks * num_tokens * top_k", num_ranks * layout.num_assignments),
         ):
             if rows > INT32_MAX:
                 raise ValueError(
                     f"dispatch: {name} = {rows} does not fit in int32, which counts rows here. "
-                    "Pass a smaller capacity, or fewer tokens per call."
+                    "Pass a smaller capacity or alignment, or fewer tokens per call."
                 )
         return layout
 

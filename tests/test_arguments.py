@@ -300,3 +300,11 @@ def test_unknown_setting():
 def test_initialize_in_one_process_is_harmless():
     fio.initialize()
     fio.initialize()
+
+
+@pytest.mark.parametrize("sizes", [{"capacity": 2**31}, {"capacity": 0, "alignment": 2**32}])
+def test_sizes_fit_in_int32(sizes):
+    """Also an alignment that no row needs: kernels divide by it."""
+    name, value = list(sizes.items())[-1]
+    with pytest.raises(ValueError, match=f"{name} = {value} does not fit in int32.*Pass a smaller"):
+        trace_dispatch(**sizes)

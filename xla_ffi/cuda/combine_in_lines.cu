@@ -17,8 +17,8 @@ namespace {
 constexpr int kTileAssignments = 2048;  // of all ranks, whose routes are in shared memory
 constexpr int kColumns = 2;             // accesses of one lane to a slice
 constexpr int kRowsTogether = 4;        // that a warp waits for at once
-// A warp that waits loads the lines themselves so many times, some 20 us: when they have come, they
-// are in its registers. Then it looks at their flags only, and at the clock.
+// A warp that waits loads the lines themselves so many times: when they have come, they are in its
+// registers. Then it looks at their flags only, and at the clock.
 constexpr int kEagerPolls = 32;
 
 // A tile's work, as one warp does it.
