@@ -176,6 +176,18 @@ def test_combine(machine, rng, name):
         )
 
 
+@pytest.mark.parametrize(("num_tokens", "width"), [(4096, 4), (4097, 4), (1024, 32 * 512)])
+def test_the_most_routes_that_are_sent(machine, rng, num_tokens, width):
+    """A rank has room for those of 4096 tokens with 8 assignments each, and for 32768 slices."""
+    geometry = Geometry(2, num_tokens, 8, 8, capacity=200)
+    _, out, placement = run_dispatch(machine, rng, geometry, width=4)
+    expert_out = values(rng, (2, 200, width), "float32")
+    weights = power_of_two_weights(rng, geometry.topk_shape)
+    z = combine(machine, geometry, out, expert_out, weights)
+    machine.synchronize()
+    assert_combined(np.stack(z), expert_out, placement, geometry.topk_shape, weights, exact=True)
+
+
 def test_the_weight_of_a_skipped_id_is_not_looked_at(machine, rng):
     geometry = Geometry(2, 15, 4, 8, capacity=20)
     _, out, placement = run_dispatch(machine, rng, geometry)

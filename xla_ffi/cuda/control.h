@@ -21,7 +21,10 @@ constexpr int kMaxLeaves = 16;     // arrays of one token pytree
 constexpr int kMaxSentAssignments = 2048;
 constexpr int kMaxSentByAll = 16384;
 constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
-constexpr int kMaxArrivals = 8192;    // partial sums of one rank: slices of its tokens
+// combine sends the routes of more: of so many assignments of one rank, whose tokens have at most
+// so many slices.
+constexpr int kMaxSentRoutes = 32768;
+constexpr int kMaxArrivals = 32768;
 // With few bytes, too, their rows and partial sums are sent, in lines: so many slices (geometry.h)
 // of one rank to another, 4 MiB.
 constexpr int kMaxSentSlices = 4096;
@@ -72,7 +75,16 @@ struct alignas(128) SentSlice {
 struct Mailbox {
   Word signature[kSignatureWords];
   Word address[kMaxAddresses][2];         // low half, high half
-  alignas(16) Word routing[kMaxExperts];  // counts for each expert; or ids; or rows and weights
+  alignas(16) Word routing[kMaxExperts];  // counts for each expert, or ids
+};
+
+// What one peer sends where there is more of it, by turns as in the mailboxes.
+struct Inbox {
+  SentSlice slices[2][kMaxSentSlices];  // rows or partial sums
+  Word routes[2][2 * kMaxSentRoutes];   // combine's: rows, then weights
+  // Epoch of the last exchange in which the peer has stored that slice of that token's partial sum.
+  // A peer that stores those of its next exchange has got this GPU's routes of that one.
+  uint32_t arrived[kMaxArrivals];
 };
 
 // Words of the control block are counted by the peer's GPU number, which all processes of the host
@@ -84,9 +96,6 @@ struct ControlBlock {
   Mailbox mailbox[kMaxRanks][2];
   uint32_t finished[kMaxRanks];  // CTAs, in all exchanges, in which the peer is done with us
   uint32_t aborted[kMaxRanks];   // not 0: the peer gave up, and its memory must not be touched
-  // Epoch of the last exchange in which the peer has stored that slice of that token's partial sum.
-  // A peer that stores those of its next exchange has got this GPU's routes of that one.
-  uint32_t arrived[kMaxRanks][kMaxArrivals];
 
   // Written by this GPU's process, before it lets a peer use the region: where this GPU sees it.
   uint64_t region_base[kMaxRanks][kMaxRegions];
@@ -106,14 +115,13 @@ struct ControlBlock {
   uint32_t lost[kMaxRanks];  // not 0: the peer's process is there no more
   uint64_t timeout_ns;       // 0: not copied yet
 
-  // Rows or partial sums of the peer, by turns as the mailboxes. There is memory for as many peers
-  // as there are GPUs: control_bytes().
-  SentSlice slices[kMaxRanks][2][kMaxSentSlices];
+  // Written by peers. There is memory for as many as there are GPUs: control_bytes().
+  Inbox inbox[kMaxRanks];
 };
 
 // Of a control block, where so many GPUs exchange rows.
 inline size_t control_bytes(int num_gpus) {
-  return sizeof(ControlBlock) - (kMaxRanks - num_gpus) * sizeof(ControlBlock::slices[0]);
+  return sizeof(ControlBlock) - (kMaxRanks - num_gpus) * sizeof(Inbox);
 }
 
 // Steps at which a rank waits or gives up. Texts for the error are in failure.cc.
@@ -227,7 +235,7 @@ struct CombineParams {
   int32_t num_slices;
   Divisor slices;
   int32_t slice_width;
-  bool sends_routes;  // few assignments: they are sent, and the arrival flags are the engine's
+  bool sends_routes;  // they are sent, and the arrival flags are the engine's
   // Where partial sums are sent in lines:
   int32_t senders;  // CTAs that only send; 0: all do both
   Divisor peers;    // of each rank

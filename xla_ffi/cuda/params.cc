@@ -14,6 +14,7 @@ namespace freeio::cuda {
 namespace {
 
 std::atomic<int64_t> max_sent_assignments{kMaxSentAssignments};
+std::atomic<int64_t> max_sent_routes{kMaxSentRoutes};
 std::atomic<int64_t> max_sent_slices{kMaxSentSlices};
 
 enum Op : uint32_t { kDispatchOp, kDispatchAlongOp, kCombineOp, kCombineTransposeOp };
@@ -132,6 +133,7 @@ bool cut_to_be_sent(DispatchParams& params) {
 
 void set_most_sent(int64_t assignments, int64_t slices) {
   max_sent_assignments = std::min<int64_t>(assignments, kMaxSentAssignments);
+  max_sent_routes = std::min<int64_t>(assignments, kMaxSentRoutes);
   max_sent_slices = std::min<int64_t>(slices, kMaxSentSlices);
 }
 
@@ -176,8 +178,8 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
 Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params) {
   const bool wide = is_wide(type, {params.expert_out, params.sums, params.partial_sums});
   const Exchange& x = params.exchange;
-  const bool sends =
-      x.num_ranks > 1 && sends_routing(x) && bytes_of(type.dtype) <= 4 && x.capacity <= kMaxSentRow;
+  const bool sends = x.num_ranks > 1 && int64_t{x.num_tokens} * x.top_k <= max_sent_routes &&
+                     bytes_of(type.dtype) <= 4 && x.capacity <= kMaxSentRow;
   const int32_t pack = pack_of(type.dtype, wide);
   const int64_t accesses = type.width / pack;
   const auto sent = sent_slices_of(accesses);

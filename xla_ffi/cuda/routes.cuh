@@ -56,8 +56,8 @@ struct SentAssignment {
   }
 };
 
-// The routes of this rank's assignments `mine`, and their weights unless these are ones, to all
-// peers. All threads; `first` is the thread's first of them.
+// The routes of this rank's assignments `mine` to all peers, and their weights, unless these are
+// ones, to those that have their rows. All threads; `first` is the thread's first of them.
 __device__ inline void send_routes(const Exchange& x, const Session& s, const Chunk& mine,
                                    SentAssignment first, const int32_t* dest_rank,
                                    const int32_t* dest_row, const void* weights) {
@@ -66,9 +66,9 @@ __device__ inline void send_routes(const Exchange& x, const Session& s, const Ch
     const uint32_t route = SentRoute(first.rank, first.row).word();
     for (int rank = 0; rank < x.num_ranks; ++rank) {
       if (rank == x.rank) continue;
-      Word* words = mailbox_to(x, s, rank).routing;
+      Word* words = inbox_on(x, rank).routes[turn(s, rank)];
       store_word(&words[a], make_word(s.epoch[rank], route));
-      if (weights != nullptr) {
+      if (weights != nullptr && rank == first.rank) {
         store_word(&words[assignments + a], make_word(s.epoch[rank], first.weight));
       }
     }
@@ -123,7 +123,7 @@ struct RouteTile {
       const int rank = rank_of(i);
       const int a = begin + i % per_rank;
       // All loads are on their way before one is waited for.
-      const Word* words = mailbox_from(x, s, rank).routing;
+      const Word* words = inbox_of(x, rank).routes[turn(s, rank)];
       const bool own = rank == x.rank;
       if (!own && !peers) continue;
       const int own_rank = own ? dest_rank[a] : -1;
@@ -140,7 +140,7 @@ struct RouteTile {
       const SentRoute sent(value_of(route));
       ranks[i] = sent.rank();
       rows[i] = sent.row();
-      if (weight == nullptr) continue;
+      if (weight == nullptr || sent.rank() != x.rank) continue;
       if (!wait_word(x, s, kWaitRoutes, rank, &words[weights_at + a], its_weight)) break;
       weights[i] = weight_of<Accumulator>(value_of(its_weight));
     }

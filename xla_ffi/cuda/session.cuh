@@ -161,6 +161,14 @@ __device__ inline Mailbox& mailbox_from(const Exchange& x, const Session& s, int
   return self(x).mailbox[x.gpu[peer]][turn(s, peer)];
 }
 
+// The same of the inboxes.
+__device__ inline Inbox& inbox_on(const Exchange& x, int peer) {
+  return x.control[peer]->inbox[x.gpu[x.rank]];
+}
+__device__ inline Inbox& inbox_of(const Exchange& x, int peer) {
+  return self(x).inbox[x.gpu[peer]];
+}
+
 // What a kernel loads first of all: each value by a thread of another warp, so that all are on
 // their way together, and the thread can load something else before it looks at them.
 struct Opening {
