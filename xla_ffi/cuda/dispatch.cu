@@ -92,7 +92,7 @@ struct Targets {
 // A slice of this rank's tokens on its way to the peers that need it.
 struct OutgoingSlice {
   LineSlice data;
-  int bytes;
+  int bytes = 0;
   int id = -1;  // of the token's assignment, in the lanes
 
   __device__ OutgoingSlice(const DispatchParams& p, int unit, int end) {
