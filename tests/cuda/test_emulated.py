@@ -32,6 +32,8 @@ from operations import (
 )
 
 all_protocols = pytest.mark.parametrize("protocol", PROTOCOLS, indirect=True)
+#: Of operations that send no rows.
+routes_or_nothing = pytest.mark.parametrize("protocol", PROTOCOLS[1:], indirect=True)
 
 
 @pytest.fixture
@@ -219,6 +221,8 @@ def test_the_most_sums_that_are_sent(machine, rng, num_tokens):
 # --- combine_transpose ---------------------------------------------------------------------------
 
 
+@routes_or_nothing
+@pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("results", ["rows", "weights", "both"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_combine_transpose_dtypes(machine, rng, dtype, results):
@@ -238,6 +242,8 @@ def test_combine_transpose_dtypes(machine, rng, dtype, results):
         check_transposed(grads, geometry, placement, cotangent, weights, expert_out)
 
 
+@routes_or_nothing
+@pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_combine_transpose(machine, rng, name):
     geometry = GEOMETRIES[name]

@@ -327,11 +327,7 @@ __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& t
                                RouteTile<Accumulator>& routes) {
   const Exchange& x = p.exchange;
   routes.begin(x, tile);
-  if (p.sends_routes) {
-    routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights, true);
-  } else {
-    routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
-  }
+  routes.take(x, s, tile, p.dest_rank, p.dest_row, p.weights, p.sends_routes);
   if (tile.number > 0) return !__syncthreads_or(has_failed(s));
   // Where flags had to be cleared, the slots' addresses come later than the others.
   const uint32_t flags = p.sends_routes ? 0 : 1u << kFlags;
@@ -349,11 +345,10 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
                              p.dest_row, p.weights);
   if (!open(x, s, opening)) return;
   send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
-  const uint32_t routes_of_peers = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
-  if (blockIdx.x == 0) post(x, s, p.sends_routes ? 1u << kScratch : routes_of_peers);
+  if (blockIdx.x == 0) post(x, s, p.sends_routes ? 1u << kScratch : kRouteSlots);
   if (!p.sends_routes) {
     prepare_slots(p, units.chunk, s);
-    if (!receive_addresses(x, s, routes_of_peers)) return;
+    if (!receive_addresses(x, s, kRouteSlots)) return;
   }
   constexpr int kAssignments = tile_assignments<typename Element::Accumulator>();
   RouteTile<typename Element::Accumulator> routes(shared_memory, kAssignments);

@@ -184,21 +184,28 @@ __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shar
   const Exchange& x = p.exchange;
   const Opening opening(x);
   const Chunk chunk(x.num_tokens);
+  // What needs no peer is loaded while the exchange opens.
+  const Chunk sent(p.sends_routes ? x.num_tokens * x.top_k : 0);
+  const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
+                             p.dest_row, p.weights);
   if (!open(x, s, opening)) return;
-  constexpr uint32_t kSlots =
-      1u << kDestRank | 1u << kDestRow | 1u << kWeights | 1u << kWeightGrads | 1u << kFirstLeaf;
-  if (blockIdx.x == 0) post(x, s, kSlots);
-  if (!receive_addresses(x, s, kSlots)) return;
+  send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
+  const uint32_t slots = 1u << kWeightGrads | 1u << kFirstLeaf | (p.sends_routes ? 0 : kRouteSlots);
+  if (blockIdx.x == 0) post(x, s, slots);
+  if (!receive_addresses(x, s, slots)) return;
   using Op = CombineTranspose<Element, kCount>;
   using Accumulator = typename Element::Accumulator;
   const int capacity = tile_capacity(sizeof(Accumulator), p.num_slices);
   auto* dots = static_cast<Accumulator*>(shared_memory);
   RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
   const Tiles tiles(chunk, capacity / (x.num_ranks * x.top_k));
+  bool ready = true;
   tiles.for_each(s, [&](const Tile& tile) {
+    if (!ready) return;
     routes.begin(x, tile);
-    routes.fetch(x, s, tile, p.dest_rank, p.dest_row, p.weights);
-    __syncthreads();
+    routes.take(x, s, tile, p.dest_rank, p.dest_row, p.weights, p.sends_routes);
+    ready = !__syncthreads_or(has_failed(s));
+    if (!ready) return;
     const Op op{p, x, s, routes, dots, tile};
     const Work work(tile, tile.size() * p.num_slices * x.num_ranks, p.rows != nullptr, p.padding);
     run_work(work, s, [&](int item) { op.pull(item); }, [&](int64_t row) { op.zero_padding(row); });

@@ -251,6 +251,7 @@ struct CombineTransposeParams {
   const void* weights;     // null without rows
   void* rows;
   void* weight_grads;
+  bool sends_routes;  // instead of showing the peers where they are
   int32_t width;
   int32_t num_slices;
   Divisor slices;

@@ -97,6 +97,12 @@ bool sends_routing(const Exchange& exchange) {
   return assignments <= max_sent_assignments && assignments * exchange.num_ranks <= kMaxSentByAll;
 }
 
+// Whether combine and its transpose send their routes: not too many, and weights of 32 bits.
+bool sends_routes(const Exchange& exchange, DType dtype) {
+  return exchange.num_ranks > 1 && exchange.capacity <= kMaxSentRow && bytes_of(dtype) <= 4 &&
+         int64_t{exchange.num_tokens} * exchange.top_k <= max_sent_routes;
+}
+
 // Whether it has so few bytes that it sends rows or partial sums of so many slices, too.
 bool sends_slices(const Exchange& exchange, int64_t of_token) {
   return sends_routing(exchange) && exchange.num_tokens * of_token <= max_sent_slices;
@@ -178,8 +184,7 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
 Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params) {
   const bool wide = is_wide(type, {params.expert_out, params.sums, params.partial_sums});
   const Exchange& x = params.exchange;
-  const bool sends = x.num_ranks > 1 && int64_t{x.num_tokens} * x.top_k <= max_sent_routes &&
-                     bytes_of(type.dtype) <= 4 && x.capacity <= kMaxSentRow;
+  const bool sends = sends_routes(x, type.dtype);
   const int32_t pack = pack_of(type.dtype, wide);
   const int64_t accesses = type.width / pack;
   const auto sent = sent_slices_of(accesses);
@@ -218,8 +223,11 @@ Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,
     cut_rows(type, wide, slices_of(type.width / pack_of(type.dtype, wide), slice), params);
     slice *= 2;
   } while (!combine_transpose_fits(accumulator_bytes, params.num_slices, assignments));
-  post_routes(params);
-  post(kWeights, params.weights, params.exchange);
+  params.sends_routes = sends_routes(params.exchange, type.dtype);
+  if (!params.sends_routes) {
+    post_routes(params);
+    post(kWeights, params.weights, params.exchange);
+  }
   post(kWeightGrads, params.weight_grads, params.exchange);
   post(kFirstLeaf, params.tokens, params.exchange);
   params.padding = blocks_of(params.exchange.capacity);

@@ -6,6 +6,9 @@
 
 namespace freeio::cuda {
 
+// Where they are read from, unless they are sent.
+constexpr uint32_t kRouteSlots = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
+
 // The routes of one token, in the lanes of a warp: lane k has assignment k.
 template <typename Accumulator>
 struct TokenRoutes {
@@ -95,6 +98,16 @@ struct RouteTile {
     num_ranks = x.num_ranks;
     top_k = x.top_k;
     per_rank = tile.size() * top_k;
+  }
+
+  // By one of the two below, of which the second may fail.
+  __device__ void take(const Exchange& x, Session& s, const Tile& tile, const int32_t* dest_rank,
+                       const int32_t* dest_row, const void* weight, bool are_sent) {
+    if (are_sent) {
+      receive(x, s, tile, dest_rank, dest_row, weight, true);
+    } else {
+      fetch(x, s, tile, dest_rank, dest_row, weight);
+    }
   }
 
   // Reads them all at once, the peers' over the link. All threads; a barrier must follow.
