@@ -40,7 +40,6 @@ struct Combine {
       begin = (unit - token * p.num_slices) * p.slice_width;
       end = min(begin + p.slice_width, p.width);
     }
-    __device__ int bytes() const { return (end - begin) * static_cast<int>(sizeof(Element)); }
     // Where the lane's elements begin; at or beyond `end`: it has none.
     __device__ int column(int c) const { return begin + LineSlice::place(c) * kCount; }
   };
@@ -63,10 +62,9 @@ struct Combine {
       const Slice slice(p, units.begin + (is_sent ? p.peers.quotient(item) : item - sent));
       const auto of_token = routes.of(rank, slice.token - tile.begin);
       if (is_sent && of_token.on(x.rank) == 0) continue;
-      LineSlice partial = sum_of_rows(of_token, slice);
+      const LineSlice partial = sum_of_rows(of_token, slice);
       if (is_sent) {
-        partial.give();
-        partial.send(slices_to(x, s, rank)[slice.unit], slice.bytes(), s.epoch[rank]);
+        partial.send(slices_to(x, s, rank)[slice.unit], s.epoch[rank]);
       } else {
         store_sum(of_token, slice, partial);
       }
@@ -115,7 +113,7 @@ struct Combine {
     const uint32_t ranks =
         __reduce_or_sync(kFullWarp, of_token.rank >= 0 ? 1u << of_token.rank : 0u);
     Sums sums = {};
-    add_all(ranks & ~(1u << x.rank), slice, own, sums);
+    add_all(ranks & ~(1u << x.rank), slice.unit, own, sums);
     Element* const row = static_cast<Element*>(p.sums) + int64_t{slice.token} * p.width;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -125,18 +123,17 @@ struct Combine {
   }
 
   // The partial sums that the peers in `ranks` send, and this rank's own where its turn is.
-  __device__ void add_all(uint32_t ranks, const Slice& slice, const LineSlice& own,
-                          Sums& sums) const {
+  __device__ void add_all(uint32_t ranks, int unit, const LineSlice& own, Sums& sums) const {
     bool has_own = false;
     while (ranks != 0) {
       LineSlice slices[kSlicesTogether];
-      for (int polls = 0; !load_sent(ranks, slice, slices); ++polls) {
+      for (int polls = 0; !load_sent(ranks, unit, slices); ++polls) {
         if (polls < kEagerPolls) continue;
         uint32_t from = ranks;
         for (int i = 0; i < slice_of_lane(); ++i) from &= from - 1;
         const int rank = first_of(from);
-        const SentSlice* const sent = from == 0 ? nullptr : &slices_from(x, s, rank)[slice.unit];
-        if (!wait_for_lines(x, s, kWaitPartialSums, rank, sent, slice.bytes())) return;
+        const SentSlice* const sent = from == 0 ? nullptr : &slices_from(x, s, rank)[unit];
+        if (!wait_for_lines(x, s, kWaitPartialSums, rank, sent)) return;
       }
 #pragma unroll
       for (int i = 0; i < kSlicesTogether; ++i, ranks &= ranks - 1) {
@@ -153,19 +150,16 @@ struct Combine {
   }
 
   // Loads the first ranks' partial sums, as many as there is room for. Whether they were there.
-  __device__ bool load_sent(uint32_t ranks, const Slice& slice,
-                            LineSlice (&slices)[kSlicesTogether]) const {
+  __device__ bool load_sent(uint32_t ranks, int unit, LineSlice (&slices)[kSlicesTogether]) const {
     uint32_t rest = ranks;
 #pragma unroll
     for (int i = 0; i < kSlicesTogether; ++i, rest &= rest - 1) {
-      if (rest == 0) break;
-      slices[i].start(slices_from(x, s, first_of(rest))[slice.unit], slice.bytes());
+      if (rest != 0) slices[i].start(slices_from(x, s, first_of(rest))[unit]);
     }
     bool here = true;
 #pragma unroll
     for (int i = 0; i < kSlicesTogether; ++i, ranks &= ranks - 1) {
-      if (ranks == 0) break;
-      here &= slices[i].is_here(slice.bytes(), s.epoch[first_of(ranks)]);
+      if (ranks != 0) here &= slices[i].is_here(s.epoch[first_of(ranks)]);
     }
     return __all_sync(kFullWarp, here);
   }

@@ -92,27 +92,24 @@ struct Targets {
 // A slice of this rank's tokens on its way to the peers that need it.
 struct OutgoingSlice {
   LineSlice data;
-  int bytes = 0;
   int id = -1;  // of the token's assignment, in the lanes
 
   __device__ OutgoingSlice(const DispatchParams& p, int unit, int end) {
     if (unit >= end) return;
     const Slice slice(p, p.exchange.rank, unit);
-    bytes = slice.bytes;
-    data.load(slice.in(p.leaves[slice.leaf].tokens, p), bytes);
+    data.load(slice.in(p.leaves[slice.leaf].tokens, p), slice.bytes);
     if (lane_id() < p.exchange.top_k) id = p.topk_idx[slice.token * p.exchange.top_k + lane_id()];
   }
 
   // Whole warp.
-  __device__ void send(const DispatchParams& p, const Session& s, int unit) {
+  __device__ void send(const DispatchParams& p, const Session& s, int unit) const {
     const Exchange& x = p.exchange;
     const bool valid = id >= 0 && id < x.num_experts;
     const uint32_t ranks =
         __reduce_or_sync(kFullWarp, valid ? 1u << x.local_experts.quotient(id) : 0u);
-    data.give();
     for (int i = 0; i + 1 < x.num_ranks; ++i) {
       const int rank = rank_of_turn(x, i);
-      if ((ranks >> rank & 1) != 0) data.send(slices_to(x, s, rank)[unit], bytes, s.epoch[rank]);
+      if ((ranks >> rank & 1) != 0) data.send(slices_to(x, s, rank)[unit], s.epoch[rank]);
     }
   }
 };
@@ -170,10 +167,10 @@ struct IncomingSlice {
   }
 
   __device__ void start() {
-    if (sent != nullptr) data.start(*sent, slice.bytes);
+    if (sent != nullptr) data.start(*sent);
   }
   __device__ bool is_here(const Session& s) const {
-    return sent == nullptr || data.is_here(slice.bytes, s.epoch[slice.rank]);
+    return sent == nullptr || data.is_here(s.epoch[slice.rank]);
   }
   __device__ void store(const DispatchParams& p) {
     if (sent != nullptr) data.take();
@@ -197,9 +194,8 @@ __device__ void move_two(const DispatchParams& p, Session& s, const Tile& tile, 
   while (!__all_sync(kFullWarp, a.is_here(s) && b.is_here(s))) {
     const int which = slice_of_lane();
     const int peer = which == 0 ? a.slice.rank : b.slice.rank;
-    const int bytes = which == 0 ? a.slice.bytes : b.slice.bytes;
     const SentSlice* const sent = which == 0 ? a.sent : which == 1 ? b.sent : nullptr;
-    if (!wait_for_lines(x, s, kWaitRows, peer, sent, bytes)) return;
+    if (!wait_for_lines(x, s, kWaitRows, peer, sent)) return;
     a.start();
     b.start();
   }

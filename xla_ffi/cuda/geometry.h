@@ -62,7 +62,7 @@ constexpr int kCombineSlice = 4 * 32;
 inline int transpose_slice(int64_t num_tokens) { return num_tokens <= 1024 ? 2 * 32 : 8 * 32; }
 
 // Accesses in a slice that is sent in lines, with their flags a kilobyte: lines.cuh.
-constexpr int kSentSlice = 62;
+constexpr int kSentSlice = 60;
 constexpr int kSentAccess = 16;  // bytes
 
 // CTAs that receive what one CTA sends, where they do not all do both. In dispatch they store each
