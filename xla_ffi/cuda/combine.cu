@@ -228,7 +228,7 @@ struct Combine {
     if (lane_id() != 0) return;
     // Partner: the load in flag_is_set() on the peer.
     if (p.sends_routes) {
-      store_release_system(&inbox_on(x, task.rank).arrived[task.unit], s.epoch[task.rank]);
+      store_release_system(&inbox_to(x, task.rank).arrived[task.unit], s.epoch[task.rank]);
     } else {
       store_release_system(s.buffer<uint32_t>(task.rank, kFlags) + slot_index(task.unit, slot), 1);
     }
@@ -238,7 +238,7 @@ struct Combine {
   __device__ bool flag_is_set(int rank, int unit, int slot) const {
     // Partner: the store in push() on the peer.
     if (p.sends_routes) {
-      return load_acquire_system(&inbox_of(x, rank).arrived[unit]) == s.epoch[rank];
+      return load_acquire_system(&inbox_from(x, rank).arrived[unit]) == s.epoch[rank];
     }
     return load_acquire_system(p.flags + slot_index(unit, slot)) != 0;
   }

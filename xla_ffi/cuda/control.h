@@ -21,8 +21,8 @@ constexpr int kMaxLeaves = 16;     // arrays of one token pytree
 constexpr int kMaxSentAssignments = 2048;
 constexpr int kMaxSentByAll = 16384;
 constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
-// combine sends the routes of more: of so many assignments of one rank, whose tokens have at most
-// so many slices.
+// combine and its transpose send the routes of more: of so many assignments of one rank. In combine
+// its tokens have at most so many slices then.
 constexpr int kMaxSentRoutes = 32768;
 constexpr int kMaxArrivals = 32768;
 // With few bytes, too, their rows and partial sums are sent, in lines: so many slices (geometry.h)
@@ -81,7 +81,7 @@ struct Mailbox {
 // What one peer sends where there is more of it, by turns as in the mailboxes.
 struct Inbox {
   SentSlice slices[2][kMaxSentSlices];  // rows or partial sums
-  Word routes[2][2 * kMaxSentRoutes];   // combine's: rows, then weights
+  Word routes[2][2 * kMaxSentRoutes];   // combine's and its transpose's: rows, then weights
   // Epoch of the last exchange in which the peer has stored that slice of that token's partial sum.
   // A peer that stores those of its next exchange has got this GPU's routes of that one.
   uint32_t arrived[kMaxArrivals];

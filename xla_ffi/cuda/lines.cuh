@@ -100,10 +100,10 @@ __device__ inline int slice_of_lane() { return lane_id() / LineSlice::kLanesOfLi
 
 // Where this rank's slices go on the peer, and the peer's come here.
 __device__ inline SentSlice* slices_to(const Exchange& x, const Session& s, int peer) {
-  return inbox_on(x, peer).slices[turn(s, peer)];
+  return inbox_to(x, peer).slices[turn(s, peer)];
 }
 __device__ inline const SentSlice* slices_from(const Exchange& x, const Session& s, int peer) {
-  return inbox_of(x, peer).slices[turn(s, peer)];
+  return inbox_from(x, peer).slices[turn(s, peer)];
 }
 
 }  // namespace freeio::cuda

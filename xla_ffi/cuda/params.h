@@ -26,8 +26,8 @@ struct RowType {
 
 // Calls with at most so many assignments of one rank send their routing itself, and those of them
 // with at most so many slices also their rows or partial sums; the defaults, and the most, are
-// kMaxSentAssignments, in combine kMaxSentRoutes, and kMaxSentSlices. For tests: all ranks must
-// have the same.
+// kMaxSentAssignments, in combine and its transpose kMaxSentRoutes, and kMaxSentSlices. For tests:
+// all ranks must have the same.
 void set_most_sent(int64_t assignments, int64_t slices);
 
 // Adds one array of the token pytree; at most kMaxLeaves.

@@ -69,7 +69,7 @@ __device__ inline void send_routes(const Exchange& x, const Session& s, const Ch
     const uint32_t route = SentRoute(first.rank, first.row).word();
     for (int rank = 0; rank < x.num_ranks; ++rank) {
       if (rank == x.rank) continue;
-      Word* words = inbox_on(x, rank).routes[turn(s, rank)];
+      Word* words = inbox_to(x, rank).routes[turn(s, rank)];
       store_word(&words[a], make_word(s.epoch[rank], route));
       if (weights != nullptr && rank == first.rank) {
         store_word(&words[assignments + a], make_word(s.epoch[rank], first.weight));
@@ -100,7 +100,7 @@ struct RouteTile {
     per_rank = tile.size() * top_k;
   }
 
-  // By one of the two below, of which the second may fail.
+  // By one of the two below; receive() may fail. All threads; a barrier must follow.
   __device__ void take(const Exchange& x, Session& s, const Tile& tile, const int32_t* dest_rank,
                        const int32_t* dest_row, const void* weight, bool are_sent) {
     if (are_sent) {
@@ -136,7 +136,7 @@ struct RouteTile {
       const int rank = rank_of(i);
       const int a = begin + i % per_rank;
       // All loads are on their way before one is waited for.
-      const Word* words = inbox_of(x, rank).routes[turn(s, rank)];
+      const Word* words = inbox_from(x, rank).routes[turn(s, rank)];
       const bool own = rank == x.rank;
       if (!own && !peers) continue;
       const int own_rank = own ? dest_rank[a] : -1;

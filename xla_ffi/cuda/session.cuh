@@ -161,11 +161,11 @@ __device__ inline Mailbox& mailbox_from(const Exchange& x, const Session& s, int
   return self(x).mailbox[x.gpu[peer]][turn(s, peer)];
 }
 
-// The same of the inboxes.
-__device__ inline Inbox& inbox_on(const Exchange& x, int peer) {
+// The inbox on the peer that this rank writes, and the one here that the peer writes.
+__device__ inline Inbox& inbox_to(const Exchange& x, int peer) {
   return x.control[peer]->inbox[x.gpu[x.rank]];
 }
-__device__ inline Inbox& inbox_of(const Exchange& x, int peer) {
+__device__ inline Inbox& inbox_from(const Exchange& x, int peer) {
   return self(x).inbox[x.gpu[peer]];
 }
 
