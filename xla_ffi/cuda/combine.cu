@@ -39,13 +39,49 @@ struct Combine {
   using R = Raw<Element, kCount>;
   using Sums = Accumulator[kColumns][kCount];
 
-  // One row of an item's sum.
+  // One row of an item's sum; all but the unit in one word, of which each warp has many.
   struct Task {
-    int unit;   // -1: there is no further one
-    int first;  // of the token's assignments in the tile
-    int rank;   // whose token it is
-    int k;      // of the row; -1: the token has no row here
-    bool last;  // of the item
+    static constexpr int kRank = 16, kRow = 20;
+    static constexpr uint32_t kHasRow = 1u << 25, kLast = 1u << 26;
+    static_assert(tile_assignments<Accumulator>() <= 1 << kRank && kMaxRanks <= 1 << 4 &&
+                  kMaxTopK <= 1 << 5);
+
+    int unit = -1;  // -1: there is no further one
+    uint32_t bits = 0;
+
+    __device__ Task() = default;
+    __device__ Task(int its_unit, int first, int rank)
+        : unit(its_unit), bits(static_cast<uint32_t>(first | rank << kRank)) {}
+    // Of the token's assignments in the tile.
+    __device__ int first() const { return static_cast<int>(bits & ((1u << kRank) - 1)); }
+    // Whose token it is.
+    __device__ int rank() const { return static_cast<int>(bits >> kRank & (kMaxRanks - 1)); }
+    // Of the row, in the tile.
+    __device__ int assignment() const {
+      return first() + static_cast<int>(bits >> kRow & (kMaxTopK - 1));
+    }
+    __device__ void take_row(int k) { bits |= static_cast<uint32_t>(k) << kRow | kHasRow; }
+    // False: the token has no row here.
+    __device__ bool has_row() const { return (bits & kHasRow) != 0; }
+    // Of the item.
+    __device__ bool is_last() const { return (bits & kLast) != 0; }
+  };
+
+  // This lane's elements of a slice of a row: every so many-th access.
+  struct Columns {
+    static constexpr int kStep = kWarpSize * kCount;
+
+    int begin = 0;  // in the row
+    int left = 0;   // from there to the end of the slice
+
+    __device__ Columns() = default;
+    __device__ Columns(const CombineParams& params, int unit) {
+      const int slice = params.slices.remainder(unit) * params.slice_width;
+      const int lane = lane_id() * kCount;
+      begin = slice + lane;
+      left = min(params.slice_width, params.width - slice) - lane;
+    }
+    __device__ bool has(int c) const { return c * kStep < left; }
   };
 
   const CombineParams& p;
@@ -57,14 +93,13 @@ struct Combine {
   const int items;
   R* const ring;  // this lane's of [kStages, kColumns, kWarpSize]
 
-  int next_one;       // item to look at
-  Task fetched = {};  // whose rows are being fetched
-  int begin = 0;      // of its slice, in the row
-  int end = 0;
+  int next_one;             // item to look at
+  Task fetched;             // whose rows are being fetched
+  Columns columns;          // this lane's of its slice
   uint32_t mask = 0;        // of its rows that are yet to be fetched
   bool unfinished = false;  // its last row has not been fetched
   int stage = 0;            // of the next row to sum, and then of the next one to fetch
-  Task tasks = {};          // of the stages, by lane
+  Task tasks;               // of the stages, by lane
 
   __device__ Combine(const CombineParams& params, Session& session,
                      const RouteTile<Accumulator>& tile_routes, const Tile& whole,
@@ -91,10 +126,10 @@ struct Combine {
       const Task task = task_of(stage);
       if (task.unit < 0) break;
       wait_for_copies<kStages - 1>();
-      if (task.k >= 0) add_row(routes.weights[task.first + task.k], sums);
+      if (task.has_row()) add_row(routes.weights[task.assignment()], sums);
       fetch();
-      if (!task.last) continue;
-      if (task.rank == x.rank) {
+      if (!task.is_last()) continue;
+      if (task.rank() == x.rank) {
         sum(task, sums);
       } else {
         push(task, sums);
@@ -109,11 +144,13 @@ struct Combine {
     if (!unfinished) take_item();
     Task task = fetched;
     if (unfinished) {
-      task.k = mask == 0 ? -1 : __ffs(static_cast<int>(mask)) - 1;
-      mask &= mask - 1;
-      task.last = mask == 0;
-      unfinished = !task.last;
-      if (task.k >= 0) copy_row(routes.rows[task.first + task.k]);
+      if (mask != 0) {
+        task.take_row(__ffs(static_cast<int>(mask)) - 1);
+        copy_row(routes.rows[task.assignment()]);
+        mask &= mask - 1;
+      }
+      unfinished = mask != 0;
+      if (!unfinished) task.bits |= Task::kLast;
     }
     // Also where nothing was started: the groups are counted.
     commit_copies();
@@ -124,11 +161,7 @@ struct Combine {
   __device__ Task task_of(int lane) const {
     Task task;
     task.unit = __shfl_sync(kFullWarp, tasks.unit, lane);
-    task.first = __shfl_sync(kFullWarp, tasks.first, lane);
-    task.rank = __shfl_sync(kFullWarp, tasks.rank, lane);
-    const int k_and_last = __shfl_sync(kFullWarp, tasks.k * 2 + tasks.last, lane);
-    task.k = k_and_last >> 1;
-    task.last = (k_and_last & 1) != 0;
+    task.bits = __shfl_sync(kFullWarp, tasks.bits, lane);
     return task;
   }
 
@@ -148,25 +181,24 @@ struct Combine {
       mask = __ballot_sync(kFullWarp,
                            lane_id() < x.top_k && routes.ranks[first + lane_id()] == x.rank);
       if (pushes && mask == 0) continue;
-      fetched = {units.begin + unit, first, rank, -1, false};
+      fetched = Task(units.begin + unit, first, rank);
+      columns = Columns(p, fetched.unit);
       unfinished = true;
-      begin = (units.begin + unit - token * p.num_slices) * p.slice_width;
-      end = min(begin + p.slice_width, p.width);
       return;
     }
   }
 
   __device__ void copy_row(int row) {
-    const Element* from = static_cast<const Element*>(p.expert_out) + int64_t{row} * p.width;
+    const Element* const from =
+        static_cast<const Element*>(p.expert_out) + int64_t{row} * p.width + columns.begin;
     R* const to = ring + stage * kColumns * kWarpSize;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const int column = column_of(begin, c);
-      if (column >= end) continue;
+      if (!columns.has(c)) continue;
       if constexpr (sizeof(R) >= 4) {
-        copy_async<sizeof(R)>(to + c * kWarpSize, from + column);
+        copy_async<sizeof(R)>(to + c * kWarpSize, from + c * Columns::kStep);
       } else {
-        to[c * kWarpSize] = load_raw<Element, kCount>(from + column);
+        to[c * kWarpSize] = load_raw<Element, kCount>(from + c * Columns::kStep);
       }
     }
   }
@@ -188,30 +220,19 @@ struct Combine {
     }
   }
 
-  // Where the lane's elements begin, in the row, of a slice that begins there.
-  __device__ static int column_of(int slice_begin, int c) {
-    return slice_begin + (lane_id() + c * kWarpSize) * kCount;
-  }
-
-  // Begin and end of the unit's slice, in the row.
-  __device__ int2 slice_of(int unit) const {
-    const int slice_begin = p.slices.remainder(unit) * p.slice_width;
-    return {slice_begin, min(slice_begin + p.slice_width, p.width)};
-  }
-
   __device__ void store_sums(Element* row, int unit, const Sums& sums) const {
-    const auto [slice_begin, slice_end] = slice_of(unit);
+    const Columns stored(p, unit);
+    Element* const to = row + stored.begin;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const int column = column_of(slice_begin, c);
-      if (column >= slice_end) continue;
-      store_raw<Element, kCount>(row + column, round_to<Element, kCount>(sums[c]));
+      if (!stored.has(c)) continue;
+      store_raw<Element, kCount>(to + c * Columns::kStep, round_to<Element, kCount>(sums[c]));
     }
   }
 
   // One bit for each rank that has a row of the token.
   __device__ uint32_t ranks_of(const Task& task) const {
-    const int rank = lane_id() < x.top_k ? routes.ranks[task.first + lane_id()] : -1;
+    const int rank = lane_id() < x.top_k ? routes.ranks[task.first() + lane_id()] : -1;
     return __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
   }
 
@@ -221,16 +242,17 @@ struct Combine {
 
   // This rank's partial sum of a peer's token, to the peer.
   __device__ void push(const Task& task, const Sums& sums) const {
-    const int slot = slot_of(x.rank, ranks_of(task), task.rank);
+    const int rank = task.rank();
+    const int slot = slot_of(x.rank, ranks_of(task), rank);
     const int64_t row = slot_index(p.slices.quotient(task.unit), slot);
-    store_sums(s.buffer<Element>(task.rank, kScratch) + row * p.width, task.unit, sums);
+    store_sums(s.buffer<Element>(rank, kScratch) + row * p.width, task.unit, sums);
     __syncwarp();
     if (lane_id() != 0) return;
     // Partner: the load in flag_is_set() on the peer.
     if (p.sends_routes) {
-      store_release_system(&inbox_to(x, task.rank).arrived[task.unit], s.epoch[task.rank]);
+      store_release_system(&inbox_to(x, rank).arrived[task.unit], s.epoch[rank]);
     } else {
-      store_release_system(s.buffer<uint32_t>(task.rank, kFlags) + slot_index(task.unit, slot), 1);
+      store_release_system(s.buffer<uint32_t>(rank, kFlags) + slot_index(task.unit, slot), 1);
     }
   }
 
@@ -254,9 +276,9 @@ struct Combine {
 
   // Adds the partial sums in the slots of the peers in `ranks`, in order, to the totals.
   __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
-    const auto [slice_begin, slice_end] = slice_of(unit);
-    const Element* slots = static_cast<const Element*>(p.partial_sums) +
-                           slot_index(p.slices.quotient(unit), 0) * p.width;
+    const Columns stored(p, unit);
+    const Element* const slots = static_cast<const Element*>(p.partial_sums) +
+                                 slot_index(p.slices.quotient(unit), 0) * p.width + stored.begin;
     constexpr int kBatch = 2;  // partial sums in flight together
     while (ranks != 0) {
       R partials[kBatch][kColumns];
@@ -268,9 +290,8 @@ struct Combine {
         const Element* slot = slots + slot_of(rank, all_ranks, x.rank) * int64_t{p.width};
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          const int column = column_of(slice_begin, c);
-          if (i < count && column < slice_end) {
-            partials[i][c] = load_raw<Element, kCount>(slot + column);
+          if (i < count && stored.has(c)) {
+            partials[i][c] = load_raw<Element, kCount>(slot + c * Columns::kStep);
           }
         }
       }
