@@ -4,6 +4,7 @@
 // the token's own rank keeps for it: one row crosses per (token, rank) pair. The token's rank adds
 // the partial sums in order of rank, its own among them, straight from its rows. (Small calls:
 // combine_in_lines.cu.)
+#include "cuda/announcer.cuh"
 #include "cuda/async_copy.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/geometry.h"
@@ -14,7 +15,6 @@
 namespace freeio::cuda {
 namespace {
 
-constexpr int kAhead = 12;                           // slices by which pushing is ahead of summing
 constexpr int kTileBytes = 24 << 10;                 // for the routes of a tile, of all ranks
 constexpr int kColumns = kCombineSlice / kWarpSize;  // accesses of one lane to a slice
 constexpr int kStages = 4;                           // slices of rows that each warp has on the way
@@ -89,6 +89,7 @@ struct Combine {
   Session& s;
   const RouteTile<Accumulator>& routes;
   const Tile& tile;
+  Announcer& announcer;
   const Chunk units;
   const int items;
   R* const ring;  // this lane's of [kStages, kColumns, kWarpSize]
@@ -103,18 +104,19 @@ struct Combine {
 
   __device__ Combine(const CombineParams& params, Session& session,
                      const RouteTile<Accumulator>& tile_routes, const Tile& whole,
-                     const Chunk& tile_units, void* ring_memory)
+                     Announcer& of_cta, const Chunk& tile_units, void* ring_memory)
       : p(params),
         x(params.exchange),
         s(session),
         routes(tile_routes),
         tile(whole),
+        announcer(of_cta),
         units(tile_units),
-        items(units.size() == 0 ? 0 : (units.size() + kAhead) * x.num_ranks),
+        items(units.size() == 0 ? 0 : (units.size() + p.ahead) * x.num_ranks),
         ring(static_cast<R*>(ring_memory) + warp_id() * kStages * kColumns * kWarpSize + lane_id()),
         next_one(warp_id()) {}
 
-  // Pushes for every peer and, kAhead slices behind, the sums. A sum waits only for pushes that
+  // Pushes for every peer and, p.ahead slices behind, the sums. A sum waits only for pushes that
   // come before it in the peers' order, and every warp does its items in order, so what waits
   // never holds up what it waits for.
   __device__ void run() {
@@ -173,7 +175,7 @@ struct Combine {
       next_one = next_item(s);
       const int turn = x.ranks.remainder(item);
       const bool pushes = turn != x.num_ranks - 1;
-      const int unit = x.ranks.quotient(item) - (pushes ? 0 : kAhead);
+      const int unit = x.ranks.quotient(item) - (pushes ? 0 : p.ahead);
       if (unit < 0 || unit >= units.size()) continue;
       const int token = p.slices.quotient(units.begin + unit);
       const int rank = rank_of_turn(x, turn);
@@ -246,19 +248,17 @@ struct Combine {
     const int slot = slot_of(x.rank, ranks_of(task), rank);
     const int64_t row = slot_index(p.slices.quotient(task.unit), slot);
     store_sums(s.buffer<Element>(rank, kScratch) + row * p.width, task.unit, sums);
-    __syncwarp();
-    if (lane_id() != 0) return;
     // Partner: the load in flag_is_set() on the peer.
     if (p.sends_routes) {
-      store_release_system(&inbox_to(x, rank).arrived[task.unit], s.epoch[rank]);
+      announcer.announce(&inbox_to(x, rank).arrived[task.unit], s.epoch[rank]);
     } else {
-      store_release_system(s.buffer<uint32_t>(rank, kFlags) + slot_index(task.unit, slot), 1);
+      announcer.announce(s.buffer<uint32_t>(rank, kFlags) + slot_index(task.unit, slot), 1);
     }
   }
 
   // Whether `rank` has stored its partial sum of the unit in that slot.
   __device__ bool flag_is_set(int rank, int unit, int slot) const {
-    // Partner: the store in push() on the peer.
+    // Partner: the announcement in push() on the peer.
     if (p.sends_routes) {
       return load_acquire_system(&inbox_from(x, rank).arrived[unit]) == s.epoch[rank];
     }
@@ -356,7 +356,8 @@ __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& t
 }
 
 template <typename Element, int kCount>
-__device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
+__device__ void exchange(const CombineParams& p, Session& s, Announcer& announcer,
+                         void* shared_memory) {
   const Exchange& x = p.exchange;
   const Opening opening(x);
   const Units units(p.slices, x.num_tokens, true);
@@ -375,13 +376,18 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
   RouteTile<typename Element::Accumulator> routes(shared_memory, kAssignments);
   void* const ring = static_cast<std::byte*>(shared_memory) + kTileBytes;
   const Tiles tiles(units.tokens(), kAssignments / (x.num_ranks * x.top_k));
+  // The last warp raises the flags of what the others push.
+  const int warps = x.num_ranks > 1 ? kWarps - 1 : kWarps;
   bool ready = true;
-  tiles.for_each(s, [&](const Tile& tile) {
+  tiles.for_each(s, warps, [&](const Tile& tile) {
+    announcer.begin();
     ready = ready && receive_routes(p, s, tile, routes);
     if (!ready) return;
     // Only the routes are read from the peers, and those now are.
-    if (tile.number + 1 == tile.count && warp_id() == kWarps - 1) conclude<false>(x, s);
-    Combine<Element, kCount>(p, s, routes, tile, units.of(tile), ring).run();
+    if (tile.number + 1 == tile.count && warp_id() == warps - 1) conclude<false>(x, s);
+    if (warp_id() == warps) return announcer.run(warps);
+    Combine<Element, kCount>(p, s, routes, tile, announcer, units.of(tile), ring).run();
+    if (warps < kWarps) announcer.leave();
   });
 }
 
@@ -389,7 +395,8 @@ template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_kernel(const __grid_constant__ CombineParams p) {
   __shared__ Session s;
-  exchange<Element, kCount>(p, s, dynamic_shared_memory<void>());
+  __shared__ Announcer announcer;
+  exchange<Element, kCount>(p, s, announcer, dynamic_shared_memory<void>());
   leave(p.exchange, s, [&](const Share& share) {
     const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
     spoil(share, p.sums, p.exchange.num_tokens * row_bytes);

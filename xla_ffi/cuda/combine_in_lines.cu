@@ -194,7 +194,7 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
   RouteTile<typename Element::Accumulator> routes(shared_memory, kTileAssignments);
   const Tiles tiles(units.tokens(), kTileAssignments / (x.num_ranks * x.top_k));
   bool ready = true;
-  tiles.for_each(s, [&](const Tile& tile) {
+  tiles.for_each(s, kWarps, [&](const Tile& tile) {
     if (!ready) return;
     routes.begin(x, tile);
     // Those that only sum need no other's.

@@ -200,7 +200,7 @@ __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shar
   RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
   const Tiles tiles(chunk, capacity / (x.num_ranks * x.top_k));
   bool ready = true;
-  tiles.for_each(s, [&](const Tile& tile) {
+  tiles.for_each(s, kWarps, [&](const Tile& tile) {
     if (!ready) return;
     routes.begin(x, tile);
     routes.take(x, s, tile, p.dest_rank, p.dest_row, p.weights, p.sends_routes);

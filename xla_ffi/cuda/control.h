@@ -235,6 +235,7 @@ struct CombineParams {
   int32_t num_slices;
   Divisor slices;
   int32_t slice_width;
+  int32_t ahead;      // slices by which pushing is ahead of summing
   bool sends_routes;  // they are sent, and the arrival flags are the engine's
   // Where partial sums are sent in lines:
   int32_t senders;  // CTAs that only send; 0: all do both

@@ -309,7 +309,7 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   } else {
     if (!receive_addresses(x, s, leaves | 1u << kDestRank | 1u << kDestRow)) return;
   }
-  tiles.for_each(s, [&](const Tile& tile) {
+  tiles.for_each(s, kWarps, [&](const Tile& tile) {
     if constexpr (kIsByIds<kRoutes>) {
       find_rows(p, routing, all_ids, tile, rows);
     } else if (!fetch_rows<kRouted>(p, s, tile, rows)) {

@@ -61,6 +61,10 @@ constexpr int kCombineSlice = 4 * 32;
 // cost counts for more.
 inline int transpose_slice(int64_t num_tokens) { return num_tokens <= 1024 ? 2 * 32 : 8 * 32; }
 
+// Slices by which each CTA of combine pushes ahead of what it sums: for the way of a partial sum
+// over the link, and for some more pushes, to any rank, until its flag is raised.
+inline int combine_ahead(int num_ranks) { return 12 + 8 / std::max(1, num_ranks - 1); }
+
 // Accesses in a slice that is sent in lines, with their flags a kilobyte: lines.cuh.
 constexpr int kSentSlice = 60;
 constexpr int kSentAccess = 16;  // bytes

@@ -10,10 +10,30 @@ __device__ inline void store_release_system(uint32_t* word, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
-// Partner: store_release_system on the peer.
+// Partner: store_release_system, or store_relaxed_system after a fence, on the peer.
 __device__ inline uint32_t load_acquire_system(const uint32_t* word) {
   uint32_t value;
   asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+
+// Publishes nothing by itself: after fence_system(), what came before that.
+__device__ inline void store_relaxed_system(uint32_t* word, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+// In shared memory: publishes all that this thread wrote or has seen. Partner: load_acquire_block
+// in the same CTA.
+__device__ inline void store_release_block(uint64_t* word, uint64_t value) {
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(word));
+  asm volatile("st.release.cta.shared.u64 [%0], %1;" ::"r"(shared), "l"(value) : "memory");
+}
+
+// Partner: store_release_block.
+__device__ inline uint64_t load_acquire_block(const uint64_t* word) {
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(word));
+  uint64_t value;
+  asm volatile("ld.acquire.cta.shared.u64 %0, [%1];" : "=l"(value) : "r"(shared) : "memory");
   return value;
 }
 

@@ -197,6 +197,7 @@ Kernel complete_combine(const RowType& type, bool weighted, CombineParams& param
     params.senders = senders_of(x, x.num_tokens * sent.first, kCombineReceivers);
     params.peers = Divisor(x.num_ranks - 1);
   } else {
+    params.ahead = combine_ahead(x.num_ranks);
     post(kScratch, params.partial_sums, params.exchange);
   }
   if (!params.sends_routes) {

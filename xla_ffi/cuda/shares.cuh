@@ -108,11 +108,11 @@ struct Tiles {
     return {begin, min(begin + tokens, chunk.end), number, count};
   }
 
-  // Calls f(tile) for each, all threads together.
+  // Calls f(tile) for each, all threads together; so many warps take items.
   template <typename F>
-  __device__ void for_each(Session& s, const F& f) const {
+  __device__ void for_each(Session& s, int warps, const F& f) const {
     for (int number = 0; number < count; ++number) {
-      if (threadIdx.x == 0) s.next_item = kWarps;
+      if (threadIdx.x == 0) s.next_item = warps;
       f((*this)[number]);
       __syncthreads();
     }

@@ -19,6 +19,24 @@ inline uint32_t load_acquire_system(const uint32_t* word,
   return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 }
 
+inline void store_relaxed_system(uint32_t* word, uint32_t value) {
+  emulator::preempt();
+  __atomic_store_n(word, value, __ATOMIC_RELAXED);
+  emulator::stored(word);
+}
+
+inline void store_release_block(uint64_t* word, uint64_t value) {
+  emulator::preempt();
+  __atomic_store_n(word, value, __ATOMIC_RELEASE);
+  emulator::stored(word);
+}
+
+inline uint64_t load_acquire_block(const uint64_t* word,
+                                   emulator::Place place = emulator::Place::here()) {
+  emulator::before_load(word, sizeof(*word), place);
+  return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+
 inline void store_word(uint64_t* word, uint64_t value) { emulator::send_word(word, value); }
 
 inline uint64_t load_word(const uint64_t* word, emulator::Place place = emulator::Place::here()) {

@@ -1,0 +1,76 @@
+// Flags on the peers, raised for all warps of a CTA.
+#pragma once
+
+#include "cuda/session.cuh"
+
+namespace freeio::cuda {
+
+// A flag must not be seen before what it stands for, and who makes sure of that waits until all
+// that was stored before has arrived: microseconds where the link is busy. One warp does nothing
+// else, once for all that the others have stored meanwhile, and they go on. In shared memory.
+class Announcer {
+ public:
+  // All threads; a barrier must follow.
+  __device__ void begin() {
+    if (threadIdx.x < kEntries) entries_[threadIdx.x].flag = 0;
+    if (threadIdx.x == 0) added_ = 0;
+  }
+
+  // The flag gets this value once all that this warp has stored by now has arrived. Whole warp.
+  __device__ void announce(uint32_t* flag, uint32_t value) {
+    __syncwarp();
+    if (lane_id() == 0) add(reinterpret_cast<uint64_t>(flag), value);
+  }
+
+  // This warp will announce no more. Whole warp.
+  __device__ void leave() {
+    __syncwarp();
+    if (lane_id() == 0) add(kNoMore, 0);
+  }
+
+  // Raises them until so many warps have left. Whole warp, of none of these.
+  __device__ void run(int warps) {
+    for (uint32_t taken = 0; warps > 0;) {
+      Entry& entry = entries_[(taken + lane_id()) % kEntries];
+      const uint64_t flag = load_acquire_block(&entry.flag);
+      // In order, so that who has left had nothing after it.
+      const uint32_t gaps = ~__ballot_sync(kFullWarp, flag != 0);
+      const int count = gaps == 0 ? kWarpSize : __ffs(static_cast<int>(gaps)) - 1;
+      if (count == 0) continue;
+      fence_system();
+      const bool takes = lane_id() < count;
+      if (takes) {
+        const uint32_t value = entry.value;
+        store_release_block(&entry.flag, 0);
+        // Partner: load_acquire_system on the peer.
+        if (flag != kNoMore) store_relaxed_system(reinterpret_cast<uint32_t*>(flag), value);
+      }
+      warps -= __popc(__ballot_sync(kFullWarp, takes && flag == kNoMore));
+      taken += count;
+    }
+  }
+
+ private:
+  static constexpr int kEntries = 64;
+  static constexpr uint64_t kNoMore = 1;
+  static_assert(kEntries >= kWarpSize && (kEntries & (kEntries - 1)) == 0);
+
+  struct Entry {
+    uint64_t flag;  // its address; 0: there is none
+    uint32_t value;
+  };
+
+  __device__ void add(uint64_t flag, uint32_t value) {
+    Entry& entry = entries_[atomicAdd(&added_, 1u) % kEntries];
+    // What was there before is taken soon: who takes it waits for nobody.
+    while (load_acquire_block(&entry.flag) != 0) {
+    }
+    entry.value = value;
+    store_release_block(&entry.flag, flag);
+  }
+
+  Entry entries_[kEntries];
+  uint32_t added_;
+};
+
+}  // namespace freeio::cuda
