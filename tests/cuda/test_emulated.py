@@ -190,6 +190,22 @@ def test_the_most_routes_that_are_sent(machine, rng, num_tokens, width):
     assert_combined(np.stack(z), expert_out, placement, geometry.topk_shape, weights, exact=True)
 
 
+def test_one_cta_pushes_hundreds_of_partial_sums(machine, rng):
+    """Many more than can wait for their flags, also where who raises those is far behind."""
+    machine.set_num_sms(1)
+    geometry = Geometry(8, 60, 8, 64)
+    _, out, placement = run_dispatch(machine, rng, geometry, width=1)
+    expert_out = values(rng, (8, capacity_of(geometry), 3), "float32")
+    weights = power_of_two_weights(rng, geometry.topk_shape)
+    for _ in range(5):
+        machine.set_seed(rng.integers(2**32))
+        z = combine(machine, geometry, out, expert_out, weights)
+        machine.synchronize()
+        assert_combined(
+            np.stack(z), expert_out, placement, geometry.topk_shape, weights, exact=True
+        )
+
+
 def test_the_weight_of_a_skipped_id_is_not_looked_at(machine, rng):
     geometry = Geometry(2, 15, 4, 8, capacity=20)
     _, out, placement = run_dispatch(machine, rng, geometry)
