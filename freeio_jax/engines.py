@@ -6,7 +6,6 @@ import atexit
 import functools
 import math
 import threading
-import time
 
 import jax
 import numpy as np
@@ -91,11 +90,25 @@ def _tell_failures() -> None:
             log.logger.error("%s", failure)
 
 
-def _watch() -> None:
-    """Says at once what went wrong on a GPU: XLA hears of it only by the next run there."""
-    while True:
-        time.sleep(_WATCH_SECONDS)
+def _watch(stop: threading.Event) -> None:
+    while not stop.wait(_WATCH_SECONDS):
         _tell_failures()
+
+
+def _stop_watching(stop: threading.Event, watcher: threading.Thread) -> None:
+    stop.set()
+    watcher.join()
+    _tell_failures()  # the watcher may not have come to it
+
+
+def _start_watching() -> None:
+    """Says at once what went wrong on a GPU: XLA hears of it only by the next run there."""
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(stop,), name="freeio_jax failures", daemon=True)
+    watcher.start()
+    # While the interpreter is still there: a thread that comes back to it from C++ later than that
+    # ends the whole process ("terminate called without an active exception").
+    atexit.register(_stop_watching, stop, watcher)
 
 
 def _gpus() -> list:
@@ -138,8 +151,7 @@ class CudaEngine(_Engine):
             owned,
             mapped,
         )
-        threading.Thread(target=_watch, name="freeio_jax failures", daemon=True).start()
-        atexit.register(_tell_failures)  # the watcher may not come to it
+        _start_watching()
 
     def _numbers(self) -> dict:
         """The number of each GPU of this host, which all of its processes agree on."""

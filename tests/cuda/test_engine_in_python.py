@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -124,3 +126,42 @@ def test_failures_are_looked_for_before_every_run():
     assert len(targets) == 4
     for stages in targets.values():
         assert set(stages) == {"instantiate", "initialize", "execute"}
+
+
+WATCHED_PROGRAM = """
+import builtins
+import time
+
+from freeio_jax import engines
+
+
+class Slow:
+    # The interpreter's end takes its time, as it does where there is much to tidy up.
+    def __del__(self, sleep=time.sleep):
+        sleep(0.3)
+
+
+def look_often(take_failure=engines._native.cuda.take_failure):
+    for _ in range(1000):
+        take_failure()
+
+
+builtins.slow = Slow()
+engines._WATCH_SECONDS = 0  # the watcher is in C++ nearly always
+engines._tell_failures = look_often
+engines._start_watching()
+time.sleep(0.3)
+"""
+
+
+@pytest.mark.skipif(not hasattr(engines._native, "cuda"), reason="built without the CUDA engine")
+def test_who_watches_for_failures_does_not_outlive_the_interpreter():
+    for _ in range(3):
+        ended = subprocess.run(
+            [sys.executable, "-c", WATCHED_PROGRAM],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
