@@ -39,7 +39,7 @@ struct Combine {
   using R = Raw<Element, kCount>;
   using Sums = Accumulator[kColumns][kCount];
 
-  // One row of an item's sum; all but the unit in one word, of which each warp has many.
+  // One row of an item's sum, in two words, as registers are scarce.
   struct Task {
     static constexpr int kRank = 16, kRow = 20;
     static constexpr uint32_t kHasRow = 1u << 25, kLast = 1u << 26;
