@@ -11,6 +11,11 @@ import pytest
 
 from freeio_jax import engines, runtime
 
+needs_cuda_part = pytest.mark.skipif(
+    not hasattr(engines._native, "cuda"),
+    reason="the engine's C++ side is built where CMake finds nvcc",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:
@@ -116,10 +121,7 @@ def test_failures_are_logged_where_leaving_fails(engine, native, monkeypatch, ca
     assert "one GPU failed" in caplog.text
 
 
-@pytest.mark.skipif(
-    not hasattr(engines._native, "cuda"),
-    reason="the engine's C++ side is built where CMake finds nvcc",
-)
+@needs_cuda_part
 def test_failures_are_looked_for_before_every_run():
     """XLA replays captured launches without a call of `execute`, but not without `initialize`."""
     targets = engines._native.cuda.ffi_targets()
@@ -130,31 +132,35 @@ def test_failures_are_looked_for_before_every_run():
 
 WATCHED_PROGRAM = """
 import builtins
+import threading
 import time
 
 from freeio_jax import engines
 
 
 class Slow:
-    # The interpreter's end takes its time, as it does where there is much to tidy up.
+    # The interpreter's end takes its time, as it does where there is much to tidy up: long enough
+    # for a thread that is still there to come back from C++.
     def __del__(self, sleep=time.sleep):
         sleep(0.3)
 
 
 def look_often(take_failure=engines._native.cuda.take_failure):
-    for _ in range(1000):
+    looked.set()
+    for _ in range(100_000):
         take_failure()
 
 
+looked = threading.Event()
 builtins.slow = Slow()
 engines._WATCH_SECONDS = 0  # the watcher is in C++ nearly always
 engines._tell_failures = look_often
 engines._start_watching()
-time.sleep(0.3)
+looked.wait()
 """
 
 
-@pytest.mark.skipif(not hasattr(engines._native, "cuda"), reason="built without the CUDA engine")
+@needs_cuda_part
 def test_who_watches_for_failures_does_not_outlive_the_interpreter():
     for _ in range(3):
         ended = subprocess.run(
