@@ -41,10 +41,12 @@ struct Combine {
 
   // One row of an item's sum, in two words, as registers are scarce.
   struct Task {
-    static constexpr int kRank = 16, kRow = 20;
-    static constexpr uint32_t kHasRow = 1u << 25, kLast = 1u << 26;
-    static_assert(tile_assignments<Accumulator>() <= 1 << kRank && kMaxRanks <= 1 << 4 &&
-                  kMaxTopK <= 1 << 5);
+    // Bits: from the lowest one, the first assignment, the rank, the row, and two marks.
+    static constexpr int kFirstBits = 16, kRankBits = 4, kRowBits = 5;
+    static constexpr int kRank = kFirstBits, kRow = kRank + kRankBits, kMarks = kRow + kRowBits;
+    static constexpr uint32_t kHasRow = 1u << kMarks, kLast = 2u << kMarks;
+    static_assert(tile_assignments<Accumulator>() <= 1 << kFirstBits &&
+                  kMaxRanks <= 1 << kRankBits && kMaxTopK <= 1 << kRowBits);
 
     int unit = -1;  // -1: there is no further one
     uint32_t bits = 0;
@@ -53,12 +55,14 @@ struct Combine {
     __device__ Task(int its_unit, int first, int rank)
         : unit(its_unit), bits(static_cast<uint32_t>(first | rank << kRank)) {}
     // Of the token's assignments in the tile.
-    __device__ int first() const { return static_cast<int>(bits & ((1u << kRank) - 1)); }
+    __device__ int first() const { return static_cast<int>(bits & ((1u << kFirstBits) - 1)); }
     // Whose token it is.
-    __device__ int rank() const { return static_cast<int>(bits >> kRank & (kMaxRanks - 1)); }
+    __device__ int rank() const {
+      return static_cast<int>(bits >> kRank & ((1u << kRankBits) - 1));
+    }
     // Of the row, in the tile.
     __device__ int assignment() const {
-      return first() + static_cast<int>(bits >> kRow & (kMaxTopK - 1));
+      return first() + static_cast<int>(bits >> kRow & ((1u << kRowBits) - 1));
     }
     __device__ void take_row(int k) { bits |= static_cast<uint32_t>(k) << kRow | kHasRow; }
     // False: the token has no row here.
