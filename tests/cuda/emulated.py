@@ -23,9 +23,10 @@ import numpy as np
 
 from freeio_jax.layout import dropless_capacity
 
-#: What calls with few assignments send: their routing and, in lines that carry their flags, their
-#: rows or partial sums; their routing alone; or nothing, as all other calls.
-PROTOCOLS = ("lines", "routes", "nothing")
+#: What calls with few assignments send: rows or partial sums, in lines that carry their flags;
+#: ids in dispatch, and in other operations the routes that they follow; places of assignments in
+#: dispatch; or nothing, as calls with very many.
+PROTOCOLS = ("lines", "ids", "places", "nothing")
 
 #: In the order of DType in core/dtype.h.
 DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]
@@ -283,7 +284,7 @@ class Emulator:
 
     def set_protocol(self, name):
         """What calls with few assignments send if they can, one of PROTOCOLS; else the next one."""
-        most = [2**31 if PROTOCOLS.index(name) <= i else -1 for i in (1, 0)]
+        most = [2**31 if PROTOCOLS.index(name) <= i else -1 for i in (1, 2, 0)]
         self._library.engine_set_most_sent(*map(c.c_int64, most))
 
     def set_epochs(self, group, epoch):

@@ -121,7 +121,7 @@ def wait_for_all():
 
 def layers(process):
     for i in range(8):
-        process.layer(protocol=PROTOCOLS[i % 3])
+        process.layer(protocol=PROTOCOLS[i % len(PROTOCOLS)])
 
 
 def groups(process):
@@ -139,7 +139,7 @@ def growing_pool(process):
     for i in range(10):
         if i % len((*process.place.peers, 0)) == process.place.process:
             process.machine.allocate = Pool(process.machine).allocate
-        process.layer(protocol=PROTOCOLS[i % 3])
+        process.layer(protocol=PROTOCOLS[i % len(PROTOCOLS)])
 
 
 def growing_pool_while_capturing(process):

@@ -33,7 +33,11 @@ from operations import (
 
 all_protocols = pytest.mark.parametrize("protocol", PROTOCOLS, indirect=True)
 #: Of operations that send no rows.
-routes_or_nothing = pytest.mark.parametrize("protocol", PROTOCOLS[1:], indirect=True)
+routes_or_nothing = pytest.mark.parametrize("protocol", PROTOCOLS[2:], indirect=True)
+#: That differ in combine.
+sums_routes_or_nothing = pytest.mark.parametrize(
+    "protocol", [PROTOCOLS[0], *PROTOCOLS[2:]], indirect=True
+)
 
 
 @pytest.fixture
@@ -118,6 +122,35 @@ def test_the_most_rows_that_are_sent(machine, rng, num_tokens):
     run_dispatch(machine, rng, Geometry(2, num_tokens, 2, 4), width=16 * 240)
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS[2:], indirect=True)
+@pytest.mark.usefixtures("protocol")
+@pytest.mark.parametrize("num_sms", [1, 2, 5, 9, 13])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(2, 300, 2, 2),
+        Geometry(3, 203, 4, 6, capacity=300, alignment=4),
+        Geometry(1, 700, 3, 5),
+    ],
+    ids=str,
+)
+def test_ids_are_counted_in_segments(machine, rng, geometry, num_sms):
+    """Of as many CTAs each, of fewer, and of one; chunks that begin within four ids of another."""
+    machine.set_num_sms(num_sms)
+    run_dispatch(machine, rng, geometry, "invalid", width=3)
+
+
+@pytest.mark.parametrize("num_tokens", [4096, 4097])
+def test_the_most_places_that_are_sent(machine, rng, num_tokens):
+    """All of a rank's for one expert: numbers up to the last that a place has room for."""
+    geometry = Geometry(2, num_tokens, 8, 2, capacity=70_000)
+    x = values(rng, (2, num_tokens, 1), "float32")
+    topk_idx = np.ones(geometry.topk_shape, np.int32)
+    out = dispatch(machine, geometry, topk_idx, [x])
+    machine.synchronize()
+    check_dispatched(out, geometry, topk_idx, [x])
+
+
 @pytest.mark.parametrize("name", ["small", "three ranks", "drops", "eight ranks", "no tokens"])
 def test_dispatch_along_a_handle(machine, rng, name):
     geometry = GEOMETRIES[name]
@@ -142,7 +175,7 @@ def test_dispatch_along_a_handle(machine, rng, name):
 DTYPES = ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"]
 
 
-@all_protocols
+@sums_routes_or_nothing
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,7 +194,7 @@ def test_combine_dtypes(machine, rng, dtype, weighted):
         )
 
 
-@all_protocols
+@sums_routes_or_nothing
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_combine(machine, rng, name):

@@ -31,12 +31,15 @@ class Announcer {
   // Raises them until so many warps have left. Whole warp, of none of these.
   __device__ void run(int warps) {
     for (uint32_t taken = 0; warps > 0;) {
+      // One lane waits, so that the others' shared memory is left alone.
+      while (lane_id() == 0 && load_acquire_block(&entries_[taken % kEntries].flag) == 0) {
+      }
+      __syncwarp();
       Entry& entry = entries_[(taken + lane_id()) % kEntries];
       const uint64_t flag = load_acquire_block(&entry.flag);
       // In order, so that who has left had nothing after it.
       const uint32_t gaps = ~__ballot_sync(kFullWarp, flag != 0);
       const int count = gaps == 0 ? kWarpSize : __ffs(static_cast<int>(gaps)) - 1;
-      if (count == 0) continue;
       fence_system();
       const bool takes = lane_id() < count;
       if (takes) {

@@ -20,9 +20,13 @@ constexpr int kMaxLeaves = 16;     // arrays of one token pytree
 // find it: at most this many assignments of one rank, and of all ranks together.
 constexpr int kMaxSentAssignments = 2048;
 constexpr int kMaxSentByAll = 16384;
+// Others send counts, of the assignments of so many segments of a rank (routing_by_counts.cuh); one
+// CTA looks at so many at a time.
+constexpr int kMaxSegments = 8;
+constexpr int kMaxCounts = 8192;
 constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
-// combine and its transpose send the routes of more: of so many assignments of one rank. In combine
-// its tokens have at most so many slices then.
+// More send the routes that they follow, or the places of their assignments: so many of one rank.
+// In combine its tokens have at most so many slices then.
 constexpr int kMaxSentRoutes = 32768;
 constexpr int kMaxArrivals = 32768;
 // With few bytes, too, their rows and partial sums are sent, in lines: so many slices (geometry.h)
@@ -75,7 +79,8 @@ struct alignas(128) SentSlice {
 struct Mailbox {
   Word signature[kSignatureWords];
   Word address[kMaxAddresses][2];         // low half, high half
-  alignas(16) Word routing[kMaxExperts];  // counts for each expert, or ids
+  alignas(16) Word routing[kMaxExperts];  // counts for each segment and expert, or ids
+  Word num_invalid[kMaxSegments];         // to itself: ids that name no expert, of each segment
 };
 
 // What one peer sends where there is more of it, by turns as in the mailboxes.
@@ -217,7 +222,11 @@ struct DispatchParams {
   int32_t* expert_load;
   int32_t* num_dropped;
   int32_t* num_invalid;
-  Word* routes;     // [R, T, K]: rows here of every rank's assignments, written by the ranks
+  Word* routes;  // [R, T, K]: rows here of every rank's assignments, written by the ranks, unless
+                 // they send places
+  bool sends_places;     // of assignments
+  int32_t segment_ctas;  // CTAs that count together
+  int32_t num_segments;
   int32_t senders;  // where rows are sent: CTAs that only send; 0: all do both
 };
 

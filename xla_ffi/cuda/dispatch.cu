@@ -20,10 +20,11 @@
 namespace freeio::cuda {
 namespace {
 
-constexpr int kTileAssignments = 8192;  // of all ranks, whose rows are in shared memory
+constexpr int kTileAssignments = kMaxCounts;  // of all ranks, whose rows are in shared memory
 
-// Rows here of the tile's assignments, of all ranks: [R, tokens, K] in shared memory; -1: none.
-// False, for all threads: they did not come.
+// Rows here of the tile's assignments, of all ranks, as the ranks have sent them, or as they are in
+// the handles: [R, tokens, K] in shared memory; -1: none. False, for all threads: they did not
+// come.
 template <bool kRouted>
 __device__ bool fetch_rows(const DispatchParams& p, Session& s, const Tile& tile, int* rows) {
   const Exchange& x = p.exchange;
@@ -244,11 +245,11 @@ constexpr bool kIsByIds = kRoutes == Routes::kByIds || kRoutes == Routes::kByIds
 
 // This thread's first ids.
 template <Routes kRoutes>
-__device__ auto load_early(const DispatchParams& p) {
+__device__ auto load_early(const DispatchParams& p, const Chunk& chunk) {
   if constexpr (kIsByIds<kRoutes>) {
     return IdPair(p, static_cast<int>(threadIdx.x));
   } else if constexpr (kRoutes == Routes::kByCounts) {
-    return IdQuads(p, static_cast<int>(threadIdx.x));
+    return SegmentIds(p, chunk);
   } else {
     return nullptr;
   }
@@ -272,7 +273,7 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
   const uint32_t leaves = kSendsRows ? 0 : ((1u << p.num_leaves) - 1) << kFirstLeaf;
   // What needs no peer is loaded while the exchange opens.
-  [[maybe_unused]] const auto early = load_early<kRoutes>(p);
+  [[maybe_unused]] const auto early = load_early<kRoutes>(p, chunk);
   const bool sends_rows = kSendsRows && (!teams.has_senders() || teams.is_sender());
   const OutgoingSlice first(p, teams.sent_unit(units.chunk, warp_id()),
                             sends_rows ? units.chunk.end : 0);
@@ -297,14 +298,17 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
     count_ids(x, routing, all_ids);
     place_groups(p, routing);
   } else if constexpr (kRoutes == Routes::kByCounts) {
-    prepare_routes(p, chunk, s);
-    count(p, routing, chunk, early);
-    if (blockIdx.x == 0) send_counts(x, s, routing);
+    if (!p.sends_places) prepare_routes(p, chunk, s);
     const int id = first_id(p, chunk);
-    receive_counts(x, s, routing);
-    if (!receive_addresses(x, s, leaves | 1u << kScratch)) return;
+    const Segment& segment = early.segment;
+    count(p, s, routing, segment, early.quads);
+    __syncthreads();
+    if (p.sends_places) send_places(p, s, routing, chunk, id);
+    receive_counts(p, s, routing, segment, reinterpret_cast<uint32_t*>(rows));
+    if (!receive_addresses(x, s, p.sends_places ? leaves : leaves | 1u << kScratch)) return;
     place_groups(p, routing);
-    assign_rows(p, s, routing, chunk, id);
+    if (blockIdx.x == 0 && warp_id() == 0) store_num_invalid(p, s);
+    if (!p.sends_places) assign_rows(p, s, routing, chunk, id);
     __syncthreads();
   } else {
     if (!receive_addresses(x, s, leaves | 1u << kDestRank | 1u << kDestRow)) return;
@@ -312,6 +316,8 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
   tiles.for_each(s, kWarps, [&](const Tile& tile) {
     if constexpr (kIsByIds<kRoutes>) {
       find_rows(p, routing, all_ids, tile, rows);
+    } else if (kRoutes == Routes::kByCounts && p.sends_places) {
+      if (!find_rows(p, s, routing, tile, rows)) return;
     } else if (!fetch_rows<kRouted>(p, s, tile, rows)) {
       return;
     }

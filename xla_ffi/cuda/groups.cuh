@@ -9,22 +9,23 @@ constexpr int kArraysOverExperts = 5;
 
 // Arrays over the experts, in dynamic shared memory.
 struct Routing {
-  uint32_t* before;  // this rank's assignments to the expert in earlier chunks
-  uint32_t* count;   // ... from this chunk on
-  uint32_t* load;    // all ranks' assignments to the expert
-  uint32_t* next;    // first row of the chunk's assignments to the expert
-  uint32_t* start;   // first row of the group, of this rank's experts; at most capacity
+  uint32_t* load;   // all ranks' assignments to the expert
+  uint32_t* first;  // first row of the expert's assignments, or of this rank's in this segment
+  uint32_t* start;  // first row of the group, of this rank's experts; at most capacity
+  // Where routing is by counts:
+  uint32_t* next;     // number of the next assignment to the expert
+  uint32_t* earlier;  // [R, E/R]: those to this rank's experts before each rank's in this segment
 
   __device__ Routing(uint32_t* memory, int num_experts)
-      : before(memory),
-        count(before + num_experts),
-        load(count + num_experts),
-        next(load + num_experts),
-        start(next + num_experts),
+      : load(memory),
+        first(load + num_experts),
+        start(first + num_experts),
+        next(start + num_experts),
+        earlier(next + num_experts),
         num_experts_(num_experts) {}
 
   // Behind the arrays, at a multiple of 16 bytes from where they begin.
-  __device__ void* end() const { return before + (kArraysOverExperts * num_experts_ + 3) / 4 * 4; }
+  __device__ void* end() const { return load + (kArraysOverExperts * num_experts_ + 3) / 4 * 4; }
 
  private:
   int num_experts_;
@@ -93,7 +94,7 @@ __device__ inline void place_groups(const DispatchParams& p, const Routing& rout
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         if (first + i < experts) {
-          routing.next[first_expert + i] += row;
+          routing.first[first_expert + i] += row;
           if (rank == x.rank) routing.start[first + i] = row;
         }
         row = min(row + rows[i], capacity);

@@ -135,11 +135,32 @@ bool cut_to_be_sent(DispatchParams& params) {
   return true;
 }
 
+// Segments of each rank's assignments: to count one of so many, and to add up so many counts, take
+// about the same time.
+int32_t segments_of(const Exchange& x) {
+  const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
+  const int64_t counts = int64_t{x.num_ranks} * x.num_experts;
+  const int most = std::min(kMaxSegments, kMaxExperts / x.num_experts);
+  int32_t segments = 1;
+  while (segments < most && 4 * counts * (segments + 1) * (segments + 1) <= assignments) ++segments;
+  return segments;
+}
+
+// How a dispatch routes by counts.
+void cut_into_segments(DispatchParams& params) {
+  const Exchange& x = params.exchange;
+  params.sends_places = int64_t{x.num_tokens} * x.top_k <= max_sent_routes;
+  if (!params.sends_places) post(kScratch, params.routes, params.exchange);
+  const auto ctas = static_cast<int32_t>(x.signature[kGrid]);
+  params.segment_ctas = static_cast<int32_t>(ceil_div(ctas, segments_of(x)));
+  params.num_segments = static_cast<int32_t>(ceil_div(ctas, params.segment_ctas));
+}
+
 }  // namespace
 
-void set_most_sent(int64_t assignments, int64_t slices) {
+void set_most_sent(int64_t assignments, int64_t routes, int64_t slices) {
   max_sent_assignments = std::min<int64_t>(assignments, kMaxSentAssignments);
-  max_sent_routes = std::min<int64_t>(assignments, kMaxSentRoutes);
+  max_sent_routes = std::min<int64_t>(routes, kMaxSentRoutes);
   max_sent_slices = std::min<int64_t>(slices, kMaxSentSlices);
 }
 
@@ -169,7 +190,7 @@ Kernel complete_dispatch(bool routed, DispatchParams& params) {
     post(static_cast<Address>(kFirstLeaf + i), params.leaves[i].tokens, params.exchange);
   }
   if (routes == Routes::kOfHandle) post_routes(params);
-  if (routes == Routes::kByCounts) post(kScratch, params.routes, params.exchange);
+  if (routes == Routes::kByCounts) cut_into_segments(params);
   set_slices(params.num_slices, params);
   params.padding = blocks_of(params.exchange.capacity);
   params.exchange.signature[kOp] = routed ? kDispatchOp : kDispatchAlongOp;

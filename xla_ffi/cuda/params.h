@@ -24,11 +24,11 @@ struct RowType {
   int64_t width = 0;
 };
 
-// Calls with at most so many assignments of one rank send their routing itself, and those of them
-// with at most so many slices also their rows or partial sums; the defaults, and the most, are
-// kMaxSentAssignments, in combine and its transpose kMaxSentRoutes, and kMaxSentSlices. For tests:
-// all ranks must have the same.
-void set_most_sent(int64_t assignments, int64_t slices);
+// Dispatches with at most so many assignments of one rank send their ids; all calls with so many
+// `routes` of one rank send these, or the places of their assignments; and those that could send
+// ids, and have so many slices, send their rows or partial sums. The defaults, and the most, are
+// kMaxSentAssignments, kMaxSentRoutes, and kMaxSentSlices. For tests: all ranks must have the same.
+void set_most_sent(int64_t assignments, int64_t routes, int64_t slices);
 
 // Adds one array of the token pytree; at most kMaxLeaves.
 void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params);

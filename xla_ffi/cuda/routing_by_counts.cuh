@@ -1,10 +1,33 @@
-// Routing by counts: each rank tells the others how many rows it has for each expert, gives its own
-// assignments their rows, and tells the others those.
+// Routing by counts: each rank tells all ranks how many rows it has for each expert, and the peers,
+// before it knows theirs, the place of each of its assignments among them; with that they find its
+// row. Where there is no room for so many places, they are told the rows, once these are known.
 #pragma once
 
 #include "cuda/groups.cuh"
 
 namespace freeio::cuda {
+
+// A rank's CTAs, and with them its tokens, in a few segments. The first CTA of each counts all of
+// its assignments, the others only those of the segment that come before their own chunk: the more
+// segments, the less each counts, and the more counts all have to add up.
+struct Segment {
+  int number;
+  bool is_led;  // by this CTA
+  // Assignments that this CTA counts: [begin, end).
+  int begin;
+  int end;
+
+  __device__ Segment(const DispatchParams& p, const Chunk& chunk) {
+    const Exchange& x = p.exchange;
+    const auto ctas = static_cast<int>(gridDim.x);
+    number = static_cast<int>(blockIdx.x) / p.segment_ctas;
+    const int first = number * p.segment_ctas;
+    is_led = static_cast<int>(blockIdx.x) == first;
+    const int last = min(first + p.segment_ctas, ctas) - 1;
+    begin = Chunk(x.num_tokens, first, ctas).begin * x.top_k;
+    end = (is_led ? Chunk(x.num_tokens, last, ctas).end : chunk.begin) * x.top_k;
+  }
+};
 
 // Route words start as "not arrived": XLA's buffer may hold anything, an old call's words too. Each
 // CTA clears those that it is to read itself: it waits for no other CTA before it does.
@@ -27,103 +50,174 @@ __device__ inline void prepare_routes(const DispatchParams& p, const Chunk& chun
   }
 }
 
-__device__ inline void count_one(const Exchange& x, const Routing& routing, int id, bool earlier,
-                                 int& invalid) {
-  if (id >= 0 && id < x.num_experts) {
-    atomicAdd(earlier ? &routing.before[id] : &routing.count[id], 1u);
-  } else {
-    invalid += id != -1;
-  }
-}
-
-// Some of this rank's ids, four at a time.
+// Some of a segment's ids, four at a time.
 struct IdQuads {
-  static constexpr int kCount = 8;
+  static constexpr int kCount = 4;
   static constexpr int kStep = kCount * kThreads;  // quads
   int4 ids[kCount];
 
-  __device__ IdQuads(const DispatchParams& p, int first) {
+  __device__ IdQuads(const DispatchParams& p, const Segment& segment, int first) {
     const auto* quads = reinterpret_cast<const int4*>(p.topk_idx);
-    const int end = p.exchange.num_tokens * p.exchange.top_k / 4;
+    const int end = segment.end / 4;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (const int quad = first + i * kThreads; quad < end) ids[i] = quads[quad];
     }
   }
+  // The thread's first quad.
+  __device__ static int first_of(const Segment& segment) {
+    return segment.begin / 4 + static_cast<int>(threadIdx.x);
+  }
 };
 
-// Every CTA counts all of this rank's assignments: cheaper than a barrier of the grid up to 10^5.
-__device__ inline void count(const DispatchParams& p, const Routing& routing, const Chunk& chunk,
-                             IdQuads quads) {
+// This CTA's segment, and the thread's first ids of it.
+struct SegmentIds {
+  Segment segment;
+  IdQuads quads;
+
+  __device__ SegmentIds(const DispatchParams& p, const Chunk& chunk)
+      : segment(p, chunk), quads(p, segment, IdQuads::first_of(segment)) {}
+};
+
+// Counts what this CTA has to count of its segment, in `next`, and sends the counts of the whole
+// one. All threads; a barrier must follow. Then `next` has the numbers of the chunk's first
+// assignments to each expert, among those of the segment.
+__device__ inline void count(const DispatchParams& p, const Session& s, const Routing& routing,
+                             const Segment& segment, IdQuads quads) {
   const Exchange& x = p.exchange;
   for (int e = static_cast<int>(threadIdx.x); e < x.num_experts; e += kThreads) {
-    routing.before[e] = routing.count[e] = 0;
+    routing.next[e] = 0;
   }
   __shared__ int all_invalid;
   if (threadIdx.x == 0) all_invalid = 0;
   __syncthreads();
-  const int assignments = x.num_tokens * x.top_k;
-  const int num_quads = assignments / 4;
-  const int begin = chunk.begin * x.top_k;
   int invalid = 0;
-  for (int first = static_cast<int>(threadIdx.x); first < num_quads; first += IdQuads::kStep) {
-    const IdQuads next(p, first + IdQuads::kStep);
+  const auto count_one = [&](int a, int id) {
+    if (a < segment.begin) return;
+    if (id >= 0 && id < x.num_experts) {
+      atomicAdd(&routing.next[id], 1u);
+    } else {
+      invalid += id != -1;
+    }
+  };
+  const int num_quads = segment.end / 4;
+  for (int first = IdQuads::first_of(segment); first < num_quads; first += IdQuads::kStep) {
+    const IdQuads next(p, segment, first + IdQuads::kStep);
 #pragma unroll
     for (int i = 0; i < IdQuads::kCount; ++i) {
       const int quad = first + i * kThreads;
       if (quad >= num_quads) break;
-      count_one(x, routing, quads.ids[i].x, quad * 4 < begin, invalid);
-      count_one(x, routing, quads.ids[i].y, quad * 4 + 1 < begin, invalid);
-      count_one(x, routing, quads.ids[i].z, quad * 4 + 2 < begin, invalid);
-      count_one(x, routing, quads.ids[i].w, quad * 4 + 3 < begin, invalid);
+      count_one(quad * 4, quads.ids[i].x);
+      count_one(quad * 4 + 1, quads.ids[i].y);
+      count_one(quad * 4 + 2, quads.ids[i].z);
+      count_one(quad * 4 + 3, quads.ids[i].w);
     }
     quads = next;
   }
   const int rest = num_quads * 4 + static_cast<int>(threadIdx.x);
-  if (rest < assignments) count_one(x, routing, p.topk_idx[rest], rest < begin, invalid);
-  if (blockIdx.x == 0 && invalid != 0) atomicAdd(&all_invalid, invalid);
+  if (rest < segment.end) count_one(rest, p.topk_idx[rest]);
+  if (!segment.is_led) return;
+  if (invalid != 0) atomicAdd(&all_invalid, invalid);
   __syncthreads();
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_invalid = all_invalid;
-}
-
-__device__ inline void send_counts(const Exchange& x, const Session& s, const Routing& routing) {
   for (int i = static_cast<int>(threadIdx.x); i < x.num_ranks * x.num_experts; i += kThreads) {
     const int rank = i / x.num_experts;
-    const int e = i % x.num_experts;
-    if (rank == x.rank) continue;
-    store_word(&mailbox_to(x, s, rank).routing[e],
-               make_word(s.epoch[rank], routing.before[e] + routing.count[e]));
+    const int e = i - rank * x.num_experts;
+    store_word(&mailbox_to(x, s, rank).routing[segment.number * x.num_experts + e],
+               make_word(s.epoch[rank], routing.next[e]));
+  }
+  if (threadIdx.x == 0) {
+    store_word(&mailbox_to(x, s, x.rank).num_invalid[segment.number],
+               make_word(s.epoch[x.rank], static_cast<uint32_t>(all_invalid)));
+  }
+  __syncthreads();
+  for (int e = static_cast<int>(threadIdx.x); e < x.num_experts; e += kThreads) {
+    routing.next[e] = 0;
   }
 }
 
-// Adds up the counts of all ranks: load, and in `next` the rows of earlier sources and chunks.
-__device__ inline void receive_counts(const Exchange& x, Session& s, const Routing& routing) {
+// Adds up the counts of all ranks: `load`, and in `first` and `earlier` what comes before this
+// CTA's segment. `counts`: shared memory for kMaxCounts. All threads; a barrier must follow.
+__device__ inline void receive_counts(const DispatchParams& p, Session& s, const Routing& routing,
+                                      const Segment& segment, uint32_t* counts) {
   constexpr int kBatch = 8;
-  for (int e = static_cast<int>(threadIdx.x); e < x.num_experts; e += kThreads) {
-    uint32_t load = routing.before[e] + routing.count[e];
-    uint32_t earlier = routing.before[e];
-    for (int first = 0; first < x.num_ranks; first += kBatch) {
+  const Exchange& x = p.exchange;
+  const int segments = p.num_segments;
+  const int most = min(x.num_experts, kMaxCounts / (x.num_ranks * segments));
+  const int own_experts = x.num_experts / x.num_ranks;
+  bool failed = false;
+#pragma unroll 1
+  for (int begin = 0; begin < x.num_experts; begin += most) {
+    const int experts = min(most, x.num_experts - begin);
+    const int size = experts * segments * x.num_ranks;
+    for (int first = static_cast<int>(threadIdx.x); first < size; first += kBatch * kThreads) {
+      const Word* addresses[kBatch];
       Word words[kBatch];
+      int ranks[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int rank = first + i;
-        if (rank < x.num_ranks && rank != x.rank) {
-          words[i] = load_word(&mailbox_from(x, s, rank).routing[e]);
-        }
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = first + b * kThreads;
+        if (i >= size) continue;
+        const int of_expert = i / experts;
+        ranks[b] = of_expert / segments;
+        const int e = begin + i - of_expert * experts;
+        addresses[b] = &mailbox_from(x, s, ranks[b])
+                            .routing[(of_expert - ranks[b] * segments) * x.num_experts + e];
+        words[b] = load_word(addresses[b]);
       }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int rank = first + i;
-        if (rank >= x.num_ranks || rank == x.rank) continue;
-        const Word* address = &mailbox_from(x, s, rank).routing[e];
-        if (!wait_word(x, s, kWaitCounts, rank, address, words[i])) break;
-        load += value_of(words[i]);
-        if (rank < x.rank) earlier += value_of(words[i]);
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = first + b * kThreads;
+        if (i >= size || failed) break;
+        const uint32_t epoch = s.epoch[ranks[b]];
+        failed = !has_arrived(words[b], epoch) &&
+                 !wait_until(x, s, ranks[b] == x.rank ? kWaitOwn : kWaitCounts, ranks[b], [&] {
+        // Those after it come at the same time.
+#pragma unroll
+                   for (int c = b; c < kBatch; ++c) {
+                     if (first + c * kThreads < size) words[c] = load_word(addresses[c]);
+                   }
+                   return has_arrived(words[b], epoch);
+                 });
+        counts[i] = value_of(words[b]);
       }
     }
-    routing.load[e] = load;
-    routing.next[e] = earlier;
+    __syncthreads();
+    for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) {
+      const int own_expert = begin + e - x.rank * own_experts;
+      const bool is_own = own_expert >= 0 && own_expert < own_experts;
+      uint32_t load = 0;
+#pragma unroll 1
+      for (int rank = 0; rank < x.num_ranks; ++rank) {
+        uint32_t before = 0;
+        uint32_t all = 0;
+#pragma unroll 1
+        for (int i = 0; i < segments; ++i) {
+          if (i == segment.number) before = all;
+          all += counts[(rank * segments + i) * experts + e];
+        }
+        if (rank == x.rank) routing.first[begin + e] = load + before;
+        if (is_own) routing.earlier[rank * own_experts + own_expert] = load + before;
+        load += all;
+      }
+      routing.load[begin + e] = load;
+    }
+    if (begin + most < x.num_experts) __syncthreads();
   }
+}
+
+// What the caller learns of this rank's ids. One warp.
+__device__ inline void store_num_invalid(const DispatchParams& p, Session& s) {
+  const Exchange& x = p.exchange;
+  int invalid = 0;
+  if (lane_id() < p.num_segments) {
+    const Word* address = &mailbox_from(x, s, x.rank).num_invalid[lane_id()];
+    Word word = load_word(address);
+    if (wait_word(x, s, kWaitOwn, x.rank, address, word)) {
+      invalid = static_cast<int>(value_of(word));
+    }
+  }
+  invalid = __reduce_add_sync(kFullWarp, invalid);
+  if (lane_id() == 0) *p.num_invalid = invalid;
 }
 
 // This thread's first id of the chunk.
@@ -132,42 +226,128 @@ __device__ inline int first_id(const DispatchParams& p, const Chunk& chunk) {
   return a < chunk.end * p.exchange.top_k ? p.topk_idx[a] : -1;
 }
 
-// Gives the chunk's assignments their rows, in order, and tells the ranks. All threads, each one
-// assignment at a time: first that of `id`, which was loaded before the counts were waited for.
-__device__ inline void assign_rows(const DispatchParams& p, const Session& s,
-                                   const Routing& routing, const Chunk& chunk, int id) {
+// Numbers the chunk's assignments to each expert, in order, from `next` on, and calls
+// f(assignment, id, number), with id -1 where there is none. All threads, each one assignment at a
+// time: first that of `id`, which was loaded before.
+template <typename F>
+__device__ void number_assignments(const DispatchParams& p, const Routing& routing,
+                                   const Chunk& chunk, int id, const F& f) {
   const Exchange& x = p.exchange;
-  const int64_t num_assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
   const int end = chunk.end * x.top_k;
   for (int first = chunk.begin * x.top_k; first < end; first += kThreads) {
     const int a = first + static_cast<int>(threadIdx.x);
     const bool valid = id >= 0 && id < x.num_experts;
     const uint32_t same = __match_any_sync(kFullWarp, valid ? id : -1);
     const uint32_t earlier = __popc(same & ((1u << lane_id()) - 1));
-    uint32_t row = earlier;
-    // One warp after the other takes rows of the experts' next ones.
+    uint32_t number = earlier;
+    // One warp after the other takes numbers.
     const int warps = min(kWarps, (end - first + kWarpSize - 1) / kWarpSize);
     for (int turn = 0; turn < warps; ++turn) {
       if (turn == warp_id()) {
-        if (valid) row += routing.next[id];
+        if (valid) number += routing.next[id];
         __syncwarp();
         if (valid && earlier == 0) routing.next[id] += __popc(same);
       }
       __syncthreads();
     }
-    if (a < end) {
-      const bool kept = valid && row < static_cast<uint32_t>(x.capacity);
-      const int dest = kept ? x.local_experts.quotient(id) : -1;
-      for (int rank = 0; rank < x.num_ranks; ++rank) {
-        if (rank == x.rank) continue;
-        store_word(s.buffer<Word>(rank, kScratch) + x.rank * num_assignments + a,
-                   make_word(s.epoch[rank], dest == rank ? row + 1 : 0));
-      }
-      p.dest_rank[a] = dest;
-      p.dest_row[a] = kept ? static_cast<int>(row) : -1;
-    }
+    if (a < end) f(a, valid ? id : -1, number);
     id = a + kThreads < end ? p.topk_idx[a + kThreads] : -1;
   }
+}
+
+// Where an assignment comes, as its rank knows it before it has heard of the others: which of the
+// receiver's experts it is for, and its number among the segment's for that one.
+class Place {
+ public:
+  __device__ explicit Place(uint32_t word) : word_(word) {}
+  __device__ Place(int expert, uint32_t number)
+      : word_(static_cast<uint32_t>(expert + 1) * kMaxSentRoutes + number) {}
+  __device__ static Place none() { return Place(0); }
+  __device__ uint32_t word() const { return word_; }
+  __device__ bool is_none() const { return word_ == 0; }
+  __device__ int expert() const { return static_cast<int>(word_ / kMaxSentRoutes) - 1; }
+  __device__ uint32_t number() const { return word_ % kMaxSentRoutes; }
+
+ private:
+  static_assert(uint64_t{kMaxExperts + 1} * kMaxSentRoutes <= uint64_t{1} << 32);
+  uint32_t word_;
+};
+
+// Sends the places of the chunk's assignments, and leaves their numbers in the handle. All threads;
+// `id` is the thread's first.
+__device__ inline void send_places(const DispatchParams& p, const Session& s,
+                                   const Routing& routing, const Chunk& chunk, int id) {
+  const Exchange& x = p.exchange;
+  number_assignments(p, routing, chunk, id, [&](int a, int its_id, uint32_t number) {
+    const int dest = its_id < 0 ? -1 : x.local_experts.quotient(its_id);
+    for (int rank = 0; rank < x.num_ranks; ++rank) {
+      if (rank == x.rank) continue;
+      const Place place =
+          rank == dest ? Place(x.local_experts.remainder(its_id), number) : Place::none();
+      store_word(&inbox_to(x, rank).routes[turn(s, rank)][a],
+                 make_word(s.epoch[rank], place.word()));
+    }
+    p.dest_row[a] = static_cast<int>(number);
+  });
+}
+
+// The row of an assignment, the `number`-th from `first` on; -1: it does not fit.
+__device__ inline int row_or_none(const Exchange& x, uint32_t first, uint32_t number) {
+  const uint32_t row = first + number;
+  return row < static_cast<uint32_t>(x.capacity) ? static_cast<int>(row) : -1;
+}
+
+// Rows here of the tile's assignments, of all ranks, found from their places: [R, tokens, K] in
+// shared memory; -1: none. This rank's own get their rows in the handle, too. False, for all
+// threads: they did not come.
+__device__ inline bool find_rows(const DispatchParams& p, Session& s, const Routing& routing,
+                                 const Tile& tile, int* rows) {
+  const Exchange& x = p.exchange;
+  const int per_rank = tile.size() * x.top_k;
+  for (int i = static_cast<int>(threadIdx.x); i < per_rank * x.num_ranks; i += kThreads) {
+    const int rank = i / per_rank;
+    const int a = tile.begin * x.top_k + i - rank * per_rank;
+    int row = -1;
+    if (rank == x.rank) {
+      const int id = p.topk_idx[a];
+      const auto number = static_cast<uint32_t>(p.dest_row[a]);
+      if (id >= 0 && id < x.num_experts) row = row_or_none(x, routing.first[id], number);
+      const int dest = row < 0 ? -1 : x.local_experts.quotient(id);
+      p.dest_rank[a] = dest;
+      p.dest_row[a] = row;
+      if (dest != x.rank) row = -1;
+    } else {
+      const Word* address = &inbox_from(x, rank).routes[turn(s, rank)][a];
+      Word word = load_word(address);
+      if (!wait_word(x, s, kWaitRoutes, rank, address, word)) break;
+      if (const Place place(value_of(word)); !place.is_none()) {
+        const int expert = place.expert();
+        const uint32_t earlier = routing.earlier[rank * (x.num_experts / x.num_ranks) + expert];
+        row = row_or_none(x, routing.start[expert] + earlier, place.number());
+      }
+    }
+    rows[i] = row;
+  }
+  return !__syncthreads_or(has_failed(s));
+}
+
+// Gives the chunk's assignments their rows, and tells the ranks. All threads; `id` is the thread's
+// first.
+__device__ inline void assign_rows(const DispatchParams& p, const Session& s,
+                                   const Routing& routing, const Chunk& chunk, int id) {
+  const Exchange& x = p.exchange;
+  const int64_t num_assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
+  number_assignments(p, routing, chunk, id, [&](int a, int its_id, uint32_t number) {
+    const int row = its_id < 0 ? -1 : row_or_none(x, routing.first[its_id], number);
+    const int dest = row < 0 ? -1 : x.local_experts.quotient(its_id);
+    for (int rank = 0; rank < x.num_ranks; ++rank) {
+      if (rank == x.rank) continue;
+      store_word(s.buffer<Word>(rank, kScratch) + x.rank * num_assignments + a,
+                 make_word(s.epoch[rank], dest == rank ? static_cast<uint32_t>(row) + 1 : 0));
+    }
+    p.dest_rank[a] = dest;
+    p.dest_row[a] = row;
+  });
 }
 
 }  // namespace freeio::cuda

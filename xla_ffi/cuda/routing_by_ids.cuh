@@ -150,7 +150,7 @@ __device__ inline void receive_ids(const Exchange& x, Session& s, const AllIds& 
 __device__ inline void clear_counts(const Exchange& x, const Routing& routing) {
 #pragma unroll 1
   for (int e = static_cast<int>(threadIdx.x); e < x.num_experts; e += kThreads) {
-    routing.load[e] = routing.next[e] = 0;
+    routing.load[e] = routing.first[e] = 0;
   }
 }
 
@@ -212,7 +212,7 @@ __device__ inline void find_rows(const DispatchParams& p, const Routing& routing
     if (!is_any || !is_mine) continue;
     int row = -1;
     if (has_row) {
-      const uint32_t place = routing.next[id] + before;
+      const uint32_t place = routing.first[id] + before;
       const bool kept = place < static_cast<uint32_t>(x.capacity);
       row = kept ? static_cast<int>(place) : -1;
       dest = kept ? dest : -1;
