@@ -58,6 +58,7 @@ GEOMETRIES = {
     "drops, aligned": Geometry(3, 20, 3, 12, capacity=24, alignment=8),
     "no capacity": Geometry(2, 9, 2, 4, capacity=0),
     "many experts": Geometry(2, 19, 8, 512),
+    "most experts": Geometry(3, 14, 4, 4095),
     "eight ranks": Geometry(8, 43, 8, 64),
     "sixteen ranks": Geometry(16, 5, 3, 32),
     "more ids than experts": Geometry(2, 9, 8, 4),
