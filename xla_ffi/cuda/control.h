@@ -20,11 +20,11 @@ constexpr int kMaxLeaves = 16;     // arrays of one token pytree
 // find it: at most this many assignments of one rank, and of all ranks together.
 constexpr int kMaxSentAssignments = 2048;
 constexpr int kMaxSentByAll = 16384;
-// Others send counts, of the assignments of so many segments of a rank (routing_by_counts.cuh); one
-// CTA looks at so many at a time.
+constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
+// Others count them, in so many segments of each rank (routing_by_counts.cuh); a CTA looks at so
+// many counts at a time.
 constexpr int kMaxSegments = 8;
 constexpr int kMaxCounts = 8192;
-constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
 // More send the routes that they follow, or the places of their assignments: so many of one rank.
 // In combine its tokens have at most so many slices then.
 constexpr int kMaxSentRoutes = 32768;

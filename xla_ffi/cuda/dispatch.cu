@@ -22,9 +22,8 @@ namespace {
 
 constexpr int kTileAssignments = kMaxCounts;  // of all ranks, whose rows are in shared memory
 
-// Rows here of the tile's assignments, of all ranks, as the ranks have sent them, or as they are in
-// the handles: [R, tokens, K] in shared memory; -1: none. False, for all threads: they did not
-// come.
+// Rows here of the tile's assignments, of all ranks: [R, tokens, K] in shared memory; -1: none.
+// Sent by their ranks, or read from the handles. False, for all threads: they did not come.
 template <bool kRouted>
 __device__ bool fetch_rows(const DispatchParams& p, Session& s, const Tile& tile, int* rows) {
   const Exchange& x = p.exchange;
@@ -301,7 +300,7 @@ __device__ void exchange(const DispatchParams& p, Session& s, void* shared_memor
     if (!p.sends_places) prepare_routes(p, chunk, s);
     const int id = first_id(p, chunk);
     const Segment& segment = early.segment;
-    count(p, s, routing, segment, early.quads);
+    count_and_send(p, s, routing, segment, early.quads);
     __syncthreads();
     if (p.sends_places) send_places(p, s, routing, chunk, id);
     receive_counts(p, s, routing, segment, reinterpret_cast<uint32_t*>(rows));

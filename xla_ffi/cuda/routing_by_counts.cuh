@@ -82,8 +82,9 @@ struct SegmentIds {
 // Counts what this CTA has to count of its segment, in `next`, and sends the counts of the whole
 // one. All threads; a barrier must follow. Then `next` has the numbers of the chunk's first
 // assignments to each expert, among those of the segment.
-__device__ inline void count(const DispatchParams& p, const Session& s, const Routing& routing,
-                             const Segment& segment, IdQuads quads) {
+__device__ inline void count_and_send(const DispatchParams& p, const Session& s,
+                                      const Routing& routing, const Segment& segment,
+                                      IdQuads quads) {
   const Exchange& x = p.exchange;
   for (int e = static_cast<int>(threadIdx.x); e < x.num_experts; e += kThreads) {
     routing.next[e] = 0;
@@ -151,33 +152,35 @@ __device__ inline void receive_counts(const DispatchParams& p, Session& s, const
     const int size = experts * segments * x.num_ranks;
     for (int first = static_cast<int>(threadIdx.x); first < size; first += kBatch * kThreads) {
       const Word* addresses[kBatch];
-      Word words[kBatch];
       int ranks[kBatch];
+      Word words[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int i = first + b * kThreads;
-        if (i >= size) continue;
+        if (i >= size) break;
         const int of_expert = i / experts;
         ranks[b] = of_expert / segments;
+        const int number = of_expert - ranks[b] * segments;
         const int e = begin + i - of_expert * experts;
-        addresses[b] = &mailbox_from(x, s, ranks[b])
-                            .routing[(of_expert - ranks[b] * segments) * x.num_experts + e];
-        words[b] = load_word(addresses[b]);
+        addresses[b] = &mailbox_from(x, s, ranks[b]).routing[number * x.num_experts + e];
       }
+      const auto load_from = [&](int some) {
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          if (b >= some && first + b * kThreads < size) words[b] = load_word(addresses[b]);
+        }
+      };
+      load_from(0);
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int i = first + b * kThreads;
         if (i >= size || failed) break;
-        const uint32_t epoch = s.epoch[ranks[b]];
-        failed = !has_arrived(words[b], epoch) &&
-                 !wait_until(x, s, ranks[b] == x.rank ? kWaitOwn : kWaitCounts, ranks[b], [&] {
-        // Those after it come at the same time.
-#pragma unroll
-                   for (int c = b; c < kBatch; ++c) {
-                     if (first + c * kThreads < size) words[c] = load_word(addresses[c]);
-                   }
-                   return has_arrived(words[b], epoch);
-                 });
+        const int rank = ranks[b];
+        const Step step = rank == x.rank ? kWaitOwn : kWaitCounts;
+        failed = !has_arrived(words[b], s.epoch[rank]) && !wait_until(x, s, step, rank, [&] {
+          load_from(b);  // those after it come at the same time
+          return has_arrived(words[b], s.epoch[rank]);
+        });
         counts[i] = value_of(words[b]);
       }
     }
