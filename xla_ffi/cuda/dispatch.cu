@@ -2,9 +2,9 @@
 //
 // The expert's rank pulls: it reads a token's row out of the source's tensor, once, and stores it
 // to each of its rows here. So a row crosses a link once, no rank writes into a tensor of another,
-// and nothing is staged. Flags: counts and then routes (which row each assignment gets) go to all
-// peers, or, where there are few, the ids; all as words that carry their own flag. No data waits
-// for a flag of its own.
+// and nothing is staged. Counts and what the rows of assignments follow from go to all ranks, or,
+// where there are few, the ids; all as words that carry their own flag. No data waits for a flag of
+// its own.
 //
 // Small calls, ruled by latency, do not wait until they know where the rows go: the token's rank
 // sends each row, once to each rank that needs it, in lines (lines.cuh) to the control block there,

@@ -1,7 +1,6 @@
 // Routing by ids, for calls with few assignments: each rank sends its ids to all others, and every
-// CTA finds the rows of all ranks' assignments to its tokens by itself. One trip over the link less
-// than routing by counts, for more work in each CTA. Where the rows themselves are sent, no further
-// one follows.
+// CTA finds the rows of all ranks' assignments to its tokens by itself: more work in each CTA than
+// routing by counts, but nothing is counted before the ids leave, and the rows can leave with them.
 #pragma once
 
 #include "cuda/groups.cuh"
