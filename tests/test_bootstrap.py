@@ -4,6 +4,9 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 
@@ -162,41 +165,48 @@ def test_foreign_messages_are_not_answered(message, listener):
         peer.connection.close()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def as_another_user(program, *arguments):
+    """A process of nobody's, which runs the program: with a socket, `end`, and a `name` for it."""
+    prelude = f"import os, socket, sys; os.setuid({NOBODY}); name = chr(0) + sys.argv[1]\n"
+    prelude += "end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); end.settimeout(10)\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", prelude + textwrap.dedent(program), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@as_root
 def test_another_user_is_not_let_in(listener):
-    child = os.fork()
-    if child == 0:
-        status = 1
+    caller = """
+        end.connect(name)
         try:
-            os.setuid(NOBODY)
-            with call(listener.name, json.dumps(HELLO).encode()) as caller:
-                status = 0 if closed_silently(caller) else 2
-        finally:
-            os._exit(status)
-    assert listener.accept(time.monotonic() + 10) is None
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            end.send(sys.argv[2].encode())
+            sys.exit(end.recv(100) != b"")
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    """
+    with as_another_user(caller, listener.name, json.dumps(HELLO)) as child:
+        assert listener.accept(time.monotonic() + 10) is None
+        assert child.wait(10) == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@as_root
 def test_a_listener_of_another_user_is_not_trusted(listener):
+    imposter = """
+        end.bind(name)
+        end.listen()
+        print("ready", flush=True)
+        sys.stdin.read()
+    """
     name = f"freeio-jax-test-{os.getpid()}"
-    ready, done = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setuid(NOBODY)
-            imposter = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            imposter.bind(f"\0{name}")
-            imposter.listen()
-            os.write(ready[1], b"x")
-            os.read(done[0], 1)
-        finally:
-            os._exit(0)
-    os.read(ready[0], 1)
-    with pytest.raises(BootstrapError, match=f"runs as user {NOBODY}"):
-        listener.connect(1, name, time.monotonic() + 10)
-    os.write(done[1], b"x")
-    os.waitpid(child, 0)
+    with as_another_user(imposter, name) as child:
+        assert child.stdout.readline() == b"ready\n"
+        with pytest.raises(BootstrapError, match=f"runs as user {NOBODY}"):
+            listener.connect(1, name, time.monotonic() + 10)
 
 
 @pytest.mark.parametrize(
