@@ -7,6 +7,8 @@ order. Differentiable by JAX itself. ``tests/test_reference.py`` checks it again
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -54,15 +56,44 @@ def _slots(dest_rank, rank):
     return jnp.cumsum(to_rank, axis=-1, dtype=jnp.int32) - 1, to_rank
 
 
+def _by_bits(move, rows, *how):
+    """``move(rows, *how)``, which moves numbers and computes none; differentiates as ``move`` does.
+
+    What moves are unsigned integers: XLA for the CPU may take bfloat16 through a collective as
+    float32, or float8 through a select as float16, and then subnormal numbers become zeros and
+    signaling NaNs quiet ones.
+    """
+
+    @jax.custom_jvp
+    def moved(rows, *how):
+        if not jnp.issubdtype(rows.dtype, jnp.floating):
+            return move(rows, *how)
+        bits = lax.bitcast_convert_type(rows, jnp.dtype(f"uint{rows.dtype.itemsize * 8}"))
+        return lax.bitcast_convert_type(move(bits, *how), rows.dtype)
+
+    @moved.defjvp
+    def _(primals, tangents):
+        return moved(*primals), move(tangents[0], *primals[1:])
+
+    return moved(rows, *how)
+
+
 def _exchange(rows, axes):
-    return lax.all_to_all(rows, axes, split_axis=0, concat_axis=0, tiled=True)
+    exchange = functools.partial(
+        lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0, tiled=True
+    )
+    return _by_bits(exchange, rows)
 
 
 def _take(rows, index):
     """``rows[index]`` with zero rows where ``index`` is negative; also differentiates so."""
-    taken = jnp.take(rows, jnp.maximum(index, 0), axis=0, mode="clip")
-    mask = (index >= 0).reshape(index.shape + (1,) * (taken.ndim - index.ndim))
-    return jnp.where(mask, taken, jnp.zeros((), rows.dtype))
+
+    def take(rows, index):
+        taken = jnp.take(rows, jnp.maximum(index, 0), axis=0, mode="clip")
+        mask = (index >= 0).reshape(index.shape + (1,) * (taken.ndim - index.ndim))
+        return jnp.where(mask, taken, jnp.zeros((), rows.dtype))
+
+    return _by_bits(take, rows, index)
 
 
 def dispatch(tokens, topk_idx, *, num_experts, axis_name, capacity=None, alignment=1) -> Dispatched:

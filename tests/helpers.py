@@ -226,15 +226,19 @@ def values(rng, shape, dtype):
     return rng.standard_normal(shape).astype(dtype)
 
 
-def random_bits(rng, shape, dtype, *, nans=True):
-    """Every bit at random, NaNs with their payloads included unless ``nans`` is false."""
+def random_bits(rng, shape, dtype):
+    """Every bit at random; of floating-point numbers, a quarter subnormal and a quarter NaN."""
     dtype = np.dtype(dtype)
     if dtype.kind == "b":
         return values(rng, shape, dtype)
     count = int(np.prod(shape)) * dtype.itemsize
-    bits = np.frombuffer(rng.bytes(count), np.uint8).view(dtype).reshape(shape)
-    with np.errstate(invalid="ignore"):
-        return bits if nans else np.where(bits != bits, np.zeros((), dtype), bits)
+    bits = np.frombuffer(rng.bytes(count), f"u{dtype.itemsize}").reshape(shape)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return bits.view(dtype)
+    info, kind = jnp.finfo(dtype), rng.random(shape)
+    exponent = bits.dtype.type(((1 << info.nexp) - 1) << info.nmant)
+    bits = np.where(kind < 0.25, bits & ~exponent, np.where(kind > 0.75, bits | exponent, bits))
+    return bits.view(dtype)
 
 
 def power_of_two_weights(rng, shape):
