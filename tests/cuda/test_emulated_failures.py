@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 
@@ -151,6 +152,27 @@ def test_ranks_with_different_operations(new_machine, rng):
     machine.synchronize()
     messages = errors_of(machine, group, (0, 1))
     assert_failed(messages, r"differ in the operation \((0 and 1|1 and 0)\)")
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("other", ["num_tokens", "num_experts", "operation"])
+def test_who_waits_sees_that_the_other_rank_differs(new_machine, rng, name, other):
+    """Also where all threads wait for what the other rank, in another call, never sends."""
+    machine = new_machine(timeout=5, num_sms=1)
+    group, geometry = Group((0, 1)), Geometry(2, 512, 4, 4, capacity=4096)
+    machine.set_protocol("nothing")
+    _, out, _ = run_dispatch(machine, rng, geometry, group=group)
+    machine.set_protocol(name)
+    launch_dispatch(machine, group, 0, geometry)
+    if other == "operation":
+        machine.combine(group, 1, geometry, out[1], np.ones((capacity_of(geometry), 4), np.float32))
+    else:
+        changed = {"num_tokens": 40} if other == "num_tokens" else {"num_experts": 2}
+        launch_dispatch(machine, group, 1, dataclasses.replace(geometry, **changed))
+    machine.synchronize()
+    messages = errors_of(machine, group, (0, 1), geometry)
+    # Of two operations, which also differ in other words, any of them may be seen first.
+    assert_failed(messages, "differ in " if other == "operation" else f"differ in {other}")
 
 
 def test_ranks_with_different_dtypes(new_machine, rng):

@@ -42,6 +42,23 @@ __device__ inline bool has_failed(const Session& s) {
 
 __device__ inline ControlBlock& self(const Exchange& x) { return *x.control[x.rank]; }
 
+__device__ inline Word make_word(uint32_t epoch, uint32_t value) {
+  return static_cast<Word>(epoch) << 32 | value;
+}
+__device__ inline bool has_arrived(Word word, uint32_t epoch) { return word >> 32 == epoch; }
+__device__ inline uint32_t value_of(Word word) { return static_cast<uint32_t>(word); }
+
+// Which of two things that are used by turns is this exchange's with the peer.
+__device__ inline uint32_t turn(const Session& s, int peer) { return s.epoch[peer] % 2; }
+
+// The mailbox on the peer that this rank writes, and the one here that the peer writes.
+__device__ inline Mailbox& mailbox_to(const Exchange& x, const Session& s, int peer) {
+  return x.control[peer]->mailbox[x.gpu[x.rank]][turn(s, peer)];
+}
+__device__ inline Mailbox& mailbox_from(const Exchange& x, const Session& s, int peer) {
+  return self(x).mailbox[x.gpu[peer]][turn(s, peer)];
+}
+
 // Functions of what hardly ever happens are not inlined: calls with few tokens, in which nothing is
 // done often, are faster for it.
 
@@ -112,14 +129,28 @@ __device__ __forceinline__ uint64_t may_wait(const Exchange& x, Session& s, Step
   return begin;
 }
 
+// Whether the peer is known to run something else. Then the exchange ends with that error.
+__device__ inline bool differs(const Exchange& x, Session& s, int peer) {
+  const Mailbox& box = mailbox_from(x, s, peer);
+#pragma unroll 1
+  for (int word = 0; word < kSignatureWords; ++word) {
+    const Word found = load_word(&box.signature[word]);
+    if (!has_arrived(found, s.epoch[peer]) || value_of(found) == x.signature[word]) continue;
+    fail(x, s, kSignatureDiffers, peer, word, x.signature[word], value_of(found));
+    return true;
+  }
+  return false;
+}
+
+// A peer that differs may never send what is waited for.
 [[gnu::noinline]] __device__ inline uint64_t may_wait_out_of_line(const Exchange& x, Session& s,
                                                                   Step step, int peer,
                                                                   uint64_t begin) {
-  return may_wait(x, s, step, peer, begin);
+  return differs(x, s, peer) ? 0 : may_wait(x, s, step, peer, begin);
 }
 
 // The one wait: polls `ready` until it holds. False: see may_wait(). `kInLoop`: of a loop that
-// needs all registers, of which a call would take some.
+// needs all registers, of which a call would take some; the signatures have been compared there.
 template <bool kInLoop = false, typename Ready>
 __device__ bool wait_until(const Exchange& x, Session& s, Step step, int peer, const Ready& ready) {
   constexpr int kPollsBetweenChecks = 1024;
@@ -134,12 +165,6 @@ __device__ bool wait_until(const Exchange& x, Session& s, Step step, int peer, c
   }
 }
 
-__device__ inline Word make_word(uint32_t epoch, uint32_t value) {
-  return static_cast<Word>(epoch) << 32 | value;
-}
-__device__ inline bool has_arrived(Word word, uint32_t epoch) { return word >> 32 == epoch; }
-__device__ inline uint32_t value_of(Word word) { return static_cast<uint32_t>(word); }
-
 // Waits for a word of this exchange; `word` is a value that was loaded from it before.
 __device__ inline bool wait_word(const Exchange& x, Session& s, Step step, int peer,
                                  const Word* address, Word& word) {
@@ -148,17 +173,6 @@ __device__ inline bool wait_word(const Exchange& x, Session& s, Step step, int p
     word = load_word(address);
     return has_arrived(word, s.epoch[peer]);
   });
-}
-
-// Which of two things that are used by turns is this exchange's with the peer.
-__device__ inline uint32_t turn(const Session& s, int peer) { return s.epoch[peer] % 2; }
-
-// The mailbox on the peer that this rank writes, and the one here that the peer writes.
-__device__ inline Mailbox& mailbox_to(const Exchange& x, const Session& s, int peer) {
-  return x.control[peer]->mailbox[x.gpu[x.rank]][turn(s, peer)];
-}
-__device__ inline Mailbox& mailbox_from(const Exchange& x, const Session& s, int peer) {
-  return self(x).mailbox[x.gpu[peer]][turn(s, peer)];
 }
 
 // The inbox on the peer that this rank writes, and the one here that the peer writes.
