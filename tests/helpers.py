@@ -227,7 +227,9 @@ def values(rng, shape, dtype):
 
 
 def random_bits(rng, shape, dtype):
-    """Every bit at random; of floating-point numbers, a quarter subnormal and a quarter NaN."""
+    """Every bit at random; a quarter of the exponents the least (subnormal), a quarter the greatest
+    (NaN or infinite, in most dtypes).
+    """
     dtype = np.dtype(dtype)
     if dtype.kind == "b":
         return values(rng, shape, dtype)

@@ -34,6 +34,7 @@ NOT_ON_PODS = {
     "test_emulated_failures.py",
     "test_emulated_memory.py",
     "test_emulated_pods.py",
+    "test_emulated_schedules.py",
     "test_faults.py",
     "test_gpu_processes.py",
     "test_launch.py",

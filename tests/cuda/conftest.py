@@ -40,6 +40,12 @@ def machine(emulator_library, _shared_machine, rng):
 
 
 @pytest.fixture
+def protocol(request, machine):
+    """What calls with few assignments send, one of emulated.PROTOCOLS: parametrized indirectly."""
+    machine.set_protocol(request.param)
+
+
+@pytest.fixture
 def new_machine(emulator_library, rng):
     """Makes machines for tests after which their engines take no further calls."""
     from emulated import Emulator
