@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kTileBytes = 24 << 10;                 // for the routes of a tile, of all ranks
 constexpr int kColumns = kCombineSlice / kWarpSize;  // accesses of one lane to a slice
-constexpr int kStages = 4;                           // slices of rows that each warp has on the way
+constexpr int kStages = 2;                           // slices of rows that each warp has on the way
 constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
 
 template <typename Accumulator>
