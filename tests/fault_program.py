@@ -8,6 +8,7 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding
@@ -122,13 +123,14 @@ def main():
     odd = {
         "other shape": {"num_tokens": 6},
         "other dtype": {"dtype": np.float16},
+        "other dtype as wide": {"dtype": np.float16},
         "other capacity": {"capacity": 12},
     }
     if culprit and FAULT in odd:
         report("FAULT")
         make_step(mesh, **odd[FAULT])()
         return
-    step = make_step(mesh)
+    step = make_step(mesh, dtype=jnp.bfloat16 if FAULT == "other dtype as wide" else np.float32)
     step()
     if FAULT == "killed between":
         if culprit:

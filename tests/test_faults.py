@@ -147,9 +147,10 @@ def test_a_process_that_goes_on_within_the_time_out_does_no_harm():
     "fault, here, there",
     [
         ("other shape", "num_tokens=4", "num_tokens=6"),
-        ("other dtype", "bytes of a row: 20", "bytes of a row: 10"),
+        ("other dtype", "rows: F32[5]", "rows: F16[5]"),
+        ("other dtype as wide", "rows: BF16[5]", "rows: F16[5]"),
         ("other capacity", "capacity=8", "capacity=12"),
-        ("other program", "bytes of a row: 20", "bytes of a row: 28"),
+        ("other program", "rows: F32[5]", "rows: F32[7]"),
     ],
 )
 def test_another_program_is_told_by_its_call(fault, here, there):

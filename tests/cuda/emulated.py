@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import shutil
 import tempfile
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,7 +69,9 @@ _Dispatch = _struct(
     "Dispatch",
     ("routed", c.c_int32),
     ("num_leaves", c.c_int32),
-    *_pointers("tokens", "rows", "row_bytes", "topk_idx", *_ROUTING, *_COUNTS, "routes"),
+    *_pointers(
+        "tokens", "rows", "row_bytes", "row_types", "topk_idx", *_ROUTING, *_COUNTS, "routes"
+    ),
 )
 _Combine = _struct(
     "Combine",
@@ -187,6 +190,7 @@ class Emulator:
         seed=0,
         num_gpus=8,
         num_sms=3,
+        shared_bytes=227 << 10,
         timeout=60.0,
         place=None,
         native_atomics=True,
@@ -208,6 +212,7 @@ class Emulator:
         self._broken = False
         self._launches = {}  # by (GPU, peer)
         self._library.emulator_set_devices(num_gpus, num_sms)
+        self._library.emulator_set_shared_bytes(c.c_int64(shared_bytes))
         self._library.emulator_set_native_atomics(c.c_int(native_atomics))
         self.set_num_sms(num_sms)  # all of them: by itself the engine leaves some to others
         self.set_seed(seed)
@@ -456,6 +461,7 @@ class Emulator:
             "tokens": [buffer.address for buffer in tokens],
             "rows": [buffer.address for buffer in packed],
             "row_bytes": row_bytes,
+            "row_types": [zlib.crc32(f"{leaf.dtype}{leaf.shape[1:]}".encode()) for leaf in leaves],
         }
         fields = {name: self._in(name, np.array(a, np.int64)).address for name, a in arrays.items()}
         return {"num_leaves": len(leaves), **fields}, [buffer.array for buffer in packed]

@@ -3,10 +3,12 @@
 
 #include <cstdint>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "core/digest.h"
 #include "core/dtype.h"
 #include "core/layout.h"
 #include "core/status.h"
@@ -147,6 +149,22 @@ class Buffers {
   // Bytes of one row of `buffer`.
   static int64_t row_bytes(const ffi::AnyBuffer& buffer) {
     return row_elements(buffer) * static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
+  }
+
+  // Element type and shape of one row of `buffer`: as a number, and as XLA writes them, F32[5].
+  static uint64_t row_digest(const ffi::AnyBuffer& buffer) {
+    Digest digest({static_cast<int64_t>(buffer.element_type())});
+    for (size_t i = 1; i < buffer.dimensions().size(); ++i) digest.add({buffer.dimensions()[i]});
+    return digest.value();
+  }
+  static std::string row_text(const ffi::AnyBuffer& buffer) {
+    std::ostringstream text;
+    text << buffer.element_type() << "[";
+    for (size_t i = 1; i < buffer.dimensions().size(); ++i) {
+      text << (i > 1 ? "," : "") << buffer.dimensions()[i];
+    }
+    text << "]";
+    return text.str();
   }
 
   // Element type and width of the rows in `buffer`.

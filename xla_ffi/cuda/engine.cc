@@ -85,7 +85,7 @@ std::vector<const void*> all_kernels() {
   return kernels;
 }
 
-Status load_kernels() {
+Status load_kernels(int ordinal) {
   for (const void* kernel : all_kernels()) {
     cudaFuncAttributes attributes;
     Status status = cuda_status(cudaFuncGetAttributes(&attributes, kernel),
@@ -93,12 +93,20 @@ Status load_kernels() {
                                 "it was built for other architectures?)");
     if (!status.ok()) return status;
   }
-  const auto allow = [](const void* kernel, size_t bytes) {
+  int of_gpu = 0;
+  Status status =
+      cuda_status(cudaDeviceGetAttribute(&of_gpu, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal),
+                  "cudaDeviceGetAttribute");
+  // What the most experts need, some GPUs have not: launch() tells those who need it.
+  const auto allow = [of_gpu](const void* kernel, size_t bytes) {
+    cudaFuncAttributes attributes;
+    Status found = cuda_status(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    if (!found.ok()) return found;
+    const int most = of_gpu - static_cast<int>(attributes.sharedSizeBytes);
     return cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(bytes)),
+                                            std::min(static_cast<int>(bytes), most)),
                        "cudaFuncSetAttribute");
   };
-  Status status;
   for (const Routes routes : kAllRoutes) {
     if (!status.ok()) return status;
     status =
@@ -157,7 +165,7 @@ Status make_gpu(int ordinal, int num_gpus, const std::vector<int>& shared_by, ui
       cuda_status(cudaDeviceGetAttribute(&gpu.num_sms, cudaDevAttrMultiProcessorCount, ordinal),
                   "cudaDeviceGetAttribute");
   if (!status.ok()) return status;
-  return load_kernels();
+  return load_kernels(ordinal);
 }
 
 // Whether a GPU accesses another one's memory as the kernels need it: with atomics, and so that
@@ -464,10 +472,21 @@ Status launch(const void* function, Exchange& exchange, void* params, size_t sha
   Status status = translate_addresses(exchange);
   if (!status.ok()) return status;
   void* arguments[] = {params};
-  return cuda_status(cudaLaunchKernel(function, dim3(exchange.signature[kGrid]),
-                                      dim3(static_cast<unsigned>(threads_per_cta())), arguments,
-                                      shared_bytes, static_cast<cudaStream_t>(stream)),
-                     "cudaLaunchKernel");
+  const cudaError_t error = cudaLaunchKernel(
+      function, dim3(exchange.signature[kGrid]), dim3(static_cast<unsigned>(threads_per_cta())),
+      arguments, shared_bytes, static_cast<cudaStream_t>(stream));
+  cudaFuncAttributes attributes;
+  if (error != cudaSuccess && cudaFuncGetAttributes(&attributes, function) == cudaSuccess &&
+      shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) {
+    cudaGetLastError();  // which is told here
+    return {Code::kInvalidArgument,
+            "freeio_jax: a kernel of this call, with num_experts=" +
+                std::to_string(exchange.num_experts) + ", needs " + std::to_string(shared_bytes) +
+                " bytes of shared memory, and this GPU has " +
+                std::to_string(attributes.maxDynamicSharedSizeBytes) +
+                " for it. Use a GPU that has more (A100, H100, B200), or fewer experts."};
+  }
+  return cuda_status(error, "cudaLaunchKernel");
 }
 
 }  // namespace freeio::cuda

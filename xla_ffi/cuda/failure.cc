@@ -1,15 +1,29 @@
 #include "cuda/failure.h"
 
 #include <iomanip>
+#include <iterator>
 #include <sstream>
 
 namespace freeio::cuda {
 namespace {
 
 constexpr const char* kOps[] = {"dispatch", "dispatch_along", "combine", "combine_transpose"};
-constexpr const char* kSignatureNames[kSignatureWords] = {
-    "the operation", "the call in the program", "num_tokens",   "top_k", "num_experts", "capacity",
-    "alignment",     "the number of CTAs",      "the row types"};
+constexpr const char* kSignatureNames[kSignatureWords] = {"the operation",
+                                                          "the call of the program, or the program",
+                                                          "num_tokens",
+                                                          "top_k",
+                                                          "num_experts",
+                                                          "capacity",
+                                                          "alignment",
+                                                          "the number of CTAs",
+                                                          "the dtypes or shapes of a row"};
+
+// The value of a signature's word; empty: it is a mere digest, and tells nobody anything.
+std::string text_of_word(int word, uint32_t value) {
+  if (word == kInstance || word == kRows) return "";
+  if (word == kOp && value < std::size(kOps)) return kOps[value];
+  return std::to_string(value);
+}
 
 const char* text_of(int step) {
   switch (step) {
@@ -48,12 +62,18 @@ Status to_status(const Failure& failure, double timeout, const std::string& peer
       break;
     case kSignatureDiffers:
       code = Code::kInvalidArgument;
-      text << " and " << peer << " differ in " << kSignatureNames[failure.word] << " ("
-           << failure.expected << " and " << failure.found
-           << "). All ranks of the expert axis must make the same calls in the same order.";
+      text << " and " << peer << " differ in " << kSignatureNames[failure.word];
+      if (const std::string here = text_of_word(failure.word, failure.expected); !here.empty()) {
+        text << " (" << here << " and " << text_of_word(failure.word, failure.found) << ")";
+      }
+      text << ". All ranks of the expert axis must make the same calls in the same order";
+      if (failure.word == kGrid) {
+        text << ", with the same num_sms (freeio_jax.config, FREEIO_NUM_SMS)";
+      }
+      text << ".";
       break;
     case kPeerGaveUp:
-      text << ": " << peer << " gave this call up.";
+      text << ": " << peer << " gave this call up; its own error says why.";
       break;
     case kPeerLost:
       code = Code::kUnavailable;
@@ -73,7 +93,7 @@ Status to_status(const Failure& failure, double timeout, const std::string& peer
   text
       << " It was exchange " << failure.epoch
       << " of these two GPUs; what it and later calls returned is not to be used, and this process "
-         "can make no further exchange on this GPU.";
+         "can make no further exchange on this GPU: start the program again.";
   return {code, text.str()};
 }
 

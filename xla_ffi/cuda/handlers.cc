@@ -80,7 +80,8 @@ void read_leaves(Buffers& buffers, DispatchParams& params) {
     const ffi::AnyBuffer* tokens = buffers.arg();
     ffi::AnyBuffer* rows = buffers.ret();
     if (!buffers.ok()) return;
-    add_leaf(tokens->untyped_data(), rows->untyped_data(), Buffers::row_bytes(*tokens), params);
+    add_leaf(tokens->untyped_data(), rows->untyped_data(), Buffers::row_bytes(*tokens),
+             Buffers::row_digest(*tokens), params);
   }
 }
 

@@ -164,7 +164,10 @@ void set_most_sent(int64_t assignments, int64_t routes, int64_t slices) {
   max_sent_slices = std::min<int64_t>(slices, kMaxSentSlices);
 }
 
-void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params) {
+void add_leaf(const void* tokens, void* rows, int64_t row_bytes, uint64_t row_type,
+              DispatchParams& params) {
+  uint32_t& types = params.exchange.signature[kRows];
+  types = Digest({types, static_cast<int64_t>(row_type)}).folded();
   Leaf& leaf = params.leaves[params.num_leaves++];
   leaf.tokens = static_cast<const std::byte*>(tokens);
   leaf.rows = static_cast<std::byte*>(rows);
@@ -177,7 +180,7 @@ void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams&
 }
 
 Kernel complete_dispatch(bool routed, DispatchParams& params) {
-  Digest rows;
+  Digest rows({params.exchange.signature[kRows]});
   for (int i = 0; i < params.num_leaves; ++i) {
     rows.add({params.leaves[i].row_bytes, params.leaves[i].access_bytes});
   }

@@ -30,8 +30,10 @@ struct RowType {
 // kMaxSentAssignments, kMaxSentRoutes, and kMaxSentSlices. For tests: all ranks must have the same.
 void set_most_sent(int64_t assignments, int64_t routes, int64_t slices);
 
-// Adds one array of the token pytree; at most kMaxLeaves.
-void add_leaf(const void* tokens, void* rows, int64_t row_bytes, DispatchParams& params);
+// Adds one array of the token pytree; at most kMaxLeaves. Ranks must agree on `row_type`, a number
+// for element type and shape of a row.
+void add_leaf(const void* tokens, void* rows, int64_t row_bytes, uint64_t row_type,
+              DispatchParams& params);
 
 // Fill what is left of the parameters, the signature and what is posted included. What a call has
 // (routing, weights, results) is said by flags: the address of an empty buffer may be null.

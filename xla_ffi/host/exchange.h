@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <variant>
 #include <vector>
 
@@ -19,6 +20,7 @@ struct Leaf {
   const std::byte* tokens;  // [T] rows
   std::byte* rows;          // [capacity] rows
   int64_t row_bytes;
+  std::string row;  // element type and shape of a row, which all ranks must share
 };
 
 // The handle of a dispatch, as one rank holds it.

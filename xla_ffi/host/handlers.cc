@@ -48,7 +48,8 @@ std::vector<Leaf> read_leaves(Buffers& buffers) {
     ffi::AnyBuffer* rows = buffers.ret();
     if (!buffers.ok()) break;
     leaves.push_back({static_cast<const std::byte*>(tokens->untyped_data()),
-                      static_cast<std::byte*>(rows->untyped_data()), Buffers::row_bytes(*tokens)});
+                      static_cast<std::byte*>(rows->untyped_data()), Buffers::row_bytes(*tokens),
+                      Buffers::row_text(*tokens)});
   }
   return leaves;
 }

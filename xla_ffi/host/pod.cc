@@ -31,7 +31,8 @@ void Pod::join(int process, const std::vector<Member>& members, std::vector<int>
       throw std::runtime_error(
           "freeio_jax.initialize: process " + std::to_string(member.process) +
           " of this host is in another PID namespace than process " + std::to_string(process) +
-          ", so its memory cannot be read. Run both in one container, or let containers share the "
+          ", so that neither its memory can be read nor its end be seen. Run both in one "
+          "container, or let containers share the "
           "namespace (docker: --pid=host; Kubernetes: shareProcessNamespace: true)");
     }
     const PeerMemory memory(member.process, member.pid, member.control_address, member.nonce);

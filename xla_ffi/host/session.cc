@@ -1,5 +1,6 @@
 #include "host/session.h"
 
+#include <algorithm>
 #include <atomic>
 #include <sstream>
 #include <type_traits>
@@ -9,6 +10,7 @@ namespace freeio::host {
 namespace {
 
 std::atomic<double> timeout_seconds{60.0};
+constexpr double kLongestTimeout = 1e9;
 
 const char* name_of(DType dtype) {
   switch (dtype) {
@@ -30,7 +32,8 @@ const char* name_of(DType dtype) {
 
 }  // namespace
 
-void set_timeout(double seconds) { timeout_seconds = seconds; }
+// No longer than the clock can count.
+void set_timeout(double seconds) { timeout_seconds = std::min(seconds, kLongestTimeout); }
 double timeout_in_seconds() { return timeout_seconds; }
 
 std::string describe(const Layout& layout, const Operands& operands) {
@@ -43,8 +46,8 @@ std::string describe(const Layout& layout, const Operands& operands) {
       [&](const auto& op) {
         using Op = std::decay_t<decltype(op)>;
         if constexpr (std::is_same_v<Op, Dispatch> || std::is_same_v<Op, DispatchAlong>) {
-          text << ", bytes of a row:";
-          for (const Leaf& leaf : op.leaves) text << " " << leaf.row_bytes;
+          text << ", rows:";
+          for (const Leaf& leaf : op.leaves) text << " " << leaf.row;
         } else {
           text << ", dtype=" << name_of(op.dtype) << ", width=" << op.width
                << (op.weights != nullptr ? ", weighted" : "");

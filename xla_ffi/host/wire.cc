@@ -23,7 +23,11 @@ class Writer {
   }
   void operator()(const std::vector<Leaf>& leaves) {
     (*this)(leaves.size());
-    for (const Leaf& leaf : leaves) (*this)(leaf);
+    for (const Leaf& leaf : leaves) {
+      (*this)(leaf.tokens);
+      (*this)(leaf.row_bytes);
+      (*this)(leaf.row);
+    }
   }
 
   std::string bytes;
@@ -46,9 +50,14 @@ class Reader {
   void operator()(std::vector<Leaf>& leaves) {
     size_t size = 0;
     (*this)(size);
-    if (size > rest_.size() / sizeof(Leaf)) malformed();
+    constexpr size_t kLeast = sizeof(Leaf::tokens) + sizeof(Leaf::row_bytes) + sizeof(size_t);
+    if (size > rest_.size() / kLeast) malformed();
     leaves.resize(size);
-    for (Leaf& leaf : leaves) (*this)(leaf);
+    for (Leaf& leaf : leaves) {
+      (*this)(leaf.tokens);
+      (*this)(leaf.row_bytes);
+      (*this)(leaf.row);
+    }
   }
   void expect_end() const {
     if (!rest_.empty()) malformed();

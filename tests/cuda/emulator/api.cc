@@ -81,6 +81,9 @@ RowType row_type(const Call& call) { return {static_cast<DType>(call.dtype), cal
 EMULATOR_API void emulator_set_devices(int count, int multiprocessors) {
   emulator::set_devices(count, multiprocessors);
 }
+EMULATOR_API void emulator_set_shared_bytes(int64_t bytes) {
+  emulator::set_shared_bytes(static_cast<size_t>(bytes));
+}
 EMULATOR_API void emulator_set_seed(uint64_t seed) { emulator::set_seed(seed); }
 EMULATOR_API void emulator_set_real_time(int real) { emulator::set_real_time(real != 0); }
 // Once what was launched on the GPU has run: copies the buffer, and fills it with garbage if it is
@@ -165,6 +168,7 @@ struct DispatchBuffers {
   const void* const* tokens;
   void* const* rows;
   const int64_t* row_bytes;
+  const uint64_t* row_types;
   const int32_t* topk_idx;
   int32_t *dest_rank, *dest_row, *row_source;
   int32_t *group_sizes, *expert_load, *num_dropped, *num_invalid;
@@ -184,7 +188,8 @@ EMULATOR_API const char* engine_dispatch(const Call* call, const DispatchBuffers
     params.num_invalid = buffers->num_invalid;
     params.routes = buffers->routes;
     for (int i = 0; i < buffers->num_leaves; ++i) {
-      add_leaf(buffers->tokens[i], buffers->rows[i], buffers->row_bytes[i], params);
+      add_leaf(buffers->tokens[i], buffers->rows[i], buffers->row_bytes[i], buffers->row_types[i],
+               params);
     }
     return complete_dispatch(buffers->routed != 0, params);
   });

@@ -19,11 +19,11 @@ namespace emulator {
 namespace {
 
 constexpr size_t kAlignment = 256;
-constexpr size_t kMaxSharedBytes = 227 << 10;
 constexpr size_t kDefaultSharedBytes = 48 << 10;
 
 int device_count = kMaxGpus;
 int multiprocessors = 4;
+size_t shared_bytes_of_gpu = 227 << 10;
 std::atomic<bool> capturing{false};
 bool native_atomics = true;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
@@ -63,6 +63,8 @@ void set_devices(int count, int multiprocessors_of_each) {
   device_count = count;
   multiprocessors = multiprocessors_of_each;
 }
+
+void set_shared_bytes(size_t bytes) { shared_bytes_of_gpu = bytes; }
 
 void set_capturing(bool is_capturing) { capturing = is_capturing; }
 
@@ -122,9 +124,15 @@ cudaError_t cudaSetDevice(int device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (!is_device(device)) return result(cudaErrorInvalidDevice);
-  if (attribute != cudaDevAttrMultiProcessorCount) return result(cudaErrorInvalidValue);
-  *value = multiprocessors;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(shared_bytes_of_gpu);
+      return cudaSuccess;
+  }
+  return result(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaDeviceCanAccessPeer(int* possible, int device, int peer) {
@@ -212,12 +220,13 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   const auto bytes = max_shared_bytes.find(function);
   const size_t most = bytes == max_shared_bytes.end() ? kDefaultSharedBytes : bytes->second;
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(most);
+  attributes->sharedSizeBytes = 0;
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-      static_cast<size_t>(value) > kMaxSharedBytes) {
+      static_cast<size_t>(value) > shared_bytes_of_gpu) {
     return result(cudaErrorInvalidValue);
   }
   max_shared_bytes[function] = static_cast<size_t>(value);

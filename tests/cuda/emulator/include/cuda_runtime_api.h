@@ -15,7 +15,10 @@ enum cudaError_t {
   cudaErrorStreamCaptureUnsupported = 900,
 };
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 enum cudaDeviceP2PAttr { cudaDevP2PAttrNativeAtomicSupported = 3 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaMemcpyKind {
@@ -52,6 +55,7 @@ struct dim3 {
 
 struct cudaFuncAttributes {
   int maxDynamicSharedSizeBytes;
+  size_t sharedSizeBytes;
 };
 
 const char* cudaGetErrorString(cudaError_t error);
