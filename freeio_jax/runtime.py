@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
-import math
 import os
 import time
 from collections.abc import Callable
@@ -28,8 +27,8 @@ except ImportError as error:
 
 def _seconds(value: Any) -> float:
     seconds = float(value)
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise ValueError("it must be a positive, finite number of seconds")
+    if not 0 < seconds <= 1e9:
+        raise ValueError("it must be a positive number of seconds, at most 1e9, thirty years")
     return seconds
 
 
@@ -57,13 +56,17 @@ _SETTINGS = {
 _values: dict[str, Any] = {}
 
 
-def _set(name: str, value: Any, origin: str) -> None:
+def _parse(name: str, value: Any, origin: str) -> Any:
     try:
-        parsed = _SETTINGS[name].parse(value)
+        return _SETTINGS[name].parse(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"freeio_jax: {origin}={value!r}: {error}.") from error
-    _SETTINGS[name].apply(parsed)
-    _values[name] = parsed
+
+
+def _apply(parsed: dict[str, Any]) -> None:
+    for name, value in parsed.items():
+        _SETTINGS[name].apply(value)
+        _values[name] = value
 
 
 def _read_environment() -> None:
@@ -76,8 +79,12 @@ def _read_environment() -> None:
                 f"freeio_jax: unknown environment variable {variable}.{hint} "
                 f"Known: {', '.join(known)}."
             )
-    for variable, name in known.items():
-        _set(name, os.environ.get(variable, _SETTINGS[name].default), variable)
+    _apply(
+        {
+            name: _parse(name, os.environ.get(variable, _SETTINGS[name].default), variable)
+            for variable, name in known.items()
+        }
+    )
 
 
 _read_environment()
@@ -92,7 +99,8 @@ def config(**settings: Any) -> dict[str, Any]:
         for exchanges that begin after the call.
       num_sms: multiprocessors of a GPU that one exchange may use. Default None: all but
         four, which are left to other kernels; environment variable ``FREEIO_NUM_SMS``. Holds for
-        programs and command buffers that begin after the call.
+        programs and command buffers that begin after the call. All ranks must use as many: set it
+        alike in all processes, and while no program that exchanges rows runs.
       verbosity: what goes to the logger ``freeio_jax``: 0 nothing, 1 what was chosen when
         something started (engine, processes, how long it took), 2 each compiled exchange as well.
         Written to stderr where the program has not set up Python's logging. Default 0; environment
@@ -100,7 +108,7 @@ def config(**settings: Any) -> dict[str, Any]:
 
     Raises:
       TypeError: an unknown setting.
-      ValueError: a value out of range; nothing is changed by that setting.
+      ValueError: a value out of range; nothing is changed then.
 
     >>> import freeio_jax as fio
     >>> fio.config(timeout=30)["timeout"]
@@ -113,8 +121,7 @@ def config(**settings: Any) -> dict[str, Any]:
         raise TypeError(
             f"freeio_jax.config: unknown setting(s) {sorted(unknown)}. Known: {sorted(_SETTINGS)}."
         )
-    for name, value in settings.items():
-        _set(name, value, name)
+    _apply({name: _parse(name, value, name) for name, value in settings.items()})
     return dict(_values)
 
 
@@ -159,7 +166,7 @@ def initialize() -> None:
     Raises:
       RuntimeError: ``jax.distributed.initialize()`` was not called, not all processes came within
         the ``timeout`` setting, the kernel forbids that they read each other's memory (CPU), or
-        the driver that they map it (GPUs).
+        the driver that they map it (GPUs). The process is in no pod then.
     """
     global _pod_is_connected, _pods
     if _pod_is_connected or jax.process_count() == 1:
@@ -199,8 +206,12 @@ def initialize() -> None:
     )
     # Before JAX's own, which waits for the other processes: they are to know that this one leaves.
     atexit.register(shutdown)
-    for member in _pod_members:
-        member.join()
+    try:
+        for member in _pod_members:
+            member.join()
+    except BaseException:
+        shutdown()
+        raise
 
 
 def shutdown() -> None:

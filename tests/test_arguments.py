@@ -287,11 +287,18 @@ def test_config_returns_and_changes_settings():
         assert fio.config(**before) == before
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "soon", None])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), 1e10, "soon", None])
 def test_timeout_is_a_positive_number_of_seconds(value):
     before = fio.config()
     with raises(ValueError, "timeout", repr(value)):
         fio.config(timeout=value)
+    assert fio.config() == before
+
+
+def test_a_wrong_setting_changes_no_other():
+    before = fio.config()
+    with raises(ValueError, "verbosity", "7"):
+        fio.config(timeout=before["timeout"] + 1, verbosity=7)
     assert fio.config() == before
 
 

@@ -81,6 +81,28 @@ def test_initialize_and_shutdown(tmp_path):
     assert lines.count("refused") == 4
 
 
+def test_an_initialize_that_failed_can_be_repeated(tmp_path):
+    """For instance as the driver does not let a GPU's memory be mapped."""
+    program = """
+        from freeio_jax import runtime
+        attempts = []
+        def join():
+            attempts.append(len(runtime.members()))
+            if len(attempts) == 1:
+                raise RuntimeError("not today")
+        runtime.add_pod_member(runtime.PodMember(join, lambda: None))
+        try:
+            fio.initialize()
+        except RuntimeError as error:
+            print(error, flush=True)
+        assert runtime.members() is None
+        fio.initialize()
+        assert attempts == [1, 1]
+        step()
+        """
+    assert run(tmp_path, program, num_processes=2) == ["not today"] * 2
+
+
 def test_descriptors_and_mappings_do_not_grow(tmp_path):
     program = """
         fio.initialize()

@@ -160,7 +160,7 @@ def moe(
       ``[..., H]`` and the report.
 
     Raises:
-      ValueError: the mesh lacks an axis, or shapes do not fit, with the fix.
+      ValueError: the mesh lacks an axis, shapes do not fit, or the bias is missing, with the fix.
       TypeError: x is not floating.
     """
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -174,6 +174,11 @@ def moe(
     axes = tuple(a for a in config.all_token_axes if a not in mesh.manual_axes)
     if bias is not None:
         parameters = {**parameters, "bias": bias}
+    elif config.router.bias_update_rate is not None:
+        raise ValueError(
+            "MoE: bias is None, but config.router.bias_update_rate is set: give the router's bias, "
+            f"float32 [{config.num_experts}], zeros at first."
+        )
     if not axes:
         return _shard(parameters, x, jitter_key, config, num_tokens=None, axes=())
     return _sharded(parameters, x, jitter_key, config, mesh, axes, experts_manual)

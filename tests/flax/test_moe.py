@@ -324,6 +324,12 @@ def test_the_bias_takes_no_gradient(rng):
     assert not jax.grad(loss)(jnp.asarray(rng.normal(size=8), jnp.float32)).any()
 
 
+def test_a_bias_that_is_missing(rng):
+    config = MoEConfig(**settings(router=Router(bias_update_rate=0.1)))
+    with pytest.raises(ValueError, match=r"bias is None.*float32 \[8\]"):
+        moe(draw_parameters(config, rng), draw_tokens(rng, 8, 5), config)
+
+
 def test_linen_parameters_carry_their_partitioning():
     layer, mesh = linen.MoE(**settings(shared_expert_width=4)), mesh_2x4()
     x = jnp.zeros((8, WIDTH))
