@@ -24,8 +24,8 @@ def dispatch(
     experts ``[r*E/R, (r+1)*E/R)``.
 
     Args:
-      tokens: ``[T, H]``, or a pytree of arrays with the same leading T, of any dtypes (fp8 rows
-        with their scales, say). All leaves travel in one exchange.
+      tokens: ``[T, H]``, or a pytree of arrays with the same leading T, of any dtypes of whole
+        bytes (fp8 rows with their scales, say). All leaves travel in one exchange.
       topk_idx: int32 ``[T, K]``: global expert ids; -1 means "no expert". Each ``(t, k)`` is one
         assignment and gets one row. Ids outside ``[-1, E)`` are treated as -1 and counted in
         ``handle.num_invalid``.
@@ -45,10 +45,15 @@ def dispatch(
 
     Raises:
       NameError: called outside ``shard_map`` over ``axis_name``.
-      TypeError, ValueError: an argument's dtype or shape, with the fix.
+      TypeError, ValueError: an argument's dtype or shape, with the fix. On GPUs also, when it is
+        compiled, more than 16 ranks, 4096 experts, 32 experts of a token, or 16 leaves.
+      RuntimeError: when it is compiled in a program of several processes:
+        :func:`freeio_jax.initialize` was not called.
+      jax.errors.JaxRuntimeError: when it runs: a rank did not come within the ``timeout`` setting,
+        has ended, or makes another call.
 
     Differentiable in the floating leaves of ``tokens``: the transpose is ``combine`` with unit
-    weights along the same handle.
+    weights along the same handle, so only of dtypes that :func:`combine` takes.
 
     Two ranks, two experts on each, two tokens a rank, top-1::
 
@@ -91,7 +96,8 @@ def combine(
 
     Args:
       expert_out: ``[capacity, ...]``: one row for each row of ``out.tokens``; width and dtype may
-        differ from the tokens'. Floating. Rows of padding are not looked at.
+        differ from the tokens'. float64, float32, bfloat16, float16, float8_e5m2 or float8_e4m3fn.
+        Rows of padding are not looked at.
       handle: of the dispatch that packed the rows.
       topk_weights: ``[T, K]`` routing weights, floating; None means ones. The weight of an
         assignment that has no row (id -1, out of range, or dropped) is not looked at.
@@ -105,6 +111,7 @@ def combine(
     Raises:
       NameError: called outside ``shard_map`` over the dispatch's ``axis_name``.
       TypeError, ValueError: an argument's dtype or shape, with the fix.
+      jax.errors.JaxRuntimeError: when it runs, as in :func:`dispatch`.
 
     Differentiable in ``expert_out`` and ``topk_weights``. A dropped assignment gets zero gradient.
     """
