@@ -227,19 +227,14 @@ def test_ranks_with_different_numbers_of_ctas(new_machine):
     assert_failed(errors_of(machine, group, (0, 1)), cause)
 
 
-def test_a_gpu_with_little_shared_memory(new_machine):
+def test_a_gpu_with_little_shared_memory(new_machine, rng):
     """Of compute capability 8.6, 8.9 or 12.0. Who does not need more does not notice."""
     machine = new_machine(shared_bytes=99 << 10)
-    group = Group((0, 1))
     machine.set_protocol("places")
-    for rank in range(2):
-        launch_dispatch(machine, group, rank)
-    machine.synchronize()
+    run_dispatch(machine, rng, SMALL)
     with pytest.raises(EngineError, match=r"num_experts=4096, needs \d+ bytes of shared memory"):
-        launch_dispatch(machine, group, 0, differing(num_experts=4096))
-    for rank in range(2):
-        launch_dispatch(machine, group, rank)
-    machine.synchronize()
+        launch_dispatch(machine, Group((0, 1)), 0, differing(num_experts=4096))
+    run_dispatch(machine, rng, SMALL)
 
 
 def test_some_multiprocessors_are_left_to_others(new_machine):

@@ -14,6 +14,7 @@
 #include "cuda/failure.h"
 #include "cuda/kernels.h"
 #include "cuda/memory.h"
+#include "cuda/params.h"
 #include "cuda/peers.h"
 
 namespace freeio::cuda {
@@ -72,56 +73,43 @@ Engine& engine() {
   return *instance;
 }
 
-std::vector<const void*> all_kernels() {
-  std::vector<const void*> kernels;
-  for (const Routes routes : kAllRoutes) kernels.push_back(dispatch_function(routes));
+// With the most shared memory that any call asks for.
+std::vector<Kernel> all_kernels() {
+  std::vector<Kernel> kernels;
+  for (const Routes routes : kAllRoutes) {
+    kernels.push_back(
+        {dispatch_function(routes), dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll)});
+  }
   for (const DType dtype : kDTypes) {
-    if (const void* combine = combine_in_lines_function(dtype)) kernels.push_back(combine);
+    if (const void* combine = combine_in_lines_function(dtype)) {
+      kernels.push_back({combine, combine_in_lines_shared_bytes()});
+    }
     for (const bool wide : {true, false}) {
-      kernels.push_back(combine_function(dtype, wide));
-      kernels.push_back(combine_transpose_function(dtype, wide));
+      kernels.push_back({combine_function(dtype, wide), combine_shared_bytes()});
+      kernels.push_back(
+          {combine_transpose_function(dtype, wide), combine_transpose_shared_bytes()});
     }
   }
   return kernels;
 }
 
 Status load_kernels(int ordinal) {
-  for (const void* kernel : all_kernels()) {
-    cudaFuncAttributes attributes;
-    Status status = cuda_status(cudaFuncGetAttributes(&attributes, kernel),
-                                "cudaFuncGetAttributes (the engine's kernels do not fit this GPU: "
-                                "it was built for other architectures?)");
-    if (!status.ok()) return status;
-  }
   int of_gpu = 0;
   Status status =
       cuda_status(cudaDeviceGetAttribute(&of_gpu, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal),
                   "cudaDeviceGetAttribute");
-  // What the most experts need, some GPUs have not: launch() tells those who need it.
-  const auto allow = [of_gpu](const void* kernel, size_t bytes) {
-    cudaFuncAttributes attributes;
-    Status found = cuda_status(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-    if (!found.ok()) return found;
-    const int most = of_gpu - static_cast<int>(attributes.sharedSizeBytes);
-    return cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            std::min(static_cast<int>(bytes), most)),
-                       "cudaFuncSetAttribute");
-  };
-  for (const Routes routes : kAllRoutes) {
+  for (const auto& [function, shared_bytes] : all_kernels()) {
     if (!status.ok()) return status;
-    status =
-        allow(dispatch_function(routes), dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll));
-  }
-  for (const DType dtype : kDTypes) {
-    if (const void* combine = combine_in_lines_function(dtype); status.ok() && combine != nullptr) {
-      status = allow(combine, combine_in_lines_shared_bytes());
-    }
-    for (const bool wide : {true, false}) {
-      if (status.ok()) status = allow(combine_function(dtype, wide), combine_shared_bytes());
-      if (status.ok()) {
-        status = allow(combine_transpose_function(dtype, wide), combine_transpose_shared_bytes());
-      }
-    }
+    cudaFuncAttributes attributes;
+    status = cuda_status(cudaFuncGetAttributes(&attributes, function),
+                         "cudaFuncGetAttributes (the engine's kernels do not fit this GPU: it was "
+                         "built for other architectures?)");
+    if (!status.ok()) return status;
+    // What the most experts need, some GPUs have not: launch() tells those who need it.
+    const int most = of_gpu - static_cast<int>(attributes.sharedSizeBytes);
+    status = cuda_status(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              std::min(static_cast<int>(shared_bytes), most)),
+                         "cudaFuncSetAttribute");
   }
   return status;
 }

@@ -10,6 +10,14 @@
 namespace freeio::host {
 namespace {
 
+// In the order in which they travel. `leaf` is const for a Writer.
+template <typename Io, typename L>
+void fields_of_leaf(Io& io, L& leaf) {
+  io(leaf.tokens);
+  io(leaf.row_bytes);
+  io(leaf.row);
+}
+
 class Writer {
  public:
   template <typename T>
@@ -23,11 +31,7 @@ class Writer {
   }
   void operator()(const std::vector<Leaf>& leaves) {
     (*this)(leaves.size());
-    for (const Leaf& leaf : leaves) {
-      (*this)(leaf.tokens);
-      (*this)(leaf.row_bytes);
-      (*this)(leaf.row);
-    }
+    for (const Leaf& leaf : leaves) fields_of_leaf(*this, leaf);
   }
 
   std::string bytes;
@@ -53,11 +57,7 @@ class Reader {
     constexpr size_t kLeast = sizeof(Leaf::tokens) + sizeof(Leaf::row_bytes) + sizeof(size_t);
     if (size > rest_.size() / kLeast) malformed();
     leaves.resize(size);
-    for (Leaf& leaf : leaves) {
-      (*this)(leaf.tokens);
-      (*this)(leaf.row_bytes);
-      (*this)(leaf.row);
-    }
+    for (Leaf& leaf : leaves) fields_of_leaf(*this, leaf);
   }
   void expect_end() const {
     if (!rest_.empty()) malformed();
