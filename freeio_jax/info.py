@@ -14,10 +14,12 @@ import platform
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from freeio_jax import _native, cluster, runtime
 from freeio_jax.engines import ENGINES
-from freeio_jax.grouped_matmul import implementation
+from freeio_jax.grouped_matmul import choice
+from freeio_jax.grouped_matmul.product import Product
 
 #: Platforms for which there are engines, as ``jax.default_backend()`` names them.
 _ENGINE_PLATFORMS = tuple("gpu" if platform == "cuda" else platform for platform in ENGINES)
@@ -101,6 +103,16 @@ def _reach() -> str:
     elif jax.process_count() > 1:
         lines.append("other processes: not, before freeio_jax.initialize()")
     return "\n".join(lines)
+
+
+def _grouped_matmul(backend: str) -> str:
+    """What multiplies the rows of experts, a line for each product."""
+    platform = "cuda" if backend == "gpu" else backend
+    chosen = {p: choice.choose(platform, p, jnp.bfloat16) for p in Product}
+    return "\n".join(
+        f"{p.value}: {choice.version(c.implementation.name)} ({c.reason})"
+        for p, c in chosen.items()
+    )
 
 
 def _memory() -> str:
@@ -196,7 +208,6 @@ def info() -> dict[str, str]:
     versions = [f"Python {platform.python_version()}", *(f"{p} {_version(p)}" for p in packages)]
     devices = jax.devices()
     backend = jax.default_backend()
-    chosen = implementation(backend)
     settings = (
         f"{name}={value} (config({name}=...) or FREEIO_{name.upper()})"
         for name, value in runtime.config().items()
@@ -204,7 +215,7 @@ def info() -> dict[str, str]:
     return {
         "versions": ", ".join(versions),
         "engine": f"native, for {backend}" if backend in _ENGINE_PLATFORMS else "none",
-        "grouped matmul": f"{chosen.name} ({chosen.reason})",
+        "grouped matmul": _grouped_matmul(backend),
         "devices": f"{len(devices)} x {devices[0].device_kind} ({backend}), "
         f"{jax.process_count()} process(es)",
         "topology": _topology(),

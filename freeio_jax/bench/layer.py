@@ -16,7 +16,7 @@ from freeio_jax.bench.cases import Shape, expert_mesh, uniform_routing
 from freeio_jax.bench.programs import Programs, per_shard
 from freeio_jax.bench.report import Report
 from freeio_jax.flax.moe import MoEConfig, moe
-from freeio_jax.grouped_matmul import implementation
+from freeio_jax.info import info
 from freeio_jax.layout import balanced_capacity
 
 #: Room of a rank, and with dense slots of a pair of ranks, as a multiple of an even load.
@@ -147,9 +147,9 @@ _COLUMNS = {
 
 def run(report: Report, all_sizes: Sequence[Sizes], exchanges: Sequence[str]) -> None:
     """Times the layer, forward alone and with all gradients, for each size and exchange."""
-    chosen = implementation(jax.default_backend())
-    print(f"\n# grouped matmul: {chosen.name} ({chosen.reason})", flush=True)
-    report.data["about"]["grouped_matmul"] = chosen.name
+    chosen = info()["grouped matmul"]
+    print("\n# grouped matmul", *chosen.splitlines(), sep="\n#   ", flush=True)
+    report.data["about"]["grouped_matmul"] = chosen
     report.table("MoE layer", _COLUMNS)
     for sizes in all_sizes:
         layer = Layer(sizes)

@@ -1,8 +1,6 @@
 """grouped_matmul, by each implementation that runs here, against one group at a time."""
 
-import dataclasses
-import importlib
-import sys
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +10,7 @@ from helpers import make_mesh
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from freeio_jax.grouped_matmul import grouped_matmul, implementation
-
-module = importlib.import_module("freeio_jax.grouped_matmul")
+from freeio_jax.grouped_matmul import grouped_matmul, use
 
 SIZES = {
     "even": (100, [25, 25, 25, 25]),
@@ -26,12 +22,12 @@ SIZES = {
 }
 
 
-@pytest.fixture(params=["this platform's", "ragged_dot"])
-def chosen(request, monkeypatch):
-    """The implementation of this platform, or lax.ragged_dot, which every platform has."""
-    if request.param == "ragged_dot":
-        default = implementation("default")
-        monkeypatch.setattr(module, "implementation", lambda platform: default)
+@pytest.fixture(params=["this platform's", "ragged_dot", "tiled"])
+def chosen(request):
+    """The implementation of this platform, or one that every platform has."""
+    own = request.param == "this platform's"
+    with contextlib.nullcontext() if own else use(request.param):
+        yield
 
 
 def draw(rng, num_rows, num_groups, k=24, n=40, dtype=jnp.float32):
@@ -137,12 +133,101 @@ def test_bfloat16_sums_in_float32(rng):
     np.testing.assert_allclose(product.astype(np.float32), expected, rtol=2**-8, atol=1e-3)
 
 
-def test_vmap(rng):
-    rows, weights = draw(rng, 60, 2)
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("mapped", ["sizes", "rows and sizes", "all", "weights"])
+def test_vmap(mapped, jit, rng):
+    drawn = [draw(rng, 60, 2) for _ in range(3)]
+    rows, weights = (jnp.stack(arrays) for arrays in zip(*drawn, strict=True))
     sizes = jnp.array([[10, 20], [60, 0], [0, 7]], jnp.int32)
-    got = jax.vmap(lambda s: grouped_matmul(rows, weights, s))(sizes)
-    for g, s in zip(got, sizes, strict=True):
-        np.testing.assert_allclose(g, expected_product(rows, weights, s), atol=1e-4)
+    axes = [0 if mapped == "all" or n in mapped else None for n in ("rows", "weights", "sizes")]
+    args = [a if d == 0 else a[0] for a, d in zip((rows, weights, sizes), axes, strict=True)]
+
+    def both(rows, weights, sizes):
+        product, pull = jax.vjp(lambda r, w: grouped_matmul(r, w, sizes), rows, weights)
+        return product, pull(product)
+
+    batched = jax.vmap(both, axes)
+    got = (jax.jit(batched) if jit else batched)(*args)
+    for i in range(3):
+        expected = both(*(a[i] if d == 0 else a for a, d in zip(args, axes, strict=True)))
+        for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(g[i], e, rtol=1e-5, atol=1e-4)
+
+
+def plain_product(sizes, num_rows):
+    """The same in plain jax.numpy, which JAX knows how to differentiate."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+
+    def product(rows, weights):
+        out = jnp.einsum("mk,mkn->mn", rows[: len(group)], weights[group])
+        return jnp.pad(out, ((0, num_rows - len(group)), (0, 0)))
+
+    return product
+
+
+DERIVATIVES = {
+    "jvp": lambda f, *args: jax.jvp(f, args, args)[1],
+    "jvp of rows": lambda f, rows, weights: jax.jvp(lambda r: f(r, weights), (rows,), (rows,))[1],
+    "linearize": lambda f, *args: jax.linearize(f, *args)[1](*args),
+    "transpose of linearize": lambda f, *args: jax.linear_transpose(
+        jax.linearize(f, *args)[1], *args
+    )(f(*args)),
+    "jacfwd": lambda f, rows, weights: jax.jacfwd(f, 1)(rows, weights),
+    "forward over reverse": lambda f, *args: jax.jvp(
+        jax.grad(lambda r, w: jnp.sum(jnp.sin(f(r, w))), (0, 1)), args, args
+    )[1],
+    "reverse over forward": lambda f, *args: jax.grad(
+        lambda r, w: jnp.sum(jnp.sin(jax.jvp(f, (r, w), (r, w))[1])), (0, 1)
+    )(*args),
+    "hessian": lambda f, rows, weights: jax.hessian(lambda w: jnp.sum(jnp.sin(f(rows, w))))(
+        weights
+    ),
+    "third order": lambda f, rows, weights: jax.jvp(
+        jax.jacrev(lambda r: jax.jvp(lambda r: jnp.sum(jnp.sin(f(r, weights))), (r,), (r,))[1]),
+        (rows,),
+        (rows,),
+    )[1],
+}
+
+
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_in_both_modes(name, rng):
+    sizes = [7, 0, 11]
+    rows, weights = draw(rng, 20, 3, 4, 5)
+    derivative = DERIVATIVES[name]
+    plain = plain_product(sizes, 20)
+
+    def grouped(rows, weights):
+        return grouped_matmul(rows, weights, jnp.array(sizes))
+
+    def run(f):
+        return jax.jit(lambda *args: derivative(f, *args))(rows, weights)
+
+    for got, expected in zip(
+        jax.tree.leaves(run(grouped)), jax.tree.leaves(run(plain)), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_forward_mode_inside_shard_map(rng):
+    """Tangents of rows and of replicated weights vary over other axes than the values do."""
+    mesh = make_mesh(2)
+    rows, weights = draw(rng, 40, 2, 4, 5)
+    sizes = jnp.array([9, 11, 20, 0], jnp.int32)
+
+    def tangent(rows, weights, sizes):
+        f = lambda r, w: grouped_matmul(r, w, sizes)  # noqa: E731
+        return jax.jvp(f, (rows, weights), (jnp.ones_like(rows), weights))[1]
+
+    specs = P("expert"), P(), P("expert")
+    mapped = jax.shard_map(tangent, mesh=mesh, in_specs=specs, out_specs=P("expert"))
+    got = jax.jit(mapped)(rows, weights, sizes)
+    for shard in range(2):
+        part = slice(20 * shard, 20 * shard + 20)
+        expected = tangent(rows[part], weights, sizes[2 * shard : 2 * shard + 2])
+        np.testing.assert_allclose(got[part], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_arguments():
@@ -157,49 +242,14 @@ def test_wrong_arguments():
         grouped_matmul(rows.astype(int), weights.astype(int), sizes)
 
 
-def test_the_choice_is_made_once_and_explained():
-    assert implementation("cpu") is implementation("cpu")
-    assert implementation("cpu").name != implementation("default").name
-    assert implementation("cpu").reason
+def test_operands_sharded_over_explicit_axes_are_refused():
+    mesh = make_mesh(2, axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(jnp.ones((4, 3)), P("expert"))
+        with pytest.raises(ValueError, match=r"inside jax\.shard_map"):
+            grouped_matmul(rows, jnp.ones((2, 3, 5)), jnp.array([1, 2]))
 
 
-def test_a_candidate_is_tried_out_first():
-    default = implementation("default")
-    module._try_out(default)
-    wrong = dataclasses.replace(default, outer=lambda *args: 2 * default.outer(*args))
-    with pytest.raises(ValueError, match="wrong result of outer"):
-        module._try_out(wrong)
-
-
-def test_a_product_may_forget_what_its_operands_vary_over(monkeypatch):
-    """As tokamax's gradient does: beside it, in the same program, is this platform's own."""
-
-    def forgets(shape_of):
-        return lambda rows, other, sizes, **_: jnp.zeros(shape_of(rows, other, sizes), rows.dtype)
-
-    forgetful = dataclasses.replace(
-        implementation("default"),
-        multiply=forgets(lambda rows, weights, _: (len(rows), weights.shape[2])),
-        outer=forgets(lambda r, c, sizes: (len(sizes), r.shape[1], c.shape[1])),
-    )
-    own = implementation("cpu")
-    monkeypatch.setattr(
-        module, "implementation", lambda platform: own if platform == "cpu" else forgetful
-    )
-    rows, weights = jnp.ones((8, 4)), jnp.ones((4, 4, 4))
-    spec = P("expert")
-
-    def loss(rows, weights):
-        product = grouped_matmul(rows, weights, jnp.array([3, 1]))
-        return jax.lax.psum(product.sum(), "expert")
-
-    mapped = jax.shard_map(jax.grad(loss, (0, 1)), mesh=make_mesh(2), in_specs=spec, out_specs=spec)
-    d_rows, d_weights = jax.jit(mapped)(rows, weights)
-    assert (d_rows.shape, d_weights.shape) == (rows.shape, weights.shape)
-
-
-def test_a_gpu_without_tokamax_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokamax", None)
-    chosen = implementation.__wrapped__("gpu")
-    assert chosen.name == "jax.lax.ragged_dot"
-    assert "pip install tokamax" in chosen.reason
+def test_an_implementation_that_is_not_there():
+    with use("cutlass"), pytest.raises(ValueError, match="'cutlass' does not serve on cpu"):
+        grouped_matmul(jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.array([1, 2]))
