@@ -13,7 +13,7 @@ import jax
 
 from freeio_jax import cluster
 
-PARTS = ("check", "shapes", "scaling", "sms", "late", "soak", "layer", "once")
+PARTS = ("check", "shapes", "scaling", "sms", "late", "soak", "layer", "experts", "once")
 OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
 NAMES = ("freeio", "reference", "ragged", "ragged-by-expert", "ragged-32", "ragged-1", "dense")
 SUITES = ("large", "small", "half", "zipf")
@@ -34,8 +34,8 @@ shapes, of bfloat16 rows:
   small   H=2048 K=4 E=64, likewise
   half    as large, T of 128 and 4096; half of all assignments go to one rank (of 2: as large)
   zipf    as large, T of 128 and 4096; the n-th most popular expert is drawn with weight 1/n
---hidden, --top-k or --experts make one suite of their own, "custom", of uniform routing. The packed
-rows are 1.25 x T*K, or as many as the routing needs; so are the slots of the dense exchange.
+--hidden, --top-k or --num-experts make one suite of their own, "custom", of uniform routing. The
+packed rows are 1.25 x T*K, or as many as the routing needs; so are the slots of the dense exchange.
 
 floor = max(link_bytes / link_bw, hbm_bytes / hbm_bw) + 2 flag trips, where the bandwidths and the
 trip are measured first, on the same GPUs, and the bytes are those that must move at least.
@@ -44,6 +44,9 @@ wall: of one call in a program of several that wait for each other, programs in 
 exchanges alike, a kernel of a few numbers between two calls included. Command buffers are off, so
 that no recording of them is timed, unless XLA_FLAGS says otherwise.
 kernel: the median duration of the one kernel that an operation is, by jax.profiler.
+
+experts: M x K x N rows and widths in G groups, each product by each implementation, against one
+dense product. --experts takes no other sizes.
 
 exchanges:
   freeio            this package's engine
@@ -78,6 +81,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help=f"N checked calls of changing shape, and the memory they leave; default {SOAK_CALLS}",
     )
     parts("--layer", action="store_true", help="an MoE layer end to end, over each exchange")
+    parts("--experts", action="store_true", help="the experts' product, by each implementation")
     parts(
         "--once",
         nargs=2,
@@ -91,7 +95,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     sizes("--tokens", type=count, nargs="+", metavar="T", help="tokens of one rank")
     sizes("--hidden", type=count, help="H, elements of one row")
     sizes("--top-k", type=count, help="K, experts of one token")
-    sizes("--experts", type=count, help="E, experts of all ranks")
+    sizes("--num-experts", type=count, help="E, experts of all ranks")
     sizes("--expert-width", type=count, default=2048, help="of the layer; default %(default)s")
     sizes("--dtype", choices=DTYPES, help="of the rows; default: float32 on CPU, else bfloat16")
     sizes(
@@ -119,11 +123,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if arguments.all:
         arguments.parts = [p for p in PARTS if p != "once" or p in arguments.parts]
         arguments.soak = arguments.soak or SOAK_CALLS
-    for suites in (arguments.hidden, arguments.top_k, arguments.experts):
+    for suites in (arguments.hidden, arguments.top_k, arguments.num_experts):
         if suites is not None and arguments.suites:
-            parser.error("--suites have sizes of their own: leave out --hidden, --top-k, --experts")
-    if (arguments.top_k or 8) > (arguments.experts or 64):
-        parser.error(f"--top-k {arguments.top_k} exceeds --experts {arguments.experts}")
+            parser.error(
+                "--suites have sizes of their own: leave out --hidden, --top-k, --num-experts"
+            )
+    if (arguments.top_k or 8) > (arguments.num_experts or 64):
+        parser.error(f"--top-k {arguments.top_k} exceeds --num-experts {arguments.num_experts}")
     if arguments.once is not None:
         op, tokens = arguments.once
         if op not in OPS:
@@ -153,7 +159,7 @@ _at_least_one.__name__ = "int"
 def run_parts(arguments: argparse.Namespace) -> int:
     """The parts, in order, on the first ``arguments.ranks`` devices; 1 if something failed."""
     import freeio_jax
-    from freeio_jax.bench import check, late, layer, scaling, shapes
+    from freeio_jax.bench import check, experts, late, layer, scaling, shapes
     from freeio_jax.bench.floor import Limits
     from freeio_jax.bench.report import Report, plot_scaling, plot_shapes
 
@@ -214,11 +220,16 @@ def run_parts(arguments: argparse.Namespace) -> int:
             check.soak(report, arguments.soak, num_ranks=len(devices))
         elif part == "layer":
             given = {"hidden": arguments.hidden, "top_k": arguments.top_k}
-            given |= {"num_experts": arguments.experts, "expert_width": arguments.expert_width}
+            given |= {"num_experts": arguments.num_experts, "expert_width": arguments.expert_width}
             given = {name: value for name, value in given.items() if value is not None}
             tokens = arguments.tokens or (4096,)
             all_sizes = [layer.Sizes(num_tokens=t, **sizes, **given) for t in tokens]
             layer.run(report, all_sizes, exchanges("ragged-32", "ragged-1"))
+        elif part == "experts":
+            path = arguments.png
+            if path and len(arguments.parts) > 1:
+                path = path.with_name(f"{path.stem}-experts{path.suffix}")
+            experts.run(report, dtype=dtype, png=path)
         elif part == "once":
             op, tokens = arguments.once
             (suite,) = _suites(arguments, "large", (tokens,), override=False)
@@ -232,7 +243,7 @@ def _suites(arguments, only=None, tokens=None, override=True):
     """The suites asked for: ``only`` one and ``tokens``, unless the command line names others."""
     from freeio_jax.bench.shapes import SUITES, Suite
 
-    given = arguments.hidden, arguments.top_k, arguments.experts
+    given = arguments.hidden, arguments.top_k, arguments.num_experts
     large = SUITES["large"]
     if any(given):
         sizes = (large.hidden, large.top_k, large.num_experts)

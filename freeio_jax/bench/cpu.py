@@ -24,7 +24,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
             num_tokens=num_tokens,
             hidden=arguments.hidden,
             top_k=arguments.top_k,
-            num_experts=arguments.experts,
+            num_experts=arguments.num_experts,
             dtype=arguments.dtype,
             capacity_factor=arguments.capacity_factor,
         )
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print(
         f"{arguments.ranks} {jax.devices()[0].platform} devices, jax {jax.__version__}, "
-        f"H={arguments.hidden} K={arguments.top_k} E={arguments.experts} {arguments.dtype}, "
+        f"H={arguments.hidden} K={arguments.top_k} E={arguments.num_experts} {arguments.dtype}, "
         f"{capacity}, median of {arguments.repeats}\n{HEADER}"
     )
     results = measure(arguments)

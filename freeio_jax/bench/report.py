@@ -7,7 +7,7 @@ import math
 import pathlib
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -53,6 +53,21 @@ class Report:
         if "error" in record:
             print(f"\n{record['error'][:300]}\n", flush=True)
         return "error" not in record
+
+    def guarded_all(
+        self,
+        part: str,
+        about: Mapping[str, Any],
+        measure: Callable[[], Iterable[Mapping[str, Any]]],
+    ) -> None:
+        """Adds ``about`` with each record that ``measure`` finds; an error is one of them."""
+        try:
+            for record in measure():
+                self.add(part, {**about, **record})
+        except Exception as error:
+            traceback.print_exc()
+            self.failed += 1
+            self.add(part, {**about, "error": f"{type(error).__name__}: {str(error)[:2000]}"})
 
     def save(self) -> None:
         if self.path is not None:

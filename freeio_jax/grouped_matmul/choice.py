@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from freeio_jax import log
-from freeio_jax.grouped_matmul import ragged, tiled, trial
+from freeio_jax.grouped_matmul import hopper, ragged, tiled, trial
 from freeio_jax.grouped_matmul.product import Product
 
 
@@ -59,6 +59,7 @@ TILED = Implementation(
     tiled.tiled,
     merit="lax.ragged_dot multiplies all rows with every group's matrix on CPU",
 )
+HOPPER = Implementation("hopper", hopper.hopper, hopper.obstacle)
 RAGGED_DOT = Implementation("ragged_dot", ragged.ragged, slow=True)
 TOKAMAX = Implementation("tokamax", ragged.by_tokamax, _tokamax_obstacle)
 TILED_ON_GPU = Implementation(
@@ -71,7 +72,7 @@ TILED_ON_GPU = Implementation(
 #: For each platform that the products are tuned for, in the order of choice.
 CANDIDATES = {
     "cpu": (TILED, RAGGED_DOT),
-    "cuda": (TOKAMAX, RAGGED_DOT, TILED_ON_GPU),
+    "cuda": (HOPPER, TOKAMAX, RAGGED_DOT, TILED_ON_GPU),
 }
 
 

@@ -1,7 +1,7 @@
 """The three products of groups of rows, which are each other's derivatives.
 
-With rows ``a`` ``[M, K]``, cotangents ``b`` ``[M, N]`` and weights ``w`` ``[G, K, N]``, and ``g(m)``
-the group of row m, let
+With rows ``a`` ``[M, K]``, cotangents ``b`` ``[M, N]`` and weights ``w`` ``[G, K, N]``, and
+``g(m)`` the group of row m, let
 
     phi(a, b, w) = sum over the rows m of a group of  a[m] @ w[g(m)] @ b[m]
 

@@ -2,8 +2,8 @@
 
 It serves on CPU, where XLA lowers lax.ragged_dot to one dense product for each group, over all
 rows. float32, 4096 x 256 rows of which a quarter are filled, 8 groups, N = 512, take 158 ms
-forward and 550 with gradients on 2 cores (jax 0.10.2); this loop takes 7 and 22. Elsewhere it is what others
-are compared with, and what is left where all of them are wrong.
+forward and 550 with gradients on 2 cores (jax 0.10.2); this loop takes 7 and 22. Elsewhere it is
+what others are compared with, and what is left where all of them are wrong.
 """
 
 from __future__ import annotations

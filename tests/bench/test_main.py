@@ -24,7 +24,7 @@ from freeio_jax.bench import baselines, floor, shapes
         (["--once", "dispatch"], "expected 2 arguments"),
         (["--once", "dispatch", "4", "--suites", "half", "zipf"], "of one of the --suites"),
         (["--soak", "none"], "invalid int value"),
-        (["--top-k", "9", "--experts", "8"], "--top-k 9 exceeds --experts 8"),
+        (["--top-k", "9", "--num-experts", "8"], "--top-k 9 exceeds --num-experts 8"),
         (["--suites", "large", "--hidden", "8"], "have sizes of their own"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
     ],
@@ -67,7 +67,7 @@ def test_suites():
 
 def test_parts_run(tmp_path, capsys):
     path, picture = tmp_path / "out.json", tmp_path / "out.png"
-    sizes = ["--hidden", "8", "--top-k", "2", "--experts", "4", "--tokens", "4", "--ranks", "2"]
+    sizes = ["--hidden", "8", "--top-k", "2", "--num-experts", "4", "--tokens", "4", "--ranks", "2"]
     what = ["--shapes", "--ops", "dispatch", "--exchanges", "freeio", "ragged"]
     arguments = [*sizes, *what, "--json", str(path), "--png", str(picture)]
     assert command.run_parts(command.parse_arguments(arguments)) == 0
@@ -83,7 +83,7 @@ def test_parts_run(tmp_path, capsys):
 def test_the_comparison_on_cpu(tmp_path):
     path, picture = tmp_path / "out.json", tmp_path / "out.png"
     command_line = [sys.executable, "-m", "freeio_jax.bench", "--ranks", "2", "--tokens", "4"]
-    command_line += ["--hidden", "8", "--experts", "8", "--repeats", "1"]
+    command_line += ["--hidden", "8", "--num-experts", "8", "--repeats", "1"]
     command_line += ["--json", str(path), "--png", str(picture)]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(command_line, env=environment, capture_output=True, text=True)

@@ -52,7 +52,7 @@ def test_experts_that_cannot_be_shared_out_are_left_out(capsys):
 
 def test_part_and_plot(tmp_path, capsys):
     """On CPU: wall times, and no limits."""
-    sizes = ["--hidden", "8", "--top-k", "2", "--experts", "4", "--tokens", "4", "--ranks", "2"]
+    sizes = ["--hidden", "8", "--top-k", "2", "--num-experts", "4", "--tokens", "4", "--ranks", "2"]
     path = tmp_path / "out.png"
     arguments = [*sizes, "--scaling", "--ops", "combine", "--png", str(path)]
     assert command.run_parts(command.parse_arguments(arguments)) == 0

@@ -32,12 +32,14 @@ class Config:
       depth: how much of the sum is in a slot.
       stages: slots.
       pieces: of a warpgroup's result that lie in shared memory at once.
+      cluster: CTAs that run together and load once what all of them need.
     """
 
     columns: int = 256
     depth: int = 64
     stages: int = 4
     pieces: int = 2
+    cluster: int = 1
 
 
 def num_sms() -> int:
@@ -50,6 +52,15 @@ def tiled_smem(shape, dtype, rows: int = 8):
     columns = swizzle // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((rows, columns)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def empty_barrier(config: Config):
+    """Slots are empty when the warpgroups of all CTAs of a cluster have multiplied them."""
+    if config.cluster == 1:
+        return plgpu.Barrier(num_arrivals=2, num_barriers=config.stages)
+    return plgpu.ClusterBarrier(
+        collective_axes=("cluster",), num_arrivals=2, num_barriers=config.stages
+    )
 
 
 def slot_of(step, config: Config):
@@ -86,54 +97,53 @@ def store(staging, out, values, row, column, *, pieces: int, span=None):
       out: [rows, columns] in global memory.
       values: of out's dtype.
       row, column: where row 0 and column 0 of ``values`` would be in ``out``.
-      pieces: how many of PIECE columns are on their way at once.
+      pieces: of PIECE columns, how many are on their way at once.
       span: the first row that is stored, and the one after the last; None: all are.
     """
 
-    def copy(some, first_row, num_rows):
-        for j in some:
-            plgpu.copy_smem_to_gmem(
-                staging.at[j % pieces, pl.ds(first_row, num_rows)],
-                out.at[pl.ds(row + first_row, num_rows), pl.ds(column + j * PIECE, PIECE)],
-                commit_group=False,
-            )
+    def copy(j, first_row, num_rows):
+        plgpu.copy_smem_to_gmem(
+            staging.at[j % pieces, pl.ds(first_row, num_rows)],
+            out.at[pl.ds(row + first_row, num_rows), pl.ds(column + j * PIECE, PIECE)],
+            commit_group=False,
+        )
 
-    def copy_span(some, begin, end):
+    def copy_span(j, begin, end):
         # A copy has a size that is known when the kernel is compiled. Two copies of the largest
         # power of two that fits cover the rows; those that both have get the same values twice.
         count = end - begin
-        pl.when(count == ROWS)(lambda: copy(some, 0, ROWS))
-        size = ROWS // 2
+        pl.when(count == ROWS)(lambda: copy(j, 0, ROWS))
+        size = ROWS // 2  # of no rows, no copy
         while size:
 
             @pl.when((count >= size) & (count < 2 * size))
             def _(size=size):
-                copy(some, begin, size)
-                copy(some, end - size, size)
+                copy(j, begin, size)
+                copy(j, end - size, size)
 
             size //= 2
 
-    num_pieces = values.shape[1] // PIECE
-    for first in range(0, num_pieces, pieces):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        some = range(first, min(first + pieces, num_pieces))
-        for j in some:
-            staging[j % pieces] = values[:, j * PIECE : (j + 1) * PIECE]
+    for j in range(values.shape[1] // PIECE):
+        # The copy that last read this piece of shared memory is through with it.
+        plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
+        staging[j % pieces] = values[:, j * PIECE : (j + 1) * PIECE]
         plgpu.commit_smem()
         if span is None:
-            copy(some, 0, ROWS)
+            copy(j, 0, ROWS)
         else:
-            copy_span(some, *span)
+            copy_span(j, *span)
         plgpu.commit_smem_to_gmem_group()
 
 
-def kernel(body, out_type, *, num_ctas: int, num_threads: int, name: str, interpret):
+def kernel(body, out_type, *, num_ctas: int, num_threads: int, name: str, interpret, cluster=1):
     """``body`` as a function of its operands: one CTA on each multiprocessor."""
+    together = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
     return plgpu.kernel(
         body,
         out_type=out_type,
-        grid=(num_ctas,),
+        grid=(num_ctas // cluster,),
         grid_names=("cta",),
+        **together,
         num_threads=num_threads,
         thread_name="warpgroup",
         interpret=interpret,

@@ -5,8 +5,9 @@ group, so the last one of a group is partly empty: often it has rows for one war
 then takes about half as long. Two things make the order of tiles matter:
 
 - CTAs that run at the same time should share operands, so that these come from the L2 cache. The
-  order goes group by group, through the columns of the result, and within a column through the tiles
-  of rows (at most ``BAND`` of them; a larger group goes through the columns once for each band).
+  order goes group by group, through the columns of the result, and within a column through the
+  tiles of rows. At most ``BAND`` of them are a band; a larger group goes through the columns once
+  for each of its bands.
 - CTA s takes the tiles at the places s, s + S, s + 2 S, ... of the order. Left to chance, some CTA
   would get no short tile at all, and all others would wait for it. So within each round of S tiles
   the short ones go to the CTAs whose turn it is.
@@ -128,9 +129,7 @@ def tile_order(tiles: dict[str, jax.Array], num_columns: int, num_ctas: int) -> 
     first_short = short_until(begin)
     num_short = short_until(begin + size) - first_short
     nth_short = short_until(index) - first_short
-    turn = jnp.where(
-        short[row_tile] == 1, nth_short, num_short + (index - begin - nth_short)
-    )
+    turn = jnp.where(short[row_tile] == 1, nth_short, num_short + (index - begin - nth_short))
     place = begin + (first_short + turn) % size
     record = jnp.stack(
         [

@@ -1,0 +1,224 @@
+"""The experts' product: each implementation at hand, right or wrong, and against a dense product.
+
+A shape is M rows in G groups, multiplied with ``[G, K, N]``. The dense product is of the same size:
+all rows times one matrix, or one ``rows.T @ cotangents``. All programs are compiled first. Then
+they take turns, so that a GPU that slows down under load slows all of them down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from freeio_jax.bench.report import Report
+from freeio_jax.grouped_matmul import Product, choice, trial
+
+#: Seconds of one turn, at least, and turns of each program; the median counts.
+TURN, TURNS = 0.02, 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Rows, widths, groups, and how the rows spread over the groups: even, random or Zipf."""
+
+    num_rows: int
+    k: int
+    n: int
+    num_groups: int
+    spread: str
+
+    def __str__(self):
+        return f"{self.num_rows} x {self.k} x {self.n}, {self.num_groups} {self.spread}"
+
+    def sizes(self) -> np.ndarray:
+        """Rows of each group, int32 ``[G]``: of routing drawn with weights 1, or 1/n, shuffled."""
+        if self.spread == "even":
+            return np.full(self.num_groups, self.num_rows // self.num_groups, np.int32)
+        rng = np.random.default_rng(self.num_groups)
+        weights = np.ones(self.num_groups)
+        if self.spread == "zipf":
+            weights = rng.permutation(1 / np.arange(1, self.num_groups + 1))
+        return rng.multinomial(self.num_rows, weights / weights.sum()).astype(np.int32)
+
+    def operands(self, dtype) -> dict[str, jax.Array]:
+        """Rows a, cotangents b, weights w: normal numbers."""
+        shapes = {
+            "a": (self.num_rows, self.k),
+            "b": (self.num_rows, self.n),
+            "w": (self.num_groups, self.k, self.n),
+        }
+
+        def draw(key, shape):
+            if len(shape) == 2:
+                return jax.random.normal(key, shape, dtype)
+            keys = jax.random.split(key, shape[0])
+            return lax.map(lambda key: jax.random.normal(key, shape[1:], dtype), keys)
+
+        draw = jax.jit(draw, static_argnums=1)
+        return {
+            name: draw(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())
+        }
+
+
+#: The shapes of docs/performance.md: the two products of layers, fine and coarse experts, decode.
+SHAPES = tuple(
+    Shape(*sizes, spread)
+    for sizes, spreads in (
+        ((32768, 7168, 4096, 64), ("even", "random", "zipf")),
+        ((32768, 2048, 7168, 64), ("random",)),
+        ((32768, 7168, 2048, 64), ("random",)),
+        ((8192, 7168, 4096, 32), ("random",)),
+        ((32768, 2048, 2816, 16), ("random",)),
+        ((1024, 7168, 4096, 64), ("zipf",)),
+    )
+    for spread in spreads
+)
+
+#: Where there are no GPUs.
+SMALL = (Shape(512, 128, 256, 8, "even"), Shape(512, 128, 256, 8, "zipf"))
+
+_COLUMNS = {
+    "shape": "M x K x N, groups",
+    "product": "product",
+    "by": "implementation",
+    "verdict": "verdict",
+    "seconds": "ms",
+    "tflops": "TFLOP/s",
+    "of_dense": "of dense",
+    "weights_rate": "weights GB/s",
+}
+
+
+def _dense(product: Product):
+    """One dense product of as many numbers."""
+    if product == Product.WEIGHTS_GRADIENT:
+        return lambda a, b, _: lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+    dimensions = ((1,), (1 if product == Product.ROWS_GRADIENT else 0,))
+    return lambda rows, w, _: lax.dot_general(rows, w[0], (dimensions, ((), ())))
+
+
+def _compiled(function, *args):
+    return jax.jit(function).lower(*args).compile()
+
+
+def _seconds(programs) -> dict[str, float]:
+    """Median time of each; they take turns."""
+
+    def turn(run, count):
+        begin = time.perf_counter()
+        for _ in range(count):
+            result = run()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - begin) / count
+
+    counts = {}
+    for name, run in programs.items():
+        jax.block_until_ready(run())
+        counts[name] = 1 + int(TURN / turn(run, 1))
+    times = {name: [] for name in programs}
+    for _ in range(TURNS):
+        for name, run in programs.items():
+            times[name].append(turn(run, counts[name]))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def run(report: Report, shapes=None, dtype="bfloat16", png: pathlib.Path | None = None) -> None:
+    """Times each product of each shape by each implementation of this platform."""
+    backend = jax.default_backend()
+    platform = "cuda" if backend == "gpu" else backend
+    shapes = shapes or (SHAPES if backend == "gpu" else SMALL)
+    report.table("The experts' product", _COLUMNS)
+    for shape in shapes:
+        operands, sizes = shape.operands(jnp.dtype(dtype)), jnp.asarray(shape.sizes())
+        for product in Product:
+            about = {"shape": str(shape), "product": product.value, **dataclasses.asdict(shape)}
+            args = (*(operands[name] for name in product.operands), sizes)
+            report.guarded_all(
+                "experts", about, lambda p=product, a=args, s=shape: _records(p, a, s, platform)
+            )
+    if png is not None:
+        plot(report.data["experts"], png)
+
+
+def _records(product, args, shape, platform):
+    """A record for the dense product, and one for each implementation."""
+    widths = product.widths(*args[:2])
+    functions = {"dense": _dense(product)}
+    verdicts = {}
+    for candidate in choice.CANDIDATES.get(platform, (choice.RAGGED_DOT,)):
+        obstacle = candidate.obstacle(product, args[0].dtype, widths)
+        if obstacle:
+            verdicts[candidate.name] = obstacle
+        else:
+            functions[candidate.name] = trial.evaluate(product, candidate.name)
+    programs = {}
+    with ThreadPoolExecutor() as executor:
+        jobs = {name: executor.submit(_compiled, f, *args) for name, f in functions.items()}
+    for name, job in jobs.items():
+        try:
+            compiled = job.result()
+            result = None if name == "dense" else compiled(*args)
+        except Exception as error:  # others can be measured
+            verdicts[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            continue
+        programs[name] = lambda compiled=compiled: compiled(*args)
+        if result is not None:
+            off = float(trial.error(product, result, *args))
+            verdicts[name] = "right" if off <= trial.TOLERANCE else f"WRONG by {off:.2g}"
+    seconds = _seconds(programs)
+    operations = 2 * shape.num_rows * shape.k * shape.n
+    weights = shape.num_groups * shape.k * shape.n * args[0].dtype.itemsize
+    for name in ("dense", *verdicts):
+        record = {"by": choice.version(name), "verdict": verdicts.get(name, "")}
+        if name in seconds:
+            record |= {
+                "seconds": seconds[name],
+                "tflops": operations / seconds[name] * 1e-12,
+                "of_dense": seconds["dense"] / seconds[name],
+                "weights_rate": weights / seconds[name],
+            }
+        yield record
+
+
+def plot(records, path: pathlib.Path) -> None:
+    """TFLOP/s of each implementation, a panel for each product, a group of bars for each shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [record for record in records if "tflops" in record]
+    names = list(dict.fromkeys(record["by"] for record in records))
+    shapes = list(dict.fromkeys(record["shape"] for record in records))
+    figure, panels = pyplot.subplots(3, 1, figsize=(1.6 * len(shapes) + 2, 9), sharex=True)
+    for axes, product in zip(panels, Product, strict=True):
+        for i, name in enumerate(names):
+            here = {
+                r["shape"]: r for r in records if r["by"] == name and r["product"] == product.value
+            }
+            places = [s + 0.8 * i / len(names) for s in range(len(shapes)) if shapes[s] in here]
+            bars = axes.bar(
+                places,
+                [here[shape]["tflops"] for shape in shapes if shape in here],
+                0.8 / len(names),
+                label=name,
+            )
+            for bar, shape in zip(bars, (s for s in shapes if s in here), strict=True):
+                if here[shape]["verdict"].startswith("WRONG"):
+                    bar.set_hatch("xx")
+        axes.set(title=f"{product.value} (crossed: wrong)", ylabel="TFLOP/s")
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].legend(fontsize=7)
+    ticks = [s + 0.4 * (len(names) - 1) / len(names) for s in range(len(shapes))]
+    panels[-1].set_xticks(ticks, [shape.replace(", ", "\n") for shape in shapes], fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
