@@ -86,7 +86,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "--once",
         nargs=2,
         metavar=("OP", "T"),
-        help="one launch of one operation, for other profilers; see docs/performance.md",
+        help="one launch of one operation, for other profilers; see CONTRIBUTING.md",
     )
     parts("--all", action="store_true", help="all parts but --once")
 
