@@ -145,17 +145,17 @@ class Slow:
         sleep(0.3)
 
 
-def look_often(take_failure=engines._native.cuda.take_failure):
+def look_often(take=_native.take_note):
     looked.set()
     for _ in range(100_000):
-        take_failure()
+        take()
+    return ""
 
 
 looked = threading.Event()
 builtins.slow = Slow()
-engines._WATCH_SECONDS = 0  # the watcher is in C++ nearly always
-engines._tell_failures = look_often
-engines._start_watching()
+watch._WATCH_SECONDS = 0  # the watcher is in C++ nearly always
+watch.watch(look_often, 0)
 looked.wait()
 """
 
