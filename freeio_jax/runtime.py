@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import dataclasses
 import difflib
 import os
@@ -234,7 +235,15 @@ def shutdown() -> None:
 def _forget_pod() -> None:
     """In a forked child, which is in no pod: its end must not be taken for this process's."""
     global _pod_is_connected
+    if not _pod_is_connected:
+        return
     atexit.unregister(shutdown)
+    # JAX would leave its coordinator in the name of this process, too, and wait for an answer that
+    # comes to a thread which the child does not have. So would these, if they were destroyed.
+    jax_state = distributed.global_state
+    for name in ("preemption_sync_manager", "client", "service"):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(getattr(jax_state, name)))
+        setattr(jax_state, name, None)
     _members.clear()
     _pod_is_connected = False
 

@@ -74,7 +74,7 @@ def test_a_wait_that_lasts_is_told_before_it_ends(new_machine):
         r"for (the beginning of the call|the routing of its tokens)\.",
         note,
     )
-    assert told and 30 <= int(told[1]) <= 100, note
+    assert told and int(told[1]) >= 30, note
     assert machine.take_note() is None
 
 

@@ -135,7 +135,7 @@ import builtins
 import threading
 import time
 
-from freeio_jax import engines
+from freeio_jax import _native, watch
 
 
 class Slow:
@@ -160,7 +160,6 @@ looked.wait()
 """
 
 
-@needs_cuda_part
 def test_who_watches_for_failures_does_not_outlive_the_interpreter():
     for _ in range(3):
         ended = subprocess.run(
