@@ -103,8 +103,9 @@ def config(**settings: Any) -> dict[str, Any]:
         four, which are left to other kernels; environment variable ``FREEIO_NUM_SMS``. Holds for
         programs and command buffers that begin after the call. All ranks must use as many: set it
         alike in all processes, and while no program that exchanges rows runs.
-      verbosity: what goes to the logger ``freeio_jax``: 0 warnings and errors, 1 what was chosen when
-        something started (engine, processes, how long it took), 2 each compiled exchange as well.
+      verbosity: what goes to the logger ``freeio_jax``: 0 warnings and errors, 1 also what was
+        chosen when something started (engine, processes, how long it took), 2 each compiled
+        exchange as well.
         Written to stderr where the program has not set up Python's logging. Default 0; environment
         variable ``FREEIO_VERBOSITY``.
 
