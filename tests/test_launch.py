@@ -300,7 +300,7 @@ def test_a_debugger_runs_in_process_0(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "('answer', 42)" in done.stdout
-    assert done.stdout.count("went on") == 2
+    assert done.stdout.count("went on\n") == 2
     assert re.search(
         r"\[1\] freeio_jax.launch: breakpoint\(\) of process 1 at .*program.py, line 3 is passed "
         "over: the launcher's input goes to process 0 alone.",

@@ -90,7 +90,7 @@ step = program(lambda x, i: (part(x, i) + part(2 * x, i) + part(3 * x, i)) / 6)
 mesh = Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "model"))
 sharding = NamedSharding(mesh, P(("data", "model")))
 def layer(x, i):
-    out = fio.dispatch(x, i % 2, num_experts=2, axis_name="data")
+    out = fio.dispatch(x, 0 * i + jnp.arange(2, dtype=i.dtype), num_experts=2, axis_name="data")
     x = fio.combine(out.tokens, out.handle) / 2
     out = fio.dispatch(x, i, num_experts=ranks, axis_name=("data", "model"))
     return fio.combine(out.tokens, out.handle) / 2
@@ -134,7 +134,7 @@ def test_a_rank_that_was_too_late_can_go_on(form, first, tmp_path):
         processes=2,
         devices_per_process=2,
     )
-    assert status == 0, lines
+    assert status == 0, "\n".join(str(line) for one in lines for line in one)
     (early,), (late,) = said(lines, "error")
     assert "waited 1.5 s for" in early and "Process 1 (pid" in early, early
     assert "reported by process 0" in late, late
@@ -155,7 +155,7 @@ def test_ranks_that_give_up_again_and_again_meet_again(tmp_path):
             try:
                 assert right(step(tokens, topk_idx))
                 break
-            except jax.errors.JaxRuntimeError:
+            except (ValueError, jax.errors.JaxRuntimeError):
                 failures += 1
         say("failures", failures)
         fio.config(timeout=60)
@@ -163,7 +163,7 @@ def test_ranks_that_give_up_again_and_again_meet_again(tmp_path):
         """,
         processes=3,
     )
-    assert status == 0, lines
+    assert status == 0, "\n".join(str(line) for one in lines for line in one)
     assert all(1 <= int(count) < 10 for (count,) in said(lines, "failures")), lines
 
 
@@ -188,7 +188,7 @@ def test_who_waits_for_whom_is_told_before_the_time_out(layout, tmp_path):
         processes=2 if pod else 1,
         devices_per_process=1 if pod else 2,
     )
-    assert status == 0, lines
+    assert status == 0, "\n".join(str(line) for one in lines for line in one)
     notes = [line for line in lines[0] if "has waited" in line]
     waiter = r"freeio_jax: freeio_jax.dispatch: rank 0 \(mesh device 0\)"
     if pod:
@@ -218,7 +218,7 @@ def test_another_shape_in_one_process_is_told_at_once(tmp_path):
         assert time.monotonic() - start < 30
         """,
     )
-    assert status == 0, lines
+    assert status == 0, "\n".join(str(line) for one in lines for line in one)
     for (message,) in said(lines, "error"):
         assert "num_tokens=4" in message and "num_tokens=6" in message, message
 
@@ -311,7 +311,7 @@ def test_a_forked_child_that_ends_does_no_harm(end, tmp_path):
             """
         ),
     )
-    assert status == 0, lines
+    assert status == 0, "\n".join(str(line) for one in lines for line in one)
 
 
 @pytest.mark.parametrize("parent", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(9)"])
