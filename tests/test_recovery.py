@@ -201,6 +201,29 @@ def test_who_waits_for_whom_is_told_before_the_time_out(layout, tmp_path):
     assert not pod or ("Process 1 (pid" in notes[0] and "waits in no exchange" in notes[0])
 
 
+def test_who_is_waited_for_in_initialize_is_told(tmp_path):
+    status, lines = run(
+        tmp_path,
+        """
+        from freeio_jax import bootstrap
+        bootstrap._PATIENCE_SECONDS = 0.5
+        fio.shutdown()
+        barrier("all are out")
+        if me == 1:
+            time.sleep(1.7)
+        fio.initialize()
+        assert right(program(exchange)(tokens, topk_idx))
+        """,
+    )
+    assert status == 0, lines
+    notes = [line for line in lines[0] if "has waited" in line]
+    for note, seconds in zip(notes, ("0.5", "1"), strict=True):
+        assert note == (
+            f"freeio_jax: freeio_jax.initialize: process 0 has waited {seconds} s (it gives up "
+            "after 600 s) for the others to call it, which leaves process(es) [1]"
+        )
+
+
 def test_another_shape_in_one_process_is_told_at_once(tmp_path):
     """Not after the time-out: programs of one name, of which each lacks the other's call."""
     status, lines = run(

@@ -44,9 +44,10 @@ PYBIND11_MODULE(_native, module) {
 #endif
       },
       py::arg("num_sms"));
-  module.def("compilation_ended", &freeio::host::compilation_ended, py::arg("seconds"),
-             "A module with exchanges was compiled, or loaded from the compilation cache, which took "
-             "so long.");
+  module.def(
+      "compilation_ended", &freeio::host::compilation_ended, py::arg("seconds"),
+      "A module with exchanges was compiled, or loaded from the compilation cache, which took "
+      "so long.");
   module.def("set_patience", &freeio::host::set_patience, py::arg("seconds"),
              "After how long a wait is told for the first time.");
   module.def("take_note", &freeio::host::take_note,

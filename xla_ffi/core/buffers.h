@@ -73,8 +73,8 @@ inline bool read_flag(const ffi::Dictionary& attributes, const char* name) {
   return value.has_value() && *value != 0;
 }
 
-// What all calls of a program along one mesh axis have in common: the module's name, the groups, and
-// the mesh's devices where they are known.
+// What all calls of a program along one mesh axis have in common: the module's name, the groups,
+// and the mesh's devices where they are known.
 inline std::vector<int64_t> program_of(const CallAttributes& call,
                                        const ffi::Dictionary& attributes) {
   std::vector<int64_t> values = {call.layout.num_ranks, static_cast<int64_t>(call.groups.size())};
@@ -93,8 +93,8 @@ inline std::vector<int64_t> program_of(const CallAttributes& call,
 inline std::vector<int64_t> identity_of(int64_t operation, const CallAttributes& call,
                                         const ffi::Dictionary& attributes) {
   const Layout& layout = call.layout;
-  std::vector<int64_t> values = {operation,       layout.num_tokens, layout.top_k,
-                                 layout.num_experts, layout.capacity, layout.alignment};
+  std::vector<int64_t> values = {operation,          layout.num_tokens, layout.top_k,
+                                 layout.num_experts, layout.capacity,   layout.alignment};
   if (const auto call_in_module = attributes.get<int64_t>("call"); call_in_module.has_value()) {
     values.push_back(*call_in_module);
   }

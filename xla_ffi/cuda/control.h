@@ -162,10 +162,10 @@ struct Failure {
   int32_t step;
 };
 
-// A wait that lasts, as its GPU shows it to the host: that of one of the threads that wait. The peer
-// may be waiting itself.
+// A wait that lasts, as its GPU shows it to the host: that of one of the threads that wait. The
+// peer may be waiting itself.
 struct Wait {
-  uint32_t ticks;  // of 2^kWaitTick ns, so far; 0: nobody has waited that long yet
+  uint32_t ticks;       // of 2^kWaitTick ns, so far; 0: nobody has waited that long yet
   uint8_t op_and_step;  // step << 4 | op
   uint8_t rank;
   uint8_t peer;

@@ -52,8 +52,8 @@ struct Gpu {
   ControlMemory control;
   std::unique_ptr<HostBlock, FreeHost> host;
   int num_sms = 0;
-  bool told = false;  // the failure, if there is one
-  Wait last_wait{};   // that was looked at
+  bool told = false;     // the failure, if there is one
+  Wait last_wait{};      // that was looked at
   double next_note = 0;  // seconds of a wait
 };
 

@@ -77,8 +77,8 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange);
 // nothing new. Later calls there, and state_of(), return the same as an error.
 std::string take_failure();
 
-// Who waits for whom on one of this process's GPUs, once a wait has lasted host::patience_in_seconds()
-// and whenever it has become twice as long; empty: nothing new.
+// Who waits for whom on one of this process's GPUs, once a wait has lasted
+// host::patience_in_seconds() and whenever it has become twice as long; empty: nothing new.
 std::string take_note();
 
 // Launches a kernel on this member's GPU. `exchange`, which is part of `params`, has this process's

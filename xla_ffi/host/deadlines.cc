@@ -93,9 +93,7 @@ Patience::Patience(double timeout)
       end_(begin_ + seconds(timeout)),
       due_(std::min(end_, begin_ + seconds(patience_seconds))) {}
 
-double Patience::waited() const {
-  return std::chrono::duration<double>(due_ - begin_).count();
-}
+double Patience::waited() const { return std::chrono::duration<double>(due_ - begin_).count(); }
 
 void Patience::extend() { due_ = std::min(end_, begin_ + 2 * (due_ - begin_)); }
 

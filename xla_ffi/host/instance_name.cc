@@ -48,9 +48,8 @@ NamedInstance name_instance(const std::vector<int64_t>& program,
 void module_is_complete(InstanceBlock& block) { block.closed = true; }
 
 void compilation_ended(double seconds) {
-  const Clock::time_point begin =
-      Clock::now() - std::chrono::duration_cast<Clock::duration>(
-                         std::chrono::duration<double>(seconds));
+  const Clock::time_point begin = Clock::now() - std::chrono::duration_cast<Clock::duration>(
+                                                     std::chrono::duration<double>(seconds));
   std::lock_guard lock(instances().mutex);
   auto& blocks = instances().blocks;
   auto oldest = blocks.end();

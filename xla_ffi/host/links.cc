@@ -86,14 +86,19 @@ UniqueFd process_of(int socket) {
 // What a child does with the links is felt by the peers: it must have none.
 void Links::forget_in_children(Links* links) {
   static Links* current = nullptr;
-  static const int registered = pthread_atfork([] { if (current) current->mutex_.lock(); },
-                                               [] { if (current) current->mutex_.unlock(); },
-                                               [] {
-                                                 if (!current) return;
-                                                 current->links_.clear();
-                                                 current->mutex_.unlock();
-                                                 current = nullptr;
-                                               });
+  static const int registered = pthread_atfork(
+      [] {
+        if (current) current->mutex_.lock();
+      },
+      [] {
+        if (current) current->mutex_.unlock();
+      },
+      [] {
+        if (!current) return;
+        current->links_.clear();
+        current->mutex_.unlock();
+        current = nullptr;
+      });
   if (registered != 0) {
     errno = registered;
     fail("pthread_atfork");

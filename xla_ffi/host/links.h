@@ -41,7 +41,7 @@ class Links {
   };
   struct Link {
     UniqueFd socket;
-    UniqueFd process;           // readable when it has ended; none where the kernel has no such file
+    UniqueFd process;  // readable when it has ended; none where the kernel has no such file
     std::deque<Unsent> unsent;  // the socket was full
   };
 

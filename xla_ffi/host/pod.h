@@ -107,7 +107,7 @@ class Pod {
   };
   // What is known of one run of a program.
   struct Run {
-    bool here = false;  // this process has come to it
+    bool here = false;                                      // this process has come to it
     std::map<std::pair<uint64_t, int64_t>, int64_t> calls;  // made here, by attributes and ordinal
     // Why this process or a peer has given it up: there will be no more exchanges in it.
     Status failure;
