@@ -99,9 +99,9 @@ Status to_status(const Failure& failure, double timeout, const std::string& peer
 
 std::string to_note(const Wait& wait, double timeout, const std::string& peer_process) {
   std::ostringstream text;
-  text << "freeio_jax." << kOps[(wait.op_and_step & 15) % std::size(kOps)] << ": rank "
-       << int{wait.rank} << " has waited " << seconds_of(wait) << " s (it gives up after "
-       << std::setprecision(4) << timeout << " s) for rank " << int{wait.peer}
+  text << "freeio_jax." << kOps[wait.op_and_step & 15] << ": rank " << int{wait.rank}
+       << " has waited " << seconds_of(wait) << " s (it gives up after " << std::setprecision(4)
+       << timeout << " s) for rank " << int{wait.peer}
        << (peer_process.empty() ? "" : " of " + peer_process) << ", for "
        << text_of(wait.op_and_step >> 4) << ".";
   return text.str();
