@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from freeio_jax import engines, runtime
+from freeio_jax import engines, runtime, watch
 
 needs_cuda_part = pytest.mark.skipif(
     not hasattr(engines._native, "cuda"),
@@ -54,6 +55,8 @@ def native(monkeypatch):
 @pytest.fixture
 def engine(native, monkeypatch):
     monkeypatch.setattr(runtime, "_pod_members", [])
+    # As after the first call that is lowered.
+    monkeypatch.setattr(watch, "_sources", [(native.take_failure, logging.ERROR)])
     return engines.CudaEngine()
 
 
