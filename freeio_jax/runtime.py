@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import difflib
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -245,6 +246,9 @@ def _forget_pod() -> None:
     for name in ("preemption_sync_manager", "client", "service"):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(getattr(jax_state, name)))
         setattr(jax_state, name, None)
+    # JAX's handler only wakes such a thread, and the child could not be asked to end.
+    if (handler := signal.getsignal(signal.SIGTERM)) is not None:
+        signal.signal(signal.SIGTERM, handler)
     _members.clear()
     _pod_is_connected = False
 

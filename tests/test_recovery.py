@@ -337,6 +337,22 @@ def test_a_forked_child_that_ends_does_no_harm(end, tmp_path):
     assert status == 0, "\n".join(str(line) for one in lines for line in one)
 
 
+def test_a_forked_child_can_be_asked_to_end(tmp_path):
+    """By a pool of workers, for instance."""
+    status, lines = run(
+        tmp_path,
+        FORK.format(child="time.sleep(100); os._exit(0)")
+        + textwrap.dedent(
+            """
+                time.sleep(1)
+                os.kill(child, signal.SIGTERM)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+            """
+        ),
+    )
+    assert status == 0, lines
+
+
 @pytest.mark.parametrize("parent", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(9)"])
 def test_a_parent_that_ends_is_noticed_though_its_child_lives_on(parent, tmp_path):
     status, lines = run(
