@@ -347,6 +347,8 @@ def test_a_forked_child_can_be_asked_to_end(tmp_path):
                 time.sleep(1)
                 os.kill(child, signal.SIGTERM)
                 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+            barrier("the child has ended")
+            assert right(step(tokens, topk_idx))
             """
         ),
     )
