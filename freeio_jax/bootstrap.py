@@ -16,13 +16,19 @@ import os
 import secrets
 import socket
 import struct
+import threading
 import time
 from pathlib import Path
+
+from freeio_jax import log
 
 _SEND_BUFFER = 4 << 20
 
 #: Between two looks at whether those that have not connected yet still live.
 _LOOK_SECONDS = 0.2
+
+#: After which the log says who has not come; again whenever it has become twice as long.
+_PATIENCE_SECONDS = 30.0
 
 
 class BootstrapError(RuntimeError):
@@ -160,6 +166,34 @@ def _absent(client, where: str, num_processes: int) -> str:
     return f", which leaves process(es) {sorted(set(range(num_processes)) - came)}"
 
 
+@contextlib.contextmanager
+def _telling_who_is_absent(client, where: str, process: int, num_processes: int, timeout: float):
+    """Says in the log who has not come, as long as the body waits for them."""
+    came = threading.Event()
+
+    def tell():
+        seconds = _PATIENCE_SECONDS
+        wait = seconds
+        while not came.wait(wait):
+            log.logger.warning(
+                "freeio_jax.initialize: process %d has waited %g s (it gives up after %g s) for "
+                "the others to call it%s",
+                process,
+                seconds,
+                timeout,
+                _absent(client, where, num_processes),
+            )
+            wait, seconds = seconds, 2 * seconds
+
+    teller = threading.Thread(target=tell, name="freeio_jax initialize", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        came.set()
+        teller.join()
+
+
 def connect(
     client,
     process: int,
@@ -187,14 +221,15 @@ def connect(
     deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
         try:
-            if process == 0:
-                client.key_value_set(f"{where}/token", secrets.token_hex(16))
-            token = client.blocking_key_value_get(f"{where}/token", int(timeout * 1000))
-            listener = Listener(process, token, control)
-            stack.callback(listener.close)
-            me = {"host": host_identity(), "name": listener.name, "pid": os.getpid()}
-            client.key_value_set(f"{where}/process/{process}", json.dumps(me))
-            client.wait_at_barrier(f"{where}/published", int(timeout * 1000))
+            with _telling_who_is_absent(client, where, process, num_processes, timeout):
+                if process == 0:
+                    client.key_value_set(f"{where}/token", secrets.token_hex(16))
+                token = client.blocking_key_value_get(f"{where}/token", int(timeout * 1000))
+                listener = Listener(process, token, control)
+                stack.callback(listener.close)
+                me = {"host": host_identity(), "name": listener.name, "pid": os.getpid()}
+                client.key_value_set(f"{where}/process/{process}", json.dumps(me))
+                client.wait_at_barrier(f"{where}/published", int(timeout * 1000))
             published = client.key_value_dir_get(f"{where}/process/")
         except RuntimeError as error:  # what jaxlib's client raises, DEADLINE_EXCEEDED included
             raise BootstrapError(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
+import logging
 import math
 import threading
 
 import jax
 import numpy as np
+from jax._src import dispatch
+from jax._src.interpreters import mlir
 from jax._src.mesh import get_concrete_mesh
 
-from freeio_jax import _native, log, runtime
-
-_WATCH_SECONDS = 0.1
+from freeio_jax import _native, log, runtime, watch
 
 
 def _register(native, registry: str) -> None:
@@ -28,6 +28,34 @@ def _register(native, registry: str) -> None:
         jax.ffi.register_ffi_target(name, stages, platform=registry)
 
 
+class _Modules(threading.local):
+    """The module that a thread lowers, and how many calls of it were lowered so far."""
+
+    key: object = None
+    calls: int = 0
+
+    def next_call(self, key: object) -> int:
+        if key is not self.key:
+            self.key, self.calls = key, 0
+        self.calls += 1
+        return self.calls - 1
+
+
+_with_exchanges: set[str] = set()  # names of the modules that were lowered
+
+
+def _compiled(event: str, seconds: float, fun_name: str = "", **_) -> None:
+    """Called by JAX when it has compiled a module, or loaded it from the compilation cache."""
+    name = mlir.sanitize_name(fun_name).rstrip("_")
+    if event == dispatch.BACKEND_COMPILE_EVENT and name in _with_exchanges:
+        _native.compilation_ended(seconds)
+
+
+@functools.cache
+def _watch_compilations() -> None:
+    jax.monitoring.register_event_duration_secs_listener(_compiled)
+
+
 class _Engine:
     """What the engines have in common: each lowered call prepares its engine and names itself.
 
@@ -37,26 +65,32 @@ class _Engine:
     """
 
     def __init__(self):
-        self._last_module: object = None
+        self._modules = _Modules()
 
-    def prepare(self, module: object) -> None:
-        """Called when a call is lowered; ``module`` is an object that its module alone has.
+    def prepare(self) -> None:
+        """Called when a call is lowered.
 
         Raises:
           RuntimeError: there are several processes, and ``initialize`` was not called.
         """
         runtime.require_initialize()
+        _watch_compilations()
         self._start()
-        if module is not self._last_module:
-            self._last_module = module
-            _native.begin_module()
 
     def _start(self) -> None:
         raise NotImplementedError
 
     def attributes(self, module_context):
-        """The module's name: part of what a call is called between processes."""
-        return {"module": module_context.module.operation.attributes["sym_name"].value}
+        """What the call is called between processes: its module's name, and its number there.
+
+        They are the same at each start of the program, so that JAX's persistent compilation cache
+        is hit.
+        """
+        name = module_context.module.operation.attributes["sym_name"].value
+        _with_exchanges.add(name)
+        # Each module has an iterator of its own; contexts within a module share it.
+        call = self._modules.next_call(module_context.channel_iterator)
+        return {"module": name, "call": np.int64(call)}
 
 
 class CpuEngine(_Engine):
@@ -72,43 +106,24 @@ class CpuEngine(_Engine):
         log.logger.info(
             "CPU engine: %d of %d devices are in this process", len(local), jax.device_count("cpu")
         )
+        watch.watch(_native.take_note, logging.WARNING)
+
+    def attributes(self, module_context):
+        """In several processes also the mesh's devices, where they are known.
+
+        A program that runs on one part of the devices and then on another has names for each.
+        """
+        attributes = super().attributes(module_context)
+        mesh = module_context.axis_context.mesh
+        if jax.process_count() > 1 and isinstance(mesh, jax.sharding.Mesh):
+            attributes["devices"] = np.array([d.id for d in mesh.devices.flat], np.int64)
+        return attributes
 
     def dispatch_scratch(self, layout, num_leaves):
         return ()
 
     def combine_scratch(self, layout, expert_out):
         return ()
-
-
-_telling = threading.Lock()  # held until what was taken is logged
-
-
-def _tell_failures() -> None:
-    """Logs what went wrong on GPUs since the last time."""
-    with _telling:
-        while failure := _native.cuda.take_failure():
-            log.logger.error("%s", failure)
-
-
-def _watch(stop: threading.Event) -> None:
-    while not stop.wait(_WATCH_SECONDS):
-        _tell_failures()
-
-
-def _stop_watching(stop: threading.Event, watcher: threading.Thread) -> None:
-    stop.set()
-    watcher.join()
-    _tell_failures()  # the watcher may not have come to it
-
-
-def _start_watching() -> None:
-    """Says at once what went wrong on a GPU: XLA hears of it only by the next run there."""
-    stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(stop,), name="freeio_jax failures", daemon=True)
-    watcher.start()
-    # While the interpreter is still there: a thread that comes back to it from C++ later than that
-    # ends the whole process ("terminate called without an active exception").
-    atexit.register(_stop_watching, stop, watcher)
 
 
 def _gpus() -> list:
@@ -151,7 +166,9 @@ class CudaEngine(_Engine):
             owned,
             mapped,
         )
-        _start_watching()
+        # XLA hears of a failure only by the next run there; the log, at once.
+        watch.watch(_native.cuda.take_failure, logging.ERROR)
+        watch.watch(_native.cuda.take_note, logging.WARNING)
 
     def _numbers(self) -> dict:
         """The number of each GPU of this host, which all of its processes agree on."""
@@ -174,7 +191,7 @@ class CudaEngine(_Engine):
         try:
             _native.cuda.leave()  # waits for kernels, which may fail meanwhile
         finally:
-            _tell_failures()
+            watch.tell()
 
     def attributes(self, module_context):
         """The number of each mesh device's GPU; the kernels check that it is the right one.

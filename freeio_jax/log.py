@@ -1,6 +1,7 @@
 """What freeio_jax says of itself: the logger ``freeio_jax`` of Python's logging.
 
-INFO: what was chosen when something started. DEBUG: each exchange that is compiled.
+ERROR: an exchange that failed on a GPU. WARNING: a rank that waits for another one for long. INFO:
+what was chosen when something started. DEBUG: each exchange that is compiled.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ logger.addHandler(_stderr)
 
 
 def set_verbosity(verbosity: int) -> None:
-    """0: nothing, 1: what was chosen when something started, 2: each compiled exchange as well."""
+    """0: warnings and errors, 1: what was chosen when something started, too, 2: all."""
     logger.setLevel(_LEVELS[verbosity])
 
 

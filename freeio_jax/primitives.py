@@ -105,8 +105,7 @@ def _lower(
     """
     if not engine.takes_empty and moves_nothing:
         return [*map(_zeros, ctx.avals_out)]
-    # Each module has an iterator of its own; contexts within a module share it.
-    engine.prepare(ctx.module_context.channel_iterator)
+    engine.prepare()
     mesh = ctx.module_context.axis_context.mesh
     if log.logger.isEnabledFor(logging.DEBUG):
         operand_types = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in ctx.avals_in)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import dataclasses
 import difflib
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +51,7 @@ def _sms(value: Any) -> int | None:
 
 
 _SETTINGS = {
-    "timeout": _Setting(60.0, _seconds, _native.set_timeout),
+    "timeout": _Setting(600.0, _seconds, _native.set_timeout),
     "num_sms": _Setting(None, _sms, lambda sms: _native.set_num_sms(sms or 0)),
     "verbosity": _Setting(0, log.parse_verbosity, log.set_verbosity),
 }
@@ -95,14 +97,16 @@ def config(**settings: Any) -> dict[str, Any]:
 
     Args:
       timeout: seconds that a rank waits for its peers in one exchange before it gets an error
-        that names the missing ones. Default 60; environment variable ``FREEIO_TIMEOUT``. Holds
-        for exchanges that begin after the call.
+        that names the missing ones. Default 600; environment variable ``FREEIO_TIMEOUT``. Holds
+        for exchanges that begin after the call. One that waits says so in the log, as a warning,
+        after 30 seconds, and again whenever it has waited twice as long.
       num_sms: multiprocessors of a GPU that one exchange may use. Default None: all but
         four, which are left to other kernels; environment variable ``FREEIO_NUM_SMS``. Holds for
         programs and command buffers that begin after the call. All ranks must use as many: set it
         alike in all processes, and while no program that exchanges rows runs.
-      verbosity: what goes to the logger ``freeio_jax``: 0 nothing, 1 what was chosen when
-        something started (engine, processes, how long it took), 2 each compiled exchange as well.
+      verbosity: what goes to the logger ``freeio_jax``: 0 warnings and errors, 1 also what was
+        chosen when something started (engine, processes, how long it took), 2 each compiled
+        exchange as well.
         Written to stderr where the program has not set up Python's logging. Default 0; environment
         variable ``FREEIO_VERBOSITY``.
 
@@ -113,8 +117,8 @@ def config(**settings: Any) -> dict[str, Any]:
     >>> import freeio_jax as fio
     >>> fio.config(timeout=30)["timeout"]
     30.0
-    >>> fio.config(timeout=60.0)
-    {'timeout': 60.0, 'num_sms': None, 'verbosity': 0}
+    >>> fio.config(timeout=600.0)
+    {'timeout': 600.0, 'num_sms': None, 'verbosity': 0}
     """
     unknown = set(settings) - set(_SETTINGS)
     if unknown:
@@ -228,6 +232,28 @@ def shutdown() -> None:
         _native.leave_pod()
         _members.clear()
         _pod_is_connected = False
+
+
+def _forget_pod() -> None:
+    """In a forked child, which is in no pod: its end must not be taken for this process's."""
+    global _pod_is_connected
+    if not _pod_is_connected:
+        return
+    atexit.unregister(shutdown)
+    # JAX would leave its coordinator in the name of this process, too, and wait for an answer that
+    # comes to a thread which the child does not have. So would these, if they were destroyed.
+    jax_state = distributed.global_state
+    for name in ("preemption_sync_manager", "client", "service"):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(getattr(jax_state, name)))
+        setattr(jax_state, name, None)
+    # JAX's handler only wakes such a thread, and the child could not be asked to end.
+    if (handler := signal.getsignal(signal.SIGTERM)) is not None:
+        signal.signal(signal.SIGTERM, handler)
+    _members.clear()
+    _pod_is_connected = False
+
+
+os.register_at_fork(after_in_child=_forget_pod)
 
 
 def require_initialize() -> None:

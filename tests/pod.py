@@ -40,6 +40,7 @@ NOT_ON_PODS = {
     "test_launch.py",
     "test_pod.py",
     "test_processes.py",
+    "test_recovery.py",
     "test_train_moe_lm.py",
 }
 

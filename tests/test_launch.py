@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from freeio_jax.launch.pod import member_environment, visible_gpus
+from freeio_jax.launch.__main__ import parse
+from freeio_jax.launch.pod import around_proxies, member_environment, visible_gpus
 
 
 def command(tmp_path, source, *options, processes=2, arguments=()):
@@ -22,8 +23,10 @@ def command(tmp_path, source, *options, processes=2, arguments=()):
     ]
 
 
-def launch(*args, **kwargs):
-    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=120)
+def launch(*args, stdin=None, **kwargs):
+    return subprocess.run(
+        command(*args, **kwargs), capture_output=True, text=True, timeout=120, input=stdin
+    )
 
 
 def is_running(pid):
@@ -174,6 +177,135 @@ def test_flags_of_the_environment_are_kept(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--a --xla_force_host_platform_device_count=8 --b")
     flags = environment(platform="cpu", devices_per_process=3)["XLA_FLAGS"].split()
     assert flags == ["--a", "--b", "--xla_force_host_platform_device_count=3"]
+
+
+@pytest.mark.parametrize("excepted", [None, "example.org", "127.0.0.1"])
+def test_the_processes_find_each_other_where_there_is_a_proxy(excepted, tmp_path, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    if excepted is not None:
+        monkeypatch.setenv("no_grpc_proxy", excepted)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody serves there
+    done = launch(
+        tmp_path,
+        """
+        import jax
+        jax.distributed.initialize(initialization_timeout=30)
+        print(len(jax.devices()), "devices")
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["[0] 2 devices", "[1] 2 devices"]
+
+
+def test_what_is_excepted_from_a_proxy_stays_so():
+    assert around_proxies({"no_proxy": "a"}) == {}
+    assert around_proxies(
+        {"https_proxy": "p", "NO_PROXY": "a,127.0.0.1", "no_grpc_proxy": "b"}
+    ) == {
+        "no_proxy": "a,127.0.0.1,localhost",
+        "NO_PROXY": "a,127.0.0.1,localhost",
+        "no_grpc_proxy": "b,127.0.0.1,localhost",
+    }
+    both = around_proxies({"GRPC_PROXY": "p", "no_proxy": "a", "NO_PROXY": "b"})
+    assert both["no_proxy"] == both["no_grpc_proxy"] == "a,127.0.0.1,localhost"
+    assert both["NO_PROXY"] == "b,127.0.0.1,localhost"
+
+
+@pytest.mark.parametrize(
+    "options, platform, devices",
+    [
+        (["--devices-per-process=3"], "cpu", 3),
+        ([], "cpu", 5),  # that of the environment
+        ([], "cuda", 1),  # it does not count GPUs
+        (["--devices-per-process=2"], "cuda", 2),
+    ],
+)
+def test_devices_per_process_go_before_those_of_the_environment(
+    options, platform, devices, monkeypatch
+):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "5")
+    arguments = parse(["-n", "2", "--platform", platform, *options, __file__])
+    assert arguments.devices_per_process == devices
+    member = environment(platform="cpu", devices_per_process=devices)
+    assert member["JAX_NUM_CPU_DEVICES"] == str(devices)
+
+
+def test_devices_that_jax_has_are_those_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    source = "import jax; print(jax.local_device_count())"
+    done = launch(tmp_path, source, "--devices-per-process=3", processes=1)
+    assert done.stdout == "[0] 3\n", done.stderr
+
+
+def read_until(stream, text):
+    read = b""
+    while text not in read:
+        more = os.read(stream.fileno(), 1 << 16)
+        assert more, read
+        read += more
+    return read
+
+
+@pytest.mark.parametrize(
+    "written, shown",
+    [
+        (r"10%\r", rb"[0] 10%\r"),  # a bar that ends in its carriage return
+        (r"\r10%", rb"[0] 10%"),  # one that begins with it
+        ("what? ", rb"[0] what? "),  # a prompt
+    ],
+)
+def test_unfinished_lines_are_shown(written, shown, tmp_path):
+    """While the program goes on."""
+    source = f"""
+        import sys, time
+        sys.stderr.write("{written}")
+        time.sleep(100)
+        """
+    shown = shown.replace(rb"\r", b"\r")
+    with subprocess.Popen(
+        command(tmp_path, source, processes=1), stderr=subprocess.PIPE
+    ) as process:
+        try:
+            read_until(process.stderr, shown)
+        finally:
+            process.terminate()
+
+
+def test_lines_stay_whole(tmp_path):
+    done = launch(
+        tmp_path,
+        r"""
+        import sys
+        for percent in (10, 20):
+            sys.stdout.write(f"\r{percent}%")
+        sys.stdout.write("\n windows\r\nend")
+        """,
+        processes=1,
+    )
+    assert done.returncode == 0
+    # Read as text, every end of a line is a newline here.
+    assert done.stdout == "[0] \n[0] 10%\n[0] 20%\n[0]  windows\n[0] end\n"
+
+
+def test_a_debugger_runs_in_process_0(tmp_path):
+    done = launch(
+        tmp_path,
+        """
+        answer = 42
+        breakpoint()
+        print("went on")
+        """,
+        stdin="p 'answer', answer\nc\n",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "('answer', 42)" in done.stdout
+    assert done.stdout.count("went on\n") == 2
+    assert re.search(
+        r"\[1\] freeio_jax.launch: breakpoint\(\) of process 1 at .*program.py, line 3 is passed "
+        "over: the launcher's input goes to process 0 alone.",
+        done.stderr,
+    )
 
 
 def test_wrong_use(tmp_path):

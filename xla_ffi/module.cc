@@ -3,8 +3,10 @@
 #include <pybind11/stl.h>
 
 #include "core/layout.h"
+#include "host/deadlines.h"
 #include "host/handlers.h"
 #include "host/instance_name.h"
+#include "host/notes.h"
 #include "host/peer_memory.h"
 #include "host/pod.h"
 #include "host/session.h"
@@ -42,8 +44,14 @@ PYBIND11_MODULE(_native, module) {
 #endif
       },
       py::arg("num_sms"));
-  module.def("begin_module", &freeio::host::begin_module,
-             "The custom calls that XLA makes from now on are of another module.");
+  module.def(
+      "compilation_ended", &freeio::host::compilation_ended, py::arg("seconds"),
+      "A module with exchanges was compiled, or loaded from the compilation cache, which took "
+      "so long.");
+  module.def("set_patience", &freeio::host::set_patience, py::arg("seconds"),
+             "After how long a wait is told for the first time.");
+  module.def("take_note", &freeio::host::take_note,
+             "The oldest thing to say in the log that was not taken before; empty: nothing.");
   module.def("allow_peers_to_read", &freeio::host::allow_peers_to_read);
   module.def(
       "control_block",

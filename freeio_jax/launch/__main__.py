@@ -19,9 +19,9 @@ def parse(arguments):
     parser.add_argument(
         "--devices-per-process",
         type=int,
-        default=1,
         metavar="D",
-        help="CPU devices, or GPUs, of each process (default 1)",
+        help="CPU devices, or GPUs, of each process (default 1; on CPU JAX_NUM_CPU_DEVICES, where "
+        "that is set)",
     )
     parser.add_argument(
         "--platform",
@@ -39,6 +39,10 @@ def parse(arguments):
     parser.add_argument("program", help="script, or module after -m")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the program")
     options = parser.parse_args(arguments)
+    if options.devices_per_process is None:
+        on_cpu = options.platform.split(",")[0] == "cpu"
+        asked = os.environ.get("JAX_NUM_CPU_DEVICES", "") if on_cpu else ""
+        options.devices_per_process = int(asked) if asked.isdecimal() else 1
     for name in ("num_processes", "devices_per_process"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

@@ -72,6 +72,23 @@ def _end_with(parent):
         sys.exit("freeio_jax.launch: the launcher has ended")
 
 
+def _tell_that_nobody_answers():
+    """Has ``breakpoint()`` say that there is nobody to answer, instead of ending the program."""
+    rank = os.environ["JAX_PROCESS_ID"]
+
+    def pass_over(*_args, **_kwargs):
+        caller = sys._getframe(1)
+        where = f"{caller.f_code.co_filename}, line {caller.f_lineno}"
+        print(
+            f"freeio_jax.launch: breakpoint() of process {rank} at {where} is passed over: the "
+            "launcher's input goes to process 0 alone.",
+            file=sys.stderr,
+        )
+
+    if rank != "0" and not os.environ.get("PYTHONBREAKPOINT"):
+        sys.breakpointhook = pass_over
+
+
 def main():
     _end_with(int(sys.argv[1]))
     # To this stderr, whatever the program puts in its place: pytest captures descriptor 2.
@@ -79,6 +96,7 @@ def main():
     faulthandler.enable(stderr)
     faulthandler.register(signal.SIGUSR2, stderr, all_threads=True)
     sys.meta_path.insert(0, _WhenJaxIsImported())
+    _tell_that_nobody_answers()
     program = sys.argv[2:]
     is_module = program[0] == "-m"
     if not sys.flags.safe_path:  # with it Python puts nothing there

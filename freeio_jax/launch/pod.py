@@ -13,8 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from freeio_jax.launch.output import Printer
 
 _MEMBER = Path(__file__).with_name("member.py")
 
@@ -33,8 +35,35 @@ def _reserve_port() -> socket.socket:
     """
     reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    reserved.bind(("127.0.0.1", 0))
+    reserved.bind((_LOOPBACK, 0))
     return reserved
+
+
+#: Where the processes find each other.
+_LOOPBACK = "127.0.0.1"
+
+
+def around_proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that keep what the processes tell each other from a proxy, if there is one.
+
+    gRPC, which serves JAX's coordinator, asks the proxy for every address that is not excepted, and
+    looks at ``no_proxy`` only where there is no ``no_grpc_proxy``.
+    """
+    names = ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy")
+    if not any(environment.get(name) or environment.get(name.upper()) for name in names):
+        return {}
+    changed = {}
+    # Who reads the one in capitals does so where the other is not there.
+    excepted = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    for name, before in (
+        ("no_proxy", excepted),
+        ("NO_PROXY", environment.get("NO_PROXY") or excepted),
+        ("no_grpc_proxy", environment.get("no_grpc_proxy") or excepted),
+    ):
+        listed = [entry.strip() for entry in before.split(",") if entry.strip()]
+        listed += [entry for entry in (_LOOPBACK, "localhost") if entry not in listed]
+        changed[name] = ",".join(listed)
+    return changed
 
 
 def visible_gpus() -> list[str]:
@@ -70,12 +99,14 @@ def member_environment(
     flags += f" --xla_force_host_platform_device_count={devices_per_process}"
     environment = {
         "XLA_FLAGS": flags.strip(),
+        "JAX_NUM_CPU_DEVICES": str(devices_per_process),  # JAX takes it before the flag
         "JAX_PLATFORMS": platform,
         "JAX_COORDINATOR_ADDRESS": coordinator,
         "JAX_COORDINATOR_BIND_ADDRESS": coordinator,
         "JAX_NUM_PROCESSES": str(num_processes),
         "JAX_PROCESS_ID": str(rank),
         "PYTHONUNBUFFERED": "1",
+        **around_proxies(os.environ),
     }
     if platform.split(",")[0] in GPU_PLATFORMS:
         needed = num_processes * devices_per_process
@@ -103,7 +134,11 @@ class Pod:
       grace: seconds that the others have to end by themselves once one has failed, so that their
         own errors are seen too.
       output: ``(rank, stream name, line)`` is called for each line that a process writes, one
-        call at a time. None writes it to this process's stream, after ``[rank]``.
+        call at a time. None writes it to this process's stream, after ``[rank]``, and unfinished
+        lines as far as they have come.
+
+    Process 0 reads what this process would read (stdin), so that a debugger runs there; the others
+    find nothing to read.
 
     Raises:
       ValueError: there are too few GPUs.
@@ -130,8 +165,7 @@ class Pod:
         )
         self._environment(num_processes - 1, coordinator="")  # that there are GPUs enough
         self._grace = grace
-        self._output = output or self._print
-        self._printing = threading.Lock()
+        self._printer = Printer(num_processes, output)
         self._interrupted: int | None = None
         self.processes: list[subprocess.Popen] = []
 
@@ -146,10 +180,12 @@ class Pod:
             self._pass_on_signals(stack)
             readers = []
             for rank in range(self._num_processes):
-                process = self._start(rank, f"127.0.0.1:{port}")
+                process = self._start(rank, f"{_LOOPBACK}:{port}")
                 self.processes.append(process)
                 for name in ("stdout", "stderr"):
-                    reader = threading.Thread(target=self._copy, args=(rank, process, name))
+                    reader = threading.Thread(
+                        target=self._printer.copy, args=(rank, name, getattr(process, name))
+                    )
                     reader.start()
                     readers.append(reader)
             status = self._supervise()
@@ -163,29 +199,13 @@ class Pod:
         return subprocess.Popen(
             [sys.executable, str(_MEMBER), str(os.getpid()), *self._program],
             env=os.environ | self._environment(rank, coordinator=coordinator),
-            stdin=subprocess.DEVNULL,
+            # Not read here: a terminal's keys go to the program as they are.
+            stdin=None if rank == 0 else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             # Of its own, so that Ctrl-C reaches it once, from here, and its children end with it.
             start_new_session=True,
         )
-
-    def _copy(self, rank: int, process: subprocess.Popen, name: str) -> None:
-        with getattr(process, name) as stream:
-            for line in stream:
-                text = line.decode(errors="replace").rstrip("\n")
-                with self._printing:
-                    self._output(rank, name, text)
-
-    def _print(self, rank: int, name: str, line: str) -> None:
-        stream = getattr(sys, name)
-        width = len(str(self._num_processes - 1))
-        stream.write(f"[{rank:{width}d}] {line}\n")
-        stream.flush()
-
-    def _say(self, line: str) -> None:
-        with self._printing:
-            print(f"[launch] {line}", file=sys.stderr, flush=True)
 
     def _pass_on_signals(self, stack: contextlib.ExitStack) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -233,7 +253,7 @@ class Pod:
         how = f"ended with status {status}"
         if process.returncode < 0:
             how = f"was ended by {signal.Signals(-process.returncode).name}"
-        self._say(f"process {rank} (pid {process.pid}) {how}")
+        self._printer.say(f"process {rank} (pid {process.pid}) {how}")
         if not self._wait(self._grace):
             self._end_the_rest()
         return status
@@ -247,7 +267,7 @@ class Pod:
 
     def _end_the_rest(self) -> None:
         late = ", ".join(f"{r} (pid {self.processes[r].pid})" for r in self._running())
-        self._say(f"stopping process(es) {late}; where they were follows")
+        self._printer.say(f"stopping process(es) {late}; where they were follows")
         # member.py prints all threads' stacks on SIGUSR2.
         self._signal(signal.SIGUSR2)
         time.sleep(0.5)

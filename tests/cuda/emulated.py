@@ -202,7 +202,7 @@ class Emulator:
         for name in (
             *("emulator_synchronize", "engine_start", "engine_dispatch", "engine_combine"),
             *("engine_combine_transpose", "engine_join", "engine_leave", "engine_take_failure"),
-            *("engine_state_of", "engine_set_epochs"),
+            *("engine_state_of", "engine_set_epochs", "engine_take_note"),
         ):
             getattr(self._library, name).restype = c.c_char_p
         self._library.emulator_steps.restype = c.c_uint64
@@ -248,6 +248,11 @@ class Emulator:
     def take_failure(self):
         """What became of an exchange that failed, once for each GPU; None: nothing new."""
         text = self._library.engine_take_failure()
+        return text.decode() if text else None
+
+    def take_note(self):
+        """Who waits for whom for long; None: nothing new."""
+        text = self._library.engine_take_note()
         return text.decode() if text else None
 
     def check_state(self, group):

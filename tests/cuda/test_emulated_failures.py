@@ -61,6 +61,30 @@ def test_a_rank_that_never_comes(new_machine):
     assert any(message.startswith("DEADLINE_EXCEEDED") for message in messages)
 
 
+def test_a_wait_that_lasts_is_told_before_it_ends(new_machine):
+    """In the log, by the host; each time that it has become twice as long."""
+    machine = new_machine(timeout=100, num_sms=3)
+    group = Group((0, 1))
+    assert machine.take_note() is None
+    launch_dispatch(machine, group, 0)
+    machine.synchronize()
+    note = machine.take_note()
+    told = re.fullmatch(
+        r"freeio_jax.dispatch: rank 0 has waited (\d+) s \(it gives up after 100 s\) for rank 1, "
+        r"for (the beginning of the call|the routing of its tokens)\.",
+        note,
+    )
+    assert told and int(told[1]) >= 30, note
+    assert machine.take_note() is None
+
+
+def test_a_short_wait_is_not_told(new_machine):
+    machine = new_machine(timeout=20)
+    launch_dispatch(machine, Group((0, 1)), 0)
+    machine.synchronize()
+    assert machine.take_note() is None
+
+
 def test_the_shortest_time_out_ends_a_wait(new_machine):
     machine = new_machine(timeout=1e-10)
     launch_dispatch(machine, Group((0, 1)), 0)

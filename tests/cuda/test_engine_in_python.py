@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from freeio_jax import engines, runtime
+from freeio_jax import engines, runtime, watch
 
 needs_cuda_part = pytest.mark.skipif(
     not hasattr(engines._native, "cuda"),
@@ -54,6 +55,8 @@ def native(monkeypatch):
 @pytest.fixture
 def engine(native, monkeypatch):
     monkeypatch.setattr(runtime, "_pod_members", [])
+    # As after the first call that is lowered.
+    monkeypatch.setattr(watch, "_sources", [(native.take_failure, logging.ERROR)])
     return engines.CudaEngine()
 
 
@@ -135,7 +138,7 @@ import builtins
 import threading
 import time
 
-from freeio_jax import engines
+from freeio_jax import _native, watch
 
 
 class Slow:
@@ -145,22 +148,21 @@ class Slow:
         sleep(0.3)
 
 
-def look_often(take_failure=engines._native.cuda.take_failure):
+def look_often(take=_native.take_note):
     looked.set()
     for _ in range(100_000):
-        take_failure()
+        take()
+    return ""
 
 
 looked = threading.Event()
 builtins.slow = Slow()
-engines._WATCH_SECONDS = 0  # the watcher is in C++ nearly always
-engines._tell_failures = look_often
-engines._start_watching()
+watch._WATCH_SECONDS = 0  # the watcher is in C++ nearly always
+watch.watch(look_often, 0)
 looked.wait()
 """
 
 
-@needs_cuda_part
 def test_who_watches_for_failures_does_not_outlive_the_interpreter():
     for _ in range(3):
         ended = subprocess.run(

@@ -73,20 +73,36 @@ inline bool read_flag(const ffi::Dictionary& attributes, const char* name) {
   return value.has_value() && *value != 0;
 }
 
-// All that tells the calls of an operation apart, for name_instance().
-inline std::vector<int64_t> identity_of(int64_t operation, const CallAttributes& call,
-                                        const ffi::Dictionary& attributes) {
-  const Layout& layout = call.layout;
-  std::vector<int64_t> values = {operation,       layout.num_ranks,   layout.num_tokens,
-                                 layout.top_k,    layout.num_experts, layout.capacity,
-                                 layout.alignment};
+// What all calls of a program along one mesh axis have in common: the module's name, the groups,
+// and the mesh's devices where they are known.
+inline std::vector<int64_t> program_of(const CallAttributes& call,
+                                       const ffi::Dictionary& attributes) {
+  std::vector<int64_t> values = {call.layout.num_ranks, static_cast<int64_t>(call.groups.size())};
   values.insert(values.end(), call.groups.begin(), call.groups.end());
-  for (const char* flag : {"weighted", "rows", "weights"}) {
-    values.push_back(read_flag(attributes, flag));
+  if (const auto devices = attributes.get<ffi::Span<const int64_t>>("devices");
+      devices.has_value()) {
+    values.insert(values.end(), devices->begin(), devices->end());
   }
   if (const auto module = attributes.get<std::string_view>("module"); module.has_value()) {
     values.insert(values.end(), module->begin(), module->end());
   }
+  return values;
+}
+
+// All that tells the calls of an operation apart.
+inline std::vector<int64_t> identity_of(int64_t operation, const CallAttributes& call,
+                                        const ffi::Dictionary& attributes) {
+  const Layout& layout = call.layout;
+  std::vector<int64_t> values = {operation,          layout.num_tokens, layout.top_k,
+                                 layout.num_experts, layout.capacity,   layout.alignment};
+  if (const auto call_in_module = attributes.get<int64_t>("call"); call_in_module.has_value()) {
+    values.push_back(*call_in_module);
+  }
+  for (const char* flag : {"weighted", "rows", "weights"}) {
+    values.push_back(read_flag(attributes, flag));
+  }
+  const std::vector<int64_t> program = program_of(call, attributes);
+  values.insert(values.end(), program.begin(), program.end());
   return values;
 }
 

@@ -37,7 +37,7 @@ constexpr int kMaxSentSlices = 4096;
 // failure.cc, in this order.
 enum Signature : int {
   kOp,
-  kInstance,  // custom call of the program
+  kInstance,  // custom call of the program, by its attributes
   kNumTokens,
   kTopK,
   kNumExperts,
@@ -162,11 +162,24 @@ struct Failure {
   int32_t step;
 };
 
+// A wait that lasts, as its GPU shows it to the host: that of one of the threads that wait. The
+// peer may be waiting itself.
+struct Wait {
+  uint32_t ticks;       // of 2^kWaitTick ns, so far; 0: nobody has waited that long yet
+  uint8_t op_and_step;  // step << 4 | op
+  uint8_t rank;
+  uint8_t peer;
+  uint8_t peer_gpu;
+};
+static_assert(sizeof(Wait) == sizeof(uint64_t), "it is stored and loaded as one word");
+constexpr int kWaitTick = 30;
+
 // Host memory that a GPU reads and writes.
 struct HostBlock {
   Failure failure;
   uint64_t timeout_ns;
   uint32_t lost[kMaxRanks];  // 0: the GPU's process is there
+  uint64_t wait;             // a Wait
 };
 
 // What every kernel is told of its exchange.

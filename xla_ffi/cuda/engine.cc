@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -16,6 +17,7 @@
 #include "cuda/memory.h"
 #include "cuda/params.h"
 #include "cuda/peers.h"
+#include "host/deadlines.h"
 
 namespace freeio::cuda {
 namespace {
@@ -50,7 +52,9 @@ struct Gpu {
   ControlMemory control;
   std::unique_ptr<HostBlock, FreeHost> host;
   int num_sms = 0;
-  bool told = false;  // the failure, if there is one
+  bool told = false;     // the failure, if there is one
+  Wait last_wait{};      // that was looked at
+  double next_note = 0;  // seconds of a wait
 };
 
 struct Engine {
@@ -61,7 +65,7 @@ struct Engine {
   std::vector<std::string> untold;           // failures of GPUs that are gone since
   bool started = false;
   std::atomic<uint64_t> generation{0};
-  std::atomic<uint64_t> timeout_ns{60'000'000'000};
+  std::atomic<uint64_t> timeout_ns{600'000'000'000};
   std::atomic<int64_t> num_sms{0};
 
   double timeout() const { return static_cast<double>(timeout_ns) * 1e-9; }
@@ -148,7 +152,7 @@ Status make_gpu(int ordinal, int num_gpus, const std::vector<int>& shared_by, ui
       cudaHostAlloc(&host, sizeof(HostBlock), cudaHostAllocMapped | cudaHostAllocPortable),
       "cudaHostAlloc");
   if (!status.ok()) return status;
-  gpu.host.reset(new (host) HostBlock{{}, timeout_ns, {}});
+  gpu.host.reset(new (host) HostBlock{{}, timeout_ns, {}, 0});
   status =
       cuda_status(cudaDeviceGetAttribute(&gpu.num_sms, cudaDevAttrMultiProcessorCount, ordinal),
                   "cudaDeviceGetAttribute");
@@ -445,6 +449,26 @@ std::string take_failure() {
     return failure;
   }
   return new_failure();
+}
+
+std::string take_note() {
+  std::lock_guard lock(engine().mutex);
+  for (auto& [number, gpu] : engine().gpus) {
+    const uint64_t word = *const_cast<const volatile uint64_t*>(&gpu.host->wait);
+    Wait wait;
+    std::memcpy(&wait, &word, sizeof(wait));
+    // One that is shorter is another one.
+    if (wait.ticks < gpu.last_wait.ticks || gpu.next_note == 0) {
+      gpu.next_note = host::patience_in_seconds();
+    }
+    const bool goes_on = wait.ticks != gpu.last_wait.ticks;
+    gpu.last_wait = wait;
+    if (!goes_on || seconds_of(wait) < gpu.next_note) continue;
+    gpu.next_note = 2 * std::max<double>(gpu.next_note, seconds_of(wait) / 2.0);
+    const Peers* const peers = engine().peers.get();
+    return to_note(wait, engine().timeout(), peers != nullptr ? peers->who(wait.peer_gpu) : "");
+  }
+  return "";
 }
 
 int gpu_number(int ordinal) {

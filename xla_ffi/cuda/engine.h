@@ -77,6 +77,10 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange);
 // nothing new. Later calls there, and state_of(), return the same as an error.
 std::string take_failure();
 
+// Who waits for whom on one of this process's GPUs, once a wait has lasted
+// host::patience_in_seconds() and whenever it has become twice as long; empty: nothing new.
+std::string take_note();
+
 // Launches a kernel on this member's GPU. `exchange`, which is part of `params`, has this process's
 // addresses in `posted`. `stream` is a cudaStream_t.
 Status launch(const void* function, Exchange& exchange, void* params, size_t shared_bytes,

@@ -97,4 +97,18 @@ Status to_status(const Failure& failure, double timeout, const std::string& peer
   return {code, text.str()};
 }
 
+std::string to_note(const Wait& wait, double timeout, const std::string& peer_process) {
+  std::ostringstream text;
+  text << "freeio_jax." << kOps[wait.op_and_step & 15] << ": rank " << int{wait.rank}
+       << " has waited " << seconds_of(wait) << " s (it gives up after " << std::setprecision(4)
+       << timeout << " s) for rank " << int{wait.peer}
+       << (peer_process.empty() ? "" : " of " + peer_process) << ", for "
+       << text_of(wait.op_and_step >> 4) << ".";
+  return text.str();
+}
+
+int seconds_of(const Wait& wait) {
+  return static_cast<int>(static_cast<double>(wait.ticks) * (int64_t{1} << kWaitTick) * 1e-9);
+}
+
 }  // namespace freeio::cuda

@@ -19,7 +19,6 @@
 #include "cuda/geometry.h"
 #include "cuda/measure.h"
 #include "cuda/params.h"
-#include "host/instance_name.h"
 #include "host/pod.h"
 
 namespace freeio::cuda {
@@ -65,13 +64,13 @@ ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) 
     return ffi::Unexpected(
         ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call lacks attribute gpus"));
   }
-  const host::InstanceName name =
-      host::name_instance(identity_of(static_cast<int64_t>(kOperation), *call, attributes));
   auto instance = std::make_unique<Instance>();
   instance->layout = call->layout;
   instance->groups = std::move(call->groups);
   instance->gpus.assign(gpus->begin(), gpus->end());
-  instance->name = Digest({static_cast<int64_t>(name.attributes), name.ordinal}).folded();
+  // Ranks pair their calls by the order in which they come; the name is compared, no more.
+  instance->name =
+      Digest(identity_of(static_cast<int64_t>(kOperation), *call, attributes)).folded();
   return instance;
 }
 
@@ -280,6 +279,8 @@ void add_module(py::module_& native) {
   // Waits while leave() does, and must not keep Python from running meanwhile.
   module.def("take_failure", &take_failure, py::call_guard<py::gil_scoped_release>(),
              "What became of an exchange that failed, once for each GPU; empty: nothing new.");
+  module.def("take_note", &take_note, py::call_guard<py::gil_scoped_release>(),
+             "Who waits for whom for long; empty: nothing new.");
   module.def("memory_bandwidth", &memory_bandwidth, py::arg("ordinal"), py::arg("bytes"));
   module.def("link_bandwidth", &link_bandwidth, py::arg("ordinals"), py::arg("bytes"),
              py::arg("ctas"), py::arg("pull"));

@@ -89,16 +89,25 @@ __device__ inline Mailbox& mailbox_from(const Exchange& x, const Session& s, int
 // does so, once a tick of about a millisecond: a load from the host's memory takes a microsecond,
 // and those of one address queue up. When every waiting thread looked there, as they all do where a
 // peer is late, a kernel took 15 ms longer.
-__device__ inline void look_at_host(const Exchange& x, uint64_t now) {
+//
+// That thread also shows the host for whom it has waited since `begin`, if that is long ago.
+__device__ inline void look_at_host(const Exchange& x, uint64_t now, uint64_t begin, Step step,
+                                    int peer) {
   ControlBlock& control = self(x);
   const auto tick = static_cast<uint32_t>(now >> 20);
   if (load_relaxed_device(&control.looked) == tick) return;
   if (atomicExch(&control.looked, tick) == tick) return;
-  const volatile HostBlock& host = *x.host;
+  volatile HostBlock& host = *x.host;
   volatile ControlBlock& copy = control;
   // Partner: Peers::gone(), on the host.
   for (int rank = 0; rank < x.num_ranks; ++rank) copy.lost[x.gpu[rank]] = host.lost[x.gpu[rank]];
   copy.timeout_ns = host.timeout_ns;
+  if (const uint64_t ticks = (now - begin) >> kWaitTick; ticks != 0) {
+    const uint32_t who = static_cast<uint32_t>(step) << 4 | x.signature[kOp] |
+                         static_cast<uint32_t>(x.rank) << 8 | static_cast<uint32_t>(peer) << 16 |
+                         static_cast<uint32_t>(x.gpu[peer]) << 24;
+    host.wait = static_cast<uint64_t>(who) << 32 | static_cast<uint32_t>(ticks);
+  }
 }
 
 // Whether a wait for the peer may go on, and since when it lasts: `begin` if that is not 0. 0: the
@@ -116,7 +125,7 @@ __device__ __forceinline__ uint64_t may_wait(const Exchange& x, Session& s, Step
   }
   const uint64_t now = nanoseconds();
   if (begin == 0) begin = now;
-  look_at_host(x, now);
+  look_at_host(x, now, begin, step, peer);
   const volatile ControlBlock& copy = self(x);
   if (const uint32_t lost = copy.lost[x.gpu[peer]]; lost != 0) {
     fail(x, s, kPeerLost, peer, 0, 0, lost);

@@ -1,5 +1,7 @@
 #include "host/deadlines.h"
 
+#include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <set>
@@ -9,48 +11,60 @@
 namespace freeio::host {
 namespace {
 
+std::atomic<double> patience_seconds{30.0};
+
+Clock::duration seconds(double count) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(count));
+}
+
 // One thread, started by the first item.
 class Deadlines {
  public:
-  void add(const std::shared_ptr<Expiring>& item) {
+  void add(const std::shared_ptr<Waiting>& item) {
     std::lock_guard lock(mutex_);
     if (!started_) {
-      std::thread([this] { watch(); }).detach();
+      std::thread([this] { serve(); }).detach();
       started_ = true;
     }
-    const bool earliest = waiting_.empty() || item->deadline() < (*waiting_.begin())->deadline();
+    const bool earliest = waiting_.empty() || item->due() < (*waiting_.begin())->due();
     waiting_.insert(item);
     if (earliest) changed_.notify_one();
   }
 
-  void remove(const std::shared_ptr<Expiring>& item) {
+  void remove(const std::shared_ptr<Waiting>& item) {
     std::lock_guard lock(mutex_);
     waiting_.erase(item);
   }
 
  private:
-  struct ByDeadline {
-    bool operator()(const std::shared_ptr<Expiring>& a, const std::shared_ptr<Expiring>& b) const {
-      return std::make_pair(a->deadline(), a.get()) < std::make_pair(b->deadline(), b.get());
+  struct ByTime {
+    bool operator()(const std::shared_ptr<Waiting>& a, const std::shared_ptr<Waiting>& b) const {
+      return std::make_pair(a->due(), a.get()) < std::make_pair(b->due(), b.get());
     }
   };
 
-  void watch() {
+  void serve() {
     std::unique_lock lock(mutex_);
     while (true) {
       if (waiting_.empty()) {
         changed_.wait(lock);
         continue;
       }
-      const Clock::time_point deadline = (*waiting_.begin())->deadline();
-      if (Clock::now() < deadline) {
-        changed_.wait_until(lock, deadline);
+      const Clock::time_point due = (*waiting_.begin())->due();
+      if (Clock::now() < due) {
+        changed_.wait_until(lock, due);
         continue;
       }
-      std::shared_ptr<Expiring> item = *waiting_.begin();
+      std::shared_ptr<Waiting> item = *waiting_.begin();
       waiting_.erase(waiting_.begin());
       lock.unlock();
-      item->expire();
+      const bool again = item->look();
+      lock.lock();
+      if (again) {
+        waiting_.insert(std::move(item));
+        continue;
+      }
+      lock.unlock();
       item.reset();
       lock.lock();
     }
@@ -58,7 +72,7 @@ class Deadlines {
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::set<std::shared_ptr<Expiring>, ByDeadline> waiting_;
+  std::set<std::shared_ptr<Waiting>, ByTime> waiting_;
   bool started_ = false;
 };
 
@@ -70,7 +84,20 @@ Deadlines& deadlines() {
 
 }  // namespace
 
-void add_deadline(const std::shared_ptr<Expiring>& item) { deadlines().add(item); }
-void remove_deadline(const std::shared_ptr<Expiring>& item) { deadlines().remove(item); }
+void set_patience(double seconds) { patience_seconds = seconds; }
+double patience_in_seconds() { return patience_seconds; }
+
+Patience::Patience(double timeout)
+    : timeout_(timeout),
+      begin_(Clock::now()),
+      end_(begin_ + seconds(timeout)),
+      due_(std::min(end_, begin_ + seconds(patience_seconds))) {}
+
+double Patience::waited() const { return std::chrono::duration<double>(due_ - begin_).count(); }
+
+void Patience::extend() { due_ = std::min(end_, begin_ + 2 * (due_ - begin_)); }
+
+void watch(const std::shared_ptr<Waiting>& item) { deadlines().add(item); }
+void stop_watching(const std::shared_ptr<Waiting>& item) { deadlines().remove(item); }
 
 }  // namespace freeio::host

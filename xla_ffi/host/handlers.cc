@@ -17,19 +17,21 @@ namespace {
 // One custom-call instance; XLA shares it among the devices that run the program.
 struct Instance {
   static inline ffi::TypeId id = {};
+  const std::shared_ptr<InstanceBlock> block;
   Rendezvous rendezvous;
 
-  Instance(const Layout& layout, std::vector<int64_t> groups, const InstanceName& name)
-      : rendezvous(layout, std::move(groups), name) {}
+  Instance(const Layout& layout, std::vector<int64_t> groups, const NamedInstance& named)
+      : block(named.block), rendezvous(layout, std::move(groups), named.name) {}
 };
 
 template <Operation kOperation>
 ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
   auto call = read_attributes(attributes);
   if (!call.has_value()) return ffi::Unexpected(call.error());
-  const std::vector<int64_t> identity =
-      identity_of(static_cast<int64_t>(kOperation), *call, attributes);
-  return std::make_unique<Instance>(call->layout, std::move(call->groups), name_instance(identity));
+  const NamedInstance named =
+      name_instance(program_of(*call, attributes),
+                    identity_of(static_cast<int64_t>(kOperation), *call, attributes));
+  return std::make_unique<Instance>(call->layout, std::move(call->groups), named);
 }
 
 Routes read_routes(Buffers& buffers) {
@@ -114,6 +116,7 @@ ffi::Future execute(Instance* instance, ffi::RunId run, ffi::Buffer<ffi::U32, 0>
     promise.SetError(buffers.error());
     return future;
   }
+  module_is_complete(*instance->block);
   instance->rendezvous.arrive(run.run_id, *device.typed_data(), std::move(operands),
                               [promise](const Status& status) mutable {
                                 if (status.ok()) {

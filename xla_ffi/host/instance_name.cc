@@ -1,34 +1,75 @@
 #include "host/instance_name.h"
 
+#include <atomic>
 #include <map>
 #include <mutex>
+#include <set>
+#include <thread>
 
 #include "core/digest.h"
+#include "host/deadlines.h"
 
 namespace freeio::host {
-namespace {
 
-struct Ordinals {
-  std::mutex mutex;
-  std::map<uint64_t, int64_t> next;  // in this module, by attributes
+class InstanceBlock {
+ public:
+  std::atomic<bool> closed{false};
+  std::map<uint64_t, int64_t> next;  // ordinal, by attributes
+  Clock::time_point last;            // when an instance was added
 };
 
-Ordinals& ordinals() {
-  static Ordinals instance;
-  return instance;
+namespace {
+
+struct Instances {
+  std::mutex mutex;
+  std::map<std::thread::id, std::shared_ptr<InstanceBlock>> blocks;  // that may be open
+  std::set<uint64_t> attributes;                                     // of all
+};
+
+// Lives until the process ends, as threads that compile may.
+Instances& instances() {
+  static Instances* const instance = std::make_unique<Instances>().release();
+  return *instance;
 }
 
 }  // namespace
 
-void begin_module() {
-  std::lock_guard lock(ordinals().mutex);
-  ordinals().next.clear();
+NamedInstance name_instance(const std::vector<int64_t>& program,
+                            const std::vector<int64_t>& attributes) {
+  const uint64_t key = Digest(attributes).value();
+  std::lock_guard lock(instances().mutex);
+  instances().attributes.insert(key);
+  std::shared_ptr<InstanceBlock>& block = instances().blocks[std::this_thread::get_id()];
+  if (block == nullptr || block->closed) block = std::make_shared<InstanceBlock>();
+  block->last = Clock::now();
+  return {{Digest(program).value(), key, block->next[key]++}, block};
 }
 
-InstanceName name_instance(const std::vector<int64_t>& attributes) {
-  const uint64_t key = Digest(attributes).value();
-  std::lock_guard lock(ordinals().mutex);
-  return {key, ordinals().next[key]++};
+void module_is_complete(InstanceBlock& block) { block.closed = true; }
+
+void compilation_ended(double seconds) {
+  const Clock::time_point begin = Clock::now() - std::chrono::duration_cast<Clock::duration>(
+                                                     std::chrono::duration<double>(seconds));
+  std::lock_guard lock(instances().mutex);
+  auto& blocks = instances().blocks;
+  auto oldest = blocks.end();
+  for (auto item = blocks.begin(); item != blocks.end();) {
+    if (item->second->closed || item->second->last < begin) {
+      // Whatever module it is of, XLA does not pause that long while it makes a module's instances.
+      item = blocks.erase(item);
+    } else {
+      if (oldest == blocks.end() || item->second->last < oldest->second->last) oldest = item;
+      ++item;
+    }
+  }
+  // Where several threads compile, it is the one that has rested for the longest time: the
+  // instances are made long before the end.
+  if (oldest != blocks.end()) blocks.erase(oldest);
+}
+
+bool has_instance(uint64_t attributes) {
+  std::lock_guard lock(instances().mutex);
+  return instances().attributes.count(attributes) != 0;
 }
 
 }  // namespace freeio::host

@@ -1,24 +1,46 @@
 // Names of custom-call instances that all processes of a program agree on.
 //
-// XLA makes the instances of one module in an order that equal modules have in common. So an
-// instance is named by its operation and attributes (the module's name is one of them) and, as a
-// function that is jitted once and called three times gives three instances with the same ones, its
-// ordinal among these in its module. The name is no attribute of the call itself: a number that
-// differs from one start of the program to the next would keep JAX's persistent compilation cache
-// from ever being hit.
+// An instance is named by its operation and attributes. Among these are the module's name and the
+// call's number in its module, which tell most instances apart. The others come from one call: of a
+// function that is jitted once and called three times, or of a loop that XLA unrolls. XLA makes
+// them in an order that equal modules have in common, so they are counted. The count is no
+// attribute: XLA alone knows it.
+//
+// XLA does not say which module an instance is of. It makes those of one module one after another,
+// on one thread, while its compilation or loading goes on. So they are counted for each thread, and
+// counted anew when the module is known to be complete: when its compilation has ended, or when one
+// of its instances runs.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "host/wire.h"
 
 namespace freeio::host {
 
-// The instances that are named from now on belong to another module.
-void begin_module();
+// The instances of one module, as far as XLA has made them.
+class InstanceBlock;
 
-// `attributes`: the operation, then everything that tells its calls apart.
-InstanceName name_instance(const std::vector<int64_t>& attributes);
+struct NamedInstance {
+  InstanceName name;
+  std::shared_ptr<InstanceBlock> block;
+};
+
+// Called when XLA makes an instance. `program`: all that the instances of one module have in
+// common. `attributes`: all that tells its calls apart.
+NamedInstance name_instance(const std::vector<int64_t>& program,
+                            const std::vector<int64_t>& attributes);
+
+// An instance of the block runs: its module is complete.
+void module_is_complete(InstanceBlock& block);
+
+// A compilation has ended that took `seconds`, on whatever thread.
+void compilation_ended(double seconds);
+
+// Whether this process has ever had an instance with these attributes.
+bool has_instance(uint64_t attributes);
 
 }  // namespace freeio::host

@@ -2,8 +2,11 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <chrono>
@@ -65,7 +68,43 @@ ssize_t send_packet(int socket, std::string_view message, int file) {
   return sendmsg(socket, &packet.header, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
+// A file that becomes readable when the process at the other end of the socket ends. A child of
+// that process may keep the other end open. None where the kernel does not offer it (before 5.3).
+UniqueFd process_of(int socket) {
+  constexpr int kSoPeerPidfd = 77;  // SO_PEERPIDFD, since Linux 6.5
+  int file = -1;
+  socklen_t size = sizeof(file);
+  if (getsockopt(socket, SOL_SOCKET, kSoPeerPidfd, &file, &size) == 0) return UniqueFd(file);
+  ucred peer = {};
+  size = sizeof(peer);
+  if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0 || peer.pid <= 0) return {};
+  return UniqueFd(static_cast<int>(syscall(SYS_pidfd_open, peer.pid, 0)));
+}
+
 }  // namespace
+
+// What a child does with the links is felt by the peers: it must have none.
+void Links::forget_in_children(Links* links) {
+  static Links* current = nullptr;
+  static const int registered = pthread_atfork(
+      [] {
+        if (current) current->mutex_.lock();
+      },
+      [] {
+        if (current) current->mutex_.unlock();
+      },
+      [] {
+        if (!current) return;
+        current->links_.clear();
+        current->mutex_.unlock();
+        current = nullptr;
+      });
+  if (registered != 0) {
+    errno = registered;
+    fail("pthread_atfork");
+  }
+  current = links;
+}
 
 Links::Links(std::map<int, UniqueFd> sockets, Received received, std::function<void(int)> lost)
     : received_(std::move(received)),
@@ -73,8 +112,18 @@ Links::Links(std::map<int, UniqueFd> sockets, Received received, std::function<v
       wake_up_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       buffer_(kMaxMessage) {
   if (wake_up_.get() < 0) fail("eventfd");
-  for (auto& [process, socket] : sockets) links_[process].socket = std::move(socket);
+  for (auto& [process, socket] : sockets) {
+    Link& link = links_[process];
+    link.process = process_of(socket.get());
+    link.socket = std::move(socket);
+  }
   thread_ = std::thread([this] { serve(); });
+  forget_in_children(this);
+}
+
+Links::~Links() {
+  stop();
+  forget_in_children(nullptr);
 }
 
 void Links::wake() {
@@ -146,6 +195,9 @@ void Links::serve() {
         const bool full = !link.unsent.empty();
         polled.push_back({link.socket.get(), static_cast<short>(POLLIN | (full ? POLLOUT : 0)), 0});
         processes.push_back(process);
+        // Ignored by poll() where there is none.
+        polled.push_back({link.process.get(), POLLIN, 0});
+        processes.push_back(process);
       }
     }
     if (poll(polled.data(), polled.size(), -1) < 0) continue;  // EINTR
@@ -153,9 +205,12 @@ void Links::serve() {
       uint64_t count;
       (void)!read(wake_up_.get(), &count, sizeof(count));
     }
-    for (size_t i = 1; i < polled.size(); ++i) {
-      if (polled[i].revents == 0) continue;
-      bool alive = (polled[i].revents & ~POLLOUT) == 0 || receive(processes[i], polled[i].fd);
+    for (size_t i = 1; i < polled.size(); i += 2) {
+      const short revents = polled[i].revents;
+      const bool ended = polled[i + 1].revents != 0;
+      if (revents == 0 && !ended) continue;
+      bool alive = (revents & ~POLLOUT) == 0 && !ended;
+      if (!alive) alive = receive(processes[i], polled[i].fd) && !ended;
       std::unique_lock lock(mutex_);
       // Only this thread and stop(), which waits for it, take links away.
       const auto link = links_.find(processes[i]);

@@ -21,10 +21,11 @@ class Links {
  public:
   using Received = std::function<void(int process, std::string_view message, UniqueFd file)>;
 
-  // `received` and `lost` (the peer's end is closed) are called on the thread that serves all
-  // links; what a peer has sent is received before it is lost.
+  // `received` and `lost` (the peer's end is closed, or its process has ended) are called on the
+  // thread that serves all links; what a peer has sent is received before it is lost. A child that
+  // is forked from this process has no links.
   Links(std::map<int, UniqueFd> sockets, Received received, std::function<void(int)> lost);
-  ~Links() { stop(); }
+  ~Links();
 
   // Never blocks. Messages to one process arrive in order; those to a lost one go nowhere. `file`
   // stays the caller's; -1: none. Throws std::system_error where the kernel refuses the message.
@@ -40,6 +41,7 @@ class Links {
   };
   struct Link {
     UniqueFd socket;
+    UniqueFd process;  // readable when it has ended; none where the kernel has no such file
     std::deque<Unsent> unsent;  // the socket was full
   };
 
@@ -47,6 +49,8 @@ class Links {
   bool receive(int process, int socket);
   bool flush(Link& link);
   void wake();
+
+  static void forget_in_children(Links* links);
 
   const Received received_;
   const std::function<void(int)> lost_;

@@ -1,10 +1,10 @@
 #include "host/local_session.h"
 
 #include <exception>
-#include <iomanip>
 #include <sstream>
 #include <utility>
 
+#include "host/notes.h"
 #include "host/threads.h"
 
 namespace freeio::host {
@@ -12,9 +12,7 @@ namespace freeio::host {
 LocalSession::LocalSession(const Layout& layout, std::vector<int64_t> devices)
     : layout_(layout),
       devices_(std::move(devices)),
-      timeout_(timeout_in_seconds()),
-      deadline_(Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                                   std::chrono::duration<double>(timeout_))),
+      patience_(timeout_in_seconds()),
       operands_(layout.num_ranks),
       done_(layout.num_ranks) {}
 
@@ -26,10 +24,10 @@ std::function<void()> LocalSession::arrive(int64_t rank, Operands&& operands, Do
   done_[rank] = std::move(done);
   running_ = arrived_ == layout_.num_ranks;
   if (running_) {
-    if (arrived_ > 1) remove_deadline(shared_from_this());
+    if (arrived_ > 1) stop_watching(shared_from_this());
     return [self = shared_from_this(), rank] { self->run(rank); };
   }
-  if (arrived_ == 1) add_deadline(shared_from_this());
+  if (arrived_ == 1) watch(shared_from_this());
   return nullptr;
 }
 
@@ -57,13 +55,23 @@ void LocalSession::run(int64_t last_rank) {
   done_[last_rank](status);
 }
 
-// Fails the ranks that wait, and those that come later.
-void LocalSession::expire() {
+// Says who waits. At the end fails the ranks that wait, and those that come later.
+bool LocalSession::look() {
   std::vector<Done> waiting;
   {
     std::lock_guard lock(mutex_);
-    if (running_ || !failure_.ok()) return;
-    failure_ = {Code::kDeadlineExceeded, timeout_message()};
+    if (running_ || !failure_.ok()) return false;
+    if (!patience_.at_end()) {
+      note(who_waits_for_whom(waits_on(patience_)));
+      patience_.extend();
+      return true;
+    }
+    failure_ = {Code::kDeadlineExceeded,
+                who_waits_for_whom(has_waited(patience_)) +
+                    " All ranks of the expert axis must make the same calls in the same order: "
+                    "look for one under a lax.cond or lax.while_loop whose condition differs "
+                    "between ranks." +
+                    more_time()};
     for (auto& done : done_) {
       if (done) waiting.push_back(std::move(done));
     }
@@ -71,9 +79,10 @@ void LocalSession::expire() {
   for (auto& done : waiting) {
     run_on_own_thread([done = std::move(done), status = failure_] { done(status); });
   }
+  return false;
 }
 
-std::string LocalSession::timeout_message() const {
+std::string LocalSession::who_waits_for_whom(const std::string& how_long) const {
   std::vector<int64_t> here, missing;
   const char* op = "exchange";
   for (size_t rank = 0; rank < operands_.size(); ++rank) {
@@ -81,13 +90,9 @@ std::string LocalSession::timeout_message() const {
     if (operands_[rank]) op = name_of(*operands_[rank]);
   }
   std::ostringstream text;
-  text << "freeio_jax." << op << ": " << list_of_ranks(here, devices_) << " waited "
-       << std::setprecision(4) << timeout_ << " s for " << list_of_ranks(missing, devices_)
-       << " of " << layout_.num_ranks
-       << ", which did not make this call. All ranks of the expert axis must make the same calls "
-          "in the same order: look for one under a lax.cond or lax.while_loop whose condition "
-          "differs between ranks. If a rank is only slow, allow more time with "
-          "freeio_jax.config(timeout=seconds) or FREEIO_TIMEOUT.";
+  text << "freeio_jax." << op << ": " << list_of_ranks(here, devices_) << how_long
+       << list_of_ranks(missing, devices_) << " of " << layout_.num_ranks
+       << ", which did not make this call.";
   return text.str();
 }
 

@@ -13,7 +13,7 @@ namespace freeio::host {
 
 // Collects the ranks' operands, then runs the exchange on the thread of the last to come, or fails.
 class LocalSession final : public Session,
-                           public Expiring,
+                           public Waiting,
                            public std::enable_shared_from_this<LocalSession> {
  public:
   // `devices`: mesh devices of the ranks.
@@ -21,17 +21,16 @@ class LocalSession final : public Session,
 
   std::function<void()> arrive(int64_t rank, Operands&& operands, Done&& done) override;
   bool all_arrived() const override;
-  Clock::time_point deadline() const override { return deadline_; }
-  void expire() override;
+  Clock::time_point due() const override { return patience_.due(); }
+  bool look() override;
 
  private:
   void run(int64_t last_rank);
-  std::string timeout_message() const;
+  std::string who_waits_for_whom(const std::string& how_long) const;
 
   const Layout layout_;
   const std::vector<int64_t> devices_;
-  const double timeout_;
-  const Clock::time_point deadline_;
+  Patience patience_;
   mutable std::mutex mutex_;
   int64_t arrived_ = 0;
   bool running_ = false;

@@ -2,10 +2,13 @@
 
 #include <atomic>
 #include <exception>
+#include <iterator>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
 
+#include "host/instance_name.h"
 #include "host/pod_session.h"
 
 namespace freeio::host {
@@ -62,17 +65,14 @@ Pod::Pod(int process, std::map<int, Peer> peers, std::vector<int> elsewhere)
     : process_(process), elsewhere_(std::move(elsewhere)), peers_(std::move(peers)) {}
 
 void Pod::leave() {
+  if (getpid() != pid_) return;
   After after;
   {
     std::lock_guard lock(mutex_);
     if (left_) return;
     left_ = true;
     for (const auto& [process, peer] : peers_) send(process, Message{});
-    std::vector<std::shared_ptr<PodSession>> open;
-    for (const auto& [name, sessions] : sessions_) {
-      open.insert(open.end(), sessions.begin(), sessions.end());
-    }
-    for (const auto& session : open) {
+    for (const auto& session : open_sessions()) {
       session->fail(Code::kUnavailable, "freeio_jax: " + who(process_) + " called shutdown()",
                     after);
     }
@@ -90,23 +90,37 @@ bool Pod::is_local(const GroupProcesses& group) {
   return true;
 }
 
-std::shared_ptr<Session> Pod::open(const CallName& name, const Layout& layout,
-                                   std::vector<int64_t> devices,
+std::shared_ptr<Session> Pod::open(const InstanceName& instance, int64_t group, int64_t run,
+                                   const Layout& layout, std::vector<int64_t> devices,
                                    std::shared_ptr<GroupProcesses> processes,
                                    std::function<void()> forget) {
   After after;
   std::shared_ptr<PodSession> session;
   {
     std::lock_guard lock(mutex_);
+    CallName name;
+    name.run = {instance.program, group, 0};
+    Runs& runs = runs_of(name.run);
+    const auto [number, is_new] = runs.numbers.try_emplace(run, runs.next);
+    if (is_new) ++runs.next;
+    name.run.number = number->second;
+    Run& known = runs.runs[name.run.number];
+    known.here = true;
+    name.attributes = instance.attributes;
+    name.ordinal = instance.ordinal;
+    name.call = known.calls[{name.attributes, name.ordinal}]++;
     session = std::make_shared<PodSession>(*this, name, layout, std::move(devices),
                                            std::move(processes), std::move(forget));
-    sessions_[name].push_back(session);
-    const auto found = mail_.find(name);
-    if (found != mail_.end()) {
-      std::deque<Mail> mail = std::move(found->second);
-      mail_.erase(found);
-      // What this session does not take is for a later one of that name, and goes back.
-      for (Mail& item : mail) deliver(item.process, std::move(item.message), after);
+    sessions_[name] = session;
+    if (!known.failure.ok()) {
+      session->fail(known.failure.code, known.failure.message, after);
+    } else {
+      const auto found = mail_.find(name);
+      if (found != mail_.end()) {
+        std::deque<Mail> mail = std::move(found->second);
+        mail_.erase(found);
+        for (Mail& item : mail) deliver(item.process, std::move(item.message), after);
+      }
     }
   }
   run_all(after);
@@ -175,64 +189,51 @@ void Pod::lost(int process, Peer::State how) {
     Peer& peer = peers_.at(process);
     if (peer.state != Peer::State::kHere) return;
     peer.state = how;
-    std::vector<std::shared_ptr<PodSession>> open;
-    for (const auto& [name, sessions] : sessions_) {
-      open.insert(open.end(), sessions.begin(), sessions.end());
-    }
-    for (const auto& session : open) session->peer_lost(process, how, after);
+    for (const auto& session : open_sessions()) session->peer_lost(process, how, after);
     tell_guest_gone(process, true, after);
   }
   run_all(after);
 }
 
 void Pod::deliver(int process, Message&& message, After& after) {
-  PodSession* session = nullptr;
+  const std::shared_ptr<PodSession> session = find(message.name);
+  const RunName run = message.name.run;
   switch (message.kind) {
     case Message::Kind::kArrived:
-      session = find(message.name, [&](PodSession& s) { return s.lacks(message.rank, process); });
       if (session != nullptr) {
-        session->arrived(process, std::move(message), after);
-      } else {
+        if (session->lacks(message.rank, process)) {
+          session->arrived(process, std::move(message), after);
+        }
+        return;
+      }
+      if (Runs& runs = runs_of(run);
+          run.number >= runs.oldest && runs.runs[run.number].failure.ok()) {
         mail_[message.name].push_back({process, std::move(message)});
+        compare_programs(run, after);
       }
       return;
     case Message::Kind::kDone:
-      session = find(message.name, [&](PodSession& s) { return s.awaits(process); });
-      if (session != nullptr) session->peer_done(process, after);
+      if (session != nullptr && session->awaits(process)) session->peer_done(process, after);
       return;
     case Message::Kind::kFailed:
-      session = find(message.name, [&](PodSession& s) { return s.awaits(process); });
-      if (session != nullptr) {
-        session->peer_failed(process, message.text, after);
-      } else {
-        mail_[message.name].push_back({process, std::move(message)});
-      }
+      run_failed_at(process, run, message.text, after);
       return;
     case Message::Kind::kRetracted: {
       const auto found = mail_.find(message.name);
       if (found == mail_.end()) return;
       std::deque<Mail> kept;
-      std::vector<int64_t> ranks;
       for (Mail& item : found->second) {
-        bool oldest = item.process == process;
-        for (int64_t rank : ranks) oldest = oldest && rank != item.message.rank;
-        if (oldest) {
-          ranks.push_back(item.message.rank);
-        } else {
-          kept.push_back(std::move(item));
-        }
+        if (item.process != process) kept.push_back(std::move(item));
       }
       found->second = std::move(kept);
       if (found->second.empty()) mail_.erase(found);
+      // Others of the group say the same. It has no runs here.
+      if (Runs& runs = runs_of(run); runs.next == 0) runs.runs.erase(run.number);
       return;
     }
     case Message::Kind::kLeaving: {
       const Peer::State how = peers_.at(process).state = Peer::State::kLeft;
-      std::vector<std::shared_ptr<PodSession>> open;
-      for (const auto& [name, sessions] : sessions_) {
-        open.insert(open.end(), sessions.begin(), sessions.end());
-      }
-      for (const auto& waiting : open) waiting->peer_lost(process, how, after);
+      for (const auto& waiting : open_sessions()) waiting->peer_lost(process, how, after);
       tell_guest_gone(process, false, after);
       return;
     }
@@ -243,26 +244,104 @@ void Pod::deliver(int process, Message&& message, After& after) {
 
 void Pod::send(int process, const Message& message) { links_->send(process, encode(message)); }
 
-PodSession* Pod::find(const CallName& name, const std::function<bool(PodSession&)>& matches) {
+std::shared_ptr<PodSession> Pod::find(const CallName& name) const {
   const auto found = sessions_.find(name);
-  if (found == sessions_.end()) return nullptr;
-  for (const auto& session : found->second) {
-    if (matches(*session)) return session.get();
-  }
-  return nullptr;
+  return found != sessions_.end() ? found->second : nullptr;
 }
 
-void Pod::remove_if_over(PodSession& session) {
-  if (!session.over()) return;
-  const auto found = sessions_.find(session.call_name());
-  if (found == sessions_.end()) return;
-  found->second.remove_if([&](const auto& other) { return other.get() == &session; });
-  if (found->second.empty()) sessions_.erase(found);
+std::vector<std::shared_ptr<PodSession>> Pod::open_sessions() const {
+  std::vector<std::shared_ptr<PodSession>> open;
+  for (const auto& [name, session] : sessions_) open.push_back(session);
+  return open;
+}
+
+void Pod::remove(const CallName& name) { sessions_.erase(name); }
+
+// The peers must not wait for this process in that run: XLA ends a device's program with the first
+// call of it that fails. They hear of it once.
+void Pod::run_failed(const RunName& name, const Status& why, const std::vector<int>& audience) {
+  Run& run = runs_of(name).runs[name.number];
+  if (!run.failure.ok()) return;
+  run.failure = why;
+  Message message;
+  message.kind = Message::Kind::kFailed;
+  message.name.run = name;
+  message.text = why.message;
+  for (const int process : audience) send(process, message);
+  drop_mail(name, {name.program, name.group, name.number + 1});
+}
+
+void Pod::run_failed_at(int process, const RunName& name, const std::string& text, After& after) {
+  Runs& runs = runs_of(name);
+  if (name.number < runs.oldest) return;
+  const Status why = {Code::kUnavailable, text + " [reported by " + who(process) + "]"};
+  // Before the sessions: what one process has told all need not be told again.
+  Run& run = runs.runs[name.number];
+  if (run.failure.ok()) run.failure = why;
+  drop_mail(name, {name.program, name.group, name.number + 1});
+  for (const auto& session : open_sessions()) {
+    const RunName& its = session->call_name().run;
+    if (!(its < name) && !(name < its)) session->peer_failed(process, why.message, after);
+  }
+}
+
+// XLA has at most 32 runs of a device in flight. Earlier ones are over where all ranks have come to
+// this one, and nobody speaks of them any more.
+void Pod::succeeded(const RunName& name) {
+  constexpr int64_t kInFlight = 32;
+  Runs& runs = runs_of(name);
+  if (name.number - kInFlight <= runs.oldest) return;
+  drop_mail({name.program, name.group, runs.oldest},
+            {name.program, name.group, name.number - kInFlight});
+  runs.oldest = name.number - kInFlight;
+  runs.runs.erase(runs.runs.begin(), runs.runs.lower_bound(runs.oldest));
+  for (auto item = runs.numbers.begin(); item != runs.numbers.end();) {
+    item = item->second < runs.oldest ? runs.numbers.erase(item) : std::next(item);
+  }
+}
+
+void Pod::drop_mail(const RunName& first, const RunName& end) {
+  CallName from, to;
+  // Below all calls of the run.
+  from.ordinal = to.ordinal = std::numeric_limits<int64_t>::min();
+  from.run = first;
+  to.run = end;
+  mail_.erase(mail_.lower_bound(from), mail_.lower_bound(to));
+}
+
+// A peer that makes a call of this run of which the program here has no like runs another program.
+// XLA makes all instances of a program before it runs.
+void Pod::compare_programs(const RunName& name, After& after) {
+  const auto found = runs_of(name).runs.find(name.number);
+  if (found == runs_of(name).runs.end() || !found->second.here) return;
+  CallName first;
+  first.run = name;
+  first.ordinal = std::numeric_limits<int64_t>::min();
+  for (auto item = mail_.lower_bound(first); item != mail_.end() && !(name < item->first.run);
+       ++item) {
+    if (has_instance(item->first.attributes)) continue;
+    const Mail& mail = item->second.front();
+    for (const auto& session : open_sessions()) {
+      const RunName& its = session->call_name().run;
+      const std::string here = session->description();
+      if (its < name || name < its || here.empty() ||
+          !session->lacks(mail.message.rank, mail.process)) {
+        continue;
+      }
+      session->fail(Code::kInvalidArgument,
+                    "freeio_jax: ranks of one exchange make different calls: " + who(process_) +
+                        " " + here + ", " + who(mail.process) + " " +
+                        describe(mail.message.posted.layout, mail.message.posted.operands) +
+                        ". All ranks of the expert axis must run the same program.",
+                    after);
+      return;  // the mail of that run is gone
+    }
+  }
 }
 
 std::string Pod::who(int process) const {
   const auto peer = peers_.find(process);
-  return (peer != peers_.end() ? peer->second.memory : PeerMemory(process, getpid(), 0, 0)).who();
+  return (peer != peers_.end() ? peer->second.memory : PeerMemory(process, pid_, 0, 0)).who();
 }
 
 std::string Pod::elsewhere_note() const {

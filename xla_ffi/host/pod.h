@@ -7,15 +7,17 @@
 // on looks for that announcement before it believes what it has read.
 #pragma once
 
+#include <unistd.h>
+
 #include <cstdint>
 #include <deque>
 #include <functional>
-#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "core/layout.h"
@@ -70,17 +72,19 @@ class Pod {
   // Null before join(). Lives until the process ends.
   static Pod* current();
 
-  // Tells the peers that this process leaves. Exchanges with them are errors from now on.
+  // Tells the peers that this process leaves. Exchanges with them are errors from now on. In a
+  // child that was forked from this process it does nothing: the child is in no pod.
   void leave();
 
   bool is_local(const GroupProcesses& group);
 
   std::string who(int process) const;  // "process 1 (pid 77)"
 
-  // An exchange of a group that is not known to be in this process alone. `forget` is called when
-  // the exchange is complete, before any of its ranks is told.
-  std::shared_ptr<Session> open(const CallName& name, const Layout& layout,
-                                std::vector<int64_t> devices,
+  // The next exchange of an instance and a group, which is not known to be in this process alone,
+  // in what XLA calls `run` here. `forget` is called when the exchange is complete, before any of
+  // its ranks is told.
+  std::shared_ptr<Session> open(const InstanceName& name, int64_t group, int64_t run,
+                                const Layout& layout, std::vector<int64_t> devices,
                                 std::shared_ptr<GroupProcesses> processes,
                                 std::function<void()> forget);
 
@@ -101,6 +105,20 @@ class Pod {
     int process;
     Message message;
   };
+  // What is known of one run of a program.
+  struct Run {
+    bool here = false;                                      // this process has come to it
+    std::map<std::pair<uint64_t, int64_t>, int64_t> calls;  // made here, by attributes and ordinal
+    // Why this process or a peer has given it up: there will be no more exchanges in it.
+    Status failure;
+  };
+  // A program's runs, as one group sees them.
+  struct Runs {
+    std::map<int64_t, int64_t> numbers;  // by XLA's id
+    std::map<int64_t, Run> runs;         // by number
+    int64_t next = 0;
+    int64_t oldest = 0;  // all earlier ones are over, in all processes
+  };
   // Things to do once the pod is unlocked.
   using After = std::vector<std::function<void()>>;
 
@@ -113,17 +131,28 @@ class Pod {
   // All below: with the pod locked.
   void deliver(int process, Message&& message, After& after);
   void send(int process, const Message& message);
-  PodSession* find(const CallName& name, const std::function<bool(PodSession&)>& matches);
-  void remove_if_over(PodSession& session);
+  std::shared_ptr<PodSession> find(const CallName& name) const;
+  std::vector<std::shared_ptr<PodSession>> open_sessions() const;
+  void remove(const CallName& name);
+  Runs& runs_of(const RunName& name) { return runs_[{name.program, name.group}]; }
+  // This process gives up what it has not done of the run.
+  void run_failed(const RunName& name, const Status& why, const std::vector<int>& audience);
+  void run_failed_at(int process, const RunName& name, const std::string& text, After& after);
+  // An exchange of the run is complete in all its processes.
+  void succeeded(const RunName& name);
+  void drop_mail(const RunName& first, const RunName& end);
+  void compare_programs(const RunName& name, After& after);
   std::string elsewhere_note() const;  // what to say where a rank may be on another host
   std::string waiting_in(int process, const std::string& here) const;
 
   const int process_;
+  const int pid_ = getpid();
   const std::vector<int> elsewhere_;
   std::mutex mutex_;
   bool left_ = false;
   std::map<int, Peer> peers_;
-  std::map<CallName, std::list<std::shared_ptr<PodSession>>> sessions_;  // in order of opening
+  std::map<std::pair<uint64_t, int64_t>, Runs> runs_;         // by program and group
+  std::map<CallName, std::shared_ptr<PodSession>> sessions_;  // that have not ended
   std::map<CallName, std::deque<Mail>> mail_;  // for exchanges that nobody here has begun
   Guest* guest_ = nullptr;
   std::vector<std::function<void(Guest&)>> guest_mail_;  // from before it came

@@ -1,14 +1,13 @@
 #include "host/pod_session.h"
 
-#include <algorithm>
 #include <chrono>
 #include <exception>
-#include <iomanip>
 #include <sstream>
 #include <stdexcept>
 #include <thread>
 #include <utility>
 
+#include "host/notes.h"
 #include "host/threads.h"
 
 namespace freeio::host {
@@ -22,9 +21,7 @@ PodSession::PodSession(Pod& pod, const CallName& name, const Layout& layout,
       devices_(std::move(devices)),
       processes_(std::move(processes)),
       forget_(std::move(forget)),
-      timeout_(timeout_in_seconds()),
-      deadline_(Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                                   std::chrono::duration<double>(timeout_))),
+      patience_(timeout_in_seconds()),
       to_all_(processes_->of_rank.empty()),
       ranks_(layout.num_ranks) {}
 
@@ -61,18 +58,18 @@ std::function<void()> PodSession::arrive(int64_t rank, Operands&& operands, Done
     mine.here = true;
     mine.process = pod_.process_;
     if (!failure_.ok()) {
-      pod_.remove_if_over(*this);
       return [done = std::move(done), status = failure_] { done(status); };
     }
     mine.posted = {layout_, std::move(operands), control_block().give_ups};
     mine.done = std::move(done);
     if (!posted_) {
       posted_ = true;
-      add_deadline(shared_from_this());
+      watch(shared_from_this());
       notice_who_is_gone(after);
     }
     try {
       if (failure_.ok()) post(rank);
+      if (failure_.ok()) pod_.compare_programs(name_.run, after);
       if (failure_.ok() && begin_if_complete()) {
         rest = [self = shared_from_this()] { self->run(); };
       }
@@ -165,7 +162,6 @@ void PodSession::run() {
     } else if (!status.ok()) {
       fail(status.code, status.message, after);
     } else {
-      told_ = true;
       Message message;
       message.kind = Message::Kind::kDone;
       message.name = name_;
@@ -234,9 +230,10 @@ void PodSession::end_if_done(Pod::After& after) {
 void PodSession::end(const Status& status, Pod::After& after) {
   state_ = State::kEnded;
   failure_ = status;
-  remove_deadline(shared_from_this());
+  stop_watching(shared_from_this());
   if (status.ok()) {
     after.push_back(forget_);
+    pod_.succeeded(name_.run);
   } else {
     // Before any buffer goes back to XLA: peers that still read look at this when they are done.
     control_block().give_ups.fetch_add(1);
@@ -248,47 +245,25 @@ void PodSession::end(const Status& status, Pod::After& after) {
     });
     rank.done = nullptr;
   }
-  pod_.remove_if_over(*this);
+  pod_.remove(name_);
 }
 
 void PodSession::fail(Code code, const std::string& text, Pod::After& after) {
   if (!failure_.ok() || state_ == State::kEnded) return;
   failure_ = {code, text};
-  // Once it has told the others that it has read all, they need not know of its failure.
-  if (posted_ && !told_) {
-    told_ = true;
-    Message message;
-    message.kind = Message::Kind::kFailed;
-    message.name = name_;
-    message.text = text;
-    for (int process : audience()) pod_.send(process, message);
-  }
+  pod_.run_failed(name_.run, failure_, audience());
   // While it runs, run() ends it: the buffers are in use.
   if (state_ != State::kRunning) end(failure_, after);
-}
-
-bool PodSession::over() const {
-  if (state_ != State::kEnded) return false;
-  if (failure_.ok()) return true;
-  for (size_t r = 0; r < ranks_.size(); ++r) {
-    if (!ranks_[r].here && (processes_->of_rank.empty() || awaits(processes_->of_rank[r]))) {
-      return false;
-    }
-  }
-  const std::set<int> peers = peers_of_group();
-  return std::none_of(peers.begin(), peers.end(), [this](int p) { return awaits(p); });
 }
 
 void PodSession::peer_done(int process, Pod::After& after) {
   settled_.insert(process);
   end_if_done(after);
-  pod_.remove_if_over(*this);
 }
 
 void PodSession::peer_failed(int process, const std::string& text, Pod::After& after) {
-  settled_.insert(process);
-  fail(Code::kUnavailable, text + " [reported by " + pod_.who(process) + "]", after);
-  pod_.remove_if_over(*this);
+  // Where it has read all before, this exchange can do without it.
+  if (settled_.insert(process).second) fail(Code::kUnavailable, text, after);
 }
 
 void PodSession::peer_lost(int process, Pod::Peer::State how, Pod::After& after) {
@@ -306,16 +281,23 @@ void PodSession::peer_lost(int process, Pod::Peer::State how, Pod::After& after)
          after);
   }
   settled_.insert(process);
-  pod_.remove_if_over(*this);
 }
 
-void PodSession::expire() {
+bool PodSession::look() {
   Pod::After after;
   {
     std::lock_guard lock(pod_.mutex_);
-    if (state_ != State::kEnded) fail(Code::kDeadlineExceeded, timeout_message(), after);
+    if (state_ == State::kEnded || !failure_.ok()) return false;
+    if (!patience_.at_end()) {
+      // While it runs, it reads and waits for nobody.
+      if (state_ != State::kRunning) note(who_waits_for_whom(waits_on(patience_)));
+      patience_.extend();
+      return true;
+    }
+    fail(Code::kDeadlineExceeded, who_waits_for_whom(has_waited(patience_)) + more_time(), after);
   }
   for (auto& action : after) action();
+  return false;
 }
 
 std::string PodSession::name() const {
@@ -337,18 +319,24 @@ std::string PodSession::ranks_of(int process) const {
   return ranks.empty() ? "" : ", which has " + list_of_ranks(ranks, devices_) + ",";
 }
 
-std::string PodSession::timeout_message() const {
+std::string PodSession::description() const {
+  for (const Rank& rank : ranks_) {
+    if (rank.here && rank.process == pod_.process_) return describe(layout_, rank.posted.operands);
+  }
+  return "";
+}
+
+std::string PodSession::who_waits_for_whom(const std::string& how_long) const {
   std::vector<int64_t> here, missing;
-  std::string call;
+  const std::string call = description();
   for (size_t r = 0; r < ranks_.size(); ++r) {
     if (!ranks_[r].here) missing.push_back(static_cast<int64_t>(r));
     if (!ranks_[r].here || ranks_[r].process != pod_.process_) continue;
     here.push_back(static_cast<int64_t>(r));
-    call = describe(layout_, ranks_[r].posted.operands);
   }
   std::ostringstream text;
   text << name() << ": " << list_of_ranks(here, devices_) << " of " << pod_.who(pod_.process_)
-       << " waited " << std::setprecision(4) << timeout_ << " s for ";
+       << how_long;
   if (missing.empty()) {
     bool first = true;
     for (int process : peers_of_group()) {
@@ -374,8 +362,6 @@ std::string PodSession::timeout_message() const {
          << " All ranks of the expert axis must run the same program and make the same calls in "
             "the same order.";
   }
-  text << " If it is only slow, allow more time with freeio_jax.config(timeout=seconds) or "
-          "FREEIO_TIMEOUT.";
   return text.str();
 }
 

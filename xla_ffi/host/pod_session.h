@@ -16,7 +16,7 @@
 namespace freeio::host {
 
 class PodSession final : public Session,
-                         public Expiring,
+                         public Waiting,
                          public std::enable_shared_from_this<PodSession> {
  public:
   PodSession(Pod& pod, const CallName& name, const Layout& layout, std::vector<int64_t> devices,
@@ -24,8 +24,8 @@ class PodSession final : public Session,
 
   std::function<void()> arrive(int64_t rank, Operands&& operands, Done&& done) override;
   bool all_arrived() const override { return false; }  // `forget` says so
-  Clock::time_point deadline() const override { return deadline_; }
-  void expire() override;
+  Clock::time_point due() const override { return patience_.due(); }
+  bool look() override;
 
   // All below: with the pod locked.
 
@@ -33,7 +33,7 @@ class PodSession final : public Session,
   bool lacks(int64_t rank, int process) const;
   void arrived(int process, Message&& message, Pod::After& after);
 
-  // A peer has read all it wanted, or has given up: it says one of these once.
+  // A peer has read all it wanted, or has given the run up.
   bool awaits(int process) const { return settled_.count(process) == 0; }
   void peer_done(int process, Pod::After& after);
   void peer_failed(int process, const std::string& text, Pod::After& after);
@@ -43,10 +43,8 @@ class PodSession final : public Session,
 
   void fail(Code code, const std::string& text, Pod::After& after);
 
-  // Nothing will ever be said about this exchange again.
-  bool over() const;
-
   const CallName& call_name() const { return name_; }
+  std::string description() const;  // of this process's call, once it has made it
 
  private:
   struct Rank {
@@ -70,7 +68,7 @@ class PodSession final : public Session,
   void end_if_done(Pod::After& after);
   std::string name() const;
   std::string ranks_of(int process) const;
-  std::string timeout_message() const;
+  std::string who_waits_for_whom(const std::string& how_long) const;
 
   Pod& pod_;
   const CallName name_;
@@ -78,12 +76,10 @@ class PodSession final : public Session,
   const std::vector<int64_t> devices_;
   const std::shared_ptr<GroupProcesses> processes_;
   const std::function<void()> forget_;
-  const double timeout_;
-  const Clock::time_point deadline_;
+  Patience patience_;
   const bool to_all_;  // the group's processes were not known when this began
   State state_ = State::kGathering;
   bool posted_ = false;  // peers know of this exchange
-  bool told_ = false;    // peers know that this process has read all, or has given up
   Status failure_;
   std::vector<Rank> ranks_;
   std::set<int> settled_;  // peers that will not say anything about this exchange any more

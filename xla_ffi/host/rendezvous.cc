@@ -28,7 +28,7 @@ std::shared_ptr<Session> Rendezvous::open_session(int64_t run, int64_t group, in
   if (pod == nullptr || layout_.num_ranks == 1 || pod->is_local(*processes_[group])) {
     return std::make_shared<LocalSession>(layout_, std::move(devices));
   }
-  return pod->open({name_, group}, layout_, std::move(devices), processes_[group],
+  return pod->open(name_, group, run, layout_, std::move(devices), processes_[group],
                    [=] { forget(run, group, number); });
 }
 

@@ -1,6 +1,7 @@
 #include "host/session.h"
 
 #include <atomic>
+#include <iomanip>
 #include <sstream>
 #include <type_traits>
 #include <variant>
@@ -8,7 +9,7 @@
 namespace freeio::host {
 namespace {
 
-std::atomic<double> timeout_seconds{60.0};
+std::atomic<double> timeout_seconds{600.0};
 
 const char* name_of(DType dtype) {
   switch (dtype) {
@@ -56,6 +57,24 @@ std::string describe(const Layout& layout, const Operands& operands) {
       operands);
   text << ")";
   return text.str();
+}
+
+std::string waits_on(const Patience& patience) {
+  std::ostringstream text;
+  text << std::setprecision(4) << " has waited " << patience.waited() << " s (it gives up after "
+       << patience.timeout() << " s) for ";
+  return text.str();
+}
+
+std::string has_waited(const Patience& patience) {
+  std::ostringstream text;
+  text << std::setprecision(4) << " waited " << patience.timeout() << " s for ";
+  return text.str();
+}
+
+std::string more_time() {
+  return " If it is only slow, allow more time with freeio_jax.config(timeout=seconds) or "
+         "FREEIO_TIMEOUT.";
 }
 
 std::string list_of_ranks(const std::vector<int64_t>& ranks, const std::vector<int64_t>& devices) {

@@ -8,6 +8,7 @@
 
 #include "core/layout.h"
 #include "core/status.h"
+#include "host/deadlines.h"
 #include "host/exchange.h"
 
 namespace freeio::host {
@@ -32,6 +33,12 @@ class Session {
 
 // "dispatch(num_tokens=4, ...)": all in which the ranks of one exchange must agree.
 std::string describe(const Layout& layout, const Operands& operands);
+
+// How long somebody waits, between who and for whom: " has waited 30 s (it gives up after 600 s)
+// for " and " waited 600 s for ". And what ends the message of one who has.
+std::string waits_on(const Patience& patience);
+std::string has_waited(const Patience& patience);
+std::string more_time();
 
 // "3" or "ranks 3, 4 (mesh devices 5, 6)".
 std::string list_of_ranks(const std::vector<int64_t>& ranks, const std::vector<int64_t>& devices);

@@ -160,6 +160,7 @@ EMULATOR_API const char* engine_state_of(const int64_t* gpus, int count) {
   return text(state_of(std::vector<int64_t>(gpus, gpus + count)));
 }
 EMULATOR_API const char* engine_take_failure() { return text(take_failure()); }
+EMULATOR_API const char* engine_take_note() { return text(take_note()); }
 EMULATOR_API int64_t engine_mapped_bytes() { return memory().mapped_bytes; }
 
 struct DispatchBuffers {

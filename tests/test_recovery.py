@@ -1,0 +1,376 @@
+"""Programs of several processes after something ordinary has happened: one was late, or forked."""
+
+import re
+import textwrap
+
+import pytest
+
+from freeio_jax.launch import Pod
+
+PRELUDE = """
+import os, signal, sys, time
+import jax, jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src import distributed
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import freeio_jax as fio
+
+jax.distributed.initialize()
+fio.initialize()
+me, ranks = jax.process_index(), jax.device_count()
+mesh = Mesh(np.array(jax.devices()), ("expert",))
+sharding = NamedSharding(mesh, P("expert"))
+
+def whole(a):
+    return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+
+tokens = whole(np.arange(ranks * 4 * 3, dtype=np.float32).reshape(-1, 3) + 1)
+topk_idx = whole(np.random.default_rng(0).permuted(
+    np.tile(np.arange(ranks), (ranks * 4, 1)), axis=1)[:, :2].astype(np.int32))
+
+def exchange(x, topk_idx):
+    out = fio.dispatch(x, topk_idx, num_experts=ranks, axis_name="expert")
+    return fio.combine(out.tokens, out.handle) / 2
+
+def program(layer, **options):
+    layer = jax.shard_map(layer, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), **options)
+    return jax.jit(layer)
+
+def right(y, scale=1.0):
+    pairs = zip(y.addressable_shards, tokens.addressable_shards, strict=True)
+    return all(np.allclose(a.data, scale * np.asarray(b.data)) for a, b in pairs)
+
+def barrier(name):
+    distributed.global_state.client.wait_at_barrier(name, 60_000)
+
+def say(*words):
+    print(*words, flush=True)
+
+def error_of(run):
+    try:
+        jax.block_until_ready(run(tokens, topk_idx))
+    except Exception as error:
+        return " ".join(str(error).split())
+    raise AssertionError("no error")
+"""
+
+
+def run(tmp_path, program, *arguments, processes=2, **options):
+    """(status, lines of each process)"""
+    script = tmp_path / "program.py"
+    script.write_text(PRELUDE + textwrap.dedent(program))
+    lines = [[] for _ in range(processes)]
+    pod = Pod(
+        [str(script), *map(str, arguments)],
+        num_processes=processes,
+        output=lambda rank, _, line: lines[rank].append(line),
+        **options,
+    )
+    return pod.run(), lines
+
+
+def said(lines, word):
+    """What each process has said after ``word``."""
+    text = [[line[len(word) :].strip() for line in one if line.startswith(word)] for one in lines]
+    return text
+
+
+PROGRAMS = {
+    "one exchange": "step = program(exchange)",
+    "a loop": """
+step = program(lambda x, i: lax.scan(lambda x, _: (exchange(x, i), None), x, length=3)[0],
+               check_vma=False)
+""",
+    "independent exchanges": """
+part = jax.jit(exchange)
+step = program(lambda x, i: (part(x, i) + part(2 * x, i) + part(3 * x, i)) / 6)
+""",
+    "groups of several kinds": """
+mesh = Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "model"))
+sharding = NamedSharding(mesh, P(("data", "model")))
+def layer(x, i):
+    out = fio.dispatch(x, 0 * i + jnp.arange(2, dtype=i.dtype), num_experts=2, axis_name="data")
+    x = fio.combine(out.tokens, out.handle) / 2
+    out = fio.dispatch(x, i, num_experts=ranks, axis_name=("data", "model"))
+    return fio.combine(out.tokens, out.handle) / 2
+step = jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=P(("data", "model")),
+                             out_specs=P(("data", "model"))))
+tokens, topk_idx = (whole(np.concatenate([s.data for s in a.addressable_shards] * (2 * ranks))[
+    :len(a)]) for a in (tokens, topk_idx))
+""",
+}
+
+
+@pytest.mark.parametrize("form", PROGRAMS)
+@pytest.mark.parametrize("first", [True, False], ids=["in its first run", "later"])
+def test_a_rank_that_was_too_late_can_go_on(form, first, tmp_path):
+    """All ranks of the run that was given up get an error, and the next one is right."""
+    status, lines = run(
+        tmp_path,
+        PROGRAMS[form]
+        + textwrap.dedent(
+            """
+            fio.config(timeout=600)
+            if sys.argv[1] != "True":
+                for _ in range(2):
+                    assert right(step(tokens, topk_idx))
+            compiled = step.lower(tokens, topk_idx).compile()
+            barrier("compiled")
+            fio.config(timeout=1.5)
+            if me == 1:
+                time.sleep(2.5)
+            start = time.monotonic()
+            say("error", error_of(compiled))
+            assert me != 1 or time.monotonic() - start < 1.4
+            barrier("all are back")
+            fio.config(timeout=60)
+            for _ in range(3):
+                assert right(compiled(tokens, topk_idx))
+            say("recovered")
+            """
+        ),
+        first,
+        processes=2,
+        devices_per_process=2,
+    )
+    assert status == 0, "\n".join(str(line) for one in lines for line in one)
+    (early,), (late,) = said(lines, "error")
+    assert "waited 1.5 s for" in early and "Process 1 (pid" in early, early
+    assert "reported by process 0" in late, late
+
+
+def test_ranks_that_give_up_again_and_again_meet_again(tmp_path):
+    """Without a barrier: the others try until the late one has come."""
+    status, lines = run(
+        tmp_path,
+        """
+        step = program(lambda x, i: exchange(exchange(x, i), i))
+        assert right(step(tokens, topk_idx))
+        fio.config(timeout=1.0)
+        if me == 1:
+            time.sleep(3.5)
+        failures = 0
+        while True:
+            try:
+                assert right(step(tokens, topk_idx))
+                break
+            except (ValueError, jax.errors.JaxRuntimeError):
+                failures += 1
+        say("failures", failures)
+        fio.config(timeout=60)
+        assert right(step(tokens, topk_idx))
+        """,
+        processes=3,
+    )
+    assert status == 0, "\n".join(str(line) for one in lines for line in one)
+    assert all(1 <= int(count) < 10 for (count,) in said(lines, "failures")), lines
+
+
+@pytest.mark.parametrize("layout", ["one process", "pod"])
+def test_who_waits_for_whom_is_told_before_the_time_out(layout, tmp_path):
+    pod = layout == "pod"
+    status, lines = run(
+        tmp_path,
+        """
+        fio._native.set_patience(0.5)
+        def wait(x):
+            if me == jax.process_count() - 1:
+                time.sleep(1.7)
+            return x
+        def layer(x, topk_idx):
+            late = lax.axis_index("expert") == ranks - 1
+            x = lax.cond(late, lambda x: jax.pure_callback(wait, x, x), lambda x: x, x)
+            return exchange(x, topk_idx)
+        step = program(layer, check_vma=False)
+        assert right(step(tokens, topk_idx))
+        """,
+        processes=2 if pod else 1,
+        devices_per_process=1 if pod else 2,
+    )
+    assert status == 0, "\n".join(str(line) for one in lines for line in one)
+    notes = [line for line in lines[0] if "has waited" in line]
+    waiter = r"freeio_jax: freeio_jax.dispatch: rank 0 \(mesh device 0\)"
+    if pod:
+        waiter += r" of process 0 \(pid \d+\)"
+    for note, seconds in zip(notes, ("0.5", "1"), strict=True):
+        assert re.match(
+            rf"{waiter} has waited {seconds} s \(it gives up after 600 s\) for rank 1 \(mesh",
+            note,
+        ), note
+    assert not pod or ("Process 1 (pid" in notes[0] and "waits in no exchange" in notes[0])
+
+
+def test_who_is_waited_for_in_initialize_is_told(tmp_path):
+    status, lines = run(
+        tmp_path,
+        """
+        from freeio_jax import bootstrap
+        bootstrap._PATIENCE_SECONDS = 0.5
+        fio.shutdown()
+        barrier("all are out")
+        if me == 1:
+            time.sleep(1.7)
+        fio.initialize()
+        assert right(program(exchange)(tokens, topk_idx))
+        """,
+    )
+    assert status == 0, lines
+    notes = [line for line in lines[0] if "has waited" in line]
+    for note, seconds in zip(notes, ("0.5", "1"), strict=True):
+        assert note == (
+            f"freeio_jax: freeio_jax.initialize: process 0 has waited {seconds} s (it gives up "
+            "after 600 s) for the others to call it, which leaves process(es) [1]"
+        )
+
+
+def test_another_shape_in_one_process_is_told_at_once(tmp_path):
+    """Not after the time-out: programs of one name, of which each lacks the other's call."""
+    status, lines = run(
+        tmp_path,
+        """
+        fio.config(timeout=600)
+        def step(x, topk_idx):
+            return exchange(x, topk_idx)
+        step = program(step)
+        rows = 4 + 2 * me
+        x = whole(np.ones((rows * ranks, 3), np.float32))
+        i = whole(np.zeros((rows * ranks, 1), np.int32))
+        start = time.monotonic()
+        say("error", error_of(lambda *_: step(x, i)))
+        assert time.monotonic() - start < 30
+        """,
+    )
+    assert status == 0, "\n".join(str(line) for one in lines for line in one)
+    for (message,) in said(lines, "error"):
+        assert "num_tokens=4" in message and "num_tokens=6" in message, message
+
+
+ORDER = """
+def make(scale):
+    def step(x, topk_idx):
+        {body}
+    return program(step)
+x1, x3 = make(1.0), make(3.0)
+"""
+BODIES = {
+    "one call": "return exchange(scale * x, topk_idx)",
+    "a call that is made three times": """
+        part = jax.jit(lambda x: exchange(scale * x, topk_idx))
+        return (part(x) + part(2 * x) + part(4 * x)) / 7
+""",
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("how", ["pool", "threads", "again", "loaded"])
+def test_programs_of_one_name_made_in_another_order(how, body, tmp_path):
+    """Names of exchanges do not depend on what else a process has compiled, or when."""
+    status, lines = run(
+        tmp_path,
+        ORDER.format(body=BODIES[body])
+        + textwrap.dedent(
+            """
+            import threading
+            from jax.experimental import serialize_executable
+            how = sys.argv[1]
+            fio.config(timeout=20)
+            lower = lambda f: f.lower(tokens, topk_idx)
+            if me == 0:
+                lowered = [lower(f) for f in (x1, x3)]
+                compiled = [l.compile() for l in lowered]
+            elif how == "pool":
+                lowered = [lower(f) for f in (x1, x3)]
+                compiled = [l.compile() for l in reversed(lowered)][::-1]
+            elif how == "threads":
+                compiled = [None, None]
+                def make_one(n, f):
+                    compiled[n] = lower(f).compile()
+                threads = [
+                    threading.Thread(target=make_one, args=a) for a in ((1, x3), (0, x1))]
+                [t.start() for t in threads]
+                [t.join() for t in threads]
+            elif how == "again":
+                for f in (x3, x1, x3):
+                    lower(f).compile({"xla_embed_ir_in_executable": True})
+                compiled = [lower(f).compile() for f in (x1, x3)]
+            else:
+                stored = [serialize_executable.serialize(lower(f).compile()) for f in (x1, x3)]
+                compiled = [serialize_executable.deserialize_and_load(*s) for s in stored]
+            barrier("compiled")
+            for _ in range(2):
+                assert right(compiled[0](tokens, topk_idx), 1.0)
+                assert right(compiled[1](tokens, topk_idx), 3.0)
+            say("right")
+            """
+        ),
+        how,
+    )
+    assert status == 0 and said(lines, "right") == [[""], [""]], lines
+
+
+FORK = """
+fio.config(timeout=60)
+step = program(exchange)
+assert right(step(tokens, topk_idx))
+if me == 1:
+    child = os.fork()
+    if child == 0:
+        {child}
+"""
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "fio.shutdown(); os._exit(0)", "os._exit(0)"])
+def test_a_forked_child_that_ends_does_no_harm(end, tmp_path):
+    status, lines = run(
+        tmp_path,
+        FORK.format(child=end)
+        + textwrap.dedent(
+            """
+                os.waitpid(child, 0)
+            barrier("the child has ended")
+            for _ in range(2):
+                assert right(step(tokens, topk_idx))
+            """
+        ),
+    )
+    assert status == 0, "\n".join(str(line) for one in lines for line in one)
+
+
+def test_a_forked_child_can_be_asked_to_end(tmp_path):
+    """By a pool of workers, for instance."""
+    status, lines = run(
+        tmp_path,
+        FORK.format(child="time.sleep(100); os._exit(0)")
+        + textwrap.dedent(
+            """
+                time.sleep(1)
+                os.kill(child, signal.SIGTERM)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+            barrier("the child has ended")
+            assert right(step(tokens, topk_idx))
+            """
+        ),
+    )
+    assert status == 0, lines
+
+
+@pytest.mark.parametrize("parent", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(9)"])
+def test_a_parent_that_ends_is_noticed_though_its_child_lives_on(parent, tmp_path):
+    status, lines = run(
+        tmp_path,
+        FORK.format(child="time.sleep(20); os._exit(0)")
+        + textwrap.dedent(
+            f"""
+                {parent}
+            start = time.monotonic()
+            say("error", error_of(step))
+            assert time.monotonic() - start < 10
+            os._exit(0)
+            """
+        ),
+        grace=10,
+    )
+    assert status != 0
+    ((message,), _) = said(lines, "error")
+    assert re.search(r"process 1 \(pid \d+\).* ended while process 0", message), message

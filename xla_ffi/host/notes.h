@@ -1,0 +1,14 @@
+// What the engine says to the log while a call goes on.
+#pragma once
+
+#include <string>
+
+namespace freeio::host {
+
+// From any thread; does not wait for Python.
+void note(std::string text);
+
+// The oldest note that was not taken before; empty: there is none.
+std::string take_note();
+
+}  // namespace freeio::host
