@@ -14,9 +14,8 @@ from flax import linen as nn
 from freeio_jax.flax.moe import MoEConfig, experts_are_manual, moe, per_expert
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
-
-#: Scopes in which a layer has reported. A scope lives for one ``apply`` at most.
-_reported = weakref.WeakSet()
+#: Where layers have reported: paths, by the root scope, which lives for one ``apply`` at most.
+_reported = weakref.WeakKeyDictionary()
 
 
 class MoE(nn.Module):
@@ -83,6 +82,8 @@ class MoE(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
 
+    _has_reported = False  # of this instance, which is bound to one ``apply``
+
     @nn.compact
     def __call__(
         self,
@@ -140,8 +141,11 @@ class MoE(nn.Module):
 
     def _sow(self, report):
         """Sows the report: behind those of this ``apply``, in place of those passed to it."""
-        again = self.scope in _reported
-        _reported.add(self.scope)
+        # A layer that is the root itself gets another root scope after each call.
+        paths = _reported.setdefault(self.scope.root, set())
+        again = self._has_reported or self.scope.path in paths
+        paths.add(self.scope.path)
+        object.__setattr__(self, "_has_reported", True)
         for field in dataclasses.fields(report):
             collection = "losses" if field.name == "aux_loss" else "intermediates"
             self.sow(

@@ -75,7 +75,7 @@ class Router:
             raise ValueError(f"router: jitter must be in [0, 1), got {self.jitter}.")
 
 
-#: Softmax over all experts, the weights of two or more renormalized, the losses with their usual coefficients.
+#: Softmax over all experts, the weights of two or more renormalized, the usual coefficients.
 DEFAULT_ROUTER = Router()
 
 

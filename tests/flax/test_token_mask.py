@@ -75,7 +75,10 @@ def test_masked_tokens_take_no_room(rng):
     # All that is real goes to one expert, whose rank has room for just that.
     router = Router(load_balance_coef=0.0)
     config = MoEConfig(
-        num_experts=4, top_k=1, expert_width=8, capacity_factor=MASK.sum() / MASK.size,
+        num_experts=4,
+        top_k=1,
+        expert_width=8,
+        capacity_factor=MASK.sum() / MASK.size,
         router=router,
     )
     parameters, x = draw(rng, config)
