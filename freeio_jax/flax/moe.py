@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from freeio_jax import collective
 from freeio_jax.flax.experts import shared_swiglu, swiglu
@@ -225,7 +226,7 @@ def _current_mesh(config, mesh, arrays):
     if mesh.empty:
         mesh = next((m for a in arrays if not (m := jax.typeof(a).sharding.mesh).empty), mesh)
         if mesh.empty or (mesh.size == 1 and not set(needed) <= set(mesh.axis_names)):
-            return AbstractMesh((1,) * len(needed), needed, (AxisType.Auto,) * len(needed))
+            return _mesh_of_one_device(needed, arrays)
     missing = [axis for axis in needed if axis not in mesh.axis_names]
     if missing:
         raise ValueError(
@@ -235,6 +236,18 @@ def _current_mesh(config, mesh, arrays):
             "jax.set_mesh, or pass it as mesh=."
         )
     return mesh
+
+
+def _mesh_of_one_device(axes, arrays):
+    shape, types = (1,) * len(axes), (AxisType.Auto,) * len(axes)
+    if not jax.config.jax_disable_jit:
+        return AbstractMesh(shape, axes, types)
+    # A gradient is not compiled then, and has to know the device: that of an array that has one.
+    concrete = [
+        a for a in arrays if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer)
+    ]
+    devices = [device for a in concrete for device in a.devices()] or jnp.zeros(()).devices()
+    return Mesh(np.array([*devices][:1]).reshape(shape), axes, axis_types=types)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
