@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +14,21 @@ from flax import linen as nn
 from freeio_jax.flax.moe import MoEConfig, experts_are_manual, moe, per_expert
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
+#: Where layers have reported: paths, by the root scope, which lives for one ``apply`` at most.
+_reported = weakref.WeakKeyDictionary()
+
 
 class MoE(nn.Module):
     """A Mixture-of-Experts layer of SwiGLU experts, spread over a mesh axis.
 
-    ``__call__(x, deterministic=False)`` takes ``[..., H]``, under ``jit`` with a mesh a global
-    array, and returns ``[..., H]``. ``deterministic=True`` is for evaluation: no jitter, and the
-    router's bias stays.
+    ``__call__(x, deterministic=False, token_mask=None)`` takes ``[..., H]``, under ``jit`` with a
+    mesh a global array, and returns ``[..., H]``. ``deterministic=True`` is for evaluation: no
+    jitter, and the router's bias stays. ``token_mask``, bool of ``x.shape[:-1]``, is false for
+    padding: such tokens are routed nowhere, take no room, are not counted, and have no part in the
+    losses; they are not looked at, NaN or not, and their output is zero, the shared expert's, too.
 
-    What it reports, over all devices:
+    What it reports, over all devices, one entry for each call in an ``apply``; ``init`` reports
+    nothing, and what an earlier ``apply`` reported is replaced where it is passed in again:
       * collection ``losses``: ``aux_loss``, to add to the training loss;
       * collection ``intermediates``: ``load`` (int32 ``[E]``, assignments to each expert),
         ``dropped`` (int32), ``load_balance_loss`` and ``z_loss`` (without coefficients);
@@ -74,8 +82,15 @@ class MoE(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
 
+    _has_reported = False  # of this instance, which is bound to one ``apply``
+
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        deterministic: bool = False,
+        token_mask: jax.Array | None = None,
+    ) -> jax.Array:
         config = MoEConfig(
             num_experts=self.num_experts,
             top_k=self.top_k,
@@ -109,13 +124,36 @@ class MoE(nn.Module):
             bias = variable.value
         jitters = training and self.router.jitter
         jitter_key = self.make_rng("jitter") if jitters else None
-        y, report = moe(parameters, x, config, bias=bias, mesh=self.mesh, jitter_key=jitter_key)
+        y, report = moe(
+            parameters,
+            x,
+            config,
+            bias=bias,
+            token_mask=token_mask,
+            mesh=self.mesh,
+            jitter_key=jitter_key,
+        )
         if bias is not None and training:
             variable.value = update_bias(bias, report.load, self.router.bias_update_rate)
-        self.sow("losses", "aux_loss", report.aux_loss)
-        for name in ("load", "dropped", "load_balance_loss", "z_loss"):
-            self.sow("intermediates", name, getattr(report, name))
+        if not self.is_initializing():
+            self._sow(report)
         return y
+
+    def _sow(self, report):
+        """Sows the report: behind those of this ``apply``, in place of those passed to it."""
+        # A layer that is the root itself gets another root scope after each call.
+        paths = _reported.setdefault(self.scope.root, set())
+        again = self._has_reported or self.scope.path in paths
+        paths.add(self.scope.path)
+        object.__setattr__(self, "_has_reported", True)
+        for field in dataclasses.fields(report):
+            collection = "losses" if field.name == "aux_loss" else "intermediates"
+            self.sow(
+                collection,
+                field.name,
+                getattr(report, field.name),
+                reduce_fn=lambda old, new: (*old, new) if again else (new,),
+            )
 
 
 def _value(box):

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from freeio_jax import collective
 from freeio_jax.flax.experts import shared_swiglu, swiglu
+from freeio_jax.flax.one_device import on_one_device
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, route
 from freeio_jax.layout import balanced_capacity
 from freeio_jax.varying import vary
@@ -111,6 +113,12 @@ class Report:
     z_loss: jax.Array
     aux_loss: jax.Array
 
+    @classmethod
+    def zeros(cls, num_experts: int) -> Report:
+        """The report of a layer of E experts that was not called yet."""
+        count, loss = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return cls(jnp.zeros(num_experts, jnp.int32), count, loss, loss, loss)
+
 
 def per_expert(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """An initializer for ``[experts, ...]`` that draws each expert's matrix on its own."""
@@ -140,6 +148,7 @@ def moe(
     config: MoEConfig,
     *,
     bias: jax.Array | None = None,
+    token_mask: jax.Array | None = None,
     mesh: jax.sharding.Mesh | AbstractMesh | None = None,
     jitter_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Report]:
@@ -151,9 +160,14 @@ def moe(
         where it does not divide evenly, all tokens together are padded until they do.
       config: the layer.
       bias: float32 ``[E]`` of the router; needed where ``config.router.bias_update_rate`` is set.
-      mesh: None: the current mesh (``jax.set_mesh``). Axes that a surrounding shard_map has made
-        manual are left as they are: x and the parameters are then this rank's shards. Without any
-        mesh the layer runs on one device.
+      token_mask: bool of ``x.shape[:-1]``; None: all true. A token where it is false is padding: it
+        is routed nowhere, takes no room, is not counted and has no part in the losses. It is not
+        looked at, so it may be NaN; its output and its gradient are zero.
+      mesh: None: the current mesh (``jax.set_mesh``); without one, the mesh of the arguments'
+        shardings; without that, the layer runs on one device. Axes that a surrounding shard_map has
+        made manual are left as they are: x and the parameters are then this rank's shards. Over
+        axes that are neither token nor expert axes the layer is replicated: each of their ranks
+        computes the same, and what is sharded over them is gathered first.
       jitter_key: PRNG key for the router's jitter; None: no jitter.
 
     Returns:
@@ -161,7 +175,8 @@ def moe(
 
     Raises:
       ValueError: the mesh lacks an axis, shapes do not fit, or the bias is missing, with the fix.
-      TypeError: x is not floating.
+        When it is lowered: the program is for several devices, but there is no mesh.
+      TypeError: x is not floating, or token_mask not bool.
     """
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         kind = ValueError if x.ndim < 2 else TypeError
@@ -169,9 +184,6 @@ def moe(
     expected = parameters["router"].shape[0]
     if x.shape[-1] != expected:
         raise ValueError(f"MoE: x has shape {x.shape}, but the layer's width is H={expected}.")
-    experts_manual = experts_are_manual(config)
-    mesh = _current_mesh(config, mesh)
-    axes = tuple(a for a in config.all_token_axes if a not in mesh.manual_axes)
     if bias is not None:
         parameters = {**parameters, "bias": bias}
     elif config.router.bias_update_rate is not None:
@@ -179,68 +191,128 @@ def moe(
             "MoE: bias is None, but config.router.bias_update_rate is set: give the router's bias, "
             f"float32 [{config.num_experts}], zeros at first."
         )
+    if token_mask is not None:
+        token_mask = _checked_mask(token_mask, x.shape[:-1])
+    experts_manual = experts_are_manual(config)
+    mesh = _current_mesh(config, mesh, (x, *parameters.values()))
+    axes = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
     if not axes:
-        return _shard(parameters, x, jitter_key, config, num_tokens=None, axes=())
-    return _sharded(parameters, x, jitter_key, config, mesh, axes, experts_manual)
+        return _shard(parameters, x, token_mask, jitter_key, config=config)
+    # Compiled also where the caller is not: the exchange exists in compiled programs only.
+    with jax.disable_jit(False):
+        return _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_manual)
 
 
-def _current_mesh(config, mesh):
+def _checked_mask(token_mask, shape):
+    token_mask = jnp.asarray(token_mask)
+    if token_mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"MoE: token_mask must be bool, true for real tokens, got {token_mask.dtype}. Use "
+            "token_mask.astype(bool)."
+        )
+    if token_mask.shape != shape:
+        raise ValueError(
+            f"MoE: token_mask has shape {token_mask.shape}, but there is one token for each of "
+            f"x.shape[:-1] = {shape}: use jnp.broadcast_to(token_mask, x.shape[:-1])."
+        )
+    return token_mask
+
+
+def _current_mesh(config, mesh, arrays):
     current = jax.sharding.get_abstract_mesh()
     if current.manual_axes or mesh is None:
         mesh = current
+    needed = config.all_token_axes
     if mesh.empty:
-        axes = config.all_token_axes
-        return AbstractMesh((1,) * len(axes), axes, axis_types=(AxisType.Auto,) * len(axes))
-    missing = [axis for axis in config.all_token_axes if axis not in mesh.axis_names]
+        mesh = next((m for a in arrays if not (m := jax.typeof(a).sharding.mesh).empty), mesh)
+        if mesh.empty or (mesh.size == 1 and not set(needed) <= set(mesh.axis_names)):
+            return _mesh_of_one_device(needed, arrays)
+    missing = [axis for axis in needed if axis not in mesh.axis_names]
     if missing:
         raise ValueError(
             f"MoE: the mesh has axes {tuple(mesh.axis_names)}, but not {missing}, over which the "
             f"layer spreads its experts (axis_name={config.axis_name!r}) or tokens "
-            f"(token_axes={config.token_axes!r}). Change these, or the mesh."
+            f"(token_axes={config.token_axes!r}). Change these, or the mesh: set another with "
+            "jax.set_mesh, or pass it as mesh=."
         )
     return mesh
 
 
-# Jitted also where the caller does not: the exchange exists in compiled programs only.
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def _sharded(parameters, x, jitter_key, config, mesh, axes, experts_manual):
-    """The shard_map over those token axes that are not manual yet."""
-    num_shards = math.prod(mesh.shape[axis] for axis in axes)
-    expert_spec = PartitionSpec() if experts_manual else PartitionSpec(config.expert_axes)
-    specs = {
-        name: expert_spec if name in ("gate_up", "down") else PartitionSpec() for name in parameters
+def _mesh_of_one_device(axes, arrays):
+    shape, types = (1,) * len(axes), (AxisType.Auto,) * len(axes)
+    if not jax.config.jax_disable_jit:
+        return AbstractMesh(shape, axes, types)
+    # A gradient is not compiled then, and has to know the device: that of an array that has one.
+    concrete = [
+        a for a in arrays if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer)
+    ]
+    devices = [device for a in concrete for device in a.devices()] or jnp.zeros(()).devices()
+    return Mesh(np.array([*devices][:1]).reshape(shape), axes, axis_types=types)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_manual):
+    """The shard_map over ``axes``: all those that are not manual yet.
+
+    An axis without tokens is among them, for what is inside is written for one rank: with an axis
+    left to XLA, kernels would have to be partitioned.
+    """
+    if mesh.size == 1:
+        x = on_one_device(x)
+    token_axes = tuple(axis for axis in config.all_token_axes if axis in axes)
+    num_shards = math.prod(mesh.shape[axis] for axis in token_axes)
+    expert_axes = () if experts_manual else config.expert_axes
+    over = {name: expert_axes if name in ("gate_up", "down") else () for name in parameters}
+    explicit = {
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
     }
-    explicit = any(t == AxisType.Explicit for t in mesh.axis_types)
 
-    def place(array, spec):
-        return jax.reshard(array, NamedSharding(mesh, spec)) if explicit else array
+    def place(array, axes):
+        """``array`` with its first dimension over ``axes``, as far as JAX does not do it itself."""
+        if not explicit:
+            return array
+        spec = PartitionSpec(tuple(axis for axis in axes if axis in explicit))
+        return jax.reshard(array, NamedSharding(mesh, spec))
 
-    shape, num_tokens = x.shape, None
-    if shape[0] % num_shards:
-        num_tokens = math.prod(shape[:-1])
-        x = place(x, PartitionSpec()).reshape(num_tokens, shape[-1])
-        x = jnp.pad(x, ((0, -num_tokens % num_shards), (0, 0)))
-    x_spec = PartitionSpec(axes)
+    shape, num_tokens = x.shape, math.prod(x.shape[:-1])
+    padded = shape[0] % num_shards > 0
+    if padded:
+        more = -num_tokens % num_shards
+        mask = jnp.ones(shape[:-1], bool) if token_mask is None else token_mask
+        x = jnp.pad(place(x, ()).reshape(num_tokens, shape[-1]), ((0, more), (0, 0)))
+        token_mask = jnp.pad(place(mask, ()).reshape(num_tokens), (0, more))
+    tokens_spec = PartitionSpec(token_axes)
     y, report = jax.shard_map(
-        functools.partial(_shard, config=config, num_tokens=num_tokens, axes=axes),
+        functools.partial(_shard, config=config),
         mesh=mesh,
-        in_specs=(specs, x_spec, PartitionSpec()),
-        out_specs=(x_spec, PartitionSpec()),
-        axis_names=set(axes),
-    )({name: place(a, specs[name]) for name, a in parameters.items()}, place(x, x_spec), jitter_key)
-    if num_tokens is not None:
-        y = place(y, PartitionSpec())[:num_tokens].reshape(shape)
+        in_specs=(
+            {name: PartitionSpec(axes) for name, axes in over.items()},
+            tokens_spec,
+            tokens_spec,
+            PartitionSpec(),
+        ),
+        out_specs=(tokens_spec, PartitionSpec()),
+        axis_names=axes,
+    )(
+        {name: place(a, over[name]) for name, a in parameters.items()},
+        place(x, token_axes),
+        None if token_mask is None else place(token_mask, token_axes),
+        jitter_key,
+    )
+    if padded:
+        y = place(y, ())[:num_tokens].reshape(shape)
     return y, report
 
 
-def _shard(parameters, x, jitter_key, config, num_tokens, axes):
-    """One rank's part. ``num_tokens``: of all ranks of ``axes`` where the last ones are padding."""
+def _shard(parameters, x, token_mask, jitter_key, config):
+    """One rank's part."""
     token_axes = config.all_token_axes
     tokens = x.reshape(-1, x.shape[-1])
-    token_mask = None
-    if num_tokens is not None:
-        first = lax.axis_index(axes) * tokens.shape[0]
-        token_mask = first + jnp.arange(tokens.shape[0]) < num_tokens
+    if token_mask is not None:
+        token_mask = token_mask.reshape(-1)
+        tokens = _only(token_mask, tokens)
     if jitter_key is not None:
         jitter_key = jax.random.fold_in(jitter_key, lax.axis_index(token_axes))
     # Before any cast, so that gradients are summed over the ranks in the parameters' dtype.
@@ -281,16 +353,32 @@ def _shard(parameters, x, jitter_key, config, num_tokens, axes):
     y = exchange.combine(rows, out.handle, routing.topk_weights)
     if config.shared_expert_width is not None:
         y = y + shared_swiglu(tokens, weights["shared_gate_up"], weights["shared_down"])
-    router = config.router
+    if token_mask is not None:
+        # The shared expert's gradient must not look at the gradient of a masked token's output.
+        y = _only(token_mask, y)
     report = Report(
         load=routing.load,
         dropped=lax.psum(out.handle.num_dropped, token_axes),
         load_balance_loss=routing.load_balance_loss,
         z_loss=routing.z_loss,
-        aux_loss=router.load_balance_coef * routing.load_balance_loss
-        + router.z_loss_coef * routing.z_loss,
+        aux_loss=_auxiliary_loss(config.router, routing),
     )
     return y.reshape(x.shape), report
+
+
+def _only(mask, rows):
+    """``rows`` with zeros where ``mask`` is false, NaN or not; the gradient there is zero, too."""
+    return jnp.where(mask[:, None], rows, jnp.zeros((), rows.dtype))
+
+
+def _auxiliary_loss(router, routing):
+    """The losses with their coefficients. One that is switched off adds nothing, not even NaN."""
+    loss = jnp.zeros((), jnp.float32)
+    if router.load_balance_coef:
+        loss += router.load_balance_coef * routing.load_balance_loss
+    if router.z_loss_coef:
+        loss += router.z_loss_coef * routing.z_loss
+    return loss
 
 
 _ROUTER = ("router", "bias")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freeio_jax.flax.moe import MoEConfig, moe, per_expert
+from freeio_jax.flax.moe import MoEConfig, Report, moe, per_expert
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -19,7 +19,29 @@ class AuxLoss(nnx.Intermediate):
     """A layer's auxiliary loss, with its coefficients: add all of a model's to the training loss.
 
     ``sum(jax.tree.leaves(nnx.state(model, AuxLoss)))``
+
+    It is the sum over the layer's calls since it was last read, so that a layer that is called
+    twice in a step reports both losses. Passing the model to a transformation (``nnx.jit``,
+    ``nnx.grad``, ``nnx.remat``, ``nnx.scan``) reads it, too: inside, it begins anew.
     """
+
+    # The value as the last call left it, until somebody reads it.
+    __slots__ = ("_unread",)
+
+    def get_value(self, **options):
+        object.__setattr__(self, "_unread", None)  # also where Variables must not change
+        return super().get_value(**options)
+
+    def get_raw_value(self):
+        object.__setattr__(self, "_unread", None)
+        return super().get_raw_value()
+
+    def add(self, loss: jax.Array) -> None:
+        """Adds the loss of one call."""
+        # Whatever else has put a value there, it is not of this step.
+        unread = getattr(self, "_unread", None)
+        self[...] = loss if unread is None or unread is not self._raw_value else unread + loss
+        self._unread = self._raw_value
 
 
 class ExpertLoad(nnx.Intermediate):
@@ -34,17 +56,31 @@ class RouterBias(nnx.Variable):
     """float32 ``[E]``: the bias of loss-free balancing; state like a running mean, no parameter."""
 
 
+_REPORTS = {
+    "load": ExpertLoad,
+    "dropped": Dropped,
+    "load_balance_loss": nnx.Intermediate,
+    "z_loss": nnx.Intermediate,
+    "aux_loss": AuxLoss,
+}
+
+
 class MoE(nnx.Module):
     """A Mixture-of-Experts layer of SwiGLU experts, spread over a mesh axis.
 
-    ``layer(x, deterministic=None)`` takes ``[..., H]``, under ``nnx.jit`` with a mesh a global
-    array, and returns ``[..., H]``. ``deterministic=True`` (``layer.eval()``) is for evaluation: no
-    jitter, and the router's bias stays.
+    ``layer(x, deterministic=None, token_mask=None)`` takes ``[..., H]``, under ``nnx.jit`` with a
+    mesh a global array, and returns ``[..., H]``. ``deterministic=True`` (``layer.eval()``) is for
+    evaluation: no jitter, and nothing is written, neither the router's bias nor what follows, so
+    that ``jax.jit`` and the like may close over the layer. ``token_mask``, bool of
+    ``x.shape[:-1]``, is false for padding: such tokens are routed nowhere, take no room, are not
+    counted, and have no part in the losses; they are not looked at, NaN or not, and their output is
+    zero, the shared expert's, too.
 
-    What it reports, over all devices, in Variables that each call overwrites: ``aux_loss``
-    (:class:`AuxLoss`), ``load`` (:class:`ExpertLoad`), ``dropped`` (:class:`Dropped`),
-    ``load_balance_loss`` and ``z_loss`` (``nnx.Intermediate``, without coefficients). All of them
-    are of type ``nnx.Intermediate``; leave that type out of checkpoints.
+    What it reports, over all devices, in Variables: ``aux_loss`` (:class:`AuxLoss`, which adds up
+    the calls), and of the last call ``load`` (:class:`ExpertLoad`), ``dropped``
+    (:class:`Dropped`), ``load_balance_loss`` and ``z_loss`` (``nnx.Intermediate``, without
+    coefficients). All of them are of type ``nnx.Intermediate``; leave that type out of checkpoints.
+    ``nnx.pop`` may take them away; the next call that is not deterministic makes them anew.
 
     Parameters (``nnx.Param``): ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``,
     ``down`` ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``; the
@@ -126,13 +162,14 @@ class MoE(nnx.Module):
         if router.bias_update_rate is not None:
             self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32))
         self.rngs = rngs["jitter"].fork() if router.jitter else nnx.data(None)
-        self.load = ExpertLoad(jnp.zeros(num_experts, jnp.int32))
-        self.dropped = Dropped(jnp.zeros((), jnp.int32))
-        self.load_balance_loss = nnx.Intermediate(jnp.zeros((), jnp.float32))
-        self.z_loss = nnx.Intermediate(jnp.zeros((), jnp.float32))
-        self.aux_loss = AuxLoss(jnp.zeros((), jnp.float32))
+        self._write(Report.zeros(num_experts))
 
-    def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        deterministic: bool | None = None,
+        token_mask: jax.Array | None = None,
+    ) -> jax.Array:
         router = self.config.router
         training = not (self.deterministic if deterministic is None else deterministic)
         names = self.config.parameters(x.shape[-1])
@@ -142,11 +179,23 @@ class MoE(nnx.Module):
             x,
             self.config,
             bias=bias,
+            token_mask=token_mask,
             mesh=self.mesh,
             jitter_key=self.rngs() if training and router.jitter else None,
         )
-        if bias is not None and training:
+        if training and bias is not None:
             self.bias[...] = update_bias(bias, report.load, router.bias_update_rate)
-        for name in ("load", "dropped", "load_balance_loss", "z_loss", "aux_loss"):
-            getattr(self, name)[...] = getattr(report, name)
+        if training:
+            self._write(report)
         return y
+
+    def _write(self, report):
+        for name, kind in _REPORTS.items():
+            value = getattr(report, name)
+            if not hasattr(self, name):  # nnx.pop takes it away
+                setattr(self, name, kind(jnp.zeros_like(value)))
+            variable = getattr(self, name)
+            if kind is AuxLoss:
+                variable.add(value)
+            else:
+                variable[...] = value

@@ -16,7 +16,11 @@ class Router:
     Attributes:
       score: ``"softmax"`` over all experts, or ``"sigmoid"`` of each (DeepSeek-V3,
         arXiv:2412.19437, section 2.1.2).
-      renormalize: the weights of a token's chosen experts are divided by their sum.
+      renormalize: the weights of a token's chosen experts are divided by their sum. None: where
+        there are two or more. One expert's weight would always be 1, whatever its score, so that
+        the router could learn nothing from the output; Switch Transformer (arXiv:2101.03961,
+        equation 2), too, weights its one expert with the score. True and False are taken as they
+        are, for the weights of a model that was trained with them.
       weight_scale: factor on the weights, after renormalization.
       num_groups: the experts form this many groups of neighbours; 1 means no groups.
       groups_per_token: a token's experts come from this many groups, those with the largest sum of
@@ -31,7 +35,7 @@ class Router:
     """
 
     score: str = "softmax"
-    renormalize: bool = True
+    renormalize: bool | None = None
     weight_scale: float = 1.0
     num_groups: int = 1
     groups_per_token: int = 1
@@ -39,6 +43,10 @@ class Router:
     jitter: float = 0.0
     load_balance_coef: float = 1e-2
     z_loss_coef: float = 1e-3
+
+    def renormalizes(self, top_k: int) -> bool:
+        """Whether the weights of ``top_k`` experts are divided by their sum."""
+        return top_k > 1 if self.renormalize is None else self.renormalize
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Raises ValueError where the settings do not fit together, with the fix."""
@@ -67,7 +75,7 @@ class Router:
             raise ValueError(f"router: jitter must be in [0, 1), got {self.jitter}.")
 
 
-#: Softmax over all experts, weights renormalized, the losses with their usual coefficients.
+#: Softmax over all experts, the weights of two or more renormalized, the usual coefficients.
 DEFAULT_ROUTER = Router()
 
 
@@ -121,12 +129,12 @@ def select(
     >>> idx.tolist(), weights.tolist()
     ([[3, 0]], [[0.20000000298023224, 0.800000011920929]])
     """
-    choice = lax.stop_gradient(scores if bias is None else scores + bias)
+    choice = lax.stop_gradient(scores if bias is None else scores + bias[None])
     if router.num_groups > 1:
         choice = _within_best_groups(choice, router)
     topk_idx = lax.top_k(choice, top_k)[1].astype(jnp.int32)
     weights = jnp.take_along_axis(scores, topk_idx, axis=-1)
-    if router.renormalize:
+    if router.renormalizes(top_k):
         # Sigmoid scores can all underflow to zero; then the weights are zero, not NaN.
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
@@ -139,7 +147,7 @@ def _within_best_groups(choice, router):
     grouped = choice.reshape(num_tokens, router.num_groups, -1)
     group_score = jnp.sum(lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
     best = lax.top_k(group_score, router.groups_per_token)[1]
-    allowed = jnp.any(best[..., None] == jnp.arange(router.num_groups), axis=1)
+    allowed = jnp.any(best[..., None] == jnp.arange(router.num_groups)[None, None], axis=1)
     return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
 
 
@@ -153,6 +161,7 @@ def load_balance_loss(mean_scores: jax.Array, load: jax.Array) -> jax.Array:
       mean_scores: float32 ``[E]``: P, which sums to 1.
       load: int32 ``[E]``: assignments to each expert.
     """
+    load = load.astype(jnp.float32)
     share = load / jnp.maximum(jnp.sum(load), 1)
     return load.shape[0] * jnp.sum(lax.stop_gradient(share) * mean_scores)
 
@@ -190,27 +199,32 @@ def route(
       top_k: K.
       router: the settings.
       bias: float32 ``[E]`` or None.
-      token_mask: bool ``[T]``: false for padding, which is routed nowhere and not counted.
+      token_mask: bool ``[T]``: false for padding, which is routed nowhere, not counted and not
+        looked at; None: all true.
       token_axes: manual mesh axes over which the tokens are sharded.
       jitter_key: PRNG key of this shard, for ``router.jitter``; None for none (evaluation).
     """
     x = x.astype(jnp.float32)
+    if token_mask is not None:
+        x = jnp.where(token_mask[:, None], x, 0)
     if jitter_key is not None and router.jitter:
         low, high = 1 - router.jitter, 1 + router.jitter
         x = x * jax.random.uniform(jitter_key, x.shape, jnp.float32, low, high)
     logits = jnp.dot(x, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     token_scores = scores(logits, router)
     topk_idx, topk_weights = select(token_scores, top_k, router, bias)
-    if token_mask is None:
-        token_mask = jnp.ones(x.shape[0], bool)
-    topk_idx = jnp.where(token_mask[:, None], topk_idx, -1)
+    if token_mask is not None:
+        topk_idx = jnp.where(token_mask[:, None], topk_idx, -1)
 
     def total(per_token):
-        local = jnp.sum(jnp.where(token_mask[:, None], per_token, 0), axis=0)
+        if token_mask is not None:
+            per_token = jnp.where(token_mask[:, None], per_token, 0)
+        local = jnp.sum(per_token, axis=0, dtype=per_token.dtype)
         return lax.psum(local, token_axes) if token_axes else local
 
     num_experts = kernel.shape[1]
-    load = total(jnp.sum(topk_idx[..., None] == jnp.arange(num_experts), axis=1, dtype=jnp.int32))
+    experts = jnp.arange(num_experts, dtype=jnp.int32)[None, None]
+    load = total(jnp.sum(topk_idx[..., None] == experts, axis=1, dtype=jnp.int32))
     # The losses' sums over tokens, in one exchange: shares of the scores, z, and the token count.
     share = token_scores
     if router.score == "sigmoid":

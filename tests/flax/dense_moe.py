@@ -37,7 +37,7 @@ def dense_moe(parameters, x, config: MoEConfig, chosen):
     router = config.router
     scores, logits = score(parameters, x, router)
     weights = jnp.where(chosen, scores, 0.0)
-    if router.renormalize:
+    if router.renormalizes(config.top_k):
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     tokens = x.reshape(-1, x.shape[-1])
 

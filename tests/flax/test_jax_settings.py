@@ -1,0 +1,183 @@
+"""The layers, their parts and the exchange under settings of JAX that users turn on."""
+
+import contextlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import make_mesh
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import freeio_jax
+from freeio_jax import reference
+from freeio_jax.flax import MoEConfig, Router, linen, moe
+from freeio_jax.flax import nnx as fio_nnx
+from freeio_jax.flax.router import load_balance_loss, route, select, update_bias
+
+WIDTH = 8
+ROUTER = Router(score="sigmoid", num_groups=2, bias_update_rate=0.1, jitter=0.1)
+LAYER = {
+    "num_experts": 4,
+    "top_k": 2,
+    "expert_width": 8,
+    "router": ROUTER,
+    "shared_expert_width": 4,
+    "capacity_factor": 1.0,
+    "alignment": 2,
+}
+REPORTS = {
+    "load": "int32",
+    "dropped": "int32",
+    "load_balance_loss": "float32",
+    "z_loss": "float32",
+    "aux_loss": "float32",
+}
+
+
+@contextlib.contextmanager
+def strict():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+SETTINGS = {"strict": strict, "x64": lambda: jax.enable_x64(True), "no_jit": jax.disable_jit}
+settings = pytest.mark.parametrize("setting", SETTINGS)
+on_meshes = pytest.mark.parametrize("shape", [None, (2,)], ids=["one_device", "mesh"])
+
+
+@contextlib.contextmanager
+def mesh_of(shape):
+    if shape is None:
+        yield
+    else:
+        with jax.set_mesh(make_mesh(shape, axis_types=(AxisType.Auto,))):
+            yield
+
+
+def tokens(rng, *shape):
+    return jnp.asarray(rng.normal(size=(*shape, WIDTH)), jnp.float32)
+
+
+def assert_equal(got, expected):
+    assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, expected)
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(np.asarray(g), e, 1e-5, 1e-5), got, expected
+    )
+
+
+@on_meshes
+@settings
+def test_the_layer(setting, shape, rng):
+    config = MoEConfig(**LAYER)
+    x, mask = tokens(rng, 3, 3), jnp.arange(3)[None] < jnp.array([3, 2, 1])[:, None]
+    parameters = {
+        n: jnp.asarray(rng.normal(size=s), jnp.float32)
+        for n, (s, _) in config.parameters(WIDTH).items()
+    }
+    bias = jnp.zeros(4, jnp.float32)
+
+    def loss(parameters, x):
+        y, report = moe(parameters, x, config, bias=bias, token_mask=mask)
+        return jnp.sum(y**2) + report.aux_loss, (y, report)
+
+    compute = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    expected = jax.tree.map(np.asarray, compute(parameters, x))
+    with SETTINGS[setting](), mesh_of(shape):
+        got = compute(parameters, x)
+    assert_equal(got, expected)
+
+
+@on_meshes
+@settings
+def test_linen(setting, shape, rng):
+    x = tokens(rng, 4, 2)
+    with SETTINGS[setting](), mesh_of(shape):
+        layer = linen.MoE(**LAYER)
+        variables = nn.meta.unbox(layer.init(jax.random.key(0), x))
+        y, state = layer.apply(
+            variables,
+            x,
+            rngs={"jitter": jax.random.key(1)},
+            mutable=["losses", "intermediates", "router_state"],
+        )
+    sown = state["intermediates"] | state["losses"]
+    assert {name: value[0].dtype.name for name, value in sown.items()} == REPORTS
+    assert {a.dtype.name for a in jax.tree.leaves((variables, state["router_state"], y))} == {
+        "float32"
+    }
+
+
+@on_meshes
+@settings
+def test_nnx(setting, shape, rng):
+    x = tokens(rng, 4, 2)
+    with SETTINGS[setting](), mesh_of(shape):
+        model = fio_nnx.MoE(WIDTH, **LAYER, rngs=nnx.Rngs(0))
+        made = {name: getattr(model, name)[...].dtype.name for name in REPORTS}
+        y = model(x)
+        called = {name: getattr(model, name)[...].dtype.name for name in REPORTS}
+    assert made == called == REPORTS
+    assert y.dtype == model.bias[...].dtype == model.gate_up[...].dtype == jnp.float32
+
+
+@settings
+@pytest.mark.parametrize("router", [Router(), ROUTER], ids=["softmax", "groups_bias_jitter"])
+def test_the_router(setting, router, rng):
+    x, kernel = tokens(rng, 12), jnp.asarray(rng.normal(size=(WIDTH, 4)), jnp.float32)
+    mask, bias = jnp.arange(12) % 3 > 0, jnp.asarray(rng.normal(size=4), jnp.float32)
+    bias = bias if router.bias_update_rate else None
+
+    def all_of_it(x, kernel):
+        routing = route(
+            x,
+            kernel,
+            top_k=2,
+            router=router,
+            bias=bias,
+            token_mask=mask,
+            jitter_key=jax.random.key(0),
+        )
+        scores = jnp.abs(x[:, :4])
+        return (
+            routing,
+            select(scores, 2, router, bias),
+            load_balance_loss(jnp.full(4, 0.25, jnp.float32), routing.load),
+            update_bias(jnp.zeros(4, jnp.float32), routing.load, 0.1),
+        )
+
+    expected = jax.tree.map(np.asarray, all_of_it(x, kernel))
+    with SETTINGS[setting]():
+        got = all_of_it(x, kernel)
+    assert_equal(got, expected)
+
+
+@settings
+@pytest.mark.parametrize("api", [freeio_jax, reference], ids=["freeio", "reference"])
+def test_dispatch_and_combine(setting, api, rng):
+    x = tokens(rng, 12)
+    topk_idx = jnp.asarray(rng.permuted(np.tile(np.arange(4), (12, 1)), axis=1)[:, :2], jnp.int32)
+    weights = jnp.asarray(rng.normal(size=(12, 2)), jnp.float32)
+
+    def shard(x, topk_idx, weights):
+        out = api.dispatch(x, topk_idx, num_experts=4, axis_name="expert", capacity=8, alignment=2)
+        handle = out.handle
+        counts = (handle.num_dropped[None], handle.num_invalid[None])
+        z = api.combine(out.tokens, handle, weights)
+        return z, out.group_sizes, handle.expert_load, *counts
+
+    def compute(x, weights):
+        mesh = make_mesh((2,), axis_types=(AxisType.Auto,))
+        layer = jax.shard_map(shard, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+        outs = layer(x, topk_idx, weights)
+        return jnp.sum(outs[0] ** 2), outs
+
+    if setting != "no_jit":  # one operation after the other, and in gradients many more
+        compute = jax.value_and_grad(compute, (0, 1), has_aux=True)
+    expected = jax.tree.map(np.asarray, jax.jit(compute)(x, weights))
+    with SETTINGS[setting]():
+        got = (compute if setting == "no_jit" else jax.jit(compute))(x, weights)
+    assert_equal(got, expected)
