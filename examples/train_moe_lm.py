@@ -28,6 +28,7 @@ from moe_lm import MESH_AXES, ModelConfig, Trainer
 from text import UserError, draw_windows, read_text, split_text
 from tqdm import tqdm
 
+from freeio_jax import grouped_matmul
 from freeio_jax.bench import baselines, profile
 
 BITS = 1 / math.log(2)  # bits per nat
@@ -127,6 +128,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         default="freeio",
         help="what moves tokens to experts and back; the others are for comparison",
     )
+    add(
+        "--product",
+        choices=("hopper", "tokamax", "ragged_dot", "tiled"),
+        default=None,
+        help="what multiplies the experts' rows, right or wrong; default: the fastest right one",
+    )
     add("--trace", metavar="DIR", help="profile the last step, for XProf or Perfetto, into DIR")
     add("--learning-rate", type=positive(float), default=4e-3, help="its peak, after the warm-up")
     add("--seed", type=int, default=0)
@@ -185,7 +192,7 @@ def train(arguments) -> None:
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), grouped_matmul.use(arguments.product):
         trainer = Trainer(
             config,
             mesh,

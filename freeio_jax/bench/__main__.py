@@ -17,6 +17,7 @@ PARTS = ("check", "shapes", "scaling", "sms", "late", "soak", "layer", "experts"
 OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
 NAMES = ("freeio", "reference", "ragged", "ragged-by-expert", "ragged-32", "ragged-1", "dense")
 SUITES = ("large", "small", "half", "zipf")
+PRODUCTS = ("chosen", "hopper", "tokamax", "ragged_dot", "tiled")
 DTYPES = ("bfloat16", "float16", "float32")
 #: What --all does when no other number is said, and --soak without one.
 SOAK_CALLS = 2000
@@ -112,6 +113,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         nargs="+",
         choices=NAMES,
         help="default: all, but no reference in --shapes, and no -32 and -1 in --layer",
+    )
+    what(
+        "--products",
+        nargs="+",
+        choices=PRODUCTS,
+        default=["chosen"],
+        help="of --layer: what multiplies the experts' rows, right or wrong; default: the choice",
     )
     what("--num-sms", type=count, help="as in freeio_jax.config")
     what("--repeats", type=count, default=5, help="on CPU: rounds; the median counts")
@@ -224,7 +232,8 @@ def run_parts(arguments: argparse.Namespace) -> int:
             given = {name: value for name, value in given.items() if value is not None}
             tokens = arguments.tokens or (4096,)
             all_sizes = [layer.Sizes(num_tokens=t, **sizes, **given) for t in tokens]
-            layer.run(report, all_sizes, exchanges("ragged-32", "ragged-1"))
+            products = [None if name == "chosen" else name for name in arguments.products]
+            layer.run(report, all_sizes, exchanges("ragged-32", "ragged-1"), products)
         elif part == "experts":
             path = arguments.png
             if path and len(arguments.parts) > 1:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from freeio_jax.bench import baselines, profile, timing
 from freeio_jax.bench.cases import Shape, expert_mesh, uniform_routing
 from freeio_jax.bench.programs import Programs, per_shard
 from freeio_jax.bench.report import Report
+from freeio_jax.flax.experts import swiglu
 from freeio_jax.flax.moe import MoEConfig, moe
+from freeio_jax.grouped_matmul import use
 from freeio_jax.info import info
 from freeio_jax.layout import balanced_capacity
 
@@ -95,8 +99,32 @@ class Layer:
     def _compile(self, function):
         return jax.jit(function).lower(self.parameters, self.x).compile()
 
-    def alone(self, exchange: object, gradients: bool):
-        """Compiled and bound: the layer's exchanges without its experts, on like routing."""
+    def experts(self, gradients: bool):
+        """Compiled and bound: the layer's experts without its exchanges, on like routing."""
+        shape, topk_idx, capacity = self._routing()
+        groups = np.bincount(np.asarray(topk_idx).ravel(), minlength=shape.num_experts)
+        ends = np.minimum(np.cumsum(groups.reshape(shape.num_ranks, -1), axis=1), capacity)
+        sizes = jnp.asarray(np.diff(ends, axis=1, prepend=0), jnp.int32).reshape(-1)
+
+        def draw(key):
+            key = jax.random.fold_in(key, jax.lax.axis_index("expert"))
+            return jax.random.normal(key, (capacity, shape.hidden), jnp.dtype(shape.dtype))
+
+        draw = jax.shard_map(draw, mesh=self.mesh, in_specs=P(), out_specs=P("expert"))
+        rows = jax.jit(draw)(jax.random.key(1))
+
+        def multiply(rows, gate_up, down, sizes):
+            y, pull = jax.vjp(lambda *args: swiglu(*args, sizes), rows, gate_up, down)
+            return pull(y) if gradients else y
+
+        args = (rows, self.parameters["gate_up"], self.parameters["down"], sizes)
+        spec = P("expert")
+        multiply = jax.shard_map(multiply, mesh=self.mesh, in_specs=spec, out_specs=spec)
+        compiled = jax.jit(multiply).lower(*args).compile()
+        return lambda: compiled(*args)
+
+    def _routing(self):
+        """Shape, ids and capacity of exchanges like the layer's."""
         sizes = self.sizes
         shape = Shape(
             sizes.num_ranks,
@@ -115,6 +143,11 @@ class Layer:
             alignment=1,
         )
         topk_idx = uniform_routing(shape, seed=0).reshape(sizes.num_ranks, sizes.num_tokens, -1)
+        return shape, topk_idx, capacity
+
+    def alone(self, exchange: object, gradients: bool):
+        """Compiled and bound: the layer's exchanges without its experts, on like routing."""
+        shape, topk_idx, capacity = self._routing()
         inputs = Programs(self.mesh, shape, topk_idx, capacity)
 
         def exchanges(tokens, topk_idx, weights):
@@ -136,39 +169,51 @@ _COLUMNS = {
     "num_tokens": "T",
     "pass": "pass",
     "exchange": "exchange",
+    "product": "experts by",
     "wall_s": "wall ms",
     "tokens_per_s": "tokens/s",
     "alone_s": "exchanges alone ms",
+    "experts_s": "experts alone ms",
     "alone_share": "alone / layer %",
     "communication_share": "kernels that communicate / span %",
     "dropped": "dropped",
 }
 
 
-def run(report: Report, all_sizes: Sequence[Sizes], exchanges: Sequence[str]) -> None:
-    """Times the layer, forward alone and with all gradients, for each size and exchange."""
+def run(
+    report: Report,
+    all_sizes: Sequence[Sizes],
+    exchanges: Sequence[str],
+    products: Sequence[str | None] = (None,),
+) -> None:
+    """Times the layer, forward alone and with all gradients, for each size, exchange and product.
+
+    ``products``: what multiplies the experts' rows; None: what is chosen.
+    """
     chosen = info()["grouped matmul"]
     print("\n# grouped matmul", *chosen.splitlines(), sep="\n#   ", flush=True)
     report.data["about"]["grouped_matmul"] = chosen
     report.table("MoE layer", _COLUMNS)
     for sizes in all_sizes:
         layer = Layer(sizes)
-        for name in exchanges:
-            for gradients in (False, True):
-                about = {
-                    **dataclasses.asdict(sizes),
-                    "exchange": name,
-                    "pass": "forward + backward" if gradients else "forward",
-                }
+        for name, product, gradients in itertools.product(exchanges, products, (False, True)):
+            about = {
+                **dataclasses.asdict(sizes),
+                "exchange": name,
+                "product": product or "chosen",
+                "pass": "forward + backward" if gradients else "forward",
+            }
 
-                def measure(name=name, gradients=gradients, layer=layer):
+            def measure(name=name, product=product, gradients=gradients, layer=layer):
+                with use(product):
                     return _measure(layer, baselines.named(name), gradients)
 
-                report.guarded("layer", about, measure)
+            report.guarded("layer", about, measure)
 
 
 def _measure(layer: Layer, exchange: object, gradients: bool) -> dict[str, object]:
     compiled = layer.backward(exchange) if gradients else layer.forward(exchange)
+    alone, experts = layer.alone(exchange, gradients), layer.experts(gradients)
 
     def step():
         return compiled(layer.parameters, layer.x)
@@ -177,13 +222,14 @@ def _measure(layer: Layer, exchange: object, gradients: bool) -> dict[str, objec
     dropped = int((results[0][1] if gradients else results[1]).dropped)
     del results
     wall = timing.seconds_per_run(step, least=0.3)
-    alone = timing.seconds_per_run(layer.alone(exchange, gradients))
+    alone_s = timing.seconds_per_run(alone)
     tokens = layer.sizes.num_ranks * layer.sizes.num_tokens
     record = {
         "wall_s": wall,
         "tokens_per_s": tokens / wall,
-        "alone_s": alone,
-        "alone_share": alone / wall,
+        "alone_s": alone_s,
+        "alone_share": alone_s / wall,
+        "experts_s": timing.seconds_per_run(experts),
         "dropped": dropped,
         "communication_share": math.nan,
     }

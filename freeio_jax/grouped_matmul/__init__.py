@@ -7,7 +7,6 @@ once in a process: :func:`choose` says which and why, ``python -m freeio_jax.inf
 from __future__ import annotations
 
 import contextlib
-import contextvars
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,8 @@ from freeio_jax.grouped_matmul.product import Product
 
 __all__ = ["Product", "choose", "grouped_matmul", "use"]
 
-_BY = contextvars.ContextVar("implementation of grouped_matmul", default=None)
+#: Name of an implementation, or None. JAX compiles anew where it differs.
+_BY = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def use(name: str | None):
         or ``"ragged_dot"``; None: the usual choice. A name that does not serve raises a ValueError
         when the program is compiled.
 
-    For comparisons and to find faults. A function that is compiled already keeps what it has.
+    For comparisons, and to find faults.
 
     >>> import jax, jax.numpy as jnp
     >>> from freeio_jax.grouped_matmul import grouped_matmul, use
@@ -38,11 +38,8 @@ def use(name: str | None):
     ...     grouped_matmul(jnp.ones((2, 3)), jnp.ones((1, 3, 1)), jnp.array([2])).tolist()
     [[3.0], [3.0]]
     """
-    token = _BY.set(name)
-    try:
+    with _BY(name):
         yield
-    finally:
-        _BY.reset(token)
 
 
 def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -95,5 +92,5 @@ def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) 
         rows.astype(dtype),
         weights.astype(dtype),
         group_sizes.astype(jnp.int32),
-        by=_BY.get(),
+        by=_BY.value,
     )
