@@ -46,7 +46,7 @@ class _Engine:
     """
 
     def __init__(self, native):
-        self._native = native
+        self.native = native
         self._last_module: object = None
         self._starting = threading.Lock()
         native.set_starter(self.start)
@@ -64,7 +64,7 @@ class _Engine:
         runtime.require_initialize()
         with self._starting:
             self._start()
-        self._native.set_started()
+        self.native.set_started()
 
     def prepare(self, module: object) -> None:
         """Called when a call is lowered; ``module`` is an object that its module alone has.
