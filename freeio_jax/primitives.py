@@ -215,9 +215,9 @@ mlir.register_lowering(device_index_p, lambda ctx: [hlo.partition_id()])
 
 # --- keep: what rematerialization saves ----------------------------------------------------------
 #
-# Identity. All derivatives need a dispatch's routes, and they are small: jax.checkpoint saves them
-# under every policy that saves something. So a dispatch whose rows are saved, by whatever name, is
-# not exchanged again. Which names there will be, nobody knows here.
+# Identity. Derivatives need a dispatch's routes and counts, which are small: jax.checkpoint saves
+# them under every policy that saves something. So a dispatch whose rows are saved, by a name that
+# the caller gave them, is not exchanged again: all else that it returned is there.
 
 
 def _keep_partial_eval(policy, unknown, instantiated, eqn):
@@ -266,15 +266,15 @@ def _dispatch_abstract_eval(topk_idx, *leaves, axes, layout):
 
 
 def run_dispatch(topk_idx, *leaves, **params):
-    """(rows, routes, the rest of the results) of a dispatch, the routes kept."""
+    """(rows, routes, counts) of a dispatch: all that it returns, by what it is for."""
     outs = bind(dispatch_p, topk_idx, *leaves, **params)
-    rows, routing = outs[: len(leaves)], outs[len(leaves) :]
-    return rows, keep_p.bind(*routing[:3]), routing[3:]
+    routing = keep_p.bind(*outs[len(leaves) :])
+    return outs[: len(leaves)], routing[:3], routing[3:]
 
 
 def _dispatch_jvp(primals, tangents, *, axes, layout):
-    rows, routes, rest = run_dispatch(*primals, axes=axes, layout=layout)
-    outs = [*rows, *routes, *rest]
+    rows, routes, counts = run_dispatch(*primals, axes=axes, layout=layout)
+    outs = [*rows, *routes, *counts]
     out_tangents = [p2tz(out) for out in outs]
     moving = [i for i, t in enumerate(tangents[1:]) if not _is_zero(t)]
     if moving:
@@ -302,12 +302,12 @@ def _dispatch_partial_eval(trace, topk_idx, *leaves, **params):
     ids = topk_idx.pval.get_known()
     # Rows that nobody looks at, where there are no others: a call takes at least one leaf.
     known = [leaf.pval.get_known() for leaf in leaves if leaf.is_known()] or [ids]
-    known_rows, routes, rest = run_dispatch(ids, *known, **params)
+    known_rows, routes, counts = run_dispatch(ids, *known, **params)
     unknown_rows = trace.default_process_primitive(
         dispatch_along_p, (*map(trace.new_const, routes), *unknown), params
     )
     sources = iter(known_rows), iter(unknown_rows)
-    return [*(next(sources[not leaf.is_known()]) for leaf in leaves), *routes, *rest]
+    return [*(next(sources[not leaf.is_known()]) for leaf in leaves), *routes, *counts]
 
 
 def _dispatch_lowering(ctx, *args, layout, engine, **params):
