@@ -143,7 +143,9 @@ def test_importing_freeio_jax_starts_no_backend(tmp_path):
 def run_pod(folder, text, *arguments):
     """(exit status, standard output by process, everything) of two processes of two devices."""
     script = folder / "program.py"
-    script.write_text("import jax\njax.distributed.initialize()\n" + PRELUDE + textwrap.dedent(text))
+    script.write_text(
+        "import jax\njax.distributed.initialize()\n" + PRELUDE + textwrap.dedent(text)
+    )
     lines = []
     command = [str(script), str(folder), *arguments]
     pod = Pod(
