@@ -6,7 +6,7 @@ import jax
 
 from freeio_jax.arguments import combine_arguments, dispatch_arguments
 from freeio_jax.handle import Dispatched, Handle
-from freeio_jax.primitives import NUM_ROUTING_OUTPUTS, bind, combine_p, dispatch_p
+from freeio_jax.primitives import bind, combine_p, run_dispatch
 
 
 def dispatch(
@@ -82,10 +82,9 @@ def dispatch(
         capacity=capacity,
         alignment=alignment,
     )
-    outs = bind(dispatch_p, topk_idx, *leaves, axes=axes, layout=layout)
-    rows, routing = outs[:-NUM_ROUTING_OUTPUTS], outs[-NUM_ROUTING_OUTPUTS:]
-    dest_rank, dest_row, row_source, group_sizes, load, dropped, invalid = routing
-    handle = Handle(load, dropped, invalid, dest_rank, dest_row, row_source, layout, axes)
+    rows, routes, counts = run_dispatch(topk_idx, *leaves, axes=axes, layout=layout)
+    group_sizes, load, dropped, invalid = counts
+    handle = Handle(load, dropped, invalid, *routes, layout, axes)
     return Dispatched(jax.tree_util.tree_unflatten(treedef, rows), group_sizes, handle)
 
 

@@ -9,18 +9,19 @@ import threading
 
 import jax
 import numpy as np
-from jax._src import dispatch
+from jax._src import dispatch, xla_bridge
 from jax._src.interpreters import mlir
+from jax._src.lib import _jax, xla_client
 from jax._src.mesh import get_concrete_mesh
 
 from freeio_jax import _native, log, runtime, watch
 
 
 def _register(native, registry: str) -> None:
-    """Registers an engine's handlers with XLA.
+    """Registers an engine's handlers with XLA: state types before the handlers that use them.
 
-    The backend must exist by then: registrations made before it does are replayed in an order
-    that XLA refuses (state types must come before the handlers that use them).
+    Only where XLA takes them at once. What JAX queues until there is a backend it registers in the
+    other order, which XLA refuses.
     """
     for name, registration in native.ffi_types().items():
         jax.ffi.register_ffi_type(name, registration, platform=registry)
@@ -57,25 +58,41 @@ def _watch_compilations() -> None:
 
 
 class _Engine:
-    """What the engines have in common: each lowered call prepares its engine and names itself.
+    """What the engines have in common.
+
+    Handlers are registered when this module is imported, so that programs which were compiled in
+    another process find them; that starts no backend. The engine itself starts when the first call
+    is lowered, or, where none is, when XLA makes the first instance of a call that it has loaded.
+
+    Args:
+      native: the engine's part of the native module.
 
     Attributes:
       needs_devices: whether the mesh's devices must be known when a call is lowered.
       takes_empty: whether custom calls may have buffers without elements on that platform.
     """
 
-    def __init__(self):
+    def __init__(self, native):
+        self.native = native
         self._modules = _Modules()
+        self._starting = threading.Lock()
+        native.set_starter(self.start)
 
-    def prepare(self) -> None:
-        """Called when a call is lowered.
+    def register(self) -> None:
+        """Has XLA know the handlers as soon as it can."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Makes the engine ready for calls; called any number of times, on any thread.
 
         Raises:
           RuntimeError: there are several processes, and ``initialize`` was not called.
         """
         runtime.require_initialize()
         _watch_compilations()
-        self._start()
+        with self._starting:
+            self._start()
+        self.native.set_started()
 
     def _start(self) -> None:
         raise NotImplementedError
@@ -99,10 +116,19 @@ class CpuEngine(_Engine):
     needs_devices = False
     takes_empty = True
 
+    def __init__(self):
+        super().__init__(_native)
+
+    def register(self) -> None:
+        # XLA for the CPU is part of jaxlib and takes handlers without a backend. This is what
+        # JAX does when it makes one, but for the order.
+        xla_client.register_custom_type_handler("cpu", _jax.register_custom_type)
+        xla_client.register_custom_call_handler("cpu", _jax.register_custom_call_target)
+        _register(_native, "cpu")
+
     @functools.cache  # noqa: B019 - engines live as long as the process
     def _start(self) -> None:
         local = jax.local_devices(backend="cpu")
-        _register(_native, "cpu")
         log.logger.info(
             "CPU engine: %d of %d devices are in this process", len(local), jax.device_count("cpu")
         )
@@ -140,7 +166,7 @@ class CudaEngine(_Engine):
     takes_empty = False  # XLA:GPU crashes when it compiles such a call
 
     def __init__(self):
-        super().__init__()
+        super().__init__(_native.cuda)
         runtime.add_pod_member(runtime.PodMember(self._join, self._leave))
 
     @property
@@ -148,15 +174,23 @@ class CudaEngine(_Engine):
         # A machine without the driver lowers for its CPU, also under a mesh without devices.
         return _native.cuda.has_driver()
 
-    def _start(self) -> None:
-        # In a pod the GPUs were made ready when it was joined.
-        if jax.process_count() == 1:
-            _native.cuda.start([device.local_hardware_id for device in self._numbers()])
-        self._register()
+    def register(self) -> None:
+        # XLA for GPUs is in a plugin of JAX's, which is loaded before the first backend is made.
+        # JAX calls back for each plugin.
+        xla_bridge.register_plugin_callbacks(lambda c_api: self._register())
 
     @functools.cache  # noqa: B019 - engines live as long as the process
     def _register(self) -> None:
         _register(_native.cuda, "CUDA")
+
+    def _start(self) -> None:
+        # In a pod the GPUs were made ready when it was joined.
+        if jax.process_count() == 1:
+            _native.cuda.start([device.local_hardware_id for device in self._numbers()])
+        self._tell_start()
+
+    @functools.cache  # noqa: B019 - engines live as long as the process
+    def _tell_start(self) -> None:
         owned, mapped = _native.cuda.memory()
         log.logger.info(
             "CUDA engine: %d of %d GPUs are in this process; the engine owns %d bytes of each, and "
@@ -250,3 +284,5 @@ class CudaEngine(_Engine):
 ENGINES = {"cpu": CpuEngine()}
 if hasattr(_native, "cuda"):
     ENGINES["cuda"] = CudaEngine()
+for _engine in ENGINES.values():
+    _engine.register()

@@ -26,6 +26,7 @@ from jax._src.ad_util import p2tz
 from jax._src.lib.mlir.dialects import hlo
 from jax._src.mesh import get_concrete_mesh
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from freeio_jax import log
@@ -105,7 +106,7 @@ def _lower(
     """
     if not engine.takes_empty and moves_nothing:
         return [*map(_zeros, ctx.avals_out)]
-    engine.prepare()
+    engine.start()
     mesh = ctx.module_context.axis_context.mesh
     if log.logger.isEnabledFor(logging.DEBUG):
         operand_types = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in ctx.avals_in)
@@ -211,12 +212,41 @@ device_index_p.def_abstract_eval(lambda: core.ShapedArray((), np.uint32))
 mlir.register_lowering(device_index_p, lambda ctx: [hlo.partition_id()])
 
 
+# --- keep: what rematerialization saves ----------------------------------------------------------
+#
+# Identity. Derivatives need a dispatch's routes and counts, which are small: jax.checkpoint saves
+# them under every policy that saves something. So a dispatch whose rows are saved, by a name that
+# the caller gave them, is not exchanged again: all else that it returned is there.
+
+
+def _keep_partial_eval(policy, unknown, instantiated, eqn):
+    """jax.checkpoint's: (known eqn, eqn run again, unknown, instantiated, residuals)."""
+    not_here = [
+        v
+        for v, here in zip(eqn.invars, instantiated, strict=True)
+        if not here and isinstance(v, core.Var)
+    ]
+    yes, no = [True] * len(eqn.outvars), [False] * len(eqn.outvars)
+    if any(unknown):
+        return None, eqn, yes, yes, not_here
+    if policy is jax.checkpoint_policies.nothing_saveable:
+        return eqn, eqn, no, yes, not_here
+    return eqn, None, no, no, []
+
+
+keep_p = core.Primitive("freeio_keep")
+keep_p.multiple_results = True
+keep_p.def_impl(lambda *arrays: arrays)
+keep_p.def_abstract_eval(lambda *avals: avals)
+mlir.register_lowering(keep_p, lambda ctx, *arrays: arrays)
+batching.primitive_batchers[keep_p] = lambda arrays, dims: (keep_p.bind(*arrays), dims)
+pe.partial_eval_jaxpr_custom_rules[keep_p] = _keep_partial_eval
+
+
 # --- dispatch: routing and rows in one exchange ------------------------------------------------
 #
 # (topk_idx, *leaves) -> (*rows, dest_rank, dest_row, row_source, group_sizes, expert_load,
 #                         num_dropped, num_invalid)
-
-NUM_ROUTING_OUTPUTS = 7
 
 
 def _dispatch_abstract_eval(topk_idx, *leaves, axes, layout):
@@ -234,17 +264,22 @@ def _dispatch_abstract_eval(topk_idx, *leaves, axes, layout):
     return rows + routing, _effects(axes)
 
 
+def run_dispatch(topk_idx, *leaves, **params):
+    """(rows, routes, counts) of a dispatch: all that it returns, by what it is for."""
+    outs = bind(dispatch_p, topk_idx, *leaves, **params)
+    routing = keep_p.bind(*outs[len(leaves) :])
+    return outs[: len(leaves)], routing[:3], routing[3:]
+
+
 def _dispatch_jvp(primals, tangents, *, axes, layout):
-    outs = bind(dispatch_p, *primals, axes=axes, layout=layout)
-    dest_rank, dest_row, row_source = outs[-NUM_ROUTING_OUTPUTS:][:3]
+    rows, routes, counts = run_dispatch(*primals, axes=axes, layout=layout)
+    outs = [*rows, *routes, *counts]
     out_tangents = [p2tz(out) for out in outs]
     moving = [i for i, t in enumerate(tangents[1:]) if not _is_zero(t)]
     if moving:
         rows = bind(
             dispatch_along_p,
-            dest_rank,
-            dest_row,
-            row_source,
+            *routes,
             *(tangents[1 + i] for i in moving),
             axes=axes,
             layout=layout,
@@ -252,6 +287,26 @@ def _dispatch_jvp(primals, tangents, *, axes, layout):
         for i, row in zip(moving, rows, strict=True):
             out_tangents[i] = row
     return outs, out_tangents
+
+
+def _dispatch_partial_eval(trace, topk_idx, *leaves, **params):
+    """As a function of unknown leaves a dispatch is linear, once its routes are known.
+
+    Which is what jax.linear_transpose asks for: an exchange now for the routes and the known
+    leaves, and the unknown ones along them.
+    """
+    unknown = [leaf for leaf in leaves if not leaf.is_known()]
+    if not unknown or not topk_idx.is_known():
+        return trace.default_process_primitive(dispatch_p, (topk_idx, *leaves), params)
+    ids = topk_idx.pval.get_known()
+    # Rows that nobody looks at, where there are no others: a call takes at least one leaf.
+    known = [leaf.pval.get_known() for leaf in leaves if leaf.is_known()] or [ids]
+    known_rows, routes, counts = run_dispatch(ids, *known, **params)
+    unknown_rows = trace.default_process_primitive(
+        dispatch_along_p, (*map(trace.new_const, routes), *unknown), params
+    )
+    sources = iter(known_rows), iter(unknown_rows)
+    return [*(next(sources[not leaf.is_known()]) for leaf in leaves), *routes, *counts]
 
 
 def _dispatch_lowering(ctx, *args, layout, engine, **params):
@@ -263,6 +318,7 @@ def _dispatch_lowering(ctx, *args, layout, engine, **params):
 
 dispatch_p = _define("dispatch", _dispatch_abstract_eval, _dispatch_lowering)
 ad.primitive_jvps[dispatch_p] = _dispatch_jvp
+pe.custom_partial_eval_rules[dispatch_p] = _dispatch_partial_eval
 
 
 # --- dispatch_along: rows along a handle, no routing -------------------------------------------

@@ -262,5 +262,5 @@ def require_initialize() -> None:
         raise RuntimeError(
             f"freeio_jax: this program has {jax.process_count()} processes. Call "
             "freeio_jax.initialize() in each of them, after jax.distributed.initialize() and "
-            "before the first dispatch or combine is compiled."
+            "before the first dispatch or combine is compiled or loaded."
         )

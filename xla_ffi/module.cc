@@ -20,8 +20,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Engines of freeio_jax behind XLA FFI custom calls.";
-  module.def("ffi_types", &freeio::host::ffi_types);
-  module.def("ffi_targets", &freeio::host::ffi_targets);
+  freeio::host::add_engine(module);
 #ifdef FREEIO_CUDA
   freeio::cuda::add_module(module);
 #endif

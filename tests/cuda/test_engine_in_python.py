@@ -31,9 +31,23 @@ class Native:
     """What the engine calls in C++."""
 
     def __init__(self):
+        self.starter = None
+        self.is_started = False
         self.joined = []
         self.failures = []
         self.failures_on_leaving = []
+
+    def set_starter(self, start):
+        self.starter = start
+
+    def set_started(self):
+        self.is_started = True
+
+    def start(self, ordinals):
+        self.joined.append((0, ordinals))
+
+    def memory(self):
+        return 0, 0
 
     def join(self, process, gpus):
         self.joined.append((process, gpus))
@@ -103,6 +117,32 @@ def test_without_gpus_nothing_is_joined(engine, native, monkeypatch):
     make_pod(monkeypatch, 0, [1], [])
     engine._join()
     assert native.joined == []
+
+
+def test_the_first_instance_of_a_loaded_program_starts_the_engine(engine, native, monkeypatch):
+    make_pod(monkeypatch, 0, [], [(0, 0, 3), (0, 1, 2)])
+    watching = []
+    monkeypatch.setattr(engines.jax, "process_count", lambda: 1, raising=False)
+    for count in ("local_device_count", "device_count"):
+        monkeypatch.setattr(engines.jax, count, lambda platform: 2, raising=False)
+    monkeypatch.setattr(engines, "_start_watching", lambda: watching.append(True))
+    assert not native.is_started
+    for _ in range(2):  # it may be made on two threads at once
+        native.starter()
+    assert native.is_started
+    assert native.joined[0] == (0, [3, 2])
+    assert watching == [True]
+
+
+def test_handlers_are_registered_once_the_plugin_is_loaded(engine, native, monkeypatch):
+    callbacks, registered = [], []
+    monkeypatch.setattr(engines.xla_bridge, "register_plugin_callbacks", callbacks.append)
+    monkeypatch.setattr(engines, "_register", lambda *args: registered.append(args))
+    engine.register()
+    assert registered == []
+    for plugin in ("one", "another"):
+        callbacks[0](c_api=plugin)
+    assert registered == [(native, "CUDA")]
 
 
 def test_failures_are_logged_before_leaving(engine, native, caplog):

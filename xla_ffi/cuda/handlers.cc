@@ -15,6 +15,7 @@
 #include "core/buffers.h"
 #include "core/digest.h"
 #include "core/registration.h"
+#include "core/starter.h"
 #include "cuda/engine.h"
 #include "cuda/geometry.h"
 #include "cuda/measure.h"
@@ -55,8 +56,14 @@ struct Instance {
   }
 };
 
+Starter& starter() {
+  static Starter instance;
+  return instance;
+}
+
 template <Operation kOperation>
 ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
+  if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
   auto call = read_attributes(attributes);
   if (!call.has_value()) return ffi::Unexpected(call.error());
   auto gpus = attributes.get<ffi::Span<const int64_t>>("gpus");
@@ -285,6 +292,7 @@ void add_module(py::module_& native) {
   module.def("link_bandwidth", &link_bandwidth, py::arg("ordinals"), py::arg("bytes"),
              py::arg("ctas"), py::arg("pull"));
   module.def("flag_trip", &flag_trip, py::arg("source"), py::arg("target"));
+  starter().add_to(module);
   module.def("ffi_types", &ffi_types);
   module.def("ffi_targets", &ffi_targets);
 }

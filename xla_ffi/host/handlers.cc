@@ -8,6 +8,7 @@
 
 #include "core/buffers.h"
 #include "core/registration.h"
+#include "core/starter.h"
 #include "host/instance_name.h"
 #include "host/rendezvous.h"
 
@@ -24,8 +25,14 @@ struct Instance {
       : block(named.block), rendezvous(layout, std::move(groups), named.name) {}
 };
 
+Starter& starter() {
+  static Starter instance;
+  return instance;
+}
+
 template <Operation kOperation>
 ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
+  if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
   auto call = read_attributes(attributes);
   if (!call.has_value()) return ffi::Unexpected(call.error());
   const NamedInstance named =
@@ -156,11 +163,13 @@ XLA_FFI_DEFINE_HANDLER(kCombineTranspose, execute<read_combine_transpose>,
 
 }  // namespace
 
-pybind11::dict ffi_types() { return ffi_type<Instance>("freeio_instance"); }
-
-pybind11::dict ffi_targets() {
-  return ffi_targets_of({kMakeDispatch, kDispatch}, {kMakeDispatchAlong, kDispatchAlong},
-                        {kMakeCombine, kCombine}, {kMakeCombineTranspose, kCombineTranspose});
+void add_engine(pybind11::module_& module) {
+  starter().add_to(module);
+  module.def("ffi_types", [] { return ffi_type<Instance>("freeio_instance"); });
+  module.def("ffi_targets", [] {
+    return ffi_targets_of({kMakeDispatch, kDispatch}, {kMakeDispatchAlong, kDispatchAlong},
+                          {kMakeCombine, kCombine}, {kMakeCombineTranspose, kCombineTranspose});
+  });
 }
 
 }  // namespace freeio::host

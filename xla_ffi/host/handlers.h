@@ -5,10 +5,10 @@
 
 namespace freeio::host {
 
-// {type name: {"type_id": capsule, "type_info": capsule}}, as jax.ffi.register_ffi_type takes it.
-pybind11::dict ffi_types();
-
-// {target name: {stage: capsule}}, as jax.ffi.register_ffi_target takes it.
-pybind11::dict ffi_targets();
+// Adds to `module` what Python registers with XLA and how it starts the engine:
+// `ffi_types()`: {type name: {"type_id": capsule, "type_info": capsule}}, as
+// jax.ffi.register_ffi_type takes it;
+// `ffi_targets()`: {target name: {stage: capsule}}, as jax.ffi.register_ffi_target takes it.
+void add_engine(pybind11::module_& module);
 
 }  // namespace freeio::host
