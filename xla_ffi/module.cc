@@ -10,7 +10,7 @@
 #include "host/session.h"
 
 #ifdef FREEIO_CUDA
-#include "cuda/engine.h"
+#include "cuda/gpus.h"
 #include "cuda/handlers.h"
 #endif
 

@@ -15,10 +15,10 @@
 #include "core/buffers.h"
 #include "core/digest.h"
 #include "core/registration.h"
-#include "cuda/engine.h"
 #include "cuda/geometry.h"
+#include "cuda/gpus.h"
 #include "cuda/measure.h"
-#include "cuda/params.h"
+#include "cuda/plan.h"
 #include "host/instance_name.h"
 #include "host/pod.h"
 

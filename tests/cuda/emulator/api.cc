@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "core/dtype.h"
-#include "cuda/engine.h"
-#include "cuda/params.h"
+#include "cuda/gpus.h"
+#include "cuda/plan.h"
 #include "driver.h"
 #include "host/pod.h"
 #include "machine.h"

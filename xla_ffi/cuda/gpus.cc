@@ -1,4 +1,4 @@
-#include "cuda/engine.h"
+#include "cuda/gpus.h"
 
 #include <cuda_runtime_api.h>
 
@@ -14,8 +14,8 @@
 #include "cuda/failure.h"
 #include "cuda/kernels.h"
 #include "cuda/memory.h"
-#include "cuda/params.h"
 #include "cuda/peers.h"
+#include "cuda/plan.h"
 
 namespace freeio::cuda {
 namespace {

@@ -2,12 +2,12 @@
 //
 // The expert's rank pulls the cotangent x of each token that it has rows of, once, stores
 // weight * x to each of its rows here, and sends <expert_out row, x> back to the token's rank.
-#include "cuda/elements.cuh"
+#include "cuda/device/elements.cuh"
+#include "cuda/device/routes.cuh"
+#include "cuda/device/rows.cuh"
+#include "cuda/device/shared_memory.cuh"
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
-#include "cuda/routes.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {

@@ -1,15 +1,15 @@
-// combine of small calls, which latency rules: as in combine.cu, but partial sums go to the token's
+// combine of small calls, which latency rules: as in large.cu, but partial sums go to the token's
 // rank in lines (lines.cuh), into its control block, and nobody waits for the others' end.
 //
 // A warp loads the rows of a sum together, into its registers: with few slices for each warp there
 // is nothing to prepare while it waits, and the instructions that it would take are what time goes
 // into.
-#include "cuda/elements.cuh"
+#include "cuda/device/elements.cuh"
+#include "cuda/device/lines.cuh"
+#include "cuda/device/routes.cuh"
+#include "cuda/device/shared_memory.cuh"
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
-#include "cuda/lines.cuh"
-#include "cuda/routes.cuh"
-#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {

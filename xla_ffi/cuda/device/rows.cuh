@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/device/shares.cuh"
 #include "cuda/geometry.h"
-#include "cuda/shares.cuh"
 
 namespace freeio::cuda {
 

@@ -3,14 +3,14 @@
 // Each rank sums a token's rows that it hosts, weighted, and stores that partial sum to a slot that
 // the token's own rank keeps for it: one row crosses per (token, rank) pair. The token's rank adds
 // the partial sums in order of rank, its own among them, straight from its rows. (Small calls:
-// combine_in_lines.cu.)
-#include "cuda/announcer.cuh"
-#include "cuda/async_copy.cuh"
-#include "cuda/elements.cuh"
+// small.cu.)
+#include "cuda/combine/announcer.cuh"
+#include "cuda/device/async_copy.cuh"
+#include "cuda/device/elements.cuh"
+#include "cuda/device/routes.cuh"
+#include "cuda/device/shared_memory.cuh"
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
-#include "cuda/routes.cuh"
-#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {

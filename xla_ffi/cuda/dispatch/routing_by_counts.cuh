@@ -3,7 +3,7 @@
 // row. Where there is no room for so many places, they are told the rows, once these are known.
 #pragma once
 
-#include "cuda/groups.cuh"
+#include "cuda/dispatch/groups.cuh"
 
 namespace freeio::cuda {
 

@@ -2,7 +2,7 @@
 // weight.
 #pragma once
 
-#include "cuda/shares.cuh"
+#include "cuda/device/shares.cuh"
 
 namespace freeio::cuda {
 

@@ -3,7 +3,7 @@
 // routing by counts, but nothing is counted before the ids leave, and the rows can leave with them.
 #pragma once
 
-#include "cuda/groups.cuh"
+#include "cuda/dispatch/groups.cuh"
 
 namespace freeio::cuda {
 

@@ -3,7 +3,7 @@
 // fifteenth more bytes.
 #pragma once
 
-#include "cuda/session.cuh"
+#include "cuda/device/session.cuh"
 
 namespace freeio::cuda {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/control.h"
-#include "cuda/memory_order.cuh"
+#include "cuda/device/memory_order.cuh"
 
 namespace freeio::cuda {
 

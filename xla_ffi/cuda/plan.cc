@@ -1,4 +1,4 @@
-#include "cuda/params.h"
+#include "cuda/plan.h"
 
 #include <algorithm>
 #include <atomic>

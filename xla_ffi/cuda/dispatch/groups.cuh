@@ -1,7 +1,7 @@
 // The groups of packed rows: where each begins and ends.
 #pragma once
 
-#include "cuda/shares.cuh"
+#include "cuda/device/shares.cuh"
 
 namespace freeio::cuda {
 

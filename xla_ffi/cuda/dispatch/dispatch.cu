@@ -10,12 +10,12 @@
 // sends each row, once to each rank that needs it, in lines (lines.cuh) to the control block there,
 // together with the ids. Nobody waits for the others' end then.
 #include "core/layout.h"
+#include "cuda/device/lines.cuh"
+#include "cuda/device/rows.cuh"
+#include "cuda/device/shared_memory.cuh"
+#include "cuda/dispatch/routing_by_counts.cuh"
+#include "cuda/dispatch/routing_by_ids.cuh"
 #include "cuda/kernels.h"
-#include "cuda/lines.cuh"
-#include "cuda/routing_by_counts.cuh"
-#include "cuda/routing_by_ids.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {

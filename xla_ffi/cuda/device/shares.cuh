@@ -3,7 +3,7 @@
 
 #include <climits>
 
-#include "cuda/session.cuh"
+#include "cuda/device/session.cuh"
 
 namespace freeio::cuda {
 
