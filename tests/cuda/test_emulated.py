@@ -97,6 +97,19 @@ def test_leaves_of_any_row_size_travel_together(machine, rng, offset):
 
 @all_protocols
 @pytest.mark.usefixtures("protocol")
+def test_a_call_runs_again_with_other_buffers_alignments_and_num_sms(machine, rng):
+    geometry = Geometry(3, 10, 2, 6)
+    for num_sms, offset in ((5, 0), (5, 0), (5, 4), (2, 4), (5, 0)):
+        machine.set_num_sms(num_sms)
+        leaves = [random_bits(rng, (3, 10, 40), np.float32)]
+        topk_idx = routing(rng, geometry)
+        out = dispatch(machine, geometry, topk_idx, leaves, offset=offset)
+        machine.synchronize()
+        check_dispatched(out, geometry, topk_idx, leaves)
+
+
+@all_protocols
+@pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("num_sms", [1, 2, 7])
 def test_leaves_of_several_slices_travel_together(machine, rng, num_sms):
     """All of them in lines: of one access, of a slice, of one more, and of many."""

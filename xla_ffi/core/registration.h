@@ -14,15 +14,20 @@ pybind11::capsule capsule(T* pointer) {
   return pybind11::capsule(reinterpret_cast<void*>(pointer));
 }
 
-// {name: registration} of an engine's state type.
+// Adds a state type of an engine to {name: registration}.
 template <typename Instance>
-pybind11::dict ffi_type(const char* name) {
+void add_ffi_type(const char* name, pybind11::dict& types) {
   static constexpr ffi::TypeInfo kInfo = ffi::MakeTypeInfo<Instance>();
   pybind11::dict type;
   type["type_id"] = capsule(&Instance::id);
   type["type_info"] = capsule(const_cast<ffi::TypeInfo*>(&kInfo));
-  pybind11::dict types;
   types[name] = type;
+}
+// {name: registration} of an engine's one state type.
+template <typename Instance>
+pybind11::dict ffi_type(const char* name) {
+  pybind11::dict types;
+  add_ffi_type<Instance>(name, types);
   return types;
 }
 

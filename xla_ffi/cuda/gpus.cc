@@ -15,7 +15,6 @@
 #include "cuda/kernels.h"
 #include "cuda/memory.h"
 #include "cuda/peers.h"
-#include "cuda/plan.h"
 
 namespace freeio::cuda {
 namespace {
@@ -55,12 +54,17 @@ struct Gpu {
 
 struct Engine {
   std::mutex mutex;
-  std::map<int, Gpu> gpus;                   // by GPU number
-  std::unique_ptr<Peers> peers;              // null: no other processes
-  std::vector<std::unique_ptr<Peers>> left;  // of pods that this process is in no more
-  std::vector<std::string> untold;           // failures of GPUs that are gone since
+  // Of this process's GPUs, by number: for those who look without the mutex.
+  std::atomic<HostBlock*> hosts[kMaxRanks] = {};
+  std::map<int, Gpu> gpus;       // by GPU number
+  std::unique_ptr<Peers> peers;  // null: no other processes
+  // Of pods that this process is in no more: calls of then may look at them once more.
+  std::vector<std::unique_ptr<Peers>> left_peers;
+  std::vector<std::unique_ptr<HostBlock, FreeHost>> left_hosts;
+  std::vector<std::string> untold;  // failures of GPUs that are gone since
   bool started = false;
   std::atomic<uint64_t> generation{0};
+  std::atomic<uint64_t> version{1};
   std::atomic<uint64_t> timeout_ns{60'000'000'000};
   std::atomic<int64_t> num_sms{0};
 
@@ -74,8 +78,8 @@ Engine& engine() {
 }
 
 // With the most shared memory that any call asks for.
-std::vector<Kernel> all_kernels() {
-  std::vector<Kernel> kernels;
+std::vector<std::pair<const void*, size_t>> all_kernels() {
+  std::vector<std::pair<const void*, size_t>> kernels;
   for (const Routes routes : kAllRoutes) {
     kernels.push_back(
         {dispatch_function(routes), dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll)});
@@ -105,7 +109,7 @@ Status load_kernels(int ordinal) {
                          "cudaFuncGetAttributes (the engine's kernels do not fit this GPU: it was "
                          "built for other architectures?)");
     if (!status.ok()) return status;
-    // What the most experts need, some GPUs have not: launch() tells those who need it.
+    // What the most experts need, some GPUs have not: a call that needs it is told.
     const int most = of_gpu - static_cast<int>(attributes.sharedSizeBytes);
     status = cuda_status(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               std::min(static_cast<int>(shared_bytes), most)),
@@ -229,9 +233,8 @@ uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
 }
 
 // With the engine locked. OK: no exchange on the GPU has failed.
-Status failure_of(const HostBlock& host) {
-  const volatile Failure& failure = host.failure;
-  if (failure.step == kNone) return {};
+Status locked_failure_of(const HostBlock& host) {
+  if (!has_failure(host)) return {};
   const Peers* const peers = engine().peers.get();
   return to_status(host.failure, engine().timeout(),
                    peers != nullptr ? peers->who(host.failure.peer_gpu) : "");
@@ -241,7 +244,7 @@ Status failure_of(const HostBlock& host) {
 std::string new_failure() {
   for (auto& [number, gpu] : engine().gpus) {
     if (gpu.told) continue;
-    const Status status = failure_of(*gpu.host);
+    const Status status = locked_failure_of(*gpu.host);
     gpu.told = !status.ok();
     if (gpu.told) return status.message;
   }
@@ -255,23 +258,27 @@ Status not_connected(int64_t gpu) {
               "it was not there when the engine started."};
 }
 
-// The addresses of this rank's buffers, as its peers understand them.
-Status translate_addresses(Exchange& exchange) {
-  Peers* peers = nullptr;
-  {
-    std::lock_guard lock(engine().mutex);
-    for (int rank = 0; rank < exchange.num_ranks; ++rank) {
-      if (engine().gpus.count(exchange.gpu[rank]) == 0) peers = engine().peers.get();
-    }
-  }
-  if (peers == nullptr) return {};
-  for (uint64_t& address : exchange.posted) {
-    if (address == 0) continue;
-    Status status =
-        peers->share(reinterpret_cast<const void*>(address), engine().timeout(), address);
-    if (!status.ok()) return status;
-  }
-  return {};
+// Makes these the GPUs of this process.
+void take_gpus(std::map<int, Gpu> gpus) {
+  engine().gpus = std::move(gpus);
+  for (const auto& [number, gpu] : engine().gpus) engine().hosts[number] = gpu.host.get();
+  engine().started = true;
+  ++engine().generation;
+  outdate_calls();
+}
+
+// Whether the GPUs of this process among these, of which there is one, have had no failure.
+bool are_fine(const std::vector<int64_t>& gpus) {
+  bool has_own = false;
+  bool fine = true;
+  const auto look = [&](size_t number) {
+    const HostBlock* const host = number < kMaxRanks ? engine().hosts[number].load() : nullptr;
+    has_own |= host != nullptr;
+    fine &= host == nullptr || !has_failure(*host);
+  };
+  for (const int64_t number : gpus) look(static_cast<size_t>(number));
+  for (size_t number = 0; gpus.empty() && number < kMaxRanks; ++number) look(number);
+  return has_own && fine;
 }
 
 }  // namespace
@@ -287,7 +294,21 @@ void set_timeout(double seconds) {
 
 uint64_t generation() { return engine().generation; }
 
-void set_num_sms(int64_t num_sms) { engine().num_sms = num_sms; }
+double timeout() { return engine().timeout(); }
+
+uint64_t engine_version() { return engine().version; }
+
+void outdate_calls() { ++engine().version; }
+
+Status failure_of(const HostBlock& host) {
+  std::lock_guard lock(engine().mutex);
+  return locked_failure_of(host);
+}
+
+void set_num_sms(int64_t num_sms) {
+  engine().num_sms = num_sms;
+  outdate_calls();
+}
 
 Memory memory() {
   std::lock_guard lock(engine().mutex);
@@ -316,9 +337,7 @@ Status start(const std::vector<int>& ordinals) {
   Status status =
       make_gpus(numbers, static_cast<int>(numbers.size()), false, engine().timeout_ns, gpus);
   if (!status.ok()) return status;
-  engine().gpus = std::move(gpus);
-  engine().started = true;
-  ++engine().generation;
+  take_gpus(std::move(gpus));
   return {};
 }
 
@@ -343,10 +362,8 @@ Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
   Peers* const connecting = peers.get();
   {
     std::lock_guard lock(engine().mutex);
-    engine().gpus = std::move(gpus);
+    take_gpus(std::move(gpus));
     engine().peers = std::move(peers);
-    engine().started = true;
-    ++engine().generation;
   }
   // Not locked: a peer that dies meanwhile is heard of on another thread.
   return connecting->connect(engine().timeout());
@@ -366,21 +383,28 @@ Status leave() {
     engine().untold.push_back(std::move(failure));
   }
   engine().peers->release();
-  engine().left.push_back(std::move(engine().peers));
+  engine().left_peers.push_back(std::move(engine().peers));
+  for (auto& [number, gpu] : engine().gpus) {
+    engine().hosts[number] = nullptr;
+    engine().left_hosts.push_back(std::move(gpu.host));
+  }
   engine().gpus.clear();
   engine().started = false;
+  outdate_calls();
   return {};
 }
 
-Status state_of(std::vector<int64_t> gpus) {
+Status state_of(const std::vector<int64_t>& gpus) {
+  if (are_fine(gpus)) return {};
   std::lock_guard lock(engine().mutex);
+  std::vector<int64_t> numbers = gpus;
   if (gpus.empty()) {
-    for (const auto& [number, gpu] : engine().gpus) gpus.push_back(number);
+    for (const auto& [number, gpu] : engine().gpus) numbers.push_back(number);
   }
   int64_t missing = -1;
   bool has_own = false;
   Status state;
-  for (const int64_t number : gpus) {
+  for (const int64_t number : numbers) {
     const auto own = engine().gpus.find(static_cast<int>(number));
     if (own == engine().gpus.end()) {
       missing = std::max(missing, number);
@@ -388,17 +412,18 @@ Status state_of(std::vector<int64_t> gpus) {
     }
     has_own = true;
     const HostBlock& host = *own->second.host;
-    Status status = failure_of(host);
+    Status status = locked_failure_of(host);
     // Rather the cause than that a peer gave up because of it.
     if (!status.ok() && (state.ok() || host.failure.step != kPeerGaveUp)) state = std::move(status);
   }
   return has_own ? state : not_connected(missing);
 }
 
-Status describe(const Layout& layout, const Member& member, Exchange& exchange) {
+Status describe(const Layout& layout, const Member& member, Exchange& exchange,
+                Connection& connection) {
   std::lock_guard lock(engine().mutex);
-  exchange = {};
-  const Peers* const peers = engine().peers.get();
+  connection = {};
+  Peers* const peers = engine().peers.get();
   for (size_t rank = 0; rank < member.gpus.size(); ++rank) {
     const int number = member.gpus[rank];
     if (number < 0) {
@@ -408,32 +433,30 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange) 
                   "axis must lie within a host."};
     }
     const auto own = engine().gpus.find(number);
-    ControlBlock* control = own != engine().gpus.end() ? own->second.control.get()
-                            : peers != nullptr         ? peers->control(number)
-                                                       : nullptr;
+    const bool is_own = own != engine().gpus.end();
+    ControlBlock* control = is_own             ? own->second.control.get()
+                            : peers != nullptr ? peers->control(number)
+                                               : nullptr;
     if (control == nullptr) return not_connected(number);
     exchange.control[rank] = control;
     exchange.gpu[rank] = number;
-    if (static_cast<int>(rank) == member.rank) exchange.host = own->second.host.get();
+    if (!is_own) connection.peers = peers;
+    if (static_cast<int>(rank) == member.rank) {
+      exchange.host = own->second.host.get();
+      connection.num_ctas = grid_size(layout, own->second);
+    }
   }
-  if (Status status = failure_of(*exchange.host); !status.ok()) return status;
-  exchange.device = member.device;
+  connection.host = exchange.host;
   exchange.expected_device = member.mesh_device;
   exchange.rank = member.rank;
   exchange.num_ranks = static_cast<int32_t>(layout.num_ranks);
   exchange.ranks = Divisor(exchange.num_ranks);
-  exchange.local_experts = Divisor(static_cast<int32_t>(layout.num_experts / layout.num_ranks));
+  exchange.local_experts = Divisor(static_cast<int32_t>(layout.experts_per_rank()));
   exchange.num_tokens = static_cast<int32_t>(layout.num_tokens);
   exchange.top_k = static_cast<int32_t>(layout.top_k);
   exchange.num_experts = static_cast<int32_t>(layout.num_experts);
   exchange.capacity = static_cast<int32_t>(layout.capacity);
   exchange.alignment = Divisor(static_cast<int32_t>(layout.alignment));
-  exchange.signature[kNumTokens] = static_cast<uint32_t>(layout.num_tokens);
-  exchange.signature[kTopK] = static_cast<uint32_t>(layout.top_k);
-  exchange.signature[kNumExperts] = static_cast<uint32_t>(layout.num_experts);
-  exchange.signature[kCapacity] = static_cast<uint32_t>(layout.capacity);
-  exchange.signature[kAlignment] = static_cast<uint32_t>(layout.alignment);
-  exchange.signature[kGrid] = grid_size(layout, engine().gpus.at(member.gpus[member.rank]));
   return {};
 }
 
@@ -453,28 +476,6 @@ int gpu_number(int ordinal) {
     if (gpu.ordinal == ordinal) return number;
   }
   return -1;
-}
-
-Status launch(const void* function, Exchange& exchange, void* params, size_t shared_bytes,
-              void* stream) {
-  Status status = translate_addresses(exchange);
-  if (!status.ok()) return status;
-  void* arguments[] = {params};
-  const cudaError_t error = cudaLaunchKernel(
-      function, dim3(exchange.signature[kGrid]), dim3(static_cast<unsigned>(threads_per_cta())),
-      arguments, shared_bytes, static_cast<cudaStream_t>(stream));
-  cudaFuncAttributes attributes;
-  if (error != cudaSuccess && cudaFuncGetAttributes(&attributes, function) == cudaSuccess &&
-      shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) {
-    cudaGetLastError();  // which is told here
-    return {Code::kInvalidArgument,
-            "freeio_jax: a kernel of this call, with num_experts=" +
-                std::to_string(exchange.num_experts) + ", needs " + std::to_string(shared_bytes) +
-                " bytes of shared memory, and this GPU has " +
-                std::to_string(attributes.maxDynamicSharedSizeBytes) +
-                " for it. Use a GPU that has more (A100, H100, B200), or fewer experts."};
-  }
-  return cuda_status(error, "cudaLaunchKernel");
 }
 
 }  // namespace freeio::cuda

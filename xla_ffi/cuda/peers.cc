@@ -151,7 +151,7 @@ ControlBlock* Peers::control(int gpu) const {
   return found == controls_.end() ? nullptr : static_cast<ControlBlock*>(found->second.base());
 }
 
-Status Peers::share(const void* pointer, double timeout, uint64_t& address) {
+Status Peers::share(const void* pointer, double timeout, SharedRegion& shared) {
   RelaxedCapture relaxed;  // XLA may be capturing the launch that this is for
   // XLA may have given a region back and got another one at the same place.
   uint64_t identity = 0;
@@ -161,7 +161,7 @@ Status Peers::share(const void* pointer, double timeout, uint64_t& address) {
   std::unique_lock lock(mutex_);
   Region* region = nullptr;
   for (Region& one : regions_) {
-    if (one.identity == identity && value - one.range.base < one.range.bytes) region = &one;
+    if (one.contains(value, identity)) region = &one;
   }
   if (region == nullptr) {
     // Where each buffer is an allocation of its own the driver may well export it. But the peers
@@ -197,7 +197,7 @@ Status Peers::share(const void* pointer, double timeout, uint64_t& address) {
     }
   }
   if (!region->refusal.empty()) return {Code::kInternal, region->refusal};
-  address = static_cast<uint64_t>(region->number) << kRegionShift | (value - region->range.base);
+  shared = *region;
   return {};
 }
 

@@ -33,6 +33,22 @@ struct OwnGpu {
   size_t bytes;
 };
 
+// A region of this process that all peers have mapped.
+struct SharedRegion {
+  uint32_t number = 0;
+  AddressRange range;
+  uint64_t identity = 0;
+
+  // `identity`: of the memory at the address.
+  bool contains(uint64_t address, uint64_t its_identity) const {
+    return identity == its_identity && address - range.base < range.bytes;
+  }
+  // An address in it as the peers are told.
+  uint64_t shared_address(uint64_t address) const {
+    return static_cast<uint64_t>(number) << kRegionShift | (address - range.base);
+  }
+};
+
 class Peers final : public host::Pod::Guest {
  public:
   // `processes`: which process has each GPU. The pointers in `own` stay good until the end.
@@ -46,9 +62,9 @@ class Peers final : public host::Pod::Guest {
   // Null: not a GPU of another process, or not connected.
   ControlBlock* control(int gpu) const;
 
-  // How the other processes are told of `pointer`. Shows its region to them if that is new, and
-  // waits at most `timeout` seconds until all have it mapped.
-  Status share(const void* pointer, double timeout, uint64_t& address);
+  // The region that `pointer` lies in. Shows it to the other processes if it is new, and waits at
+  // most `timeout` seconds until all have it mapped.
+  Status share(const void* pointer, double timeout, SharedRegion& shared);
 
   // "process 1 (pid 77)"; empty for a GPU of this process.
   std::string who(int gpu) const;
@@ -64,10 +80,7 @@ class Peers final : public host::Pod::Guest {
 
  private:
   struct Note;
-  struct Region {
-    uint32_t number;
-    AddressRange range;
-    uint64_t identity;
+  struct Region : SharedRegion {
     std::set<int> awaited;  // processes that have not mapped it yet
     std::string refusal;    // of one that cannot
   };

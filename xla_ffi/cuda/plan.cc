@@ -2,12 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <initializer_list>
 #include <utility>
 
 #include "core/digest.h"
-#include "core/layout.h"
 #include "cuda/geometry.h"
+#include "cuda/gpus.h"
 #include "cuda/kernels.h"
 
 namespace freeio::cuda {
@@ -17,14 +16,24 @@ std::atomic<int64_t> max_sent_assignments{kMaxSentAssignments};
 std::atomic<int64_t> max_sent_routes{kMaxSentRoutes};
 std::atomic<int64_t> max_sent_slices{kMaxSentSlices};
 
+constexpr int32_t kMaxAccess = 16;  // bytes
+
 enum Op : uint32_t { kDispatchOp, kDispatchAlongOp, kCombineOp, kCombineTransposeOp };
 
-// The widest access, up to 16 bytes, that suits rows of `row_bytes` at these addresses.
-int32_t access_bytes(int64_t row_bytes, std::initializer_list<const void*> buffers) {
-  uint64_t bits = 16 | static_cast<uint64_t>(row_bytes);
-  for (const void* buffer : buffers) bits |= reinterpret_cast<uint64_t>(buffer);
+// Bytes, up to 16, of which the numbers of these buffers' addresses are multiples.
+template <typename... Buffers>
+int32_t common_alignment(const Buffers*... buffers) {
+  const uint64_t bits = (uint64_t{kMaxAccess} | ... | reinterpret_cast<uint64_t>(buffers));
   return static_cast<int32_t>(bits & (~bits + 1));
 }
+
+// The widest access that suits rows of `row_bytes` in buffers of this alignment.
+int32_t access_bytes(int64_t row_bytes, int32_t alignment) {
+  const int64_t bits = alignment | row_bytes;
+  return static_cast<int32_t>(bits & (~bits + 1));
+}
+
+uint64_t address_of(const void* buffer) { return reinterpret_cast<uint64_t>(buffer); }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -51,9 +60,11 @@ int64_t bytes_of(DType dtype) {
   return bytes;
 }
 
-bool is_wide(const RowType& type, std::initializer_list<const void*> buffers) {
-  const int64_t bytes = bytes_of(type.dtype);
-  return access_bytes(type.width * bytes, buffers) >= bytes * pack_of(type.dtype, true);
+// Whether lanes take several elements of a row at a time.
+template <typename Types>
+bool is_wide(const Types& types, int32_t alignment) {
+  const int64_t bytes = bytes_of(types.dtype);
+  return access_bytes(types.width * bytes, alignment) >= bytes * pack_of(types.dtype, true);
 }
 
 template <typename Params>
@@ -68,10 +79,10 @@ std::pair<int64_t, int32_t> sent_slices_of(int64_t accesses) {
 }
 
 // Width of the rows that are summed, and their slices.
-template <typename Params>
-void cut_rows(const RowType& type, bool wide, std::pair<int64_t, int32_t> slices, Params& params) {
-  params.width = static_cast<int32_t>(type.width);
-  params.slice_width = slices.second * pack_of(type.dtype, wide);
+template <typename Types, typename Params>
+void cut_rows(const Types& types, bool wide, std::pair<int64_t, int32_t> slices, Params& params) {
+  params.width = static_cast<int32_t>(types.width);
+  params.slice_width = slices.second * pack_of(types.dtype, wide);
   set_slices(static_cast<int32_t>(slices.first), params);
 }
 
@@ -81,15 +92,8 @@ Blocks blocks_of(int32_t capacity) {
   return {rows, count, spreading_stride(count)};
 }
 
-void post(Address slot, const void* buffer, Exchange& exchange) {
-  exchange.posted[slot] = reinterpret_cast<uint64_t>(buffer);
-}
-
-template <typename Params>
-void post_routes(Params& params) {
-  post(kDestRank, params.dest_rank, params.exchange);
-  post(kDestRow, params.dest_row, params.exchange);
-}
+constexpr uint32_t bit(int address) { return 1u << address; }
+constexpr uint32_t kRoutesBits = bit(kDestRank) | bit(kDestRow);
 
 // Whether the call has so few assignments that it sends its routing itself.
 bool sends_routing(const Exchange& exchange) {
@@ -109,14 +113,22 @@ bool sends_slices(const Exchange& exchange, int64_t of_token) {
 }
 
 // CTAs that only send, so many slices to each peer, where there is enough to do for them.
-int32_t senders_of(const Exchange& exchange, int64_t slices, int receivers) {
+int32_t senders_of(const Exchange& exchange, int64_t slices, int32_t ctas, int receivers) {
   constexpr int64_t kLeast = 4;  // of each CTA
-  const auto ctas = static_cast<int32_t>(exchange.signature[kGrid]);
   return exchange.num_ranks > 1 && slices >= kLeast * ctas ? ctas / (1 + receivers) : 0;
 }
 
+// Cuts a leaf into slices that are pulled.
+void cut_leaf(const DispatchTypes::Leaf& type, int32_t alignment, Leaf& leaf) {
+  leaf.row_bytes = type.row_bytes;
+  leaf.access_bytes = access_bytes(type.row_bytes, alignment);
+  const auto [slices, accesses] = slices_of(leaf.row_bytes / leaf.access_bytes, kCopySlice);
+  leaf.num_slices = static_cast<int32_t>(slices);
+  leaf.slice_bytes = accesses * leaf.access_bytes;
+}
+
 // Cuts the leaves into slices that can be sent in lines, if the call sends its rows.
-bool cut_to_be_sent(DispatchParams& params) {
+bool cut_to_be_sent(int32_t ctas, DispatchParams& params) {
   int64_t of_token = 0;
   for (int i = 0; i < params.num_leaves; ++i) {
     if (params.leaves[i].access_bytes != kSentAccess) return false;
@@ -131,7 +143,7 @@ bool cut_to_be_sent(DispatchParams& params) {
   }
   params.num_slices = static_cast<int32_t>(of_token);
   params.senders =
-      senders_of(params.exchange, params.exchange.num_tokens * of_token, kDispatchReceivers);
+      senders_of(params.exchange, params.exchange.num_tokens * of_token, ctas, kDispatchReceivers);
   return true;
 }
 
@@ -147,11 +159,9 @@ int32_t segments_of(const Exchange& x) {
 }
 
 // How a dispatch routes by counts.
-void cut_into_segments(DispatchParams& params) {
+void cut_into_segments(int32_t ctas, DispatchParams& params) {
   const Exchange& x = params.exchange;
   params.sends_places = int64_t{x.num_tokens} * x.top_k <= max_sent_routes;
-  if (!params.sends_places) post(kScratch, params.routes, params.exchange);
-  const auto ctas = static_cast<int32_t>(x.signature[kGrid]);
   params.segment_ctas = static_cast<int32_t>(ceil_div(ctas, segments_of(x)));
   params.num_segments = static_cast<int32_t>(ceil_div(ctas, params.segment_ctas));
 }
@@ -162,104 +172,181 @@ void set_most_sent(int64_t assignments, int64_t routes, int64_t slices) {
   max_sent_assignments = std::min<int64_t>(assignments, kMaxSentAssignments);
   max_sent_routes = std::min<int64_t>(routes, kMaxSentRoutes);
   max_sent_slices = std::min<int64_t>(slices, kMaxSentSlices);
+  outdate_calls();
 }
 
-void add_leaf(const void* tokens, void* rows, int64_t row_bytes, uint64_t row_type,
-              DispatchParams& params) {
-  uint32_t& types = params.exchange.signature[kRows];
-  types = Digest({types, static_cast<int64_t>(row_type)}).folded();
-  Leaf& leaf = params.leaves[params.num_leaves++];
-  leaf.tokens = static_cast<const std::byte*>(tokens);
-  leaf.rows = static_cast<std::byte*>(rows);
-  leaf.row_bytes = row_bytes;
-  leaf.access_bytes = access_bytes(row_bytes, {tokens, rows});
-  const auto [slices, accesses] = slices_of(row_bytes / leaf.access_bytes, kCopySlice);
-  leaf.num_slices = static_cast<int32_t>(slices);
-  leaf.slice_bytes = accesses * leaf.access_bytes;
-  params.num_slices += leaf.num_slices;
-}
+// --- dispatch ------------------------------------------------------------------------------------
 
-Kernel complete_dispatch(bool routed, DispatchParams& params) {
-  Digest rows({params.exchange.signature[kRows]});
-  for (int i = 0; i < params.num_leaves; ++i) {
-    rows.add({params.leaves[i].row_bytes, params.leaves[i].access_bytes});
+int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operands) {
+  int32_t alignment = kMaxAccess;
+  for (int i = 0; i < types.num_leaves; ++i) {
+    const DispatchOperands::Leaf& leaf = operands.leaves[i];
+    alignment = std::min(alignment, common_alignment(leaf.tokens, leaf.rows));
   }
-  const Routes routes = !routed                          ? Routes::kOfHandle
-                        : cut_to_be_sent(params)         ? Routes::kByIdsWithRows
+  return alignment;
+}
+
+Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
+               DispatchParams& params) {
+  Plan plan = {};
+  Digest rows;
+  uint32_t leaves = 0;
+  params.num_leaves = types.num_leaves;
+  params.num_slices = 0;
+  for (int i = 0; i < types.num_leaves; ++i) {
+    Leaf& leaf = params.leaves[i];
+    cut_leaf(types.leaves[i], alignment, leaf);
+    params.num_slices += leaf.num_slices;
+    leaves |= bit(kFirstLeaf + i);
+    rows.add({static_cast<int64_t>(types.leaves[i].row_type), leaf.row_bytes, leaf.access_bytes});
+  }
+  const Routes routes = !types.routed                    ? Routes::kOfHandle
+                        : cut_to_be_sent(ctas, params)   ? Routes::kByIdsWithRows
                         : sends_routing(params.exchange) ? Routes::kByIds
                                                          : Routes::kByCounts;
   // What no peer reads is not shown to them.
-  for (int i = 0; i < params.num_leaves && routes != Routes::kByIdsWithRows; ++i) {
-    post(static_cast<Address>(kFirstLeaf + i), params.leaves[i].tokens, params.exchange);
+  if (routes != Routes::kByIdsWithRows) plan.posted |= leaves;
+  if (routes == Routes::kOfHandle) plan.posted |= kRoutesBits;
+  if (routes == Routes::kByCounts) {
+    cut_into_segments(ctas, params);
+    if (!params.sends_places) plan.posted |= bit(kScratch);
   }
-  if (routes == Routes::kOfHandle) post_routes(params);
-  if (routes == Routes::kByCounts) cut_into_segments(params);
   set_slices(params.num_slices, params);
   params.padding = blocks_of(params.exchange.capacity);
-  params.exchange.signature[kOp] = routed ? kDispatchOp : kDispatchAlongOp;
-  params.exchange.signature[kRows] = rows.folded();
+  plan.op = types.routed ? kDispatchOp : kDispatchAlongOp;
+  plan.rows = rows.folded();
   const Exchange& x = params.exchange;
   const int64_t all = int64_t{x.num_tokens} * x.top_k * x.num_ranks;
-  return {dispatch_function(routes),
-          dispatch_shared_bytes(routes, x.num_experts,
-                                static_cast<int>(std::min<int64_t>(all, kMaxSentByAll)))};
+  plan.function = dispatch_function(routes);
+  plan.shared_bytes = dispatch_shared_bytes(
+      routes, x.num_experts, static_cast<int>(std::min<int64_t>(all, kMaxSentByAll)));
+  return plan;
 }
 
-Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params) {
-  const bool wide = is_wide(type, {params.expert_out, params.sums, params.partial_sums});
+void set_operands(const DispatchOperands& operands, DispatchParams& params) {
+  params.exchange.device = operands.device;
+  uint64_t* const posted = params.exchange.posted;
+  for (int i = 0; i < params.num_leaves; ++i) {
+    const auto& [tokens, rows] = operands.leaves[i];
+    params.leaves[i].tokens = static_cast<const std::byte*>(tokens);
+    params.leaves[i].rows = static_cast<std::byte*>(rows);
+    posted[kFirstLeaf + i] = address_of(tokens);
+  }
+  params.topk_idx = operands.topk_idx;
+  params.dest_rank = operands.dest_rank;
+  params.dest_row = operands.dest_row;
+  params.row_source = operands.row_source;
+  params.group_sizes = operands.group_sizes;
+  params.expert_load = operands.expert_load;
+  params.num_dropped = operands.num_dropped;
+  params.num_invalid = operands.num_invalid;
+  params.routes = operands.routes;
+  posted[kDestRank] = address_of(operands.dest_rank);
+  posted[kDestRow] = address_of(operands.dest_row);
+  posted[kScratch] = address_of(operands.routes);
+}
+
+// --- combine -------------------------------------------------------------------------------------
+
+int32_t alignment_of(const CombineTypes&, const CombineOperands& operands) {
+  return common_alignment(operands.expert_out, operands.sums, operands.partial_sums);
+}
+
+Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params) {
+  Plan plan = {};
+  const bool wide = is_wide(types, alignment);
   const Exchange& x = params.exchange;
-  const bool sends = sends_routes(x, type.dtype);
-  const int32_t pack = pack_of(type.dtype, wide);
-  const int64_t accesses = type.width / pack;
+  const bool sends = sends_routes(x, types.dtype);
+  const int32_t pack = pack_of(types.dtype, wide);
+  const int64_t accesses = types.width / pack;
   const auto sent = sent_slices_of(accesses);
   const bool in_lines =
-      sends && pack * bytes_of(type.dtype) == kSentAccess && sends_slices(x, sent.first);
-  cut_rows(type, wide, in_lines ? sent : slices_of(accesses, kCombineSlice), params);
+      sends && pack * bytes_of(types.dtype) == kSentAccess && sends_slices(x, sent.first);
+  cut_rows(types, wide, in_lines ? sent : slices_of(accesses, kCombineSlice), params);
   params.sends_routes =
       in_lines || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
   if (in_lines) {
-    params.senders = senders_of(x, x.num_tokens * sent.first, kCombineReceivers);
+    params.senders = senders_of(x, x.num_tokens * sent.first, ctas, kCombineReceivers);
     params.peers = Divisor(x.num_ranks - 1);
   } else {
     params.ahead = combine_ahead(x.num_ranks);
-    post(kScratch, params.partial_sums, params.exchange);
+    plan.posted |= bit(kScratch);
   }
-  if (!params.sends_routes) {
-    post_routes(params);
-    post(kWeights, params.weights, params.exchange);
-    post(kFlags, params.flags, params.exchange);
-  }
-  params.num_slots = std::min(params.exchange.top_k, params.exchange.num_ranks - 1);
-  params.exchange.signature[kOp] = kCombineOp;
-  params.exchange.signature[kRows] = Digest({static_cast<int>(type.dtype), type.width, wide,
-                                             weighted, params.sends_routes, in_lines})
-                                         .folded();
-  if (in_lines) return {combine_in_lines_function(type.dtype), combine_in_lines_shared_bytes()};
-  return {combine_function(type.dtype, wide), combine_shared_bytes()};
+  if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights) | bit(kFlags);
+  params.num_slots = std::min(x.top_k, x.num_ranks - 1);
+  plan.op = kCombineOp;
+  plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.weighted,
+                      params.sends_routes, in_lines})
+                  .folded();
+  plan.function =
+      in_lines ? combine_in_lines_function(types.dtype) : combine_function(types.dtype, wide);
+  plan.shared_bytes = in_lines ? combine_in_lines_shared_bytes() : combine_shared_bytes();
+  return plan;
 }
 
-Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,
-                                  CombineTransposeParams& params) {
-  const bool wide = is_wide(type, {params.tokens, params.expert_out, params.rows});
-  const int assignments = params.exchange.num_ranks * params.exchange.top_k;
-  const size_t accumulator_bytes = type.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  int64_t slice = transpose_slice(params.exchange.num_tokens);
+void set_operands(const CombineOperands& operands, CombineParams& params) {
+  params.exchange.device = operands.device;
+  params.dest_rank = operands.dest_rank;
+  params.dest_row = operands.dest_row;
+  params.expert_out = operands.expert_out;
+  params.weights = operands.weights;
+  params.sums = operands.sums;
+  params.partial_sums = operands.partial_sums;
+  params.flags = operands.flags;
+  uint64_t* const posted = params.exchange.posted;
+  posted[kDestRank] = address_of(operands.dest_rank);
+  posted[kDestRow] = address_of(operands.dest_row);
+  posted[kWeights] = address_of(operands.weights);
+  posted[kScratch] = address_of(operands.partial_sums);
+  posted[kFlags] = address_of(operands.flags);
+}
+
+// --- combine_transpose ---------------------------------------------------------------------------
+
+int32_t alignment_of(const CombineTransposeTypes&, const CombineTransposeOperands& operands) {
+  return common_alignment(operands.tokens, operands.expert_out, operands.rows);
+}
+
+Plan make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
+               CombineTransposeParams& params) {
+  Plan plan = {};
+  const Exchange& x = params.exchange;
+  const bool wide = is_wide(types, alignment);
+  const int assignments = x.num_ranks * x.top_k;
+  const size_t accumulator_bytes = types.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  int64_t slice = transpose_slice(x.num_tokens);
   do {
-    cut_rows(type, wide, slices_of(type.width / pack_of(type.dtype, wide), slice), params);
+    cut_rows(types, wide, slices_of(types.width / pack_of(types.dtype, wide), slice), params);
     slice *= 2;
   } while (!combine_transpose_fits(accumulator_bytes, params.num_slices, assignments));
-  params.sends_routes = sends_routes(params.exchange, type.dtype);
-  if (!params.sends_routes) {
-    post_routes(params);
-    post(kWeights, params.weights, params.exchange);
-  }
-  post(kWeightGrads, params.weight_grads, params.exchange);
-  post(kFirstLeaf, params.tokens, params.exchange);
-  params.padding = blocks_of(params.exchange.capacity);
-  params.exchange.signature[kOp] = kCombineTransposeOp;
-  params.exchange.signature[kRows] =
-      Digest({static_cast<int>(type.dtype), type.width, wide, rows, weights}).folded();
-  return {combine_transpose_function(type.dtype, wide), combine_transpose_shared_bytes()};
+  params.sends_routes = sends_routes(x, types.dtype);
+  if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights);
+  plan.posted |= bit(kWeightGrads) | bit(kFirstLeaf);
+  params.padding = blocks_of(x.capacity);
+  plan.op = kCombineTransposeOp;
+  plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.rows, types.weights})
+                  .folded();
+  plan.function = combine_transpose_function(types.dtype, wide);
+  plan.shared_bytes = combine_transpose_shared_bytes();
+  return plan;
+}
+
+void set_operands(const CombineTransposeOperands& operands, CombineTransposeParams& params) {
+  params.exchange.device = operands.device;
+  params.dest_rank = operands.dest_rank;
+  params.dest_row = operands.dest_row;
+  params.row_source = operands.row_source;
+  params.tokens = operands.tokens;
+  params.expert_out = operands.expert_out;
+  params.weights = operands.weights;
+  params.rows = operands.rows;
+  params.weight_grads = operands.weight_grads;
+  uint64_t* const posted = params.exchange.posted;
+  posted[kDestRank] = address_of(operands.dest_rank);
+  posted[kDestRow] = address_of(operands.dest_row);
+  posted[kWeights] = address_of(operands.weights);
+  posted[kWeightGrads] = address_of(operands.weight_grads);
+  posted[kFirstLeaf] = address_of(operands.tokens);
 }
 
 }  // namespace freeio::cuda

@@ -1,27 +1,24 @@
-// From the buffers of a call to the parameters of its kernel; knows nothing of XLA.
-//
-// A handler puts the buffers' addresses and describe()'s exchange into the parameters. What follows
-// from them, and which kernel it is, is found here.
+// From the types of a call to its kernel: how rows are cut into slices, what is sent and what is
+// shown to the peers. Knows nothing of XLA, and no address.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "core/dtype.h"
+#include "core/layout.h"
 #include "cuda/control.h"
+#include "cuda/operands.h"
 
 namespace freeio::cuda {
 
-// A kernel and what its launch needs beside the parameters.
-struct Kernel {
-  const void* function = nullptr;
-  size_t shared_bytes = 0;
-};
-
-// Rows that are summed: element type and elements of one row.
-struct RowType {
-  DType dtype = DType::kFloat32;
-  int64_t width = 0;
+// What a launch needs beside the parameters, and what the signature and the addresses that are
+// posted depend on.
+struct Plan {
+  const void* function;
+  size_t shared_bytes;
+  uint32_t op;      // in the signature
+  uint32_t rows;    // in the signature: a digest of the row types
+  uint32_t posted;  // buffers whose addresses the peers are told: a bit for each Address
 };
 
 // Dispatches with at most so many assignments of one rank send their ids; all calls with so many
@@ -30,16 +27,21 @@ struct RowType {
 // kMaxSentAssignments, kMaxSentRoutes, and kMaxSentSlices. For tests: all ranks must have the same.
 void set_most_sent(int64_t assignments, int64_t routes, int64_t slices);
 
-// Adds one array of the token pytree; at most kMaxLeaves. Ranks must agree on `row_type`, a number
-// for element type and shape of a row.
-void add_leaf(const void* tokens, void* rows, int64_t row_bytes, uint64_t row_type,
-              DispatchParams& params);
+// The bytes, up to 16, of which the addresses of all rows of the call are multiples.
+int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operands);
+int32_t alignment_of(const CombineTypes& types, const CombineOperands& operands);
+int32_t alignment_of(const CombineTransposeTypes& types, const CombineTransposeOperands& operands);
 
-// Fill what is left of the parameters, the signature and what is posted included. What a call has
-// (routing, weights, results) is said by flags: the address of an empty buffer may be null.
-Kernel complete_dispatch(bool routed, DispatchParams& params);
-Kernel complete_combine(const RowType& type, bool weighted, CombineParams& params);
-Kernel complete_combine_transpose(const RowType& type, bool rows, bool weights,
-                                  CombineTransposeParams& params);
+// Fills what set_operands() leaves of the parameters, whose exchange but for the signature and the
+// addresses is filled already. `ctas`: of the kernel. `alignment`: alignment_of() the operands.
+Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas, DispatchParams& params);
+Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params);
+Plan make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t ctas,
+               CombineTransposeParams& params);
+
+// Fills the addresses in, those that may be posted included.
+void set_operands(const DispatchOperands& operands, DispatchParams& params);
+void set_operands(const CombineOperands& operands, CombineParams& params);
+void set_operands(const CombineTransposeOperands& operands, CombineTransposeParams& params);
 
 }  // namespace freeio::cuda

@@ -19,8 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENGINE = HERE.parents[2] / "xla_ffi"
-#: Sources of the engine that know XLA. (`measure.cu`, which launches kernels in a way that only nvcc
-#: understands, is not among the kernels' folders.)
+#: Sources of the engine that know XLA. (`measure.cu`, which launches kernels as only nvcc understands
+#: it, is not in the folders of kernels.)
 LEFT_OUT = {"handlers.cc"}
 BEFORE_KERNELS, AFTER_KERNELS = HERE / "shared_begin.cc", HERE / "shared_end.cc"
 
