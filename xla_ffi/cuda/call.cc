@@ -25,19 +25,20 @@ void sign(const CallSite& site, const Plan& plan, uint32_t ctas,
   signature[kRows] = plan.rows;
 }
 
-Status launch(const Plan& plan, uint32_t ctas, int32_t num_experts, void* params, void* stream) {
+Status launch(const Kernel& kernel, uint32_t ctas, int32_t num_experts, void* params,
+              void* stream) {
   void* arguments[] = {params};
   const cudaError_t error =
-      cudaLaunchKernel(plan.function, dim3(ctas), dim3(static_cast<unsigned>(threads_per_cta())),
-                       arguments, plan.shared_bytes, static_cast<cudaStream_t>(stream));
+      cudaLaunchKernel(kernel.function, dim3(ctas), dim3(static_cast<unsigned>(threads_per_cta())),
+                       arguments, kernel.shared_bytes, static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return {};
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, plan.function) == cudaSuccess &&
-      plan.shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) {
+  if (cudaFuncGetAttributes(&attributes, kernel.function) == cudaSuccess &&
+      kernel.shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) {
     cudaGetLastError();  // which is told here
     return {Code::kInvalidArgument,
             "freeio_jax: a kernel of this call, with num_experts=" + std::to_string(num_experts) +
-                ", needs " + std::to_string(plan.shared_bytes) +
+                ", needs " + std::to_string(kernel.shared_bytes) +
                 " bytes of shared memory, and this GPU has " +
                 std::to_string(attributes.maxDynamicSharedSizeBytes) +
                 " for it. Use a GPU that has more (A100, H100, B200), or fewer experts."};
@@ -107,7 +108,7 @@ Status Call<Operands>::run(const Operands& operands, void* stream) {
   set_operands(operands, params_);
   Status status = post_addresses();
   if (!status.ok()) return status;
-  return launch(plan_, connection_.num_ctas, params_.exchange.num_experts, &params_, stream);
+  return launch(plan_.kernel, connection_.num_ctas, params_.exchange.num_experts, &params_, stream);
 }
 
 template class Call<DispatchOperands>;

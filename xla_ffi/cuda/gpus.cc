@@ -19,11 +19,6 @@
 namespace freeio::cuda {
 namespace {
 
-constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32,    DType::kBFloat16,
-                             DType::kFloat16, DType::kFloat8E5M2, DType::kFloat8E4M3FN};
-constexpr Routes kAllRoutes[] = {Routes::kOfHandle, Routes::kByCounts, Routes::kByIds,
-                                 Routes::kByIdsWithRows};
-
 struct FreeDevice {
   void operator()(void* pointer) const { cudaFree(pointer); }
 };
@@ -77,44 +72,26 @@ Engine& engine() {
   return *instance;
 }
 
-// With the most shared memory that any call asks for.
-std::vector<std::pair<const void*, size_t>> all_kernels() {
-  std::vector<std::pair<const void*, size_t>> kernels;
-  for (const Routes routes : kAllRoutes) {
-    kernels.push_back(
-        {dispatch_function(routes), dispatch_shared_bytes(routes, kMaxExperts, kMaxSentByAll)});
-  }
-  for (const DType dtype : kDTypes) {
-    if (const void* combine = combine_in_lines_function(dtype)) {
-      kernels.push_back({combine, combine_in_lines_shared_bytes()});
-    }
-    for (const bool wide : {true, false}) {
-      kernels.push_back({combine_function(dtype, wide), combine_shared_bytes()});
-      kernels.push_back(
-          {combine_transpose_function(dtype, wide), combine_transpose_shared_bytes()});
-    }
-  }
-  return kernels;
-}
-
 Status load_kernels(int ordinal) {
   int of_gpu = 0;
   Status status =
       cuda_status(cudaDeviceGetAttribute(&of_gpu, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal),
                   "cudaDeviceGetAttribute");
-  for (const auto& [function, shared_bytes] : all_kernels()) {
-    if (!status.ok()) return status;
+  for_each_kernel([&](const Kernel& kernel, auto) {
+    if (!status.ok()) return;
     cudaFuncAttributes attributes;
-    status = cuda_status(cudaFuncGetAttributes(&attributes, function),
+    status = cuda_status(cudaFuncGetAttributes(&attributes, kernel.function),
                          "cudaFuncGetAttributes (the engine's kernels do not fit this GPU: it was "
                          "built for other architectures?)");
-    if (!status.ok()) return status;
+    if (!status.ok()) return;
     // What the most experts need, some GPUs have not: a call that needs it is told.
     const int most = of_gpu - static_cast<int>(attributes.sharedSizeBytes);
-    status = cuda_status(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              std::min(static_cast<int>(shared_bytes), most)),
-                         "cudaFuncSetAttribute");
-  }
+    const auto bytes = static_cast<int>(kernel.shared_bytes);
+    status = cuda_status(
+        cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             std::min(bytes, most)),
+        "cudaFuncSetAttribute");
+  });
   return status;
 }
 

@@ -7,7 +7,6 @@
 #include "core/digest.h"
 #include "cuda/geometry.h"
 #include "cuda/gpus.h"
-#include "cuda/kernels.h"
 
 namespace freeio::cuda {
 namespace {
@@ -200,26 +199,27 @@ Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
     leaves |= bit(kFirstLeaf + i);
     rows.add({static_cast<int64_t>(types.leaves[i].row_type), leaf.row_bytes, leaf.access_bytes});
   }
-  const Routes routes = !types.routed                    ? Routes::kOfHandle
-                        : cut_to_be_sent(ctas, params)   ? Routes::kByIdsWithRows
-                        : sends_routing(params.exchange) ? Routes::kByIds
-                                                         : Routes::kByCounts;
+  const Exchange& x = params.exchange;
+  const auto all_assignments = static_cast<int>(
+      std::min<int64_t>(int64_t{x.num_tokens} * x.top_k * x.num_ranks, kMaxSentByAll));
   // What no peer reads is not shown to them.
-  if (routes != Routes::kByIdsWithRows) plan.posted |= leaves;
-  if (routes == Routes::kOfHandle) plan.posted |= kRoutesBits;
-  if (routes == Routes::kByCounts) {
+  if (!types.routed) {
+    plan.kernel = dispatch_along();
+    plan.posted = leaves | kRoutesBits;
+  } else if (cut_to_be_sent(ctas, params)) {
+    plan.kernel = dispatch_small(x.num_experts, all_assignments);
+  } else if (sends_routing(x)) {
+    plan.kernel = dispatch_medium(x.num_experts, all_assignments);
+    plan.posted = leaves;
+  } else {
     cut_into_segments(ctas, params);
-    if (!params.sends_places) plan.posted |= bit(kScratch);
+    plan.kernel = dispatch_large(x.num_experts);
+    plan.posted = params.sends_places ? leaves : leaves | bit(kScratch);
   }
   set_slices(params.num_slices, params);
   params.padding = blocks_of(params.exchange.capacity);
   plan.op = types.routed ? kDispatchOp : kDispatchAlongOp;
   plan.rows = rows.folded();
-  const Exchange& x = params.exchange;
-  const int64_t all = int64_t{x.num_tokens} * x.top_k * x.num_ranks;
-  plan.function = dispatch_function(routes);
-  plan.shared_bytes = dispatch_shared_bytes(
-      routes, x.num_experts, static_cast<int>(std::min<int64_t>(all, kMaxSentByAll)));
   return plan;
 }
 
@@ -260,12 +260,12 @@ Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Combi
   const int32_t pack = pack_of(types.dtype, wide);
   const int64_t accesses = types.width / pack;
   const auto sent = sent_slices_of(accesses);
-  const bool in_lines =
+  const bool is_small =
       sends && pack * bytes_of(types.dtype) == kSentAccess && sends_slices(x, sent.first);
-  cut_rows(types, wide, in_lines ? sent : slices_of(accesses, kCombineSlice), params);
+  cut_rows(types, wide, is_small ? sent : slices_of(accesses, kCombineSlice), params);
   params.sends_routes =
-      in_lines || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
-  if (in_lines) {
+      is_small || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
+  if (is_small) {
     params.senders = senders_of(x, x.num_tokens * sent.first, ctas, kCombineReceivers);
     params.peers = Divisor(x.num_ranks - 1);
   } else {
@@ -276,11 +276,9 @@ Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Combi
   params.num_slots = std::min(x.top_k, x.num_ranks - 1);
   plan.op = kCombineOp;
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.weighted,
-                      params.sends_routes, in_lines})
+                      params.sends_routes, is_small})
                   .folded();
-  plan.function =
-      in_lines ? combine_in_lines_function(types.dtype) : combine_function(types.dtype, wide);
-  plan.shared_bytes = in_lines ? combine_in_lines_shared_bytes() : combine_shared_bytes();
+  plan.kernel = is_small ? combine_small(types.dtype) : combine_large(types.dtype, wide);
   return plan;
 }
 
@@ -326,8 +324,7 @@ Plan make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
   plan.op = kCombineTransposeOp;
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.rows, types.weights})
                   .folded();
-  plan.function = combine_transpose_function(types.dtype, wide);
-  plan.shared_bytes = combine_transpose_shared_bytes();
+  plan.kernel = combine_transpose(types.dtype, wide);
   return plan;
 }
 

@@ -7,6 +7,7 @@
 
 #include "core/layout.h"
 #include "cuda/control.h"
+#include "cuda/kernels.h"
 #include "cuda/operands.h"
 
 namespace freeio::cuda {
@@ -14,8 +15,7 @@ namespace freeio::cuda {
 // What a launch needs beside the parameters, and what the signature and the addresses that are
 // posted depend on.
 struct Plan {
-  const void* function;
-  size_t shared_bytes;
+  Kernel kernel;
   uint32_t op;      // in the signature
   uint32_t rows;    // in the signature: a digest of the row types
   uint32_t posted;  // buffers whose addresses the peers are told: a bit for each Address

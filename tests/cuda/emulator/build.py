@@ -19,8 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENGINE = HERE.parents[2] / "xla_ffi"
-#: Sources of the engine that know XLA. (`measure.cu`, which launches kernels as only nvcc understands
-#: it, is not in the folders of kernels.)
+#: Sources of the engine that know XLA. (No folder of kernels has `measure.cu`, whose launches only
+#: nvcc understands.)
 LEFT_OUT = {"handlers.cc"}
 BEFORE_KERNELS, AFTER_KERNELS = HERE / "shared_begin.cc", HERE / "shared_end.cc"
 

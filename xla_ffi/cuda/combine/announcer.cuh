@@ -1,7 +1,7 @@
 // Flags on the peers, raised for all warps of a CTA.
 #pragma once
 
-#include "cuda/device/session.cuh"
+#include "cuda/device/waits.cuh"
 
 namespace freeio::cuda {
 

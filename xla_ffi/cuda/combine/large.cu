@@ -7,6 +7,8 @@
 #include "cuda/combine/announcer.cuh"
 #include "cuda/device/async_copy.cuh"
 #include "cuda/device/elements.cuh"
+#include "cuda/device/end.cuh"
+#include "cuda/device/opening.cuh"
 #include "cuda/device/routes.cuh"
 #include "cuda/device/shared_memory.cuh"
 #include "cuda/geometry.h"
@@ -90,7 +92,7 @@ struct Combine {
 
   const CombineParams& p;
   const Exchange& x;
-  Session& s;
+  CtaState& s;
   const RouteTile<Accumulator>& routes;
   const Tile& tile;
   Announcer& announcer;
@@ -106,7 +108,7 @@ struct Combine {
   int stage = 0;            // of the next row to sum, and then of the next one to fetch
   Task tasks;               // of the stages, by lane
 
-  __device__ Combine(const CombineParams& params, Session& session,
+  __device__ Combine(const CombineParams& params, CtaState& session,
                      const RouteTile<Accumulator>& tile_routes, const Tile& whole,
                      Announcer& of_cta, const Chunk& tile_units, void* ring_memory)
       : p(params),
@@ -329,7 +331,7 @@ struct Combine {
 
 // Arrival flags start at zero; then the peers learn where everything is. Each CTA clears those that
 // it is to read itself: it waits for no other CTA before it does.
-__device__ void prepare_slots(const CombineParams& p, const Chunk& units, Session& s) {
+__device__ void prepare_slots(const CombineParams& p, const Chunk& units, CtaState& s) {
   const Exchange& x = p.exchange;
   if (x.num_ranks == 1) return;
   const int64_t end = static_cast<int64_t>(units.end) * p.num_slots;
@@ -348,7 +350,7 @@ __device__ void prepare_slots(const CombineParams& p, const Chunk& units, Sessio
 // The routes of the tile, and at the first one where the peers' slots are. False, for all threads:
 // they did not come.
 template <typename Accumulator>
-__device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& tile,
+__device__ bool receive_routes(const CombineParams& p, CtaState& s, const Tile& tile,
                                RouteTile<Accumulator>& routes) {
   const Exchange& x = p.exchange;
   routes.begin(x, tile);
@@ -360,7 +362,7 @@ __device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& t
 }
 
 template <typename Element, int kCount>
-__device__ void exchange(const CombineParams& p, Session& s, Announcer& announcer,
+__device__ void exchange(const CombineParams& p, CtaState& s, Announcer& announcer,
                          void* shared_memory) {
   const Exchange& x = p.exchange;
   const Opening opening(x);
@@ -397,13 +399,13 @@ __device__ void exchange(const CombineParams& p, Session& s, Announcer& announce
 
 template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
-    combine_kernel(const __grid_constant__ CombineParams p) {
-  __shared__ Session s;
+    combine_large_kernel(const __grid_constant__ CombineParams p) {
+  __shared__ CtaState s;
   __shared__ Announcer announcer;
   exchange<Element, kCount>(p, s, announcer, dynamic_shared_memory<void>());
-  leave(p.exchange, s, [&](const Share& share) {
+  leave(p.exchange, s, [&](const Team& spoilers) {
     const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
-    spoil(share, p.sums, p.exchange.num_tokens * row_bytes);
+    spoil(spoilers, p.sums, p.exchange.num_tokens * row_bytes);
   });
 }
 
@@ -411,17 +413,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 int threads_per_cta() { return kThreads; }
 
-size_t combine_shared_bytes() { return kTileBytes + kRingBytes; }
-
-const void* combine_function(DType dtype, bool wide) {
-  const void* function = nullptr;
+Kernel combine_large(DType dtype, bool wide) {
+  Kernel kernel;
+  kernel.shared_bytes = kTileBytes + kRingBytes;
   with_element_type(dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     constexpr int kWide = wide_pack(sizeof(Element));
-    function = wide ? reinterpret_cast<const void*>(&combine_kernel<Element, kWide>)
-                    : reinterpret_cast<const void*>(&combine_kernel<Element, 1>);
+    kernel.function = wide ? reinterpret_cast<const void*>(&combine_large_kernel<Element, kWide>)
+                           : reinterpret_cast<const void*>(&combine_large_kernel<Element, 1>);
   });
-  return function;
+  return kernel;
 }
 
 }  // namespace freeio::cuda

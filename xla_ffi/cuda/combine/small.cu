@@ -5,7 +5,9 @@
 // is nothing to prepare while it waits, and the instructions that it would take are what time goes
 // into.
 #include "cuda/device/elements.cuh"
+#include "cuda/device/end.cuh"
 #include "cuda/device/lines.cuh"
+#include "cuda/device/opening.cuh"
 #include "cuda/device/routes.cuh"
 #include "cuda/device/shared_memory.cuh"
 #include "cuda/geometry.h"
@@ -46,7 +48,7 @@ struct Combine {
 
   const CombineParams& p;
   const Exchange& x;
-  Session& s;
+  CtaState& s;
   const RouteTile<Accumulator>& routes;
   const Tile& tile;
   const Chunk units;
@@ -175,7 +177,7 @@ struct Combine {
 };
 
 template <typename Element>
-__device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
+__device__ void exchange(const CombineParams& p, CtaState& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const Opening opening(x);
   const Teams<kCombineReceivers> teams{p.senders};
@@ -208,31 +210,28 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, 1)
-    combine_kernel(const __grid_constant__ CombineParams p) {
-  __shared__ Session s;
+    combine_small_kernel(const __grid_constant__ CombineParams p) {
+  __shared__ CtaState s;
   exchange<Element>(p, s, dynamic_shared_memory<void>());
-  leave(p.exchange, s, [&](const Share& share) {
+  leave(p.exchange, s, [&](const Team& spoilers) {
     const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
-    spoil(share, p.sums, p.exchange.num_tokens * row_bytes);
+    spoil(spoilers, p.sums, p.exchange.num_tokens * row_bytes);
   });
 }
 
 }  // namespace
 
-size_t combine_in_lines_shared_bytes() {
-  return kTileAssignments * (2 * sizeof(int) + sizeof(float));
-}
-
-const void* combine_in_lines_function(DType dtype) {
-  const void* function = nullptr;
+Kernel combine_small(DType dtype) {
+  Kernel kernel;
+  kernel.shared_bytes = kTileAssignments * (2 * sizeof(int) + sizeof(float));
   with_element_type(dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     // Elements of one byte: as many sums as 16 of them would take have no room.
     if constexpr (sizeof(Element) == 2 || sizeof(Element) == 4) {
-      function = reinterpret_cast<const void*>(&combine_kernel<Element>);
+      kernel.function = reinterpret_cast<const void*>(&combine_small_kernel<Element>);
     }
   });
-  return function;
+  return kernel;
 }
 
 }  // namespace freeio::cuda

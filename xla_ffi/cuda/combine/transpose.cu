@@ -3,6 +3,8 @@
 // The expert's rank pulls the cotangent x of each token that it has rows of, once, stores
 // weight * x to each of its rows here, and sends <expert_out row, x> back to the token's rank.
 #include "cuda/device/elements.cuh"
+#include "cuda/device/end.cuh"
+#include "cuda/device/opening.cuh"
 #include "cuda/device/routes.cuh"
 #include "cuda/device/rows.cuh"
 #include "cuda/device/shared_memory.cuh"
@@ -33,7 +35,7 @@ struct CombineTranspose {
 
   const CombineTransposeParams& p;
   const Exchange& x;
-  const Session& s;
+  const CtaState& s;
   const RouteTile<Accumulator>& routes_of;
   Accumulator* slice_dots;  // [R, tokens, K, num_slices], in shared memory
   const Tile& tile;
@@ -180,7 +182,7 @@ struct CombineTranspose {
 };
 
 template <typename Element, int kCount>
-__device__ void exchange(const CombineTransposeParams& p, Session& s, void* shared_memory) {
+__device__ void exchange(const CombineTransposeParams& p, CtaState& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const Opening opening(x);
   const Chunk chunk(x.num_tokens);
@@ -218,35 +220,35 @@ __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shar
 template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_transpose_kernel(const __grid_constant__ CombineTransposeParams p) {
-  __shared__ Session s;
+  __shared__ CtaState s;
   exchange<Element, kCount>(p, s, dynamic_shared_memory<void>());
-  leave(p.exchange, s, [&](const Share& share) {
+  leave(p.exchange, s, [&](const Team& spoilers) {
     const Exchange& x = p.exchange;
     const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
     const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
     const auto weight_bytes = static_cast<int64_t>(sizeof(typename Element::Accumulator));
-    spoil(share, p.rows, x.capacity * row_bytes);
-    spoil(share, p.weight_grads, assignments * weight_bytes);
+    spoil(spoilers, p.rows, x.capacity * row_bytes);
+    spoil(spoilers, p.weight_grads, assignments * weight_bytes);
   });
 }
 
 }  // namespace
 
-size_t combine_transpose_shared_bytes() { return kSharedBytes; }
-
 bool combine_transpose_fits(size_t accumulator_bytes, int num_slices, int assignments) {
   return tile_capacity(accumulator_bytes, num_slices) >= assignments;
 }
 
-const void* combine_transpose_function(DType dtype, bool wide) {
-  const void* function = nullptr;
+Kernel combine_transpose(DType dtype, bool wide) {
+  Kernel kernel;
+  kernel.shared_bytes = kSharedBytes;
   with_element_type(dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     constexpr int kWide = wide_pack(sizeof(Element));
-    function = wide ? reinterpret_cast<const void*>(&combine_transpose_kernel<Element, kWide>)
-                    : reinterpret_cast<const void*>(&combine_transpose_kernel<Element, 1>);
+    kernel.function = wide
+                          ? reinterpret_cast<const void*>(&combine_transpose_kernel<Element, kWide>)
+                          : reinterpret_cast<const void*>(&combine_transpose_kernel<Element, 1>);
   });
-  return function;
+  return kernel;
 }
 
 }  // namespace freeio::cuda

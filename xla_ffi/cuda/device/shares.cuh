@@ -3,19 +3,9 @@
 
 #include <climits>
 
-#include "cuda/device/session.cuh"
+#include "cuda/device/cta.cuh"
 
 namespace freeio::cuda {
-
-// CTAs that share something out, and this one's number among them.
-struct Team {
-  int number;
-  int size;
-
-  __device__ static Team all() {
-    return {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};
-  }
-};
 
 // Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them. The last ones have
 // one more where they cannot be shared evenly: the first has other things to do.
@@ -110,7 +100,7 @@ struct Tiles {
 
   // Calls f(tile) for each, all threads together; so many warps take items.
   template <typename F>
-  __device__ void for_each(Session& s, int warps, const F& f) const {
+  __device__ void for_each(CtaState& s, int warps, const F& f) const {
     for (int number = 0; number < count; ++number) {
       if (threadIdx.x == 0) s.next_item = warps;
       f((*this)[number]);
@@ -164,7 +154,7 @@ __device__ inline int rank_of_turn(const Exchange& x, int turn) {
 
 // The tile's work is taken in order, item by item: warp w begins with item w and goes on with this.
 // The same in all lanes; past all items once the exchange has failed.
-__device__ inline int next_item(Session& s) {
+__device__ inline int next_item(CtaState& s) {
   int item = INT_MAX;
   if (lane_id() == 0 && !has_failed(s)) item = static_cast<int>(atomicAdd(&s.next_item, 1u));
   return __shfl_sync(kFullWarp, item, 0);

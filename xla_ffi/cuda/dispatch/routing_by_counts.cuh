@@ -3,6 +3,7 @@
 // row. Where there is no room for so many places, they are told the rows, once these are known.
 #pragma once
 
+#include "cuda/device/opening.cuh"
 #include "cuda/dispatch/groups.cuh"
 
 namespace freeio::cuda {
@@ -31,7 +32,7 @@ struct Segment {
 
 // Route words start as "not arrived": XLA's buffer may hold anything, an old call's words too. Each
 // CTA clears those that it is to read itself: it waits for no other CTA before it does.
-__device__ inline void prepare_routes(const DispatchParams& p, const Chunk& chunk, Session& s) {
+__device__ inline void prepare_routes(const DispatchParams& p, const Chunk& chunk, CtaState& s) {
   const Exchange& x = p.exchange;
   if (x.num_ranks == 1) return;
   const int64_t of_rank = static_cast<int64_t>(x.num_tokens) * x.top_k;
@@ -82,7 +83,7 @@ struct SegmentIds {
 // Counts what this CTA has to count of its segment, in `next`, and sends the counts of the whole
 // one. All threads; a barrier must follow. Then `next` has the numbers of the chunk's first
 // assignments to each expert, among those of the segment.
-__device__ inline void count_and_send(const DispatchParams& p, const Session& s,
+__device__ inline void count_and_send(const DispatchParams& p, const CtaState& s,
                                       const Routing& routing, const Segment& segment,
                                       IdQuads quads) {
   const Exchange& x = p.exchange;
@@ -138,7 +139,7 @@ __device__ inline void count_and_send(const DispatchParams& p, const Session& s,
 
 // Adds up the counts of all ranks: `load`, and in `first` and `earlier` what comes before this
 // CTA's segment. `counts`: shared memory for kMaxCounts. All threads; a barrier must follow.
-__device__ inline void receive_counts(const DispatchParams& p, Session& s, const Routing& routing,
+__device__ inline void receive_counts(const DispatchParams& p, CtaState& s, const Routing& routing,
                                       const Segment& segment, uint32_t* counts) {
   constexpr int kBatch = 8;
   const Exchange& x = p.exchange;
@@ -209,7 +210,7 @@ __device__ inline void receive_counts(const DispatchParams& p, Session& s, const
 }
 
 // What the caller learns of this rank's ids. One warp.
-__device__ inline void store_num_invalid(const DispatchParams& p, Session& s) {
+__device__ inline void store_num_invalid(const DispatchParams& p, CtaState& s) {
   const Exchange& x = p.exchange;
   int invalid = 0;
   if (lane_id() < p.num_segments) {
@@ -278,7 +279,7 @@ class Place {
 
 // Sends the places of the chunk's assignments, and leaves their numbers in the handle. All threads;
 // `id` is the thread's first.
-__device__ inline void send_places(const DispatchParams& p, const Session& s,
+__device__ inline void send_places(const DispatchParams& p, const CtaState& s,
                                    const Routing& routing, const Chunk& chunk, int id) {
   const Exchange& x = p.exchange;
   number_assignments(p, routing, chunk, id, [&](int a, int its_id, uint32_t number) {
@@ -303,7 +304,7 @@ __device__ inline int row_or_none(const Exchange& x, uint32_t first, uint32_t nu
 // Rows here of the tile's assignments, of all ranks, found from their places: [R, tokens, K] in
 // shared memory; -1: none. This rank's own get their rows in the handle, too. False, for all
 // threads: they did not come.
-__device__ inline bool find_rows(const DispatchParams& p, Session& s, const Routing& routing,
+__device__ inline bool find_rows(const DispatchParams& p, CtaState& s, const Routing& routing,
                                  const Tile& tile, int* rows) {
   const Exchange& x = p.exchange;
   const int per_rank = tile.size() * x.top_k;
@@ -336,7 +337,7 @@ __device__ inline bool find_rows(const DispatchParams& p, Session& s, const Rout
 
 // Gives the chunk's assignments their rows, and tells the ranks. All threads; `id` is the thread's
 // first.
-__device__ inline void assign_rows(const DispatchParams& p, const Session& s,
+__device__ inline void assign_rows(const DispatchParams& p, const CtaState& s,
                                    const Routing& routing, const Chunk& chunk, int id) {
   const Exchange& x = p.exchange;
   const int64_t num_assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
@@ -351,6 +352,28 @@ __device__ inline void assign_rows(const DispatchParams& p, const Session& s,
     p.dest_rank[a] = dest;
     p.dest_row[a] = row;
   });
+}
+
+// Rows here of the tile's assignments, of all ranks, as their ranks have told them: [R, tokens, K]
+// in shared memory; -1: none. False, for all threads: they did not come.
+__device__ inline bool receive_rows(const DispatchParams& p, CtaState& s, const Tile& tile,
+                                    int* rows) {
+  const Exchange& x = p.exchange;
+  const int per_rank = tile.size() * x.top_k;
+  const int64_t first = static_cast<int64_t>(tile.begin) * x.top_k;
+  for (int i = static_cast<int>(threadIdx.x); i < per_rank * x.num_ranks; i += kThreads) {
+    const int rank = i / per_rank;
+    const int64_t a = first + i % per_rank;
+    if (rank == x.rank) {
+      rows[i] = p.dest_rank[a] == x.rank ? p.dest_row[a] : -1;
+      continue;
+    }
+    const Word* address = p.routes + rank * static_cast<int64_t>(x.num_tokens) * x.top_k + a;
+    Word word = load_word(address);
+    if (!wait_word(x, s, kWaitRoutes, rank, address, word)) break;
+    rows[i] = static_cast<int>(value_of(word)) - 1;
+  }
+  return !__syncthreads_or(has_failed(s));
 }
 
 }  // namespace freeio::cuda
