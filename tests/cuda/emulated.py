@@ -29,7 +29,7 @@ from freeio_jax.layout import dropless_capacity
 #: dispatch; or nothing, as calls with very many.
 PROTOCOLS = ("lines", "ids", "places", "nothing")
 
-#: In the order of DType in core/dtype.h.
+#: The engine's own list, core/dtype.h: `Emulator` checks that.
 DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]
 
 GUARD_BYTES = 64
@@ -231,6 +231,9 @@ class Emulator:
         for struct in _structs:
             name = struct.__name__
             assert self._library.engine_bytes_of(name.encode()) == c.sizeof(struct), name
+        self._library.engine_dtype_name.restype = c.c_char_p
+        names = [self._library.engine_dtype_name(i) for i in range(len(DTYPES) + 1)]
+        assert names == [*(name.encode() for name in DTYPES), None]
         self._library.emulator_steps.restype = c.c_uint64
         self._library.emulator_driver_function.restype = c.c_void_p
         self._buffers = []  # of launches that have not run
@@ -374,9 +377,10 @@ class Emulator:
             "num_invalid": (),
         }
         out = {name: self._new(name, shape, np.int32) for name, shape in shapes.items()}
-        shape = (geometry.num_ranks, *topk_idx.shape)
-        routes = self._new("routes", shape, np.uint64, scratch=True)
-        for source, words in enumerate(routes.array):
+        words, _, _ = self._scratch(group, rank, geometry)
+        routes = self._new("routes", (words,), np.uint64, scratch=True)
+        by_source = routes.array.reshape(geometry.num_ranks, -1)
+        for source, words in enumerate(by_source):
             # The worst that can be in the memory: words that look as if they had arrived.
             words[...] = self._epoch(group.gpus[rank], group.gpus[source]) << 32 | 1
         types, operands, packed = self._leaves(leaves, rows, offset)
@@ -399,10 +403,10 @@ class Emulator:
     def combine(self, group, rank, geometry, handle, expert_out, weights=None, **call):
         """Launches combine; the sums."""
         width = int(np.prod(expert_out.shape[1:]))
-        slots = geometry.num_tokens * max(min(geometry.top_k, geometry.num_ranks - 1), 0)
+        _, elements, words = self._scratch(group, rank, geometry, width)
         sums = self._new("sums", (geometry.num_tokens, width), expert_out.dtype)
-        partial_sums = self._new("partial_sums", (slots, width), expert_out.dtype, scratch=True)
-        flags = self._new("flags", (slots * max(1, -(-width // 64)),), np.uint32, scratch=True)
+        partial_sums = self._new("partial_sums", (elements,), expert_out.dtype, scratch=True)
+        flags = self._new("flags", (words,), np.uint32, scratch=True)
         flags.array[...] = 1  # the worst that can be in the memory
         operands = _CombineOperands(
             dest_rank=self._in("dest_rank", handle.dest_rank).address,
@@ -490,22 +494,34 @@ class Emulator:
             operands.leaves[i].rows = packed[i].address
         return types, operands, [buffer.array for buffer in packed]
 
-    def _launch(self, name, group, rank, geometry, types, operands, *, instance=1, device=None):
-        expected = group.mesh_device(rank)
-        operands.device = self._in(
-            "device", np.uint32(expected if device is None else device)
-        ).address
-        gpus = np.array(group.gpus, np.int32)
+    def _site(self, group, rank, geometry, instance=1):
+        """With an array that it points to, which lives as long."""
         site = _Site(
             **{
                 **{name: getattr(geometry, name) for name in _LAYOUT},
                 "capacity": capacity_of(geometry),
             },
-            gpus=gpus.ctypes.data,
-            mesh_device=expected,
+            mesh_device=group.mesh_device(rank),
             instance=instance,
             rank=rank,
         )
+        site.gpus_array = np.array(group.gpus, np.int32)
+        site.gpus = site.gpus_array.ctypes.data
+        return site
+
+    def _scratch(self, group, rank, geometry, width=0):
+        """Elements of dispatch's scratch buffer, and of combine's two."""
+        elements = (c.c_int64 * 3)()
+        site = self._site(group, rank, geometry)
+        self._library.engine_scratch(c.byref(site), c.c_int64(width), elements)
+        return tuple(elements)
+
+    def _launch(self, name, group, rank, geometry, types, operands, *, instance=1, device=None):
+        expected = group.mesh_device(rank)
+        operands.device = self._in(
+            "device", np.uint32(expected if device is None else device)
+        ).address
+        site = self._site(group, rank, geometry, instance)
         function = getattr(self._library, f"engine_{name}")
         mine, self._new_buffers = self._new_buffers, []
         self._check(function(c.byref(site), c.byref(types), c.byref(operands)))

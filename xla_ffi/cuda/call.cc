@@ -14,7 +14,7 @@ namespace {
 void sign(const CallSite& site, const Plan& plan, uint32_t ctas,
           uint32_t (&signature)[kSignatureWords]) {
   const Layout& layout = site.layout;
-  signature[kOp] = plan.op;
+  signature[kOp] = static_cast<uint32_t>(site.operation);
   signature[kInstance] = site.instance;
   signature[kNumTokens] = static_cast<uint32_t>(layout.num_tokens);
   signature[kTopK] = static_cast<uint32_t>(layout.top_k);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/layout.h"
+#include "core/operations.h"
 #include "core/status.h"
 #include "cuda/gpus.h"
 #include "cuda/operands.h"
@@ -20,6 +21,7 @@ namespace freeio::cuda {
 
 // Which call it is, and whose.
 struct CallSite {
+  Operation operation = Operation::kDispatch;
   Layout layout;
   Member member;
   uint32_t instance = 0;  // custom call of the program

@@ -18,10 +18,10 @@
 #include "core/digest.h"
 #include "core/registration.h"
 #include "cuda/call.h"
-#include "cuda/geometry.h"
 #include "cuda/gpus.h"
 #include "cuda/measure.h"
 #include "cuda/operands.h"
+#include "cuda/plan.h"
 #include "host/instance_name.h"
 #include "host/pod.h"
 
@@ -43,6 +43,7 @@ struct Instance {
     std::unique_ptr<Call<Operands>> call;
   };
 
+  Operation operation;
   Layout layout;
   std::vector<int64_t> groups;  // mesh device indices, a group after the other, by rank
   // Number of each mesh device's GPU; -1: of another host. Empty: a mesh of one device, whichever.
@@ -162,6 +163,7 @@ ffi::ErrorOr<std::unique_ptr<Instance<Operands>>> instantiate(ffi::Dictionary at
   const host::InstanceName name =
       host::name_instance(identity_of(static_cast<int64_t>(kOperation), *call, attributes));
   auto instance = std::make_unique<Instance<Operands>>();
+  instance->operation = kOperation;
   instance->layout = call->layout;
   instance->groups = std::move(call->groups);
   instance->gpus.assign(gpus->begin(), gpus->end());
@@ -216,7 +218,7 @@ ffi::Error execute(Instance<Operands>* instance, void* stream, int32_t ordinal,
   read(buffers, instance->types, operands, &types);
   if (!buffers.ok()) return buffers.error();
   call = std::make_unique<Call<Operands>>(
-      CallSite{instance->layout, std::move(member), instance->name}, types);
+      CallSite{instance->operation, instance->layout, std::move(member), instance->name}, types);
   return to_error(call->run(operands, stream));
 }
 
@@ -291,6 +293,14 @@ py::dict ffi_targets() {
                         {kMakeCombineTranspose, kCombineTranspose, kInitializeCombineTranspose});
 }
 
+Layout layout_of(int64_t num_ranks, int64_t num_tokens, int64_t top_k) {
+  Layout layout;
+  layout.num_ranks = num_ranks;
+  layout.num_tokens = num_tokens;
+  layout.top_k = top_k;
+  return layout;
+}
+
 void raise_unless_ok(const Status& status) {
   if (!status.ok()) throw std::runtime_error(status.message);
 }
@@ -303,7 +313,21 @@ void add_module(py::module_& native) {
   module.attr("max_experts") = kMaxExperts;
   module.attr("max_top_k") = kMaxTopK;
   module.attr("max_leaves") = kMaxLeaves;
-  module.attr("combine_slice") = kCombineSlice;
+  module.def(
+      "dispatch_scratch",
+      [](int64_t num_ranks, int64_t num_tokens, int64_t top_k) {
+        return dispatch_scratch(layout_of(num_ranks, num_tokens, top_k));
+      },
+      py::arg("num_ranks"), py::arg("num_tokens"), py::arg("top_k"),
+      "Words of 64 bits in dispatch's scratch buffer.");
+  module.def(
+      "combine_scratch",
+      [](int64_t num_ranks, int64_t num_tokens, int64_t top_k, int64_t width) {
+        const auto scratch = combine_scratch(layout_of(num_ranks, num_tokens, top_k), width);
+        return py::make_tuple(scratch.partial_sums, scratch.flags);
+      },
+      py::arg("num_ranks"), py::arg("num_tokens"), py::arg("top_k"), py::arg("width"),
+      "Rows, of `width` elements, and words of 32 bits in combine's two scratch buffers.");
   module.def("has_driver", &has_driver, "Whether this machine has NVIDIA's driver.");
   module.def("has_link", &has_link, py::arg("from_ordinal"), py::arg("to_ordinal"));
   module.def(

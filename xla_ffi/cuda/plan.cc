@@ -17,8 +17,6 @@ std::atomic<int64_t> max_sent_slices{kMaxSentSlices};
 
 constexpr int32_t kMaxAccess = 16;  // bytes
 
-enum Op : uint32_t { kDispatchOp, kDispatchAlongOp, kCombineOp, kCombineTransposeOp };
-
 // Bytes, up to 16, of which the numbers of these buffers' addresses are multiples.
 template <typename... Buffers>
 int32_t common_alignment(const Buffers*... buffers) {
@@ -43,6 +41,9 @@ std::pair<int64_t, int32_t> slices_of(int64_t accesses, int64_t most) {
   const int64_t each = std::max(kWarp, round_up(ceil_div(accesses, slices), kWarp));
   return {std::max<int64_t>(1, ceil_div(accesses, each)), static_cast<int32_t>(each)};
 }
+
+// Ranks other than its own in which a token can have rows.
+int64_t num_slots(int64_t top_k, int64_t num_ranks) { return std::min(top_k, num_ranks - 1); }
 
 // Elements that one lane takes at a time.
 int32_t pack_of(DType dtype, bool wide) {
@@ -174,6 +175,16 @@ void set_most_sent(int64_t assignments, int64_t routes, int64_t slices) {
   outdate_calls();
 }
 
+int64_t dispatch_scratch(const Layout& layout) {
+  return layout.num_ranks * layout.num_assignments();
+}
+
+CombineScratch combine_scratch(const Layout& layout, int64_t width) {
+  // The narrowest accesses make the most slices.
+  const int64_t slots = layout.num_tokens * num_slots(layout.top_k, layout.num_ranks);
+  return {slots, slots * slices_of(width, kCombineSlice).first};
+}
+
 // --- dispatch ------------------------------------------------------------------------------------
 
 int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operands) {
@@ -218,7 +229,6 @@ Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
   }
   set_slices(params.num_slices, params);
   params.padding = blocks_of(params.exchange.capacity);
-  plan.op = types.routed ? kDispatchOp : kDispatchAlongOp;
   plan.rows = rows.folded();
   return plan;
 }
@@ -273,8 +283,7 @@ Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Combi
     plan.posted |= bit(kScratch);
   }
   if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights) | bit(kFlags);
-  params.num_slots = std::min(x.top_k, x.num_ranks - 1);
-  plan.op = kCombineOp;
+  params.num_slots = static_cast<int32_t>(num_slots(x.top_k, x.num_ranks));
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.weighted,
                       params.sends_routes, is_small})
                   .folded();
@@ -321,7 +330,6 @@ Plan make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
   if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights);
   plan.posted |= bit(kWeightGrads) | bit(kFirstLeaf);
   params.padding = blocks_of(x.capacity);
-  plan.op = kCombineTransposeOp;
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.rows, types.weights})
                   .folded();
   plan.kernel = combine_transpose(types.dtype, wide);

@@ -16,10 +16,18 @@ namespace freeio::cuda {
 // posted depend on.
 struct Plan {
   Kernel kernel;
-  uint32_t op;      // in the signature
   uint32_t rows;    // in the signature: a digest of the row types
   uint32_t posted;  // buffers whose addresses the peers are told: a bit for each Address
 };
+
+// Scratch buffers that XLA gives a call. dispatch: words of `routes`; combine: rows of
+// `partial_sums`, and `flags`. Enough for any alignment of the other buffers.
+int64_t dispatch_scratch(const Layout& layout);
+struct CombineScratch {
+  int64_t partial_sums;
+  int64_t flags;
+};
+CombineScratch combine_scratch(const Layout& layout, int64_t width);
 
 // Dispatches with at most so many assignments of one rank send their ids; all calls with so many
 // `routes` of one rank send these, or the places of their assignments; and those that could send

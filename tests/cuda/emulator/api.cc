@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <string>
 #include <utility>
@@ -75,22 +76,26 @@ std::vector<int64_t> numbers_of(const CombineTransposeTypes& types) {
   return {types.rows, types.weights, static_cast<int64_t>(types.dtype), types.width};
 }
 
+Layout layout_of(const Site& site) {
+  return {site.num_ranks,   site.num_tokens, site.top_k,
+          site.num_experts, site.capacity,   site.alignment};
+}
+
 // Runs the call on the rank's GPU. It is kept, as XLA keeps a custom call: the next run of an equal
 // one is not its first.
 template <typename Operands>
-const char* run_call(const Site& site, const typename Operands::Types& types,
+const char* run_call(Operation operation, const Site& site, const typename Operands::Types& types,
                      const Operands& operands) {
   static std::map<std::vector<int64_t>, Call<Operands>> calls;
-  const Layout layout{site.num_ranks,   site.num_tokens, site.top_k,
-                      site.num_experts, site.capacity,   site.alignment};
+  const Layout layout = layout_of(site);
   Member member{{site.gpus, site.gpus + site.num_ranks}, site.rank, site.mesh_device};
   std::vector<int64_t> key = numbers_of(types);
   key.insert(key.end(),
              {site.num_ranks, site.num_tokens, site.top_k, site.num_experts, site.capacity,
               site.alignment, site.rank, site.mesh_device, site.instance});
   key.insert(key.end(), member.gpus.begin(), member.gpus.end());
-  auto [found, is_new] =
-      calls.try_emplace(std::move(key), CallSite{layout, std::move(member), site.instance}, types);
+  auto [found, is_new] = calls.try_emplace(
+      std::move(key), CallSite{operation, layout, std::move(member), site.instance}, types);
   cudaSetDevice(ordinal_of(site.gpus[site.rank]));
   return text(found->second.run(operands, nullptr));
 }
@@ -182,6 +187,20 @@ EMULATOR_API const char* engine_state_of(const int64_t* gpus, int count) {
 EMULATOR_API const char* engine_take_failure() { return text(take_failure()); }
 EMULATOR_API int64_t engine_mapped_bytes() { return memory().mapped_bytes; }
 
+// By number; null: there is none.
+EMULATOR_API const char* engine_dtype_name(int number) {
+  return static_cast<size_t>(number) < std::size(kDTypeNames) ? kDTypeNames[number] : nullptr;
+}
+
+// Elements of the scratch buffers, in their order.
+EMULATOR_API void engine_scratch(const Site* site, int64_t width, int64_t (&elements)[3]) {
+  const Layout layout = layout_of(*site);
+  const CombineScratch of_combine = combine_scratch(layout, width);
+  elements[0] = dispatch_scratch(layout);
+  elements[1] = of_combine.partial_sums * width;
+  elements[2] = of_combine.flags;
+}
+
 // For those who have twins of the structs.
 EMULATOR_API int64_t engine_bytes_of(const char* name) {
   static const std::map<std::string, size_t> bytes = {
@@ -199,14 +218,15 @@ EMULATOR_API int64_t engine_bytes_of(const char* name) {
 
 EMULATOR_API const char* engine_dispatch(const Site* site, const DispatchTypes* types,
                                          const DispatchOperands* operands) {
-  return run_call(*site, *types, *operands);
+  return run_call(types->routed ? Operation::kDispatch : Operation::kDispatchAlong, *site, *types,
+                  *operands);
 }
 EMULATOR_API const char* engine_combine(const Site* site, const CombineTypes* types,
                                         const CombineOperands* operands) {
-  return run_call(*site, *types, *operands);
+  return run_call(Operation::kCombine, *site, *types, *operands);
 }
 EMULATOR_API const char* engine_combine_transpose(const Site* site,
                                                   const CombineTransposeTypes* types,
                                                   const CombineTransposeOperands* operands) {
-  return run_call(*site, *types, *operands);
+  return run_call(Operation::kCombineTranspose, *site, *types, *operands);
 }
