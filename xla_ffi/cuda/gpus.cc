@@ -26,22 +26,22 @@ struct FreeHost {
   void operator()(void* pointer) const { cudaFreeHost(pointer); }
 };
 
-// Memory of a control block: of this process alone, or to be shared with others.
-struct ControlMemory {
+// Memory of a GPU block: of this process alone, or to be shared with others.
+struct BlockMemory {
   std::unique_ptr<void, FreeDevice> own;
   Allocation allocation;
   Mapping mapping;
   size_t bytes = 0;
 
-  ControlBlock* get() const {
-    return static_cast<ControlBlock*>(own != nullptr ? own.get() : mapping.base());
+  GpuBlock* get() const {
+    return static_cast<GpuBlock*>(own != nullptr ? own.get() : mapping.base());
   }
 };
 
 // One GPU of this process.
 struct Gpu {
   int ordinal = 0;
-  ControlMemory control;
+  BlockMemory block;
   std::unique_ptr<HostBlock, FreeHost> host;
   int num_sms = 0;
   bool told = false;  // the failure, if there is one
@@ -49,11 +49,11 @@ struct Gpu {
 
 struct Engine {
   std::mutex mutex;
-  // Of this process's GPUs, by number: for those who look without the mutex.
+  // Of this process's GPUs, by number; may be read without the mutex.
   std::atomic<HostBlock*> hosts[kMaxRanks] = {};
   std::map<int, Gpu> gpus;       // by GPU number
   std::unique_ptr<Peers> peers;  // null: no other processes
-  // Of pods that this process is in no more: calls of then may look at them once more.
+  // Of pods that this process has left: calls of that time may still read them.
   std::vector<std::unique_ptr<Peers>> left_peers;
   std::vector<std::unique_ptr<HostBlock, FreeHost>> left_hosts;
   std::vector<std::string> untold;  // failures of GPUs that are gone since
@@ -95,20 +95,20 @@ Status load_kernels(int ordinal) {
   return status;
 }
 
-Status allocate_control(int ordinal, const std::vector<int>& shared_by, ControlMemory& control) {
+Status allocate_block(int ordinal, const std::vector<int>& shared_by, BlockMemory& block) {
   Status status;
   if (shared_by.empty()) {
     void* memory = nullptr;
-    status = cuda_status(cudaMalloc(&memory, control.bytes), "cudaMalloc (control block)");
-    control.own.reset(memory);
+    status = cuda_status(cudaMalloc(&memory, block.bytes), "cudaMalloc (GPU block)");
+    block.own.reset(memory);
   } else {
-    status = Allocation::create(ordinal, control.bytes, control.allocation);
+    status = Allocation::create(ordinal, block.bytes, block.allocation);
     if (status.ok()) {
-      status = Mapping::make(control.allocation, control.bytes, shared_by, control.mapping);
+      status = Mapping::make(block.allocation, block.bytes, shared_by, block.mapping);
     }
   }
   if (!status.ok()) return status;
-  status = cuda_status(cudaMemset(control.get(), 0, control.bytes), "cudaMemset");
+  status = cuda_status(cudaMemset(block.get(), 0, block.bytes), "cudaMemset");
   if (status.ok()) status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   return status;
 }
@@ -121,8 +121,8 @@ Status make_gpu(int ordinal, int num_gpus, const std::vector<int>& shared_by, ui
   Status status = cuda_status(current.error(), "cudaSetDevice");
   if (!status.ok()) return status;
   gpu.ordinal = ordinal;
-  gpu.control.bytes = control_bytes(num_gpus);
-  status = allocate_control(ordinal, shared_by, gpu.control);
+  gpu.block.bytes = gpu_block_bytes(num_gpus);
+  status = allocate_block(ordinal, shared_by, gpu.block);
   if (!status.ok()) return status;
   void* host = nullptr;
   status = cuda_status(
@@ -169,7 +169,7 @@ Status connect(int from, int to) {
   return cuda_status(error, "cudaDeviceEnablePeerAccess");
 }
 
-// Of this process: makes their control blocks, and lets each access the others' memory.
+// Of this process: makes their GPU blocks, and lets each access the others' memory.
 Status make_gpus(const std::map<int, int>& ordinals, int num_gpus, bool shared, uint64_t timeout_ns,
                  std::map<int, Gpu>& gpus) {
   if (num_gpus > kMaxRanks) {
@@ -183,7 +183,7 @@ Status make_gpus(const std::map<int, int>& ordinals, int num_gpus, bool shared, 
   for (const auto& [number, ordinal] : ordinals) {
     Gpu gpu;
     Status status;
-    // Before the control block is mapped: the driver asks for it.
+    // Before the GPU block is mapped: the driver asks for it.
     for (const auto& [peer_number, peer] : gpus) {
       if (status.ok()) status = connect(ordinal, peer.ordinal);
       if (status.ok()) status = connect(peer.ordinal, ordinal);
@@ -291,7 +291,7 @@ Memory memory() {
   std::lock_guard lock(engine().mutex);
   Memory memory;
   for (const auto& [number, gpu] : engine().gpus) {
-    memory.owned_bytes = std::max(memory.owned_bytes, static_cast<int64_t>(gpu.control.bytes));
+    memory.owned_bytes = std::max(memory.owned_bytes, static_cast<int64_t>(gpu.block.bytes));
   }
   if (engine().peers != nullptr) {
     memory.mapped_bytes = static_cast<int64_t>(engine().peers->mapped_bytes());
@@ -332,8 +332,8 @@ Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
   if (!status.ok()) return status;
   std::vector<OwnGpu> own;
   for (const auto& [number, gpu] : gpus) {
-    own.push_back({number, gpu.ordinal, gpu.control.get(), gpu.host.get(), &gpu.control.allocation,
-                   gpu.control.bytes});
+    own.push_back({number, gpu.ordinal, gpu.block.get(), gpu.host.get(), &gpu.block.allocation,
+                   gpu.block.bytes});
   }
   auto peers = std::make_unique<Peers>(pod, process, std::move(processes), std::move(own));
   Peers* const connecting = peers.get();
@@ -342,7 +342,7 @@ Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
     take_gpus(std::move(gpus));
     engine().peers = std::move(peers);
   }
-  // Not locked: a peer that dies meanwhile is heard of on another thread.
+  // Not locked: another thread is told of a peer that dies meanwhile.
   return connecting->connect(engine().timeout());
 }
 
@@ -411,11 +411,11 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange,
     }
     const auto own = engine().gpus.find(number);
     const bool is_own = own != engine().gpus.end();
-    ControlBlock* control = is_own             ? own->second.control.get()
-                            : peers != nullptr ? peers->control(number)
-                                               : nullptr;
-    if (control == nullptr) return not_connected(number);
-    exchange.control[rank] = control;
+    GpuBlock* block = is_own             ? own->second.block.get()
+                      : peers != nullptr ? peers->block(number)
+                                         : nullptr;
+    if (block == nullptr) return not_connected(number);
+    exchange.gpu_block[rank] = block;
     exchange.gpu[rank] = number;
     if (!is_own) connection.peers = peers;
     if (static_cast<int>(rank) == member.rank) {

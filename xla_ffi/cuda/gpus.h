@@ -1,4 +1,4 @@
-// The engine's state in this process: one control block for each GPU, mapped by all of them.
+// The engine's state in this process: one GPU block for each GPU, mapped by all of them.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 #include "core/layout.h"
 #include "core/status.h"
-#include "cuda/control.h"
+#include "cuda/params.h"
 #include "host/pod.h"
 
 namespace freeio::cuda {
@@ -20,7 +20,7 @@ void set_timeout(double seconds);
 // Multiprocessors that a kernel may use; 0: the default.
 void set_num_sms(int64_t num_sms);
 
-// Makes the control blocks of these GPUs (CUDA ordinals; their numbers are their places here), lets
+// Makes the GPU blocks of these GPUs (CUDA ordinals; their numbers are their places here), lets
 // each access the others' memory, and loads every kernel on each: lazy loading would wait for
 // kernels that wait for their peers. For a program of one process. Once started: nothing.
 Status start(const std::vector<int>& ordinals);

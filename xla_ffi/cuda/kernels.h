@@ -4,7 +4,7 @@
 #include <cstddef>
 
 #include "core/dtype.h"
-#include "cuda/control.h"
+#include "cuda/params.h"
 
 namespace freeio::cuda {
 
@@ -27,7 +27,7 @@ Kernel combine_large(DType dtype, bool wide);
 
 // CombineTransposeParams.
 Kernel combine_transpose(DType dtype, bool wide);
-// Whether so many assignments, those of one token of each rank, fit in its shared memory.
+// Whether `assignments`, those of one token of each rank, fit in its shared memory.
 bool combine_transpose_fits(size_t accumulator_bytes, int num_slices, int assignments);
 
 int threads_per_cta();

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "cuda/control.h"
+#include "cuda/params.h"
 
 namespace freeio::cuda {
 

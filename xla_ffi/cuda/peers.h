@@ -1,4 +1,4 @@
-// GPUs of the other processes of this host: their control blocks, and the memory that XLA's buffers
+// GPUs of the other processes of this host: their GPU blocks, and the memory that XLA's buffers
 // lie in.
 //
 // XLA takes its buffers from few large allocations, here called regions. A process exports each of
@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "core/status.h"
-#include "cuda/control.h"
+#include "cuda/gpu_block.h"
 #include "cuda/memory.h"
 #include "host/pod.h"
 
@@ -27,9 +27,9 @@ namespace freeio::cuda {
 struct OwnGpu {
   int gpu;  // its number among all of the host that take part
   int ordinal;
-  ControlBlock* control;
+  GpuBlock* block;
   HostBlock* host;
-  const Allocation* allocation;  // of the control block
+  const Allocation* allocation;  // of the GPU block
   size_t bytes;
 };
 
@@ -55,12 +55,12 @@ class Peers final : public host::Pod::Guest {
   Peers(host::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own);
   ~Peers() override;
 
-  // Shows the control blocks of this process to the others, and maps theirs. Every process must
+  // Shows the GPU blocks of this process to the others, and maps theirs. Every process must
   // call it; waits at most `timeout` seconds.
   Status connect(double timeout);
 
   // Null: not a GPU of another process, or not connected.
-  ControlBlock* control(int gpu) const;
+  GpuBlock* block(int gpu) const;
 
   // The region that `pointer` lies in. Shows it to the other processes if it is new, and waits at
   // most `timeout` seconds until all have it mapped.
@@ -87,7 +87,7 @@ class Peers final : public host::Pod::Guest {
 
   void send(int process, const Note& note, const std::string& text = "", int file = -1);
   Status map_file(const host::UniqueFd& file, size_t bytes, Mapping& mapping) const;
-  Status map_control(const Note& note, const host::UniqueFd& file);
+  Status map_block(const Note& note, const host::UniqueFd& file);
   Status map_region(int process, const Note& note, const host::UniqueFd& file);
   Status enter_base(int process, uint32_t region, uint64_t base) const;
   Status publish(const void* pointer, Region& region);
@@ -104,10 +104,10 @@ class Peers final : public host::Pod::Guest {
   std::condition_variable changed_;
   std::set<int> others_;  // processes, as long as they are there
   std::map<int, std::string> lost_;
-  std::map<int, Mapping> controls_;  // by GPU
-  std::list<Region> regions_;        // of this process
-  std::list<Mapping> mappings_;      // of the peers' regions
-  std::string failure_;              // of a control block that could not be mapped
+  std::map<int, Mapping> blocks_;  // by GPU
+  std::list<Region> regions_;      // of this process
+  std::list<Mapping> mappings_;    // of the peers' regions
+  std::string failure_;            // of a GPU block that could not be mapped
 };
 
 }  // namespace freeio::cuda

@@ -73,7 +73,7 @@ void set_slices(int32_t slices, Params& params) {
   params.num_slices = slices;
 }
 
-// Slices of a row of so many accesses, and the accesses of each, where it is sent in lines.
+// Slices of a row that is sent in lines, and the accesses of each.
 std::pair<int64_t, int32_t> sent_slices_of(int64_t accesses) {
   return {std::max<int64_t>(1, ceil_div(accesses, kSentSlice)), kSentSlice};
 }
@@ -107,12 +107,13 @@ bool sends_routes(const Exchange& exchange, DType dtype) {
          int64_t{exchange.num_tokens} * exchange.top_k <= max_sent_routes;
 }
 
-// Whether it has so few bytes that it sends rows or partial sums of so many slices, too.
+// Whether the call is small: it also sends its rows or partial sums, `of_token` slices for each
+// token.
 bool sends_slices(const Exchange& exchange, int64_t of_token) {
   return sends_routing(exchange) && exchange.num_tokens * of_token <= max_sent_slices;
 }
 
-// CTAs that only send, so many slices to each peer, where there is enough to do for them.
+// CTAs that only send, `slices` to each peer, where there is enough to do for them; 0: all do both.
 int32_t senders_of(const Exchange& exchange, int64_t slices, int32_t ctas, int receivers) {
   constexpr int64_t kLeast = 4;  // of each CTA
   return exchange.num_ranks > 1 && slices >= kLeast * ctas ? ctas / (1 + receivers) : 0;
@@ -147,8 +148,8 @@ bool cut_to_be_sent(int32_t ctas, DispatchParams& params) {
   return true;
 }
 
-// Segments of each rank's assignments: to count one of so many, and to add up so many counts, take
-// about the same time.
+// Segments of each rank's assignments: more segments mean fewer assignments to count for each CTA,
+// and more counts to add up. Both should take about the same time.
 int32_t segments_of(const Exchange& x) {
   const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
   const int64_t counts = int64_t{x.num_ranks} * x.num_experts;

@@ -6,9 +6,9 @@
 #include <cstdint>
 
 #include "core/layout.h"
-#include "cuda/control.h"
 #include "cuda/kernels.h"
 #include "cuda/operands.h"
+#include "cuda/params.h"
 
 namespace freeio::cuda {
 
@@ -29,10 +29,11 @@ struct CombineScratch {
 };
 CombineScratch combine_scratch(const Layout& layout, int64_t width);
 
-// Dispatches with at most so many assignments of one rank send their ids; all calls with so many
-// `routes` of one rank send these, or the places of their assignments; and those that could send
-// ids, and have so many slices, send their rows or partial sums. The defaults, and the most, are
-// kMaxSentAssignments, kMaxSentRoutes, and kMaxSentSlices. For tests: all ranks must have the same.
+// The most that is sent of one rank. `assignments`: up to here dispatch sends ids. `routes`: up to
+// here combine and its transpose send routes, and dispatch sends the places of its assignments.
+// `slices`: up to here a call that may send ids sends its rows or partial sums, too. The defaults,
+// and the largest values, are kMaxSentAssignments, kMaxSentRoutes and kMaxSentSlices. For tests:
+// all ranks must have the same.
 void set_most_sent(int64_t assignments, int64_t routes, int64_t slices);
 
 // The bytes, up to 16, of which the addresses of all rows of the call are multiples.

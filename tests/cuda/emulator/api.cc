@@ -145,7 +145,7 @@ EMULATOR_API const char* engine_set_epochs(const int32_t* gpus, int count, uint3
   const Status status =
       describe({count, 1, 1, count, 1, 1}, {{gpus, gpus + count}, 0, 0}, exchange, connection);
   for (int rank = 0; status.ok() && rank < count; ++rank) {
-    for (int peer = 0; peer < count; ++peer) exchange.control[rank]->epoch[gpus[peer]] = epoch;
+    for (int peer = 0; peer < count; ++peer) exchange.gpu_block[rank]->epoch[gpus[peer]] = epoch;
   }
   return text(status);
 }

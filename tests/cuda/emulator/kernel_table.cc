@@ -2,8 +2,8 @@
 
 #include <map>
 
-#include "cuda/control.h"
 #include "cuda/kernels.h"
+#include "cuda/params.h"
 
 namespace emulator {
 namespace {

@@ -58,7 +58,7 @@ cudaError_t allocate(void** pointer, size_t bytes) {
   return cudaSuccess;
 }
 
-// Zeros whole pages by giving them back: a control block takes a hundred megabytes for each GPU, of
+// Zeros whole pages by giving them back: a GPU block takes a hundred megabytes for each GPU, of
 // which tests use a few.
 void set_bytes(std::byte* bytes, int value, size_t size) {
   constexpr size_t kPage = 4096;

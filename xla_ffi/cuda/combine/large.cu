@@ -1,4 +1,4 @@
-// combine: expert outputs back to their tokens.
+// combine of large calls: expert outputs back to their tokens.
 //
 // Each rank sums a token's rows that it hosts, weighted, and stores that partial sum to a slot that
 // the token's own rank keeps for it: one row crosses per (token, rank) pair. The token's rank adds
@@ -36,7 +36,7 @@ __device__ int slot_of(int rank, uint32_t ranks, int own_rank) {
 // are on their way to shared memory meanwhile, so that no register waits for one, and the memory is
 // busy also while warps wait for the link.
 template <typename Element, int kCount>
-struct Combine {
+struct PushingWarp {
   using Accumulator = typename Element::Accumulator;
   using R = Raw<Element, kCount>;
   using Sums = Accumulator[kColumns][kCount];
@@ -73,7 +73,7 @@ struct Combine {
     __device__ bool is_last() const { return (bits & kLast) != 0; }
   };
 
-  // This lane's elements of a slice of a row: every so many-th access.
+  // This lane's elements of a slice of a row: its accesses are kStep elements apart.
   struct Columns {
     static constexpr int kStep = kWarpSize * kCount;
 
@@ -108,9 +108,9 @@ struct Combine {
   int stage = 0;            // of the next row to sum, and then of the next one to fetch
   Task tasks;               // of the stages, by lane
 
-  __device__ Combine(const CombineParams& params, CtaState& session,
-                     const RouteTile<Accumulator>& tile_routes, const Tile& whole,
-                     Announcer& of_cta, const Chunk& tile_units, void* ring_memory)
+  __device__ PushingWarp(const CombineParams& params, CtaState& session,
+                         const RouteTile<Accumulator>& tile_routes, const Tile& whole,
+                         Announcer& of_cta, const Chunk& tile_units, void* ring_memory)
       : p(params),
         x(params.exchange),
         s(session),
@@ -329,8 +329,8 @@ struct Combine {
   }
 };
 
-// Arrival flags start at zero; then the peers learn where everything is. Each CTA clears those that
-// it is to read itself: it waits for no other CTA before it does.
+// Clears the arrival flags; then the peers learn where everything is. A CTA clears the flags that
+// it will read itself, so it need not wait for other CTAs.
 __device__ void prepare_slots(const CombineParams& p, const Chunk& units, CtaState& s) {
   const Exchange& x = p.exchange;
   if (x.num_ranks == 1) return;
@@ -340,7 +340,8 @@ __device__ void prepare_slots(const CombineParams& p, const Chunk& units, CtaSta
     p.flags[i] = 0;
   }
   __syncthreads();
-  if (threadIdx.x == 0 && add_acquire_release_device(&self(x).prepared, 1) == gridDim.x - 1) {
+  if (threadIdx.x == 0 &&
+      add_acquire_release_device(&self(x).num_prepared_ctas, 1) == gridDim.x - 1) {
     fence_system();
     post_address(x, s, kScratch);
     post_address(x, s, kFlags);
@@ -392,7 +393,7 @@ __device__ void exchange(const CombineParams& p, CtaState& s, Announcer& announc
     // Only the routes are read from the peers, and those now are.
     if (tile.number + 1 == tile.count && warp_id() == warps - 1) conclude<false>(x, s);
     if (warp_id() == warps) return announcer.run(warps);
-    Combine<Element, kCount>(p, s, routes, tile, announcer, units.of(tile), ring).run();
+    PushingWarp<Element, kCount>(p, s, routes, tile, announcer, units.of(tile), ring).run();
     if (warps < kWarps) announcer.leave();
   });
 }

@@ -1,5 +1,5 @@
 // combine of small calls, which latency rules: as in large.cu, but partial sums go to the token's
-// rank in lines (lines.cuh), into its control block, and nobody waits for the others' end.
+// rank in lines (lines.cuh), into its GPU block, and nobody waits for the others' end.
 //
 // A warp loads the rows of a sum together, into its registers: with few slices for each warp there
 // is nothing to prepare while it waits, and the instructions that it would take are what time goes
@@ -19,13 +19,13 @@ namespace {
 constexpr int kTileAssignments = 2048;  // of all ranks, whose routes are in shared memory
 constexpr int kColumns = 2;             // accesses of one lane to a slice
 constexpr int kRowsTogether = 4;        // that a warp waits for at once
-// A warp that waits loads the lines themselves so many times: when they have come, they are in its
-// registers. Then it looks at their flags only, and at the clock.
+// How often a warp that waits loads whole lines: once they have come, they are in its registers.
+// After that it looks at their flags only, and at the clock.
 constexpr int kEagerPolls = 32;
 
 // A tile's work, as one warp does it.
 template <typename Element>
-struct Combine {
+struct SendingWarp {
   static constexpr int kCount = kSentAccess / static_cast<int>(sizeof(Element));
   using Accumulator = typename Element::Accumulator;
   using Sums = Accumulator[kColumns][kCount];
@@ -203,7 +203,7 @@ __device__ void exchange(const CombineParams& p, CtaState& s, void* shared_memor
     routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights, sends);
     ready = tile.number == 0 ? receive_addresses(x, s, 0) : !__syncthreads_or(has_failed(s));
     if (!ready) return;
-    Combine<Element>{p, x, s, routes, tile, units.of(tile)}.run(sends, sums);
+    SendingWarp<Element>{p, x, s, routes, tile, units.of(tile)}.run(sends, sums);
   });
   finish_alone(x, s);
 }

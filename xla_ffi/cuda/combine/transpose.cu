@@ -21,10 +21,10 @@ __host__ __device__ constexpr int tile_capacity(size_t accumulator_bytes, int nu
   return kSharedBytes / static_cast<int>(2 * sizeof(int) + accumulator_bytes * (1 + num_slices));
 }
 
+// A tile's work, as one warp does it.
 template <typename Element, int kCount>
-struct CombineTranspose {
+struct PullingWarp {
   using Accumulator = typename Element::Accumulator;
-  using Routes = TokenRoutes<Accumulator>;
   using R = Raw<Element, kCount>;
   // Rows of a token that are served by one read of x; a token with more here is read again.
   static constexpr int kRows = 8;
@@ -118,7 +118,7 @@ struct CombineTranspose {
     const int unit = x.ranks.quotient(item);
     const int tile_token = p.slices.quotient(unit);
     const int slice = unit - tile_token * p.num_slices;
-    const Routes routes = routes_of.of(rank, tile_token);
+    const TokenRoutes<Accumulator> routes = routes_of.of(rank, tile_token);
     const auto* tokens = rank == x.rank ? static_cast<const Element*>(p.tokens)
                                         : s.buffer<const Element>(rank, kFirstLeaf);
     const int begin = slice * p.slice_width;
@@ -195,7 +195,7 @@ __device__ void exchange(const CombineTransposeParams& p, CtaState& s, void* sha
   const uint32_t slots = 1u << kWeightGrads | 1u << kFirstLeaf | (p.sends_routes ? 0 : kRouteSlots);
   if (blockIdx.x == 0) post(x, s, slots);
   if (!receive_addresses(x, s, slots)) return;
-  using Op = CombineTranspose<Element, kCount>;
+  using Warp = PullingWarp<Element, kCount>;
   using Accumulator = typename Element::Accumulator;
   const int capacity = tile_capacity(sizeof(Accumulator), p.num_slices);
   auto* dots = static_cast<Accumulator*>(shared_memory);
@@ -208,10 +208,11 @@ __device__ void exchange(const CombineTransposeParams& p, CtaState& s, void* sha
     routes.take(x, s, tile, p.dest_rank, p.dest_row, p.weights, p.sends_routes);
     ready = !__syncthreads_or(has_failed(s));
     if (!ready) return;
-    const Op op{p, x, s, routes, dots, tile};
+    const Warp warp{p, x, s, routes, dots, tile};
     const Work work(tile, tile.size() * p.num_slices * x.num_ranks, p.rows != nullptr, p.padding);
-    run_work(work, s, [&](int item) { op.pull(item); }, [&](int64_t row) { op.zero_padding(row); });
-    if (p.weight_grads != nullptr) op.send_weight_grads();
+    run_work(
+        work, s, [&](int item) { warp.pull(item); }, [&](int64_t row) { warp.zero_padding(row); });
+    if (p.weight_grads != nullptr) warp.send_weight_grads();
   });
   // The weights' gradients are in the peers' memory; this tells the peers so.
   finish<true>(x, s);

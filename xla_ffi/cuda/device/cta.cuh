@@ -1,7 +1,7 @@
 // A CTA: its threads, its place among the others, and what its threads share of the exchange.
 #pragma once
 
-#include "cuda/control.h"
+#include "cuda/gpu_block.h"
 
 namespace freeio::cuda {
 

@@ -1,8 +1,8 @@
 // How a kernel opens its exchange: epochs, signatures, and where the peers' buffers are.
 #pragma once
 
-#include "cuda/control.h"
 #include "cuda/device/waits.cuh"
+#include "cuda/params.h"
 
 namespace freeio::cuda {
 
@@ -109,7 +109,7 @@ __device__ inline bool receive_addresses(const Exchange& x, CtaState& s, uint32_
     if (word < kSignatureWords) {
       // A peer that has posted all this and then given up has its buffers no more. Partner: the
       // store in fail().
-      const uint32_t aborted = load_relaxed_device(&self(x).aborted[x.gpu[rank]]);
+      const uint32_t aborted = load_relaxed_device(&self(x).has_given_up[x.gpu[rank]]);
       Word found = load_word(&box.signature[word]);
       if (aborted != 0) {
         fail(x, s, kPeerGaveUp, rank);
@@ -134,8 +134,8 @@ __device__ inline bool receive_addresses(const Exchange& x, CtaState& s, uint32_
           to_local_address(x, s, rank, static_cast<uint64_t>(value_of(high)) << 32 | value_of(low));
     }
   }
-  // A thread that has failed sees that itself. Who looked after the barrier could see the failure
-  // of one that is already further on, and leave the others alone.
+  // Each thread looks before the barrier, and a thread that has failed sees that itself. After the
+  // barrier, a thread could see the failure of one that is already further on, and return alone.
   return !__syncthreads_or(has_failed(s));
 }
 

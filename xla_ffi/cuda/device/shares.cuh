@@ -52,7 +52,7 @@ struct Teams {
     return is_sender() ? Team{all.number - (all.size - senders), senders}
                        : Team{all.number, senders * kReceivers};
   }
-  // This CTA's of so many units.
+  // This CTA's part of `units` units.
   __device__ Chunk chunk_of(int units) const {
     const Team team = own();
     if (!has_senders() || is_sender()) return Chunk(units, team);
@@ -98,7 +98,7 @@ struct Tiles {
     return {begin, min(begin + tokens, chunk.end), number, count};
   }
 
-  // Calls f(tile) for each, all threads together; so many warps take items.
+  // Calls f(tile) for each, all threads together. `warps` of them take items.
   template <typename F>
   __device__ void for_each(CtaState& s, int warps, const F& f) const {
     for (int number = 0; number < count; ++number) {
@@ -145,8 +145,8 @@ struct Units {
   }
 };
 
-// The ranks by turns: the peers from the next one on, so that not all turn to the same one first,
-// and then this rank itself, so that the link never waits.
+// The order in which a rank serves the ranks: the peers from the next one on, so that they do not
+// all begin with the same one, and then the rank itself, so that the link never waits.
 __device__ inline int rank_of_turn(const Exchange& x, int turn) {
   const int rank = x.rank + 1 + turn;
   return rank < x.num_ranks ? rank : rank - x.num_ranks;

@@ -1,14 +1,13 @@
 // The one wait for a peer, which is bounded, and what ends it early.
 #pragma once
 
-#include "cuda/control.h"
 #include "cuda/device/memory_order.cuh"
 #include "cuda/device/words.cuh"
+#include "cuda/params.h"
 
 namespace freeio::cuda {
 
-// Functions of what hardly ever happens are not inlined: calls with few tokens, in which nothing is
-// done often, are faster for it.
+// Functions for what hardly ever happens are not inlined: that makes calls with few tokens faster.
 
 // Ends the exchange with an error: records it, if it is this GPU's first, and tells the peers.
 [[gnu::noinline]] __device__ inline void fail(const Exchange& x, CtaState& s, Step step, int peer,
@@ -29,21 +28,20 @@ namespace freeio::cuda {
   *const_cast<volatile int32_t*>(&failure.step) = step;
   for (int rank = 0; rank < x.num_ranks; ++rank) {
     // Partner: the load in may_wait().
-    if (rank != x.rank) store_release_system(&x.control[rank]->aborted[x.gpu[x.rank]], 1);
+    if (rank != x.rank) store_release_system(&x.gpu_block[rank]->has_given_up[x.gpu[x.rank]], 1);
   }
 }
 
-// Copies what the host tells those who wait to this GPU's memory. One of all threads that call it
+// Copies what the host tells waiting threads to this GPU's memory. Of all threads that call it, one
 // does so, once a tick of about a millisecond: a load from the host's memory takes a microsecond,
-// and those of one address queue up. When every waiting thread looked there, as they all do where a
-// peer is late, a kernel took 15 ms longer.
+// and loads of one address queue up. Where a peer is late, thousands of threads wait.
 __device__ inline void look_at_host(const Exchange& x, uint64_t now) {
-  ControlBlock& control = self(x);
+  GpuBlock& block = self(x);
   const auto tick = static_cast<uint32_t>(now >> 20);
-  if (load_relaxed_device(&control.looked) == tick) return;
-  if (atomicExch(&control.looked, tick) == tick) return;
+  if (load_relaxed_device(&block.last_look) == tick) return;
+  if (atomicExch(&block.last_look, tick) == tick) return;
   const volatile HostBlock& host = *x.host;
-  volatile ControlBlock& copy = control;
+  volatile GpuBlock& copy = block;
   // Partner: Peers::gone(), on the host.
   for (int rank = 0; rank < x.num_ranks; ++rank) copy.lost[x.gpu[rank]] = host.lost[x.gpu[rank]];
   copy.timeout_ns = host.timeout_ns;
@@ -58,14 +56,14 @@ __device__ __forceinline__ uint64_t may_wait(const Exchange& x, CtaState& s, Ste
     return 0;
   }
   // Partner: the store in fail().
-  if (load_acquire_system(&self(x).aborted[x.gpu[peer]]) != 0) {
+  if (load_acquire_system(&self(x).has_given_up[x.gpu[peer]]) != 0) {
     fail(x, s, kPeerGaveUp, peer);
     return 0;
   }
   const uint64_t now = nanoseconds();
   if (begin == 0) begin = now;
   look_at_host(x, now);
-  const volatile ControlBlock& copy = self(x);
+  const volatile GpuBlock& copy = self(x);
   if (const uint32_t lost = copy.lost[x.gpu[peer]]; lost != 0) {
     fail(x, s, kPeerLost, peer, 0, 0, lost);
     return 0;

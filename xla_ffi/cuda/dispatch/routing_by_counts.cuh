@@ -1,6 +1,7 @@
-// Routing by counts: each rank tells all ranks how many rows it has for each expert, and the peers,
-// before it knows theirs, the place of each of its assignments among them; with that they find its
-// row. Where there is no room for so many places, they are told the rows, once these are known.
+// Routing by counts. Each rank tells all ranks how many rows it has for each expert. Before it
+// knows their counts it also tells the peers the place of each of its assignments among its own,
+// from which they find its row. Where there is no room for all places, it tells them the rows
+// instead, once these are known.
 #pragma once
 
 #include "cuda/device/opening.cuh"
@@ -30,8 +31,8 @@ struct Segment {
   }
 };
 
-// Route words start as "not arrived": XLA's buffer may hold anything, an old call's words too. Each
-// CTA clears those that it is to read itself: it waits for no other CTA before it does.
+// Route words start as "not arrived": XLA's buffer may hold anything, an old call's words too. A
+// CTA clears the words that it will read itself, so it need not wait for other CTAs.
 __device__ inline void prepare_routes(const DispatchParams& p, const Chunk& chunk, CtaState& s) {
   const Exchange& x = p.exchange;
   if (x.num_ranks == 1) return;
@@ -45,7 +46,8 @@ __device__ inline void prepare_routes(const DispatchParams& p, const Chunk& chun
     }
   }
   __syncthreads();
-  if (threadIdx.x == 0 && add_acquire_release_device(&self(x).prepared, 1) == gridDim.x - 1) {
+  if (threadIdx.x == 0 &&
+      add_acquire_release_device(&self(x).num_prepared_ctas, 1) == gridDim.x - 1) {
     fence_system();
     post_address(x, s, kScratch);
   }

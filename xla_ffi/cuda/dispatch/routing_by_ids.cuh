@@ -21,7 +21,7 @@ struct AllIds {
 
   __device__ int words_per_rank() const { return (per_rank + 1) / 2; }
 
-  // Two ids in one word. Whoever has an odd number of them leaves the last half empty.
+  // Two ids in one word. A rank with an odd number of ids leaves the last half empty.
   __device__ void put(int rank, int word, uint32_t value) const {
     uint16_t* pair = ids + rank * per_rank + 2 * word;
     pair[0] = static_cast<uint16_t>(value);
