@@ -11,7 +11,7 @@
 
 #ifdef FREEIO_CUDA
 #include "cuda/gpus.h"
-#include "cuda/handlers.h"
+#include "cuda/module.h"
 #endif
 
 namespace py = pybind11;

@@ -1,4 +1,4 @@
-// The engine's state in this process: one GPU block for each GPU, mapped by all of them.
+// The engine's state in this process: its GPUs, its settings, and what has failed.
 #pragma once
 
 #include <cstdint>
@@ -53,9 +53,6 @@ Memory memory();
 
 // The number of this process's GPU with this ordinal; -1: the engine does not have it.
 int gpu_number(int ordinal);
-
-// Whether NVLink leads from one GPU to another (CUDA ordinals).
-bool has_link(int from, int to);
 
 // A group's exchange as its member on one GPU sees it.
 struct Member {

@@ -7,6 +7,7 @@
 #include "core/layout.h"
 #include "cuda/device/opening.cuh"
 #include "cuda/device/shared_memory.cuh"
+#include "cuda/dispatch/assignment_rows.cuh"
 #include "cuda/dispatch/routing_by_counts.cuh"
 #include "cuda/dispatch/slices.cuh"
 #include "cuda/kernels.h"
