@@ -70,10 +70,11 @@ Status SharedAddresses::translate(Peers& peers, uint64_t& address) {
 
 template <typename Operands>
 Status Call<Operands>::prepare(int32_t alignment) {
-  // Before what it stands for: what changes meanwhile is seen by the next run.
+  // Read first: a change that comes after it makes the next run prepare again.
   const uint64_t version = engine_version();
   engine_version_ = 0;
   params_ = {};
+  addresses_ = {};  // of the peers of then
   Exchange& exchange = params_.exchange;
   Status status = describe(site_.layout, site_.member, exchange, connection_);
   if (!status.ok()) return status;

@@ -32,7 +32,7 @@ struct PodGpu {
   int ordinal;  // CUDA's, in that process
 };
 
-// The same for a program of several processes; all of them must call it. Waits until the control
+// The same for a program of several processes; all of them must call it. Waits until the GPU
 // blocks of all are mapped by all, at most as long as for an exchange.
 Status join(host::Pod& pod, int process, const std::vector<PodGpu>& gpus);
 

@@ -170,8 +170,9 @@ template <typename Operands>
 ffi::Error initialize(Instance<Operands>* instance, ffi::RemainingArgs, ffi::RemainingRets,
                       ffi::Dictionary) {
   const uint64_t now = generation();
-  uint64_t then = 0;
-  if (!instance->generation.compare_exchange_strong(then, now) && then != now) {
+  uint64_t then = instance->generation;
+  if (then == 0 && instance->generation.compare_exchange_strong(then, now)) then = now;
+  if (then != now) {
     return ffi::Error(
         ffi::ErrorCode::kFailedPrecondition,
         "freeio_jax: this program ran before freeio_jax.shutdown(), and what XLA has "

@@ -62,8 +62,9 @@ struct DispatchParams {
   int32_t* expert_load;
   int32_t* num_dropped;
   int32_t* num_invalid;
-  Word* routes;  // [R, T, K]: rows here of every rank's assignments, written by the ranks, unless
-                 // they send places
+  // [R, T, K]: rows here of every rank's assignments. The ranks write them, unless they send
+  // places.
+  Word* routes;
   bool sends_places;     // of assignments
   int32_t segment_ctas;  // CTAs that count together
   int32_t num_segments;

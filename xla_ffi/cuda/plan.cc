@@ -17,7 +17,7 @@ std::atomic<int64_t> max_sent_slices{kMaxSentSlices};
 
 constexpr int32_t kMaxAccess = 16;  // bytes
 
-// Bytes, up to 16, of which the numbers of these buffers' addresses are multiples.
+// The largest power of two, up to 16, that divides all of these addresses.
 template <typename... Buffers>
 int32_t common_alignment(const Buffers*... buffers) {
   const uint64_t bits = (uint64_t{kMaxAccess} | ... | reinterpret_cast<uint64_t>(buffers));

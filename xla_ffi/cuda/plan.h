@@ -36,7 +36,7 @@ CombineScratch combine_scratch(const Layout& layout, int64_t width);
 // all ranks must have the same.
 void set_most_sent(int64_t assignments, int64_t routes, int64_t slices);
 
-// The bytes, up to 16, of which the addresses of all rows of the call are multiples.
+// The largest power of two, up to 16, that divides the addresses of all rows of the call.
 int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operands);
 int32_t alignment_of(const CombineTypes& types, const CombineOperands& operands);
 int32_t alignment_of(const CombineTransposeTypes& types, const CombineTransposeOperands& operands);

@@ -1,5 +1,5 @@
 // dispatch of small calls, which latency rules: they do not wait until they know where rows go. The
-// token's rank sends each row, once to each rank that needs it, in lines (lines.cuh) to the control
+// token's rank sends each row, once to each rank that needs it, in lines (lines.cuh) to the GPU
 // block there, together with the ids. Nobody waits for the others' end.
 #include "cuda/device/lines.cuh"
 #include "cuda/device/opening.cuh"
