@@ -266,18 +266,19 @@ class CudaEngine(_Engine):
                 )
 
     def dispatch_scratch(self, layout, num_leaves):
-        """Route words: 64 bits for each assignment of each rank."""
+        """The words of the routes: 64 bits each, as pairs of 32."""
         self.check(layout, num_leaves)
-        return (((2 * layout.num_ranks * layout.num_assignments,), np.uint32),)
+        words = _native.cuda.dispatch_scratch(layout.num_ranks, layout.num_tokens, layout.top_k)
+        return (((2 * words,), np.uint32),)
 
     def combine_scratch(self, layout, expert_out):
         """Slots for the partial sums of the other ranks, and their arrival flags."""
         self.check(layout)
-        slots = layout.num_tokens * min(layout.top_k, layout.num_ranks - 1)
         width = math.prod(expert_out.shape[1:])
-        # A slice has at least this many elements, or is the whole row.
-        slices = max(1, -(-width // _native.cuda.combine_slice))
-        return ((slots, width), expert_out.dtype), ((slots * slices,), np.uint32)
+        slots, flags = _native.cuda.combine_scratch(
+            layout.num_ranks, layout.num_tokens, layout.top_k, width
+        )
+        return ((slots, width), expert_out.dtype), ((flags,), np.uint32)
 
 
 #: Engines of this installation, by the platform as JAX's lowering names it.

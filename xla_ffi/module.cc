@@ -12,8 +12,8 @@
 #include "host/session.h"
 
 #ifdef FREEIO_CUDA
-#include "cuda/engine.h"
-#include "cuda/handlers.h"
+#include "cuda/gpus.h"
+#include "cuda/module.h"
 #endif
 
 namespace py = pybind11;

@@ -74,7 +74,7 @@ class Limits:
         if devices[0].platform != "gpu":
             return cls(math.nan, math.nan, math.nan)
         # The engine lets the GPUs reach each other's memory.
-        ENGINES["cuda"].prepare(None)
+        ENGINES["cuda"].start()
         ordinals = [device.local_hardware_id for device in devices]
         size = 256 << 20
         memory = _native.cuda.memory_bandwidth(ordinals[0], 4 * size)

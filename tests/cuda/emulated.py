@@ -29,7 +29,7 @@ from freeio_jax.layout import dropless_capacity
 #: dispatch; or nothing, as calls with very many.
 PROTOCOLS = ("lines", "ids", "places", "nothing")
 
-#: In the order of DType in core/dtype.h.
+#: The engine's own list, core/dtype.h: `Emulator` checks that.
 DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]
 
 GUARD_BYTES = 64
@@ -44,45 +44,67 @@ class MachineError(RuntimeError):
     """The kernels deadlocked, or used the machine in a way that no GPU allows."""
 
 
+_structs = []
+
+
 def _struct(name, *fields):
-    return type(name, (c.Structure,), {"_fields_": list(fields)})
+    """A twin of the C++ struct; `Emulator` checks that it has the same size."""
+    struct = type(name, (c.Structure,), {"_fields_": list(fields)})
+    _structs.append(struct)
+    return struct
 
 
 def _pointers(*names):
     return [(name, c.c_void_p) for name in names]
 
 
+_MAX_LEAVES = 16
 _LAYOUT = ("num_ranks", "num_tokens", "top_k", "num_experts", "capacity", "alignment")
-_Call = _struct(
-    "Call",
+_Site = _struct(
+    "Site",
     *((name, c.c_int64) for name in _LAYOUT),
-    *_pointers("gpus", "device"),
+    *_pointers("gpus"),
     ("mesh_device", c.c_uint32),
     ("instance", c.c_uint32),
     ("rank", c.c_int32),
-    ("dtype", c.c_int32),
-    ("width", c.c_int64),
 )
 _ROUTING = ("dest_rank", "dest_row", "row_source")
 _COUNTS = ("group_sizes", "expert_load", "num_dropped", "num_invalid")
-_Dispatch = _struct(
-    "Dispatch",
-    ("routed", c.c_int32),
+_ROW_TYPE = [("dtype", c.c_int32), ("width", c.c_int64)]
+
+
+class _LeafType(c.Structure):
+    _fields_ = (("row_bytes", c.c_int64), ("row_type", c.c_uint64))
+
+
+class _Leaf(c.Structure):
+    _fields_ = _pointers("tokens", "rows")
+
+
+_DispatchTypes = _struct(
+    "DispatchTypes",
+    ("routed", c.c_bool),
     ("num_leaves", c.c_int32),
-    *_pointers(
-        "tokens", "rows", "row_bytes", "row_types", "topk_idx", *_ROUTING, *_COUNTS, "routes"
-    ),
+    ("leaves", _LeafType * _MAX_LEAVES),
 )
-_Combine = _struct(
-    "Combine",
-    *_pointers("dest_rank", "dest_row", "expert_out", "weights", "sums", "partial_sums", "flags"),
+_DispatchOperands = _struct(
+    "DispatchOperands",
+    *_pointers("device", "topk_idx", *_ROUTING, *_COUNTS, "routes"),
+    ("leaves", _Leaf * _MAX_LEAVES),
 )
-_CombineTranspose = _struct(
-    "CombineTranspose",
-    *_pointers(*_ROUTING, "tokens", "expert_out", "weights", "rows", "weight_grads"),
+_CombineTypes = _struct("CombineTypes", ("weighted", c.c_bool), *_ROW_TYPE)
+_CombineOperands = _struct(
+    "CombineOperands",
+    *_pointers("device", "dest_rank", "dest_row", "expert_out", "weights"),
+    *_pointers("sums", "partial_sums", "flags"),
 )
-
-
+_CombineTransposeTypes = _struct(
+    "CombineTransposeTypes", ("rows", c.c_bool), ("weights", c.c_bool), *_ROW_TYPE
+)
+_CombineTransposeOperands = _struct(
+    "CombineTransposeOperands",
+    *_pointers("device", *_ROUTING, "tokens", "expert_out", "weights", "rows", "weight_grads"),
+)
 _Place = _struct(
     "Place",
     ("process", c.c_int32),
@@ -205,6 +227,13 @@ class Emulator:
             *("engine_state_of", "engine_set_epochs", "engine_take_note"),
         ):
             getattr(self._library, name).restype = c.c_char_p
+        self._library.engine_bytes_of.restype = c.c_int64
+        for struct in _structs:
+            name = struct.__name__
+            assert self._library.engine_bytes_of(name.encode()) == c.sizeof(struct), name
+        self._library.engine_dtype_name.restype = c.c_char_p
+        names = [self._library.engine_dtype_name(i) for i in range(len(DTYPES) + 1)]
+        assert names == [*(name.encode() for name in DTYPES), None]
         self._library.emulator_steps.restype = c.c_uint64
         self._library.emulator_driver_function.restype = c.c_void_p
         self._buffers = []  # of launches that have not run
@@ -353,42 +382,38 @@ class Emulator:
             "num_invalid": (),
         }
         out = {name: self._new(name, shape, np.int32) for name, shape in shapes.items()}
-        shape = (geometry.num_ranks, *topk_idx.shape)
-        routes = self._new("routes", shape, np.uint64, scratch=True)
-        for source, words in enumerate(routes.array):
+        words, _, _ = self._scratch(group, rank, geometry)
+        routes = self._new("routes", (words,), np.uint64, scratch=True)
+        by_source = routes.array.reshape(geometry.num_ranks, -1)
+        for source, words in enumerate(by_source):
             # The worst that can be in the memory: words that look as if they had arrived.
             words[...] = self._epoch(group.gpus[rank], group.gpus[source]) << 32 | 1
-        leaf_fields, packed = self._leaves(leaves, rows, offset)
-        buffers = _Dispatch(
-            routed=1,
-            topk_idx=self._in("topk_idx", topk_idx).address,
-            routes=routes.address,
-            **leaf_fields,
-            **{name: buffer.address for name, buffer in out.items()},
-        )
-        self._launch("dispatch", group, rank, geometry, buffers, **call)
+        types, operands, packed = self._leaves(leaves, rows, offset)
+        types.routed = True
+        operands.topk_idx = self._in("topk_idx", topk_idx).address
+        operands.routes = routes.address
+        for name, buffer in out.items():
+            setattr(operands, name, buffer.address)
+        self._launch("dispatch", group, rank, geometry, types, operands, **call)
         return SimpleNamespace(rows=packed, **{name: buffer.array for name, buffer in out.items()})
 
     def dispatch_along(self, group, rank, geometry, handle, leaves, *, offset=0, **call):
         """Launches dispatch along a handle; the list of packed rows."""
-        leaf_fields, packed = self._leaves(leaves, capacity_of(geometry), offset)
-        buffers = _Dispatch(
-            routed=0,
-            **leaf_fields,
-            **{name: self._in(name, getattr(handle, name)).address for name in _ROUTING},
-        )
-        self._launch("dispatch", group, rank, geometry, buffers, **call)
+        types, operands, packed = self._leaves(leaves, capacity_of(geometry), offset)
+        for name in _ROUTING:
+            setattr(operands, name, self._in(name, getattr(handle, name)).address)
+        self._launch("dispatch", group, rank, geometry, types, operands, **call)
         return packed
 
     def combine(self, group, rank, geometry, handle, expert_out, weights=None, **call):
         """Launches combine; the sums."""
         width = int(np.prod(expert_out.shape[1:]))
-        slots = geometry.num_tokens * max(min(geometry.top_k, geometry.num_ranks - 1), 0)
+        _, elements, words = self._scratch(group, rank, geometry, width)
         sums = self._new("sums", (geometry.num_tokens, width), expert_out.dtype)
-        partial_sums = self._new("partial_sums", (slots, width), expert_out.dtype, scratch=True)
-        flags = self._new("flags", (slots * max(1, -(-width // 64)),), np.uint32, scratch=True)
+        partial_sums = self._new("partial_sums", (elements,), expert_out.dtype, scratch=True)
+        flags = self._new("flags", (words,), np.uint32, scratch=True)
         flags.array[...] = 1  # the worst that can be in the memory
-        buffers = _Combine(
+        operands = _CombineOperands(
             dest_rank=self._in("dest_rank", handle.dest_rank).address,
             dest_row=self._in("dest_row", handle.dest_row).address,
             expert_out=self._in("expert_out", expert_out).address,
@@ -397,9 +422,10 @@ class Emulator:
             partial_sums=partial_sums.address,
             flags=flags.address,
         )
-        self._launch(
-            "combine", group, rank, geometry, buffers, dtype=expert_out.dtype, width=width, **call
+        types = _CombineTypes(
+            weighted=weights is not None, dtype=_dtype_number(expert_out.dtype), width=width
         )
+        self._launch("combine", group, rank, geometry, types, operands, **call)
         return sums.array.reshape(geometry.num_tokens, *expert_out.shape[1:])
 
     def combine_transpose(
@@ -414,7 +440,7 @@ class Emulator:
             rows = self._new("rows", (capacity_of(geometry), width), cotangent.dtype)
         if expert_out is not None:
             grads = self._new("weight_grads", handle.dest_rank.shape, accumulator)
-        buffers = _CombineTranspose(
+        operands = _CombineTransposeOperands(
             **{name: self._in(name, getattr(handle, name)).address for name in _ROUTING},
             tokens=self._in("tokens", cotangent).address,
             expert_out=None if grads is None else self._in("expert_out", expert_out).address,
@@ -422,10 +448,13 @@ class Emulator:
             rows=None if rows is None else rows.address,
             weight_grads=None if grads is None else grads.address,
         )
-        self._launch(
-            *("combine_transpose", group, rank, geometry, buffers),
-            **{"dtype": cotangent.dtype, "width": width, **call},
+        types = _CombineTransposeTypes(
+            rows=rows is not None,
+            weights=grads is not None,
+            dtype=_dtype_number(cotangent.dtype),
+            width=width,
         )
+        self._launch("combine_transpose", group, rank, geometry, types, operands, **call)
         return (
             None if rows is None else rows.array.reshape(-1, *cotangent.shape[1:]),
             None if grads is None else grads.array,
@@ -461,43 +490,46 @@ class Emulator:
             self._new(f"rows[{i}]", (rows, *leaf.shape[1:]), leaf.dtype, offset=offset)
             for i, leaf in enumerate(leaves)
         ]
-        row_bytes = [int(np.prod(leaf.shape[1:])) * leaf.dtype.itemsize for leaf in leaves]
-        arrays = {
-            "tokens": [buffer.address for buffer in tokens],
-            "rows": [buffer.address for buffer in packed],
-            "row_bytes": row_bytes,
-            "row_types": [zlib.crc32(f"{leaf.dtype}{leaf.shape[1:]}".encode()) for leaf in leaves],
-        }
-        fields = {name: self._in(name, np.array(a, np.int64)).address for name, a in arrays.items()}
-        return {"num_leaves": len(leaves), **fields}, [buffer.array for buffer in packed]
+        types = _DispatchTypes(num_leaves=len(leaves))
+        operands = _DispatchOperands()
+        for i, leaf in enumerate(leaves):
+            types.leaves[i].row_bytes = int(np.prod(leaf.shape[1:])) * leaf.dtype.itemsize
+            types.leaves[i].row_type = zlib.crc32(f"{leaf.dtype}{leaf.shape[1:]}".encode())
+            operands.leaves[i].tokens = tokens[i].address
+            operands.leaves[i].rows = packed[i].address
+        return types, operands, [buffer.array for buffer in packed]
 
-    def _launch(
-        self,
-        *args,
-        dtype="float32",
-        width=0,
-        instance=1,
-        device=None,
-    ):
-        name, group, rank, geometry, buffers = args
-        expected = group.mesh_device(rank)
-        device = np.uint32(expected if device is None else device)
-        call = _Call(
+    def _site(self, group, rank, geometry, instance=1):
+        """With an array that it points to, which lives as long."""
+        site = _Site(
             **{
                 **{name: getattr(geometry, name) for name in _LAYOUT},
                 "capacity": capacity_of(geometry),
             },
-            gpus=self._in("gpus", np.array(group.gpus, np.int32)).address,
-            device=self._in("device", device).address,
-            mesh_device=expected,
+            mesh_device=group.mesh_device(rank),
             instance=instance,
             rank=rank,
-            dtype=DTYPES.index(np.dtype(dtype).name),
-            width=width,
         )
+        site.gpus_array = np.array(group.gpus, np.int32)
+        site.gpus = site.gpus_array.ctypes.data
+        return site
+
+    def _scratch(self, group, rank, geometry, width=0):
+        """Elements of dispatch's scratch buffer, and of combine's two."""
+        elements = (c.c_int64 * 3)()
+        site = self._site(group, rank, geometry)
+        self._library.engine_scratch(c.byref(site), c.c_int64(width), elements)
+        return tuple(elements)
+
+    def _launch(self, name, group, rank, geometry, types, operands, *, instance=1, device=None):
+        expected = group.mesh_device(rank)
+        operands.device = self._in(
+            "device", np.uint32(expected if device is None else device)
+        ).address
+        site = self._site(group, rank, geometry, instance)
         function = getattr(self._library, f"engine_{name}")
         mine, self._new_buffers = self._new_buffers, []
-        self._check(function(c.byref(call), c.byref(buffers)))
+        self._check(function(c.byref(site), c.byref(types), c.byref(operands)))
         self._buffers += mine
         for buffer in mine:
             self._library.emulator_retire(
@@ -515,6 +547,10 @@ class Emulator:
         if error:
             self._broken = True
             raise EngineError(error.decode())
+
+
+def _dtype_number(dtype):
+    return DTYPES.index(np.dtype(dtype).name)
 
 
 def _accumulator(dtype):

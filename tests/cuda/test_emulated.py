@@ -29,6 +29,8 @@ from operations import (
     run_dispatch,
 )
 
+from freeio_jax import _native
+
 all_protocols = pytest.mark.parametrize("protocol", PROTOCOLS, indirect=True)
 #: Of operations that send no rows.
 routes_or_nothing = pytest.mark.parametrize("protocol", PROTOCOLS[2:], indirect=True)
@@ -97,6 +99,19 @@ def test_leaves_of_any_row_size_travel_together(machine, rng, offset):
 
 @all_protocols
 @pytest.mark.usefixtures("protocol")
+def test_a_call_runs_again_with_other_buffers_alignments_and_num_sms(machine, rng):
+    geometry = Geometry(3, 10, 2, 6)
+    for num_sms, offset in ((5, 0), (5, 0), (5, 4), (2, 4), (5, 0)):
+        machine.set_num_sms(num_sms)
+        leaves = [random_bits(rng, (3, 10, 40), np.float32)]
+        topk_idx = routing(rng, geometry)
+        out = dispatch(machine, geometry, topk_idx, leaves, offset=offset)
+        machine.synchronize()
+        check_dispatched(out, geometry, topk_idx, leaves)
+
+
+@all_protocols
+@pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("num_sms", [1, 2, 7])
 def test_leaves_of_several_slices_travel_together(machine, rng, num_sms):
     """All of them in lines: of one access, of a slice, of one more, and of many."""
@@ -132,6 +147,23 @@ def test_ids_are_counted_in_segments(machine, rng, geometry, num_sms):
     """Of as many CTAs each, of fewer, and of one; chunks that begin within four ids of another."""
     machine.set_num_sms(num_sms)
     run_dispatch(machine, rng, geometry, "invalid", width=3)
+
+
+@all_protocols
+@pytest.mark.usefixtures("protocol")
+@pytest.mark.parametrize(("capacity", "alignment"), [(64, 8), (24, 4), (200, 1)])
+def test_groups_are_placed_as_the_layout_says(machine, rng, capacity, alignment):
+    """The kernels find starts and sizes of all groups at once, core/layout.h one by one."""
+    geometry = Geometry(3, 12, 4, 45, capacity=capacity, alignment=alignment)
+    topk_idx, out, _ = run_dispatch(machine, rng, geometry)
+    for rank, result in enumerate(out):
+        load = result.expert_load.tolist()
+        starts, sizes = _native.groups(3, 45, capacity, alignment, load)
+        assert result.group_sizes.tolist() == sizes
+        for group, start in enumerate(starts):
+            if load[group] > 0 and start < capacity:
+                expert = topk_idx.reshape(-1)[result.row_source[start]]
+                assert expert == rank * 15 + group
 
 
 @pytest.mark.parametrize("num_tokens", [4096, 4097])

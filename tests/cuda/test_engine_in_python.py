@@ -8,9 +8,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from freeio_jax import engines, runtime, watch
+from freeio_jax.layout import Layout
 
 needs_cuda_part = pytest.mark.skipif(
     not hasattr(engines._native, "cuda"),
@@ -162,6 +164,18 @@ def test_failures_are_logged_where_leaving_fails(engine, native, monkeypatch, ca
     with pytest.raises(RuntimeError, match="cudaDeviceSynchronize"):
         engine._leave()
     assert "one GPU failed" in caplog.text
+
+
+@needs_cuda_part
+def test_scratch_has_a_word_for_each_assignment_and_a_row_for_each_partial_sum():
+    engine = engines.ENGINES["cuda"]
+    layout = Layout.create(num_ranks=3, num_tokens=10, top_k=4, num_experts=6)
+    assert engine.dispatch_scratch(layout, num_leaves=1) == (((2 * 3 * 10 * 4,), np.uint32),)
+    rows = SimpleNamespace(shape=(layout.capacity, 3, 100), dtype=np.float32)
+    slots = 10 * 2  # ranks other than the token's own
+    slices = 3  # of at most 128 elements
+    expected = ((slots, 300), np.float32), ((slots * slices,), np.uint32)
+    assert engine.combine_scratch(layout, rows) == expected
 
 
 @needs_cuda_part

@@ -119,6 +119,11 @@ using Float8E5M2 = SmallFloat<uint8_t, 5, 2, Overflow::kInfinity>;
 using Float8E4M3FN = SmallFloat<uint8_t, 4, 3, Overflow::kNan>;
 
 enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16, kFloat8E5M2, kFloat8E4M3FN };
+constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32,    DType::kBFloat16,
+                             DType::kFloat16, DType::kFloat8E5M2, DType::kFloat8E4M3FN};
+// As NumPy and ml_dtypes name them.
+constexpr const char* kDTypeNames[] = {"float64", "float32",     "bfloat16",
+                                       "float16", "float8_e5m2", "float8_e4m3fn"};
 
 template <typename Element>
 struct ElementTag {

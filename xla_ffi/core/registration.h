@@ -3,26 +3,32 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "core/buffers.h"
+#include "core/operations.h"
 
 namespace freeio {
-
-enum class Operation { kDispatch, kDispatchAlong, kCombine, kCombineTranspose };
 
 template <typename T>
 pybind11::capsule capsule(T* pointer) {
   return pybind11::capsule(reinterpret_cast<void*>(pointer));
 }
 
-// {name: registration} of an engine's state type.
+// Adds a state type of an engine to {name: registration}.
 template <typename Instance>
-pybind11::dict ffi_type(const char* name) {
+void add_ffi_type(const char* name, pybind11::dict& types) {
   static constexpr ffi::TypeInfo kInfo = ffi::MakeTypeInfo<Instance>();
   pybind11::dict type;
   type["type_id"] = capsule(&Instance::id);
   type["type_info"] = capsule(const_cast<ffi::TypeInfo*>(&kInfo));
-  pybind11::dict types;
   types[name] = type;
+}
+// {name: registration} of an engine's one state type.
+template <typename Instance>
+pybind11::dict ffi_type(const char* name) {
+  pybind11::dict types;
+  add_ffi_type<Instance>(name, types);
   return types;
 }
 
@@ -33,21 +39,21 @@ struct Stages {
   XLA_FFI_Handler* initialize = nullptr;  // null: there is nothing to do before each run
 };
 
-// {target: handlers}, as the lowering names the targets.
+// {target: handlers}, as the lowering names the targets: freeio_ and the operation.
 inline pybind11::dict ffi_targets_of(const Stages& dispatch, const Stages& dispatch_along,
                                      const Stages& combine, const Stages& combine_transpose) {
   pybind11::dict targets;
-  const auto add = [&](const char* name, const Stages& stages) {
+  const auto add = [&](Operation operation, const Stages& stages) {
     pybind11::dict handlers;
     handlers["instantiate"] = capsule(stages.instantiate);
     handlers["execute"] = capsule(stages.execute);
     if (stages.initialize != nullptr) handlers["initialize"] = capsule(stages.initialize);
-    targets[name] = handlers;
+    targets[(std::string("freeio_") + name_of(operation)).c_str()] = handlers;
   };
-  add("freeio_dispatch", dispatch);
-  add("freeio_dispatch_along", dispatch_along);
-  add("freeio_combine", combine);
-  add("freeio_combine_transpose", combine_transpose);
+  add(Operation::kDispatch, dispatch);
+  add(Operation::kDispatchAlong, dispatch_along);
+  add(Operation::kCombine, combine);
+  add(Operation::kCombineTranspose, combine_transpose);
   return targets;
 }
 

@@ -4,10 +4,11 @@
 #include <iterator>
 #include <sstream>
 
+#include "core/operations.h"
+
 namespace freeio::cuda {
 namespace {
 
-constexpr const char* kOps[] = {"dispatch", "dispatch_along", "combine", "combine_transpose"};
 constexpr const char* kSignatureNames[kSignatureWords] = {"the operation",
                                                           "the call of the program, or the program",
                                                           "num_tokens",
@@ -21,7 +22,7 @@ constexpr const char* kSignatureNames[kSignatureWords] = {"the operation",
 // The value of a signature's word; empty: it is a mere digest, and tells nobody anything.
 std::string text_of_word(int word, uint32_t value) {
   if (word == kInstance || word == kRows) return "";
-  if (word == kOp && value < std::size(kOps)) return kOps[value];
+  if (word == kOp && value < std::size(kOperationNames)) return kOperationNames[value];
   return std::to_string(value);
 }
 
@@ -52,7 +53,7 @@ Status to_status(const Failure& failure, double timeout, const std::string& peer
       "rank " + std::to_string(failure.peer) + (peer_process.empty() ? "" : " of " + peer_process);
   std::ostringstream text;
   Code code = Code::kInternal;
-  text << "freeio_jax." << kOps[failure.op] << ": rank " << failure.rank;
+  text << "freeio_jax." << kOperationNames[failure.op] << ": rank " << failure.rank;
   switch (failure.step) {
     case kWrongDevice:
       text << " runs on mesh device " << failure.found << ", but was compiled for mesh device "
@@ -99,7 +100,7 @@ Status to_status(const Failure& failure, double timeout, const std::string& peer
 
 std::string to_note(const Wait& wait, double timeout, const std::string& peer_process) {
   std::ostringstream text;
-  text << "freeio_jax." << kOps[wait.op_and_step & 15] << ": rank " << int{wait.rank}
+  text << "freeio_jax." << kOperationNames[wait.op_and_step & 15] << ": rank " << int{wait.rank}
        << " has waited " << seconds_of(wait) << " s (it gives up after " << std::setprecision(4)
        << timeout << " s) for rank " << int{wait.peer}
        << (peer_process.empty() ? "" : " of " + peer_process) << ", for "

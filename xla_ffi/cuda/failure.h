@@ -4,7 +4,7 @@
 #include <string>
 
 #include "core/status.h"
-#include "cuda/control.h"
+#include "cuda/gpu_block.h"
 
 namespace freeio::cuda {
 

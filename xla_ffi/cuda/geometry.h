@@ -9,8 +9,8 @@
 
 namespace freeio::cuda {
 
-// Divides by what is fixed when a kernel is launched: three instructions instead of some twenty,
-// which are executed for each item of work, and have to be fetched.
+// Divides by a number that is fixed when a kernel is launched, in three instructions instead of
+// about twenty. Kernels divide for each item of work.
 struct Divisor {
   uint32_t divisor = 1;
   uint32_t factor = 1u << 31;
@@ -33,8 +33,8 @@ struct Divisor {
   }
 };
 
-// Packed rows that one warp looks through for padding, at most as many as it has lanes: few where
-// there are few, so that no warp has much to zero.
+// Packed rows that one warp looks through for padding, at most one for each lane. Where there are
+// few rows it is few, so that no warp has much to zero.
 inline int32_t block_rows(int32_t capacity) {
   constexpr int32_t kMost = 8;
   return std::clamp(capacity / 4096, 1, kMost);
@@ -51,26 +51,27 @@ inline int32_t spreading_stride(int32_t blocks) {
 // no more sums than registers hold.
 constexpr int wide_pack(int element_bytes) { return element_bytes == 1 ? 8 : 16 / element_bytes; }
 
-// Accesses of the lanes of one warp to one slice of a row: all in flight together in a copy.
+// Slices of a row, in accesses of one lane. In a copy, all accesses of a slice are in flight
+// together.
 constexpr int kCopySlice = 8 * 32;
 
-// The same in combine.
+// In combine.
 constexpr int kCombineSlice = 4 * 32;
 
-// The same in its transpose. With few tokens more warps share a row; with many, a slice's fixed
-// cost counts for more.
+// In combine's transpose. With few tokens more warps share a row; with many, the fixed cost of a
+// slice matters more.
 inline int transpose_slice(int64_t num_tokens) { return num_tokens <= 1024 ? 2 * 32 : 8 * 32; }
 
-// Slices by which each CTA of combine pushes ahead of what it sums: for the way of a partial sum
-// over the link, and for some more pushes, to any rank, until its flag is raised.
+// Slices by which each CTA of combine pushes ahead of what it sums. In that time a partial sum
+// crosses the link, and its flag is raised, which happens some pushes later.
 inline int combine_ahead(int num_ranks) { return 12 + 8 / std::max(1, num_ranks - 1); }
 
-// Accesses in a slice that is sent in lines, with their flags a kilobyte: lines.cuh.
+// Accesses in a slice that is sent in lines; with their flags they are a kilobyte: lines.cuh.
 constexpr int kSentSlice = 60;
 constexpr int kSentAccess = 16;  // bytes
 
-// CTAs that receive what one CTA sends, where they do not all do both. In dispatch they store each
-// row several times; in combine both sum rows.
+// CTAs that receive for each CTA that sends, where no CTA does both. Receivers of dispatch have
+// more to do, as they store each row several times; in combine both sum rows.
 constexpr int kDispatchReceivers = 3;
 constexpr int kCombineReceivers = 1;
 

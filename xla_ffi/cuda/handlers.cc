@@ -1,47 +1,54 @@
 #include "cuda/handlers.h"
 
-#include <dlfcn.h>
-#include <pybind11/stl.h>
-
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <stdexcept>
+#include <mutex>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "core/buffers.h"
 #include "core/digest.h"
 #include "core/registration.h"
-#include "core/starter.h"
-#include "cuda/engine.h"
-#include "cuda/geometry.h"
-#include "cuda/measure.h"
-#include "cuda/params.h"
-#include "host/pod.h"
+#include "cuda/call.h"
+#include "cuda/gpus.h"
+#include "cuda/operands.h"
 
 namespace freeio::cuda {
 namespace {
 
 namespace py = pybind11;
 
-// One custom-call instance; XLA shares it among the devices that run the program.
+constexpr int kMaxOrdinals = 64;  // CUDA's numbers of one process's GPUs
+
+// One custom call of a program; XLA shares it among the devices that run the program.
+template <typename Operands>
 struct Instance {
   static inline ffi::TypeId id = {};
 
+  // What one GPU keeps of it.
+  struct OnGpu {
+    std::mutex mutex;  // XLA may run the program twice at once
+    std::unique_ptr<Call<Operands>> call;
+  };
+
+  Operation operation;
   Layout layout;
   std::vector<int64_t> groups;  // mesh device indices, a group after the other, by rank
   // Number of each mesh device's GPU; -1: of another host. Empty: a mesh of one device, whichever.
   std::vector<int64_t> gpus;
-  uint32_t name;                        // of the instance in its program
-  std::atomic<uint64_t> generation{0};  // of the engine when it first ran; 0: it has not
+  uint32_t name;                            // of the instance in its program
+  typename Operands::Types types = {};      // as far as the attributes say
+  std::atomic<uint64_t> generation{0};      // of the engine when it first ran; 0: it has not
+  std::array<OnGpu, kMaxOrdinals> on_gpus;  // by ordinal
 
   // The member that runs on the GPU; the rank is -1 if none does.
   Member member(int gpu) const {
-    Member found{{}, -1, 0, nullptr};
-    if (gpus.empty()) return {{gpu}, 0, static_cast<uint32_t>(groups.front()), nullptr};
+    Member found{{}, -1, 0};
+    if (gpu < 0) return found;
+    if (gpus.empty()) return {{gpu}, 0, static_cast<uint32_t>(groups.front())};
     for (size_t i = 0; i < groups.size(); ++i) {
       if (gpus[groups[i]] != gpu) continue;
       const auto num_ranks = static_cast<size_t>(layout.num_ranks);
@@ -56,107 +63,116 @@ struct Instance {
   }
 };
 
-Starter& starter() {
-  static Starter instance;
-  return instance;
+// What the attributes say of the types.
+void read_attributes(Operation operation, const ffi::Dictionary&, DispatchTypes& types) {
+  types.routed = operation == Operation::kDispatch;
+}
+void read_attributes(Operation, const ffi::Dictionary& attributes, CombineTypes& types) {
+  types.weighted = read_flag(attributes, "weighted");
+}
+void read_attributes(Operation, const ffi::Dictionary& attributes, CombineTransposeTypes& types) {
+  types.rows = read_flag(attributes, "rows");
+  types.weights = read_flag(attributes, "weights");
 }
 
-template <Operation kOperation>
-ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
+// The buffers in the order of the custom call; what is in them goes to `types` unless that is null.
+
+void read_leaves(Buffers& buffers, DispatchOperands& operands, DispatchTypes* types) {
+  for (int i = 0; i < kMaxLeaves && buffers.has_arg(); ++i) {
+    const ffi::AnyBuffer* tokens = buffers.arg();
+    ffi::AnyBuffer* rows = buffers.ret();
+    if (!buffers.ok()) return;
+    operands.leaves[i] = {tokens->untyped_data(), rows->untyped_data()};
+    if (types == nullptr) continue;
+    types->leaves[i] = {Buffers::row_bytes(*tokens), Buffers::row_digest(*tokens)};
+    types->num_leaves = i + 1;
+  }
+}
+
+void read(Buffers& buffers, const DispatchTypes& known, DispatchOperands& operands,
+          DispatchTypes* types) {
+  if (!known.routed) {
+    // The kernel writes to them only where it routes.
+    operands.dest_rank = const_cast<int32_t*>(buffers.arg_data<int32_t>());
+    operands.dest_row = const_cast<int32_t*>(buffers.arg_data<int32_t>());
+    operands.row_source = const_cast<int32_t*>(buffers.arg_data<int32_t>());
+    return read_leaves(buffers, operands, types);
+  }
+  operands.topk_idx = buffers.arg_data<int32_t>();
+  read_leaves(buffers, operands, types);
+  operands.dest_rank = buffers.ret_data<int32_t>();
+  operands.dest_row = buffers.ret_data<int32_t>();
+  operands.row_source = buffers.ret_data<int32_t>();
+  operands.group_sizes = buffers.ret_data<int32_t>();
+  operands.expert_load = buffers.ret_data<int32_t>();
+  operands.num_dropped = buffers.ret_data<int32_t>();
+  operands.num_invalid = buffers.ret_data<int32_t>();
+  operands.routes = buffers.ret_data<Word>();
+}
+
+// The next argument's rows.
+template <typename Types>
+const void* read_rows(Buffers& buffers, Types* types) {
+  const ffi::AnyBuffer* rows = buffers.arg();
+  if (types != nullptr) buffers.row_type(rows, types->dtype, types->width);
+  return rows == nullptr ? nullptr : rows->untyped_data();
+}
+
+void read(Buffers& buffers, const CombineTypes& known, CombineOperands& operands,
+          CombineTypes* types) {
+  operands.dest_rank = buffers.arg_data<int32_t>();
+  operands.dest_row = buffers.arg_data<int32_t>();
+  buffers.arg();  // row_source: the CPU engine's
+  operands.expert_out = read_rows(buffers, types);
+  if (known.weighted) operands.weights = buffers.arg_data<void>();
+  operands.sums = buffers.ret_data<void>();
+  operands.partial_sums = buffers.ret_data<void>();
+  operands.flags = buffers.ret_data<uint32_t>();
+}
+
+void read(Buffers& buffers, const CombineTransposeTypes& known, CombineTransposeOperands& operands,
+          CombineTransposeTypes* types) {
+  operands.dest_rank = buffers.arg_data<int32_t>();
+  operands.dest_row = buffers.arg_data<int32_t>();
+  operands.row_source = buffers.arg_data<int32_t>();
+  operands.tokens = read_rows(buffers, types);
+  if (known.weights) operands.expert_out = buffers.arg_data<void>();
+  if (known.rows) operands.weights = buffers.arg_data<void>();
+  if (known.rows) operands.rows = buffers.ret_data<void>();
+  if (known.weights) operands.weight_grads = buffers.ret_data<void>();
+}
+
+template <typename Operands, Operation kOperation>
+ffi::ErrorOr<std::unique_ptr<Instance<Operands>>> instantiate(ffi::Dictionary attributes) {
   if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
-  auto call = read_attributes(attributes);
+  auto call = freeio::read_attributes(attributes);
   if (!call.has_value()) return ffi::Unexpected(call.error());
   auto gpus = attributes.get<ffi::Span<const int64_t>>("gpus");
   if (!gpus.has_value()) {
     return ffi::Unexpected(
         ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call lacks attribute gpus"));
   }
-  auto instance = std::make_unique<Instance>();
+  auto instance = std::make_unique<Instance<Operands>>();
+  instance->operation = kOperation;
   instance->layout = call->layout;
   instance->groups = std::move(call->groups);
   instance->gpus.assign(gpus->begin(), gpus->end());
   // Ranks pair their calls by the order in which they come; the name is compared, no more.
   instance->name =
       Digest(identity_of(static_cast<int64_t>(kOperation), *call, attributes)).folded();
+  read_attributes(kOperation, attributes, instance->types);
   return instance;
-}
-
-void read_leaves(Buffers& buffers, DispatchParams& params) {
-  while (buffers.has_arg() && params.num_leaves < kMaxLeaves) {
-    const ffi::AnyBuffer* tokens = buffers.arg();
-    ffi::AnyBuffer* rows = buffers.ret();
-    if (!buffers.ok()) return;
-    add_leaf(tokens->untyped_data(), rows->untyped_data(), Buffers::row_bytes(*tokens),
-             Buffers::row_digest(*tokens), params);
-  }
-}
-
-Kernel read_dispatch(Buffers& buffers, const ffi::Dictionary&, DispatchParams& params) {
-  params.topk_idx = buffers.arg_data<int32_t>();
-  read_leaves(buffers, params);
-  params.dest_rank = buffers.ret_data<int32_t>();
-  params.dest_row = buffers.ret_data<int32_t>();
-  params.row_source = buffers.ret_data<int32_t>();
-  params.group_sizes = buffers.ret_data<int32_t>();
-  params.expert_load = buffers.ret_data<int32_t>();
-  params.num_dropped = buffers.ret_data<int32_t>();
-  params.num_invalid = buffers.ret_data<int32_t>();
-  params.routes = buffers.ret_data<Word>();
-  return complete_dispatch(true, params);
-}
-
-Kernel read_dispatch_along(Buffers& buffers, const ffi::Dictionary&, DispatchParams& params) {
-  // The kernel writes to them only where it routes.
-  params.dest_rank = const_cast<int32_t*>(buffers.arg_data<int32_t>());
-  params.dest_row = const_cast<int32_t*>(buffers.arg_data<int32_t>());
-  params.row_source = const_cast<int32_t*>(buffers.arg_data<int32_t>());
-  read_leaves(buffers, params);
-  return complete_dispatch(false, params);
-}
-
-// The next argument's rows, and their type.
-const void* read_rows(Buffers& buffers, RowType& type) {
-  const ffi::AnyBuffer* rows = buffers.arg();
-  buffers.row_type(rows, type.dtype, type.width);
-  return rows == nullptr ? nullptr : rows->untyped_data();
-}
-
-Kernel read_combine(Buffers& buffers, const ffi::Dictionary& attributes, CombineParams& params) {
-  const bool weighted = read_flag(attributes, "weighted");
-  RowType type;
-  params.dest_rank = buffers.arg_data<int32_t>();
-  params.dest_row = buffers.arg_data<int32_t>();
-  buffers.arg();  // row_source: the CPU engine's
-  params.expert_out = read_rows(buffers, type);
-  if (weighted) params.weights = buffers.arg_data<void>();
-  params.sums = buffers.ret_data<void>();
-  params.partial_sums = buffers.ret_data<void>();
-  params.flags = buffers.ret_data<uint32_t>();
-  return complete_combine(type, weighted, params);
-}
-
-Kernel read_combine_transpose(Buffers& buffers, const ffi::Dictionary& attributes,
-                              CombineTransposeParams& params) {
-  const bool rows = read_flag(attributes, "rows");
-  const bool weights = read_flag(attributes, "weights");
-  RowType type;
-  params.dest_rank = buffers.arg_data<int32_t>();
-  params.dest_row = buffers.arg_data<int32_t>();
-  params.row_source = buffers.arg_data<int32_t>();
-  params.tokens = read_rows(buffers, type);
-  if (weights) params.expert_out = buffers.arg_data<void>();
-  if (rows) params.weights = buffers.arg_data<void>();
-  if (rows) params.rows = buffers.ret_data<void>();
-  if (weights) params.weight_grads = buffers.ret_data<void>();
-  return complete_combine_transpose(type, rows, weights, params);
 }
 
 // XLA calls it before every run of a program. It does not call execute() where it replays the
 // launches of an earlier run, and nobody would be told there that an exchange has failed.
-ffi::Error initialize(Instance* instance, ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+template <typename Operands>
+ffi::Error initialize(Instance<Operands>* instance, ffi::RemainingArgs, ffi::RemainingRets,
+                      ffi::Dictionary) {
   const uint64_t now = generation();
-  uint64_t then = 0;
-  if (!instance->generation.compare_exchange_strong(then, now) && then != now) {
+  uint64_t then = instance->generation;
+  if (then == 0 && instance->generation.compare_exchange_strong(then, now)) then = now;
+  if (then != now) {
     return ffi::Error(
         ffi::ErrorCode::kFailedPrecondition,
         "freeio_jax: this program ran before freeio_jax.shutdown(), and what XLA has "
@@ -166,135 +182,107 @@ ffi::Error initialize(Instance* instance, ffi::RemainingArgs, ffi::RemainingRets
   return to_error(state_of(instance->gpus));
 }
 
-template <typename Params, auto kRead>
-ffi::Error execute(Instance* instance, void* stream, int32_t ordinal,
+template <typename Operands>
+ffi::Error execute(Instance<Operands>* instance, void* stream, int32_t ordinal,
                    ffi::Buffer<ffi::U32, 0> device, ffi::RemainingArgs args,
-                   ffi::RemainingRets rets, ffi::Dictionary attributes) {
-  const int gpu = gpu_number(ordinal);
-  Member member = gpu < 0 ? Member{{}, -1, 0, nullptr} : instance->member(gpu);
-  member.device = device.typed_data();
+                   ffi::RemainingRets rets, ffi::Dictionary) {
+  if (ordinal < 0 || ordinal >= kMaxOrdinals) {
+    return ffi::Error(ffi::ErrorCode::kInternal,
+                      "freeio_jax: CUDA device " + std::to_string(ordinal) +
+                          " is beyond the engine's " + std::to_string(kMaxOrdinals) +
+                          ". Leave GPUs out with CUDA_VISIBLE_DEVICES.");
+  }
+  auto& [mutex, call] = instance->on_gpus[ordinal];
+  std::lock_guard lock(mutex);
+  Buffers buffers(args, rets);
+  Operands operands = {};
+  operands.device = device.typed_data();
+  if (call != nullptr) {
+    read(buffers, instance->types, operands, nullptr);
+    return buffers.ok() ? to_error(call->run(operands, stream)) : buffers.error();
+  }
+  Member member = instance->member(gpu_number(ordinal));
   if (member.rank < 0) {
     return ffi::Error(
         ffi::ErrorCode::kInternal,
         "freeio_jax: CUDA device " + std::to_string(ordinal) + " is not in the mesh of this call.");
   }
-  Params params = {};
-  Status status = describe(instance->layout, member, params.exchange);
-  if (!status.ok()) return to_error(status);
-  params.exchange.signature[kInstance] = instance->name;
-  Buffers buffers(args, rets);
-  const Kernel kernel = kRead(buffers, attributes, params);
+  auto types = instance->types;
+  read(buffers, instance->types, operands, &types);
   if (!buffers.ok()) return buffers.error();
-  return to_error(launch(kernel.function, params.exchange, &params, kernel.shared_bytes, stream));
+  call = std::make_unique<Call<Operands>>(
+      CallSite{instance->operation, instance->layout, std::move(member), instance->name}, types);
+  return to_error(call->run(operands, stream));
 }
 
-auto execute_binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::State<Instance>>()
-      .Ctx<ffi::PlatformStream<void*>>()
-      .Ctx<ffi::DeviceOrdinal>()
-      .Arg<ffi::Buffer<ffi::U32, 0>>()
+template <typename Operands>
+auto initialize_binding() {
+  return ffi::Ffi::BindInitialize()
+      .Ctx<ffi::State<Instance<Operands>>>()
       .RemainingArgs()
       .RemainingRets()
       .Attrs();
 }
 
-XLA_FFI_DEFINE_HANDLER(kMakeDispatch, instantiate<Operation::kDispatch>,
+template <typename Operands>
+auto execute_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::State<Instance<Operands>>>()
+      .template Ctx<ffi::PlatformStream<void*>>()
+      .template Ctx<ffi::DeviceOrdinal>()
+      .template Arg<ffi::Buffer<ffi::U32, 0>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs();
+}
+
+XLA_FFI_DEFINE_HANDLER(kMakeDispatch, (instantiate<DispatchOperands, Operation::kDispatch>),
                        ffi::Ffi::BindInstantiate().Attrs());
-XLA_FFI_DEFINE_HANDLER(kMakeDispatchAlong, instantiate<Operation::kDispatchAlong>,
+XLA_FFI_DEFINE_HANDLER(kMakeDispatchAlong,
+                       (instantiate<DispatchOperands, Operation::kDispatchAlong>),
                        ffi::Ffi::BindInstantiate().Attrs());
-XLA_FFI_DEFINE_HANDLER(kMakeCombine, instantiate<Operation::kCombine>,
+XLA_FFI_DEFINE_HANDLER(kMakeCombine, (instantiate<CombineOperands, Operation::kCombine>),
                        ffi::Ffi::BindInstantiate().Attrs());
-XLA_FFI_DEFINE_HANDLER(kMakeCombineTranspose, instantiate<Operation::kCombineTranspose>,
+XLA_FFI_DEFINE_HANDLER(kMakeCombineTranspose,
+                       (instantiate<CombineTransposeOperands, Operation::kCombineTranspose>),
                        ffi::Ffi::BindInstantiate().Attrs());
 
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, initialize,
-    ffi::Ffi::BindInitialize().Ctx<ffi::State<Instance>>().RemainingArgs().RemainingRets().Attrs());
+XLA_FFI_DEFINE_HANDLER(kInitializeDispatch, initialize<DispatchOperands>,
+                       initialize_binding<DispatchOperands>());
+XLA_FFI_DEFINE_HANDLER(kInitializeCombine, initialize<CombineOperands>,
+                       initialize_binding<CombineOperands>());
+XLA_FFI_DEFINE_HANDLER(kInitializeCombineTranspose, initialize<CombineTransposeOperands>,
+                       initialize_binding<CombineTransposeOperands>());
 
 // The kernels advance their own state: a captured launch can be replayed as it is.
-XLA_FFI_DEFINE_HANDLER(kDispatch, (execute<DispatchParams, read_dispatch>), execute_binding(),
+XLA_FFI_DEFINE_HANDLER(kDispatch, execute<DispatchOperands>, execute_binding<DispatchOperands>(),
                        {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kDispatchAlong, (execute<DispatchParams, read_dispatch_along>),
-                       execute_binding(), {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kCombine, (execute<CombineParams, read_combine>), execute_binding(),
+XLA_FFI_DEFINE_HANDLER(kCombine, execute<CombineOperands>, execute_binding<CombineOperands>(),
                        {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kCombineTranspose, (execute<CombineTransposeParams, read_combine_transpose>),
-                       execute_binding(), {ffi::Traits::kCmdBufferCompatible});
-
-// Only looks for the library: initializing CUDA would be felt by a process that forks later.
-bool has_driver() {
-  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
-  if (driver == nullptr) return false;
-  dlclose(driver);
-  return true;
-}
-
-py::dict ffi_types() { return ffi_type<Instance>("freeio_cuda_instance"); }
-
-py::dict ffi_targets() {
-  return ffi_targets_of({kMakeDispatch, kDispatch, kInitialize},
-                        {kMakeDispatchAlong, kDispatchAlong, kInitialize},
-                        {kMakeCombine, kCombine, kInitialize},
-                        {kMakeCombineTranspose, kCombineTranspose, kInitialize});
-}
-
-void raise_unless_ok(const Status& status) {
-  if (!status.ok()) throw std::runtime_error(status.message);
-}
+XLA_FFI_DEFINE_HANDLER(kCombineTranspose, execute<CombineTransposeOperands>,
+                       execute_binding<CombineTransposeOperands>(),
+                       {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
-void add_module(py::module_& native) {
-  py::module_ module = native.def_submodule("cuda", "The CUDA engine.");
-  module.attr("max_ranks") = kMaxRanks;
-  module.attr("max_experts") = kMaxExperts;
-  module.attr("max_top_k") = kMaxTopK;
-  module.attr("max_leaves") = kMaxLeaves;
-  module.attr("combine_slice") = kCombineSlice;
-  module.def("has_driver", &has_driver, "Whether this machine has NVIDIA's driver.");
-  module.def("has_link", &has_link, py::arg("from_ordinal"), py::arg("to_ordinal"));
-  module.def(
-      "memory",
-      [] {
-        const Memory bytes = memory();
-        return py::make_tuple(bytes.owned_bytes, bytes.mapped_bytes);
-      },
-      "Bytes of device memory that the engine owns on each GPU, and that it has mapped of other "
-      "processes.");
-  module.def(
-      "start", [](const std::vector<int>& ordinals) { raise_unless_ok(start(ordinals)); },
-      py::arg("ordinals"), py::call_guard<py::gil_scoped_release>(),
-      "Prepares the GPUs of the one process that there is, by CUDA ordinal.");
-  module.def(
-      "join",
-      [](int process, const std::vector<std::tuple<int, int, int>>& gpus) {
-        std::vector<PodGpu> pod_gpus;
-        for (const auto& [number, owner, ordinal] : gpus) {
-          pod_gpus.push_back({number, owner, ordinal});
-        }
-        host::Pod* const pod = host::Pod::current();
-        if (pod == nullptr) throw std::runtime_error("freeio_jax: this process is in no pod.");
-        raise_unless_ok(join(*pod, process, pod_gpus));
-      },
-      py::arg("process"), py::arg("gpus"), py::call_guard<py::gil_scoped_release>(),
-      "Prepares this process's GPUs and connects them with those of the pod's other processes. "
-      "gpus: (number, process, CUDA ordinal) of all.");
-  module.def(
-      "leave", [] { raise_unless_ok(leave()); }, py::call_guard<py::gil_scoped_release>(),
-      "Parts from the other processes' GPUs.");
-  // Waits while leave() does, and must not keep Python from running meanwhile.
-  module.def("take_failure", &take_failure, py::call_guard<py::gil_scoped_release>(),
-             "What became of an exchange that failed, once for each GPU; empty: nothing new.");
-  module.def("take_note", &take_note, py::call_guard<py::gil_scoped_release>(),
-             "Who waits for whom for long; empty: nothing new.");
-  module.def("memory_bandwidth", &memory_bandwidth, py::arg("ordinal"), py::arg("bytes"));
-  module.def("link_bandwidth", &link_bandwidth, py::arg("ordinals"), py::arg("bytes"),
-             py::arg("ctas"), py::arg("pull"));
-  module.def("flag_trip", &flag_trip, py::arg("source"), py::arg("target"));
-  starter().add_to(module);
-  module.def("ffi_types", &ffi_types);
-  module.def("ffi_targets", &ffi_targets);
+Starter& starter() {
+  static Starter instance;
+  return instance;
+}
+
+py::dict ffi_types() {
+  py::dict types;
+  add_ffi_type<Instance<DispatchOperands>>("freeio_cuda_dispatch", types);
+  add_ffi_type<Instance<CombineOperands>>("freeio_cuda_combine", types);
+  add_ffi_type<Instance<CombineTransposeOperands>>("freeio_cuda_combine_transpose", types);
+  return types;
+}
+
+py::dict ffi_targets() {
+  return ffi_targets_of({kMakeDispatch, kDispatch, kInitializeDispatch},
+                        {kMakeDispatchAlong, kDispatch, kInitializeDispatch},
+                        {kMakeCombine, kCombine, kInitializeCombine},
+                        {kMakeCombineTranspose, kCombineTranspose, kInitializeCombineTranspose});
 }
 
 }  // namespace freeio::cuda

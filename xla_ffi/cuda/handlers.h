@@ -1,11 +1,17 @@
-// The CUDA engine's part of the Python module.
+// The CUDA engine's handlers, as XLA is told of them.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include "core/starter.h"
+
 namespace freeio::cuda {
 
-// Adds the submodule `cuda`: starting and joining, memory, measurements, the FFI types and targets.
-void add_module(pybind11::module_& native);
+// What starts the engine where no call was lowered in this process.
+Starter& starter();
+
+// {name: registration} of the states of custom calls, and {target: handlers}.
+pybind11::dict ffi_types();
+pybind11::dict ffi_targets();
 
 }  // namespace freeio::cuda

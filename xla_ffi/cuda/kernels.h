@@ -4,29 +4,56 @@
 #include <cstddef>
 
 #include "core/dtype.h"
-#include "cuda/control.h"
+#include "cuda/params.h"
 
 namespace freeio::cuda {
 
-// Where dispatch has the rows of its assignments from.
-enum class Routes { kOfHandle, kByCounts, kByIds, kByIdsWithRows };
+struct Kernel {
+  const void* function = nullptr;
+  size_t shared_bytes = 0;
+};
 
 // DispatchParams. `assignments_of_all`: of all ranks together.
-const void* dispatch_function(Routes routes);
-size_t dispatch_shared_bytes(Routes routes, int num_experts, int assignments_of_all);
+Kernel dispatch_small(int num_experts, int assignments_of_all);
+Kernel dispatch_medium(int num_experts, int assignments_of_all);
+Kernel dispatch_large(int num_experts);
+Kernel dispatch_along();
 
-// CombineParams, CombineTransposeParams. `wide`: 16 bytes for each access of a lane (8 of one-byte
-// elements), for rows and buffers that allow it; else one element. The one for small calls sends
-// partial sums in lines: null where that is not possible.
-const void* combine_function(DType dtype, bool wide);
-size_t combine_shared_bytes();
-const void* combine_in_lines_function(DType dtype);
-size_t combine_in_lines_shared_bytes();
-const void* combine_transpose_function(DType dtype, bool wide);
-size_t combine_transpose_shared_bytes();
-// Whether so many assignments, those of one token of each rank, fit in it.
+// CombineParams. `wide`: 16 bytes for each access of a lane (8 of one-byte elements), for rows and
+// buffers that allow it; else one element. The small one takes wide rows; its function is null
+// for dtypes that it cannot sum.
+Kernel combine_small(DType dtype);
+Kernel combine_large(DType dtype, bool wide);
+
+// CombineTransposeParams.
+Kernel combine_transpose(DType dtype, bool wide);
+// Whether `assignments`, those of one token of each rank, fit in its shared memory.
 bool combine_transpose_fits(size_t accumulator_bytes, int num_slices, int assignments);
 
 int threads_per_cta();
+
+template <typename Params>
+struct ParamsTag {
+  using Type = Params;
+};
+
+// Calls f(kernel, tag of its parameters) for every kernel, with the most shared memory that any
+// call asks for.
+template <typename F>
+void for_each_kernel(const F& f) {
+  constexpr ParamsTag<DispatchParams> kDispatch;
+  f(dispatch_small(kMaxExperts, kMaxSentByAll), kDispatch);
+  f(dispatch_medium(kMaxExperts, kMaxSentByAll), kDispatch);
+  f(dispatch_large(kMaxExperts), kDispatch);
+  f(dispatch_along(), kDispatch);
+  for (const DType dtype : kDTypes) {
+    constexpr ParamsTag<CombineParams> kCombine;
+    if (const Kernel small = combine_small(dtype); small.function != nullptr) f(small, kCombine);
+    for (const bool wide : {true, false}) {
+      f(combine_large(dtype, wide), kCombine);
+      f(combine_transpose(dtype, wide), ParamsTag<CombineTransposeParams>{});
+    }
+  }
+}
 
 }  // namespace freeio::cuda

@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/device/memory_order.cuh"
 #include "cuda/measure.h"
-#include "cuda/memory_order.cuh"
 
 namespace freeio::cuda {
 namespace {

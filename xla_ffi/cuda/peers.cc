@@ -50,12 +50,12 @@ Status not_shareable(const Status& why = {}) {
 // What a message begins with; both ends are the same program on the same host. Text may follow.
 struct Peers::Note {
   enum class Kind : int32_t {
-    kControl,  // a GPU's control block; the file is its memory
+    kBlock,    // a GPU's GPU block; the file is its memory
     kRegion,   // a region of the sender; the file is its memory
     kMapped,   // the sender has mapped the receiver's region
     kRefused,  // the sender could not: text
   };
-  Kind kind = Kind::kControl;
+  Kind kind = Kind::kBlock;
   int32_t gpu = 0;
   uint32_t region = 0;
   uint64_t bytes = 0;
@@ -121,7 +121,7 @@ Status Peers::connect(double timeout) {
   const auto missing = [this] {
     std::set<int> processes;
     for (const auto& [gpu, owner] : processes_) {
-      if (owner != process_ && controls_.count(gpu) == 0) processes.insert(owner);
+      if (owner != process_ && blocks_.count(gpu) == 0) processes.insert(owner);
     }
     return processes;
   };
@@ -145,13 +145,13 @@ Status Peers::connect(double timeout) {
   }
 }
 
-ControlBlock* Peers::control(int gpu) const {
+GpuBlock* Peers::block(int gpu) const {
   std::lock_guard lock(mutex_);
-  const auto found = controls_.find(gpu);
-  return found == controls_.end() ? nullptr : static_cast<ControlBlock*>(found->second.base());
+  const auto found = blocks_.find(gpu);
+  return found == blocks_.end() ? nullptr : static_cast<GpuBlock*>(found->second.base());
 }
 
-Status Peers::share(const void* pointer, double timeout, uint64_t& address) {
+Status Peers::share(const void* pointer, double timeout, SharedRegion& shared) {
   RelaxedCapture relaxed;  // XLA may be capturing the launch that this is for
   // XLA may have given a region back and got another one at the same place.
   uint64_t identity = 0;
@@ -161,7 +161,7 @@ Status Peers::share(const void* pointer, double timeout, uint64_t& address) {
   std::unique_lock lock(mutex_);
   Region* region = nullptr;
   for (Region& one : regions_) {
-    if (one.identity == identity && value - one.range.base < one.range.bytes) region = &one;
+    if (one.contains(value, identity)) region = &one;
   }
   if (region == nullptr) {
     // Where each buffer is an allocation of its own the driver may well export it. But the peers
@@ -197,7 +197,7 @@ Status Peers::share(const void* pointer, double timeout, uint64_t& address) {
     }
   }
   if (!region->refusal.empty()) return {Code::kInternal, region->refusal};
-  address = static_cast<uint64_t>(region->number) << kRegionShift | (value - region->range.base);
+  shared = *region;
   return {};
 }
 
@@ -233,12 +233,12 @@ Status Peers::map_file(const host::UniqueFd& file, size_t bytes, Mapping& mappin
   return status.ok() ? Mapping::make(allocation, bytes, ordinals(), mapping) : status;
 }
 
-Status Peers::map_control(const Note& note, const host::UniqueFd& file) {
+Status Peers::map_block(const Note& note, const host::UniqueFd& file) {
   Mapping mapping;
   Status status = map_file(file, note.bytes, mapping);
   if (!status.ok()) return status;
   std::lock_guard lock(mutex_);
-  controls_[note.gpu] = std::move(mapping);
+  blocks_[note.gpu] = std::move(mapping);
   return {};
 }
 
@@ -250,7 +250,7 @@ Status Peers::enter_base(int process, uint32_t region, uint64_t base) const {
     const auto stream = static_cast<cudaStream_t>(streams_[i]);
     for (const auto& [gpu, owner] : processes_) {
       if (owner != process || !status.ok()) continue;
-      status = cuda_status(cudaMemcpyAsync(&own_[i].control->region_base[gpu][region], &base,
+      status = cuda_status(cudaMemcpyAsync(&own_[i].block->region_base[gpu][region], &base,
                                            sizeof(base), cudaMemcpyHostToDevice, stream),
                            "cudaMemcpyAsync");
     }
@@ -282,10 +282,10 @@ void Peers::received(int process, std::string_view text, host::UniqueFd file) {
   if (released_ || text.size() < sizeof(note)) return;
   std::memcpy(&note, text.data(), sizeof(note));
   switch (note.kind) {
-    case Note::Kind::kControl: {
+    case Note::Kind::kBlock: {
       const auto owner = processes_.find(note.gpu);
       if (owner == processes_.end() || owner->second != process) return;
-      const Status status = map_control(note, file);
+      const Status status = map_block(note, file);
       if (!status.ok()) {
         std::lock_guard lock(mutex_);
         failure_ = status.message;
@@ -300,7 +300,7 @@ void Peers::received(int process, std::string_view text, host::UniqueFd file) {
       try {
         send(process, answer, status.message);
       } catch (const std::exception&) {
-        // Whoever waits for the answer learns by its time-out who did not give it.
+        // The process that waits for the answer learns by its time-out that this one gave none.
       }
       break;
     }
@@ -348,7 +348,7 @@ void Peers::release() {
   std::lock_guard serving(serving_);
   std::lock_guard lock(mutex_);
   released_ = true;
-  controls_.clear();
+  blocks_.clear();
   mappings_.clear();
   regions_.clear();
 }
@@ -356,7 +356,7 @@ void Peers::release() {
 size_t Peers::mapped_bytes() const {
   std::lock_guard lock(mutex_);
   size_t bytes = 0;
-  for (const auto& [gpu, mapping] : controls_) bytes += mapping.bytes();
+  for (const auto& [gpu, mapping] : blocks_) bytes += mapping.bytes();
   for (const Mapping& mapping : mappings_) bytes += mapping.bytes();
   return bytes;
 }

@@ -1,4 +1,4 @@
-// GPUs of the other processes of this host: their control blocks, and the memory that XLA's buffers
+// GPUs of the other processes of this host: their GPU blocks, and the memory that XLA's buffers
 // lie in.
 //
 // XLA takes its buffers from few large allocations, here called regions. A process exports each of
@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "core/status.h"
-#include "cuda/control.h"
+#include "cuda/gpu_block.h"
 #include "cuda/memory.h"
 #include "host/pod.h"
 
@@ -27,10 +27,26 @@ namespace freeio::cuda {
 struct OwnGpu {
   int gpu;  // its number among all of the host that take part
   int ordinal;
-  ControlBlock* control;
+  GpuBlock* block;
   HostBlock* host;
-  const Allocation* allocation;  // of the control block
+  const Allocation* allocation;  // of the GPU block
   size_t bytes;
+};
+
+// A region of this process that all peers have mapped.
+struct SharedRegion {
+  uint32_t number = 0;
+  AddressRange range;
+  uint64_t identity = 0;
+
+  // `identity`: of the memory at the address.
+  bool contains(uint64_t address, uint64_t its_identity) const {
+    return identity == its_identity && address - range.base < range.bytes;
+  }
+  // An address in it as the peers are told.
+  uint64_t shared_address(uint64_t address) const {
+    return static_cast<uint64_t>(number) << kRegionShift | (address - range.base);
+  }
 };
 
 class Peers final : public host::Pod::Guest {
@@ -39,16 +55,16 @@ class Peers final : public host::Pod::Guest {
   Peers(host::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own);
   ~Peers() override;
 
-  // Shows the control blocks of this process to the others, and maps theirs. Every process must
+  // Shows the GPU blocks of this process to the others, and maps theirs. Every process must
   // call it; waits at most `timeout` seconds.
   Status connect(double timeout);
 
   // Null: not a GPU of another process, or not connected.
-  ControlBlock* control(int gpu) const;
+  GpuBlock* block(int gpu) const;
 
-  // How the other processes are told of `pointer`. Shows its region to them if that is new, and
-  // waits at most `timeout` seconds until all have it mapped.
-  Status share(const void* pointer, double timeout, uint64_t& address);
+  // The region that `pointer` lies in. Shows it to the other processes if it is new, and waits at
+  // most `timeout` seconds until all have it mapped.
+  Status share(const void* pointer, double timeout, SharedRegion& shared);
 
   // "process 1 (pid 77)"; empty for a GPU of this process.
   std::string who(int gpu) const;
@@ -64,17 +80,14 @@ class Peers final : public host::Pod::Guest {
 
  private:
   struct Note;
-  struct Region {
-    uint32_t number;
-    AddressRange range;
-    uint64_t identity;
+  struct Region : SharedRegion {
     std::set<int> awaited;  // processes that have not mapped it yet
     std::string refusal;    // of one that cannot
   };
 
   void send(int process, const Note& note, const std::string& text = "", int file = -1);
   Status map_file(const host::UniqueFd& file, size_t bytes, Mapping& mapping) const;
-  Status map_control(const Note& note, const host::UniqueFd& file);
+  Status map_block(const Note& note, const host::UniqueFd& file);
   Status map_region(int process, const Note& note, const host::UniqueFd& file);
   Status enter_base(int process, uint32_t region, uint64_t base) const;
   Status publish(const void* pointer, Region& region);
@@ -91,10 +104,10 @@ class Peers final : public host::Pod::Guest {
   std::condition_variable changed_;
   std::set<int> others_;  // processes, as long as they are there
   std::map<int, std::string> lost_;
-  std::map<int, Mapping> controls_;  // by GPU
-  std::list<Region> regions_;        // of this process
-  std::list<Mapping> mappings_;      // of the peers' regions
-  std::string failure_;              // of a control block that could not be mapped
+  std::map<int, Mapping> blocks_;  // by GPU
+  std::list<Region> regions_;      // of this process
+  std::list<Mapping> mappings_;    // of the peers' regions
+  std::string failure_;            // of a GPU block that could not be mapped
 };
 
 }  // namespace freeio::cuda

@@ -4,12 +4,17 @@
 #include <string.h>
 
 #include <cstdint>
+#include <iterator>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/dtype.h"
-#include "cuda/engine.h"
-#include "cuda/params.h"
+#include "cuda/call.h"
+#include "cuda/gpus.h"
+#include "cuda/operands.h"
+#include "cuda/plan.h"
 #include "driver.h"
 #include "host/pod.h"
 #include "machine.h"
@@ -20,16 +25,13 @@
 using namespace freeio;
 using namespace freeio::cuda;
 
-// One rank's call. As in emulated.py.
-struct Call {
+// One rank's call, but for its types and operands. As in emulated.py.
+struct Site {
   int64_t num_ranks, num_tokens, top_k, num_experts, capacity, alignment;
   const int32_t* gpus;  // by rank: their numbers
-  const uint32_t* device;
   uint32_t mesh_device;
   uint32_t instance;
   int32_t rank;
-  int32_t dtype;  // of the rows that are summed
-  int64_t width;
 };
 
 namespace {
@@ -59,22 +61,44 @@ int ordinal_of(int gpu) {
   return -1;
 }
 
-// Describes the exchange, lets `complete` fill the rest, and launches on the rank's GPU.
-template <typename Params, typename Complete>
-const char* launch_call(const Call& call, Params& params, const Complete& complete) {
-  const Layout layout{call.num_ranks,   call.num_tokens, call.top_k,
-                      call.num_experts, call.capacity,   call.alignment};
-  const Member member{std::vector<int>(call.gpus, call.gpus + call.num_ranks), call.rank,
-                      call.mesh_device, call.device};
-  Status status = describe(layout, member, params.exchange);
-  if (!status.ok()) return text(status);
-  params.exchange.signature[kInstance] = call.instance;
-  const Kernel kernel = complete();
-  cudaSetDevice(ordinal_of(call.gpus[call.rank]));
-  return text(launch(kernel.function, params.exchange, &params, kernel.shared_bytes, nullptr));
+std::vector<int64_t> numbers_of(const DispatchTypes& types) {
+  std::vector<int64_t> numbers = {types.routed};
+  for (int i = 0; i < types.num_leaves; ++i) {
+    numbers.push_back(types.leaves[i].row_bytes);
+    numbers.push_back(static_cast<int64_t>(types.leaves[i].row_type));
+  }
+  return numbers;
+}
+std::vector<int64_t> numbers_of(const CombineTypes& types) {
+  return {types.weighted, static_cast<int64_t>(types.dtype), types.width};
+}
+std::vector<int64_t> numbers_of(const CombineTransposeTypes& types) {
+  return {types.rows, types.weights, static_cast<int64_t>(types.dtype), types.width};
 }
 
-RowType row_type(const Call& call) { return {static_cast<DType>(call.dtype), call.width}; }
+Layout layout_of(const Site& site) {
+  return {site.num_ranks,   site.num_tokens, site.top_k,
+          site.num_experts, site.capacity,   site.alignment};
+}
+
+// Runs the call on the rank's GPU. It is kept, as XLA keeps a custom call: the next run of an equal
+// one is not its first.
+template <typename Operands>
+const char* run_call(Operation operation, const Site& site, const typename Operands::Types& types,
+                     const Operands& operands) {
+  static std::map<std::vector<int64_t>, Call<Operands>> calls;
+  const Layout layout = layout_of(site);
+  Member member{{site.gpus, site.gpus + site.num_ranks}, site.rank, site.mesh_device};
+  std::vector<int64_t> key = numbers_of(types);
+  key.insert(key.end(),
+             {site.num_ranks, site.num_tokens, site.top_k, site.num_experts, site.capacity,
+              site.alignment, site.rank, site.mesh_device, site.instance});
+  key.insert(key.end(), member.gpus.begin(), member.gpus.end());
+  auto [found, is_new] = calls.try_emplace(
+      std::move(key), CallSite{operation, layout, std::move(member), site.instance}, types);
+  cudaSetDevice(ordinal_of(site.gpus[site.rank]));
+  return text(found->second.run(operands, nullptr));
+}
 
 }  // namespace
 
@@ -116,11 +140,12 @@ EMULATOR_API void engine_set_most_sent(int64_t assignments, int64_t routes, int6
 }
 // As if each two of these GPUs, all of this process, had made so many exchanges.
 EMULATOR_API const char* engine_set_epochs(const int32_t* gpus, int count, uint32_t epoch) {
-  Exchange exchange;
-  const Status status = describe({count, 1, 1, count, 1, 1},
-                                 {std::vector<int>(gpus, gpus + count), 0, 0, nullptr}, exchange);
+  Exchange exchange = {};
+  Connection connection;
+  const Status status =
+      describe({count, 1, 1, count, 1, 1}, {{gpus, gpus + count}, 0, 0}, exchange, connection);
   for (int rank = 0; status.ok() && rank < count; ++rank) {
-    for (int peer = 0; peer < count; ++peer) exchange.control[rank]->epoch[gpus[peer]] = epoch;
+    for (int peer = 0; peer < count; ++peer) exchange.gpu_block[rank]->epoch[gpus[peer]] = epoch;
   }
   return text(status);
 }
@@ -163,79 +188,46 @@ EMULATOR_API const char* engine_take_failure() { return text(take_failure()); }
 EMULATOR_API const char* engine_take_note() { return text(take_note()); }
 EMULATOR_API int64_t engine_mapped_bytes() { return memory().mapped_bytes; }
 
-struct DispatchBuffers {
-  int32_t routed;
-  int32_t num_leaves;
-  const void* const* tokens;
-  void* const* rows;
-  const int64_t* row_bytes;
-  const uint64_t* row_types;
-  const int32_t* topk_idx;
-  int32_t *dest_rank, *dest_row, *row_source;
-  int32_t *group_sizes, *expert_load, *num_dropped, *num_invalid;
-  uint64_t* routes;
-};
-
-EMULATOR_API const char* engine_dispatch(const Call* call, const DispatchBuffers* buffers) {
-  DispatchParams params = {};
-  return launch_call(*call, params, [&] {
-    params.topk_idx = buffers->topk_idx;
-    params.dest_rank = buffers->dest_rank;
-    params.dest_row = buffers->dest_row;
-    params.row_source = buffers->row_source;
-    params.group_sizes = buffers->group_sizes;
-    params.expert_load = buffers->expert_load;
-    params.num_dropped = buffers->num_dropped;
-    params.num_invalid = buffers->num_invalid;
-    params.routes = buffers->routes;
-    for (int i = 0; i < buffers->num_leaves; ++i) {
-      add_leaf(buffers->tokens[i], buffers->rows[i], buffers->row_bytes[i], buffers->row_types[i],
-               params);
-    }
-    return complete_dispatch(buffers->routed != 0, params);
-  });
+// By number; null: there is none.
+EMULATOR_API const char* engine_dtype_name(int number) {
+  return static_cast<size_t>(number) < std::size(kDTypeNames) ? kDTypeNames[number] : nullptr;
 }
 
-struct CombineBuffers {
-  const int32_t *dest_rank, *dest_row;
-  const void *expert_out, *weights;
-  void *sums, *partial_sums;
-  uint32_t* flags;
-};
-
-EMULATOR_API const char* engine_combine(const Call* call, const CombineBuffers* buffers) {
-  CombineParams params = {};
-  return launch_call(*call, params, [&] {
-    params.dest_rank = buffers->dest_rank;
-    params.dest_row = buffers->dest_row;
-    params.expert_out = buffers->expert_out;
-    params.weights = buffers->weights;
-    params.sums = buffers->sums;
-    params.partial_sums = buffers->partial_sums;
-    params.flags = buffers->flags;
-    return complete_combine(row_type(*call), buffers->weights != nullptr, params);
-  });
+// Elements of the scratch buffers, in their order.
+EMULATOR_API void engine_scratch(const Site* site, int64_t width, int64_t (&elements)[3]) {
+  const Layout layout = layout_of(*site);
+  const CombineScratch of_combine = combine_scratch(layout, width);
+  elements[0] = dispatch_scratch(layout);
+  elements[1] = of_combine.partial_sums * width;
+  elements[2] = of_combine.flags;
 }
 
-struct CombineTransposeBuffers {
-  const int32_t *dest_rank, *dest_row, *row_source;
-  const void *tokens, *expert_out, *weights;
-  void *rows, *weight_grads;
-};
+// For those who have twins of the structs.
+EMULATOR_API int64_t engine_bytes_of(const char* name) {
+  static const std::map<std::string, size_t> bytes = {
+      {"Site", sizeof(Site)},
+      {"Place", sizeof(Place)},
+      {"DispatchTypes", sizeof(DispatchTypes)},
+      {"DispatchOperands", sizeof(DispatchOperands)},
+      {"CombineTypes", sizeof(CombineTypes)},
+      {"CombineOperands", sizeof(CombineOperands)},
+      {"CombineTransposeTypes", sizeof(CombineTransposeTypes)},
+      {"CombineTransposeOperands", sizeof(CombineTransposeOperands)},
+  };
+  return static_cast<int64_t>(bytes.at(name));
+}
 
-EMULATOR_API const char* engine_combine_transpose(const Call* call,
-                                                  const CombineTransposeBuffers* buffers) {
-  CombineTransposeParams params = {};
-  return launch_call(*call, params, [&] {
-    params.dest_rank = buffers->dest_rank;
-    params.dest_row = buffers->dest_row;
-    params.row_source = buffers->row_source;
-    params.tokens = buffers->tokens;
-    params.expert_out = buffers->expert_out;
-    params.weights = buffers->weights;
-    params.rows = buffers->rows;
-    params.weight_grads = buffers->weight_grads;
-    return complete_combine_transpose(row_type(*call), buffers->rows != nullptr,
-                                      buffers->weight_grads != nullptr, params);
-  });
+EMULATOR_API const char* engine_dispatch(const Site* site, const DispatchTypes* types,
+                                         const DispatchOperands* operands) {
+  return run_call(types->routed ? Operation::kDispatch : Operation::kDispatchAlong, *site, *types,
+                  *operands);
+}
+EMULATOR_API const char* engine_combine(const Site* site, const CombineTypes* types,
+                                        const CombineOperands* operands) {
+  return run_call(Operation::kCombine, *site, *types, *operands);
+}
+EMULATOR_API const char* engine_combine_transpose(const Site* site,
+                                                  const CombineTransposeTypes* types,
+                                                  const CombineTransposeOperands* operands) {
+  return run_call(Operation::kCombineTranspose, *site, *types, *operands);
 }

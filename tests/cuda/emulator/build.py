@@ -19,8 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENGINE = HERE.parents[2] / "xla_ffi"
-#: Sources of the engine that know XLA, or launch kernels in a way that only nvcc understands.
-LEFT_OUT = {"handlers.cc", "measure.cu"}
+#: Sources of the engine that know XLA or Python. (No folder of kernels has `measure.cu`, whose
+#: launches only nvcc understands.)
+LEFT_OUT = {"handlers.cc", "module.cc"}
 BEFORE_KERNELS, AFTER_KERNELS = HERE / "shared_begin.cc", HERE / "shared_end.cc"
 
 # The machine's headers come first: some stand for the engine's own.
@@ -54,7 +55,7 @@ def _commands(compiler, folder):
         paths = sorted(ENGINE.glob(pattern))
         return [(path, flags) for path in paths if path.name not in LEFT_OUT]
 
-    kernels = engine("cuda/*.cu", [*KERNEL_FLAGS, "-x", "c++"])
+    kernels = engine("cuda/*/*.cu", [*KERNEL_FLAGS, "-x", "c++"])
     around = {BEFORE_KERNELS, AFTER_KERNELS}
     machine = [(path, ["-Wshadow", "-O2"]) for path in sorted(HERE.glob("*.cc"))]
     rest = [
@@ -64,7 +65,7 @@ def _commands(compiler, folder):
     ]
     # In the order of linking.
     for source, flags in [(BEFORE_KERNELS, []), *kernels, (AFTER_KERNELS, []), *rest]:
-        target = str(folder / f"{source.name}.o")
+        target = str(folder / f"{source.parent.name}_{source.name}.o")
         yield [compiler, *FLAGS, *flags, "-c", str(source), "-o", target], target
 
 

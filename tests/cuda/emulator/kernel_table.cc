@@ -2,8 +2,8 @@
 
 #include <map>
 
-#include "cuda/control.h"
 #include "cuda/kernels.h"
+#include "cuda/params.h"
 
 namespace emulator {
 namespace {
@@ -21,20 +21,9 @@ std::function<void()> bind(const void* function, const void* params) {
 
 std::map<const void*, Bind> make_table() {
   std::map<const void*, Bind> table;
-  for (const Routes routes :
-       {Routes::kOfHandle, Routes::kByCounts, Routes::kByIds, Routes::kByIdsWithRows}) {
-    table[dispatch_function(routes)] = bind<DispatchParams>;
-  }
-  for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16,
-                            DType::kFloat8E5M2, DType::kFloat8E4M3FN}) {
-    if (const void* combine = combine_in_lines_function(dtype)) {
-      table[combine] = bind<CombineParams>;
-    }
-    for (const bool wide : {true, false}) {
-      table[combine_function(dtype, wide)] = bind<CombineParams>;
-      table[combine_transpose_function(dtype, wide)] = bind<CombineTransposeParams>;
-    }
-  }
+  for_each_kernel([&](const Kernel& kernel, auto tag) {
+    table[kernel.function] = bind<typename decltype(tag)::Type>;
+  });
   return table;
 }
 

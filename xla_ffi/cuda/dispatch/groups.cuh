@@ -1,7 +1,8 @@
 // The groups of packed rows: where each begins and ends.
 #pragma once
 
-#include "cuda/shares.cuh"
+#include "core/layout.h"
+#include "cuda/device/shares.cuh"
 
 namespace freeio::cuda {
 
@@ -30,6 +31,11 @@ struct Routing {
  private:
   int num_experts_;
 };
+
+// Of the arrays, in shared memory.
+inline size_t routing_bytes(int num_experts) {
+  return sizeof(uint32_t) * round_up(kArraysOverExperts * int64_t{num_experts}, 4);
+}
 
 // Sums that stop at `most`, to this lane's and its own.
 __device__ inline uint32_t sum_up_to_lane(uint32_t value, uint32_t most) {

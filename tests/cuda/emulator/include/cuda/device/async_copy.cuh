@@ -1,4 +1,4 @@
-// Twin of xla_ffi/cuda/async_copy.cuh: the same names, on the machine.
+// Twin of xla_ffi/cuda/device/async_copy.cuh: the same names, on the machine.
 #pragma once
 
 #include "machine.h"

@@ -1,4 +1,4 @@
-// Twin of xla_ffi/cuda/memory_order.cuh: the same names, on the machine.
+// Twin of xla_ffi/cuda/device/memory_order.cuh: the same names, on the machine.
 #pragma once
 
 #include <cstdint>

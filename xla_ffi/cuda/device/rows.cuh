@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/device/shares.cuh"
 #include "cuda/geometry.h"
-#include "cuda/shares.cuh"
 
 namespace freeio::cuda {
 
@@ -58,7 +58,7 @@ struct Work {
 
 // Calls pull(number) and zero(first_row) until all of the tile's work is done. Whole warps.
 template <typename Pull, typename Zero>
-__device__ void run_work(const Work& work, Session& s, const Pull& pull, const Zero& zero) {
+__device__ void run_work(const Work& work, CtaState& s, const Pull& pull, const Zero& zero) {
   for (int item = warp_id(); item < work.size(); item = next_item(s)) {
     const int blocks = work.blocks_before(item);
     if (work.blocks_before(item + 1) > blocks) {

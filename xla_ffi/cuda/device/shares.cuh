@@ -3,19 +3,9 @@
 
 #include <climits>
 
-#include "cuda/session.cuh"
+#include "cuda/device/cta.cuh"
 
 namespace freeio::cuda {
-
-// CTAs that share something out, and this one's number among them.
-struct Team {
-  int number;
-  int size;
-
-  __device__ static Team all() {
-    return {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};
-  }
-};
 
 // Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them. The last ones have
 // one more where they cannot be shared evenly: the first has other things to do.
@@ -62,7 +52,7 @@ struct Teams {
     return is_sender() ? Team{all.number - (all.size - senders), senders}
                        : Team{all.number, senders * kReceivers};
   }
-  // This CTA's of so many units.
+  // This CTA's part of `units` units.
   __device__ Chunk chunk_of(int units) const {
     const Team team = own();
     if (!has_senders() || is_sender()) return Chunk(units, team);
@@ -108,9 +98,9 @@ struct Tiles {
     return {begin, min(begin + tokens, chunk.end), number, count};
   }
 
-  // Calls f(tile) for each, all threads together; so many warps take items.
+  // Calls f(tile) for each, all threads together. `warps` of them take items.
   template <typename F>
-  __device__ void for_each(Session& s, int warps, const F& f) const {
+  __device__ void for_each(CtaState& s, int warps, const F& f) const {
     for (int number = 0; number < count; ++number) {
       if (threadIdx.x == 0) s.next_item = warps;
       f((*this)[number]);
@@ -155,8 +145,8 @@ struct Units {
   }
 };
 
-// The ranks by turns: the peers from the next one on, so that not all turn to the same one first,
-// and then this rank itself, so that the link never waits.
+// The order in which a rank serves the ranks: the peers from the next one on, so that they do not
+// all begin with the same one, and then the rank itself, so that the link never waits.
 __device__ inline int rank_of_turn(const Exchange& x, int turn) {
   const int rank = x.rank + 1 + turn;
   return rank < x.num_ranks ? rank : rank - x.num_ranks;
@@ -164,7 +154,7 @@ __device__ inline int rank_of_turn(const Exchange& x, int turn) {
 
 // The tile's work is taken in order, item by item: warp w begins with item w and goes on with this.
 // The same in all lanes; past all items once the exchange has failed.
-__device__ inline int next_item(Session& s) {
+__device__ inline int next_item(CtaState& s) {
   int item = INT_MAX;
   if (lane_id() == 0 && !has_failed(s)) item = static_cast<int>(atomicAdd(&s.next_item, 1u));
   return __shfl_sync(kFullWarp, item, 0);

@@ -3,7 +3,8 @@
 // routing by counts, but nothing is counted before the ids leave, and the rows can leave with them.
 #pragma once
 
-#include "cuda/groups.cuh"
+#include "cuda/device/waits.cuh"
+#include "cuda/dispatch/groups.cuh"
 
 namespace freeio::cuda {
 
@@ -20,7 +21,7 @@ struct AllIds {
 
   __device__ int words_per_rank() const { return (per_rank + 1) / 2; }
 
-  // Two ids in one word. Whoever has an odd number of them leaves the last half empty.
+  // Two ids in one word. A rank with an odd number of ids leaves the last half empty.
   __device__ void put(int rank, int word, uint32_t value) const {
     uint16_t* pair = ids + rank * per_rank + 2 * word;
     pair[0] = static_cast<uint16_t>(value);
@@ -73,6 +74,11 @@ struct AllIds {
   }
 };
 
+// Of AllIds, in shared memory.
+inline size_t all_ids_bytes(int assignments_of_all) {
+  return sizeof(uint16_t) * (assignments_of_all + AllIds::kPerLane);
+}
+
 // Two of this rank's ids, which are sent in one word.
 struct IdPair {
   int low;
@@ -87,7 +93,7 @@ struct IdPair {
 
 // Takes this rank's ids, and sends this CTA's share of them to all peers. All threads of the team;
 // `pair` are the ids of the thread's first word.
-__device__ inline void send_ids(const DispatchParams& p, const Session& s, const AllIds& all,
+__device__ inline void send_ids(const DispatchParams& p, const CtaState& s, const AllIds& all,
                                 const Team& team, IdPair pair) {
   const Exchange& x = p.exchange;
   const Chunk mine(all.words_per_rank(), team);
@@ -118,7 +124,7 @@ __device__ inline void send_ids(const DispatchParams& p, const Session& s, const
 }
 
 // All threads, the first ones two words each: the last ones have other words to wait for.
-__device__ inline void receive_ids(const Exchange& x, Session& s, const AllIds& all) {
+__device__ inline void receive_ids(const Exchange& x, CtaState& s, const AllIds& all) {
   constexpr int kBatch = 4;  // loads on their way together
   for (int i = 2 * static_cast<int>(threadIdx.x); i < all.words_per_rank(); i += 2 * kThreads) {
 #pragma unroll 1

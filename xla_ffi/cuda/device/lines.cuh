@@ -3,7 +3,7 @@
 // fifteenth more bytes.
 #pragma once
 
-#include "cuda/session.cuh"
+#include "cuda/device/waits.cuh"
 
 namespace freeio::cuda {
 
@@ -88,7 +88,7 @@ __device__ inline int slice_of_lane() { return lane_id() / LineSlice::kLanesOfLi
 
 // Waits for a line of the slice that the peer sends; none: null. Whole warp, where the eight lanes
 // of slice_of_lane() have the same slice. False, for all lanes: one of them did not come.
-[[gnu::noinline]] __device__ inline bool wait_for_lines(const Exchange& x, Session& s, Step step,
+[[gnu::noinline]] __device__ inline bool wait_for_lines(const Exchange& x, CtaState& s, Step step,
                                                         int peer, const SentSlice* slice) {
   const int line = lane_id() % LineSlice::kLanesOfLine;
   const auto* const flags = reinterpret_cast<const Word*>(slice) + line * 16 + 15;
@@ -99,10 +99,10 @@ __device__ inline int slice_of_lane() { return lane_id() / LineSlice::kLanesOfLi
 }
 
 // Where this rank's slices go on the peer, and the peer's come here.
-__device__ inline SentSlice* slices_to(const Exchange& x, const Session& s, int peer) {
+__device__ inline SentSlice* slices_to(const Exchange& x, const CtaState& s, int peer) {
   return inbox_to(x, peer).slices[turn(s, peer)];
 }
-__device__ inline const SentSlice* slices_from(const Exchange& x, const Session& s, int peer) {
+__device__ inline const SentSlice* slices_from(const Exchange& x, const CtaState& s, int peer) {
   return inbox_from(x, peer).slices[turn(s, peer)];
 }
 

@@ -64,10 +64,10 @@ __device__ inline WordPair load_word_pair(const uint64_t* words) {
 }
 
 // A lane's part of a line of 128 bytes, stored by all eight lanes of the line with one instruction.
-// The line arrives at the peer as one: who has loaded the last eight bytes, loads the others as
-// they were stored with these. (PTX's model promises that of no access wider than 16 bytes. What
-// this relies on is that NVLink carries what a warp stores to a line in one packet, as NCCL's
-// protocol of lines does.) Whole warp. Partner: load_line on the peer.
+// The line arrives at the peer as one: a reader that sees the new last eight bytes also sees the
+// other bytes that were stored with them. (PTX's model promises that of no access wider than 16
+// bytes. What this relies on is that NVLink carries what a warp stores to a line in one packet, as
+// NCCL's protocol of lines does.) Whole warp. Partner: load_line on the peer.
 __device__ inline void store_line(uint4* part, const uint4& value) {
   __syncwarp();  // one instruction for all lanes
   asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(part), "r"(value.x),

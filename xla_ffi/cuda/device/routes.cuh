@@ -2,7 +2,7 @@
 // weight.
 #pragma once
 
-#include "cuda/shares.cuh"
+#include "cuda/device/shares.cuh"
 
 namespace freeio::cuda {
 
@@ -61,7 +61,7 @@ struct SentAssignment {
 
 // The routes of this rank's assignments `mine` to all peers, and their weights, unless these are
 // ones, to those that have their rows. All threads; `first` is the thread's first of them.
-__device__ inline void send_routes(const Exchange& x, const Session& s, const Chunk& mine,
+__device__ inline void send_routes(const Exchange& x, const CtaState& s, const Chunk& mine,
                                    SentAssignment first, const int32_t* dest_rank,
                                    const int32_t* dest_row, const void* weights) {
   const int assignments = x.num_tokens * x.top_k;
@@ -101,7 +101,7 @@ struct RouteTile {
   }
 
   // By one of the two below; receive() may fail. All threads; a barrier must follow.
-  __device__ void take(const Exchange& x, Session& s, const Tile& tile, const int32_t* dest_rank,
+  __device__ void take(const Exchange& x, CtaState& s, const Tile& tile, const int32_t* dest_rank,
                        const int32_t* dest_row, const void* weight, bool are_sent) {
     if (are_sent) {
       receive(x, s, tile, dest_rank, dest_row, weight, true);
@@ -111,7 +111,7 @@ struct RouteTile {
   }
 
   // Reads them all at once, the peers' over the link. All threads; a barrier must follow.
-  __device__ void fetch(const Exchange& x, const Session& s, const Tile& tile,
+  __device__ void fetch(const Exchange& x, const CtaState& s, const Tile& tile,
                         const int32_t* dest_rank, const int32_t* dest_row, const void* weight) {
     const int64_t begin = static_cast<int64_t>(tile.begin) * top_k;
     for (int i = static_cast<int>(threadIdx.x); i < size(); i += kThreads) {
@@ -128,8 +128,9 @@ struct RouteTile {
 
   // Takes the peers' from what they have sent (send_routes()), unless only this rank's own are
   // wanted. All threads; a barrier must follow.
-  __device__ void receive(const Exchange& x, Session& s, const Tile& tile, const int32_t* dest_rank,
-                          const int32_t* dest_row, const void* weight, bool peers) {
+  __device__ void receive(const Exchange& x, CtaState& s, const Tile& tile,
+                          const int32_t* dest_rank, const int32_t* dest_row, const void* weight,
+                          bool peers) {
     const int begin = tile.begin * top_k;
     const int weights_at = x.num_tokens * top_k;
     for (int i = static_cast<int>(threadIdx.x); i < size(); i += kThreads) {

@@ -2,12 +2,14 @@
 //
 // The expert's rank pulls the cotangent x of each token that it has rows of, once, stores
 // weight * x to each of its rows here, and sends <expert_out row, x> back to the token's rank.
-#include "cuda/elements.cuh"
+#include "cuda/device/elements.cuh"
+#include "cuda/device/end.cuh"
+#include "cuda/device/opening.cuh"
+#include "cuda/device/routes.cuh"
+#include "cuda/device/rows.cuh"
+#include "cuda/device/shared_memory.cuh"
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
-#include "cuda/routes.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {
@@ -19,10 +21,10 @@ __host__ __device__ constexpr int tile_capacity(size_t accumulator_bytes, int nu
   return kSharedBytes / static_cast<int>(2 * sizeof(int) + accumulator_bytes * (1 + num_slices));
 }
 
+// A tile's work, as one warp does it.
 template <typename Element, int kCount>
-struct CombineTranspose {
+struct PullingWarp {
   using Accumulator = typename Element::Accumulator;
-  using Routes = TokenRoutes<Accumulator>;
   using R = Raw<Element, kCount>;
   // Rows of a token that are served by one read of x; a token with more here is read again.
   static constexpr int kRows = 8;
@@ -33,7 +35,7 @@ struct CombineTranspose {
 
   const CombineTransposeParams& p;
   const Exchange& x;
-  const Session& s;
+  const CtaState& s;
   const RouteTile<Accumulator>& routes_of;
   Accumulator* slice_dots;  // [R, tokens, K, num_slices], in shared memory
   const Tile& tile;
@@ -116,7 +118,7 @@ struct CombineTranspose {
     const int unit = x.ranks.quotient(item);
     const int tile_token = p.slices.quotient(unit);
     const int slice = unit - tile_token * p.num_slices;
-    const Routes routes = routes_of.of(rank, tile_token);
+    const TokenRoutes<Accumulator> routes = routes_of.of(rank, tile_token);
     const auto* tokens = rank == x.rank ? static_cast<const Element*>(p.tokens)
                                         : s.buffer<const Element>(rank, kFirstLeaf);
     const int begin = slice * p.slice_width;
@@ -180,7 +182,7 @@ struct CombineTranspose {
 };
 
 template <typename Element, int kCount>
-__device__ void exchange(const CombineTransposeParams& p, Session& s, void* shared_memory) {
+__device__ void exchange(const CombineTransposeParams& p, CtaState& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const Opening opening(x);
   const Chunk chunk(x.num_tokens);
@@ -193,7 +195,7 @@ __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shar
   const uint32_t slots = 1u << kWeightGrads | 1u << kFirstLeaf | (p.sends_routes ? 0 : kRouteSlots);
   if (blockIdx.x == 0) post(x, s, slots);
   if (!receive_addresses(x, s, slots)) return;
-  using Op = CombineTranspose<Element, kCount>;
+  using Warp = PullingWarp<Element, kCount>;
   using Accumulator = typename Element::Accumulator;
   const int capacity = tile_capacity(sizeof(Accumulator), p.num_slices);
   auto* dots = static_cast<Accumulator*>(shared_memory);
@@ -206,10 +208,11 @@ __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shar
     routes.take(x, s, tile, p.dest_rank, p.dest_row, p.weights, p.sends_routes);
     ready = !__syncthreads_or(has_failed(s));
     if (!ready) return;
-    const Op op{p, x, s, routes, dots, tile};
+    const Warp warp{p, x, s, routes, dots, tile};
     const Work work(tile, tile.size() * p.num_slices * x.num_ranks, p.rows != nullptr, p.padding);
-    run_work(work, s, [&](int item) { op.pull(item); }, [&](int64_t row) { op.zero_padding(row); });
-    if (p.weight_grads != nullptr) op.send_weight_grads();
+    run_work(
+        work, s, [&](int item) { warp.pull(item); }, [&](int64_t row) { warp.zero_padding(row); });
+    if (p.weight_grads != nullptr) warp.send_weight_grads();
   });
   // The weights' gradients are in the peers' memory; this tells the peers so.
   finish<true>(x, s);
@@ -218,35 +221,35 @@ __device__ void exchange(const CombineTransposeParams& p, Session& s, void* shar
 template <typename Element, int kCount>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_transpose_kernel(const __grid_constant__ CombineTransposeParams p) {
-  __shared__ Session s;
+  __shared__ CtaState s;
   exchange<Element, kCount>(p, s, dynamic_shared_memory<void>());
-  leave(p.exchange, s, [&](const Share& share) {
+  leave(p.exchange, s, [&](const Team& spoilers) {
     const Exchange& x = p.exchange;
     const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
     const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
     const auto weight_bytes = static_cast<int64_t>(sizeof(typename Element::Accumulator));
-    spoil(share, p.rows, x.capacity * row_bytes);
-    spoil(share, p.weight_grads, assignments * weight_bytes);
+    spoil(spoilers, p.rows, x.capacity * row_bytes);
+    spoil(spoilers, p.weight_grads, assignments * weight_bytes);
   });
 }
 
 }  // namespace
 
-size_t combine_transpose_shared_bytes() { return kSharedBytes; }
-
 bool combine_transpose_fits(size_t accumulator_bytes, int num_slices, int assignments) {
   return tile_capacity(accumulator_bytes, num_slices) >= assignments;
 }
 
-const void* combine_transpose_function(DType dtype, bool wide) {
-  const void* function = nullptr;
+Kernel combine_transpose(DType dtype, bool wide) {
+  Kernel kernel;
+  kernel.shared_bytes = kSharedBytes;
   with_element_type(dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     constexpr int kWide = wide_pack(sizeof(Element));
-    function = wide ? reinterpret_cast<const void*>(&combine_transpose_kernel<Element, kWide>)
-                    : reinterpret_cast<const void*>(&combine_transpose_kernel<Element, 1>);
+    kernel.function = wide
+                          ? reinterpret_cast<const void*>(&combine_transpose_kernel<Element, kWide>)
+                          : reinterpret_cast<const void*>(&combine_transpose_kernel<Element, 1>);
   });
-  return function;
+  return kernel;
 }
 
 }  // namespace freeio::cuda

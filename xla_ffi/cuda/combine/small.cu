@@ -1,15 +1,17 @@
-// combine of small calls, which latency rules: as in combine.cu, but partial sums go to the token's
-// rank in lines (lines.cuh), into its control block, and nobody waits for the others' end.
+// combine of small calls, which latency rules: as in large.cu, but partial sums go to the token's
+// rank in lines (lines.cuh), into its GPU block, and nobody waits for the others' end.
 //
 // A warp loads the rows of a sum together, into its registers: with few slices for each warp there
 // is nothing to prepare while it waits, and the instructions that it would take are what time goes
 // into.
-#include "cuda/elements.cuh"
+#include "cuda/device/elements.cuh"
+#include "cuda/device/end.cuh"
+#include "cuda/device/lines.cuh"
+#include "cuda/device/opening.cuh"
+#include "cuda/device/routes.cuh"
+#include "cuda/device/shared_memory.cuh"
 #include "cuda/geometry.h"
 #include "cuda/kernels.h"
-#include "cuda/lines.cuh"
-#include "cuda/routes.cuh"
-#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
 namespace {
@@ -17,13 +19,13 @@ namespace {
 constexpr int kTileAssignments = 2048;  // of all ranks, whose routes are in shared memory
 constexpr int kColumns = 2;             // accesses of one lane to a slice
 constexpr int kRowsTogether = 4;        // that a warp waits for at once
-// A warp that waits loads the lines themselves so many times: when they have come, they are in its
-// registers. Then it looks at their flags only, and at the clock.
+// How often a warp that waits loads whole lines: once they have come, they are in its registers.
+// After that it looks at their flags only, and at the clock.
 constexpr int kEagerPolls = 32;
 
 // A tile's work, as one warp does it.
 template <typename Element>
-struct Combine {
+struct SendingWarp {
   static constexpr int kCount = kSentAccess / static_cast<int>(sizeof(Element));
   using Accumulator = typename Element::Accumulator;
   using Sums = Accumulator[kColumns][kCount];
@@ -46,7 +48,7 @@ struct Combine {
 
   const CombineParams& p;
   const Exchange& x;
-  Session& s;
+  CtaState& s;
   const RouteTile<Accumulator>& routes;
   const Tile& tile;
   const Chunk units;
@@ -175,7 +177,7 @@ struct Combine {
 };
 
 template <typename Element>
-__device__ void exchange(const CombineParams& p, Session& s, void* shared_memory) {
+__device__ void exchange(const CombineParams& p, CtaState& s, void* shared_memory) {
   const Exchange& x = p.exchange;
   const Opening opening(x);
   const Teams<kCombineReceivers> teams{p.senders};
@@ -201,38 +203,35 @@ __device__ void exchange(const CombineParams& p, Session& s, void* shared_memory
     routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights, sends);
     ready = tile.number == 0 ? receive_addresses(x, s, 0) : !__syncthreads_or(has_failed(s));
     if (!ready) return;
-    Combine<Element>{p, x, s, routes, tile, units.of(tile)}.run(sends, sums);
+    SendingWarp<Element>{p, x, s, routes, tile, units.of(tile)}.run(sends, sums);
   });
   finish_alone(x, s);
 }
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, 1)
-    combine_kernel(const __grid_constant__ CombineParams p) {
-  __shared__ Session s;
+    combine_small_kernel(const __grid_constant__ CombineParams p) {
+  __shared__ CtaState s;
   exchange<Element>(p, s, dynamic_shared_memory<void>());
-  leave(p.exchange, s, [&](const Share& share) {
+  leave(p.exchange, s, [&](const Team& spoilers) {
     const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
-    spoil(share, p.sums, p.exchange.num_tokens * row_bytes);
+    spoil(spoilers, p.sums, p.exchange.num_tokens * row_bytes);
   });
 }
 
 }  // namespace
 
-size_t combine_in_lines_shared_bytes() {
-  return kTileAssignments * (2 * sizeof(int) + sizeof(float));
-}
-
-const void* combine_in_lines_function(DType dtype) {
-  const void* function = nullptr;
+Kernel combine_small(DType dtype) {
+  Kernel kernel;
+  kernel.shared_bytes = kTileAssignments * (2 * sizeof(int) + sizeof(float));
   with_element_type(dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     // Elements of one byte: as many sums as 16 of them would take have no room.
     if constexpr (sizeof(Element) == 2 || sizeof(Element) == 4) {
-      function = reinterpret_cast<const void*>(&combine_kernel<Element>);
+      kernel.function = reinterpret_cast<const void*>(&combine_small_kernel<Element>);
     }
   });
-  return function;
+  return kernel;
 }
 
 }  // namespace freeio::cuda

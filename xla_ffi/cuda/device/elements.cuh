@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "core/dtype.h"
-#include "cuda/session.cuh"
+#include "cuda/device/cta.cuh"
 
 namespace freeio::cuda {
 

@@ -1,19 +1,14 @@
-// combine: expert outputs back to their tokens.
-//
-// Each rank sums a token's rows that it hosts, weighted, and stores that partial sum to a slot that
-// the token's own rank keeps for it: one row crosses per (token, rank) pair. The token's rank adds
-// the partial sums in order of rank, its own among them, straight from its rows. (Small calls:
-// combine_in_lines.cu.)
-#include "cuda/announcer.cuh"
-#include "cuda/async_copy.cuh"
-#include "cuda/elements.cuh"
+// What a warp of a large combine does: it sums rows, pushes partial sums to the peers, and adds up
+// theirs.
+#pragma once
+
+#include "cuda/combine/announcer.cuh"
+#include "cuda/device/async_copy.cuh"
+#include "cuda/device/elements.cuh"
+#include "cuda/device/routes.cuh"
 #include "cuda/geometry.h"
-#include "cuda/kernels.h"
-#include "cuda/routes.cuh"
-#include "cuda/shared_memory.cuh"
 
 namespace freeio::cuda {
-namespace {
 
 constexpr int kTileBytes = 24 << 10;                 // for the routes of a tile, of all ranks
 constexpr int kColumns = kCombineSlice / kWarpSize;  // accesses of one lane to a slice
@@ -26,7 +21,7 @@ __host__ __device__ constexpr int tile_assignments() {
 }
 
 // Slot of `rank` among the ranks, other than the token's own, that have its rows.
-__device__ int slot_of(int rank, uint32_t ranks, int own_rank) {
+__device__ inline int slot_of(int rank, uint32_t ranks, int own_rank) {
   return __popc(ranks & ~(1u << own_rank) & ((1u << rank) - 1));
 }
 
@@ -34,7 +29,7 @@ __device__ int slot_of(int rank, uint32_t ranks, int own_rank) {
 // are on their way to shared memory meanwhile, so that no register waits for one, and the memory is
 // busy also while warps wait for the link.
 template <typename Element, int kCount>
-struct Combine {
+struct PushingWarp {
   using Accumulator = typename Element::Accumulator;
   using R = Raw<Element, kCount>;
   using Sums = Accumulator[kColumns][kCount];
@@ -71,7 +66,7 @@ struct Combine {
     __device__ bool is_last() const { return (bits & kLast) != 0; }
   };
 
-  // This lane's elements of a slice of a row: every so many-th access.
+  // This lane's elements of a slice of a row: its accesses are kStep elements apart.
   struct Columns {
     static constexpr int kStep = kWarpSize * kCount;
 
@@ -90,7 +85,7 @@ struct Combine {
 
   const CombineParams& p;
   const Exchange& x;
-  Session& s;
+  CtaState& s;
   const RouteTile<Accumulator>& routes;
   const Tile& tile;
   Announcer& announcer;
@@ -106,9 +101,9 @@ struct Combine {
   int stage = 0;            // of the next row to sum, and then of the next one to fetch
   Task tasks;               // of the stages, by lane
 
-  __device__ Combine(const CombineParams& params, Session& session,
-                     const RouteTile<Accumulator>& tile_routes, const Tile& whole,
-                     Announcer& of_cta, const Chunk& tile_units, void* ring_memory)
+  __device__ PushingWarp(const CombineParams& params, CtaState& session,
+                         const RouteTile<Accumulator>& tile_routes, const Tile& whole,
+                         Announcer& of_cta, const Chunk& tile_units, void* ring_memory)
       : p(params),
         x(params.exchange),
         s(session),
@@ -326,102 +321,5 @@ struct Combine {
     store_sums(row, task.unit, sums);
   }
 };
-
-// Arrival flags start at zero; then the peers learn where everything is. Each CTA clears those that
-// it is to read itself: it waits for no other CTA before it does.
-__device__ void prepare_slots(const CombineParams& p, const Chunk& units, Session& s) {
-  const Exchange& x = p.exchange;
-  if (x.num_ranks == 1) return;
-  const int64_t end = static_cast<int64_t>(units.end) * p.num_slots;
-  for (int64_t i = static_cast<int64_t>(units.begin) * p.num_slots + threadIdx.x; i < end;
-       i += kThreads) {
-    p.flags[i] = 0;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0 && add_acquire_release_device(&self(x).prepared, 1) == gridDim.x - 1) {
-    fence_system();
-    post_address(x, s, kScratch);
-    post_address(x, s, kFlags);
-  }
-}
-
-// The routes of the tile, and at the first one where the peers' slots are. False, for all threads:
-// they did not come.
-template <typename Accumulator>
-__device__ bool receive_routes(const CombineParams& p, Session& s, const Tile& tile,
-                               RouteTile<Accumulator>& routes) {
-  const Exchange& x = p.exchange;
-  routes.begin(x, tile);
-  routes.take(x, s, tile, p.dest_rank, p.dest_row, p.weights, p.sends_routes);
-  if (tile.number > 0) return !__syncthreads_or(has_failed(s));
-  // Where flags had to be cleared, the slots' addresses come later than the others.
-  const uint32_t flags = p.sends_routes ? 0 : 1u << kFlags;
-  return receive_addresses(x, s, 1u << kScratch | flags);
-}
-
-template <typename Element, int kCount>
-__device__ void exchange(const CombineParams& p, Session& s, Announcer& announcer,
-                         void* shared_memory) {
-  const Exchange& x = p.exchange;
-  const Opening opening(x);
-  const Units units(p.slices, x.num_tokens, true);
-  // What needs no peer is loaded while the exchange opens.
-  const Chunk sent(p.sends_routes ? x.num_tokens * x.top_k : 0);
-  const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
-                             p.dest_row, p.weights);
-  if (!open(x, s, opening)) return;
-  send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
-  if (blockIdx.x == 0) post(x, s, p.sends_routes ? 1u << kScratch : kRouteSlots);
-  if (!p.sends_routes) {
-    prepare_slots(p, units.chunk, s);
-    if (!receive_addresses(x, s, kRouteSlots)) return;
-  }
-  constexpr int kAssignments = tile_assignments<typename Element::Accumulator>();
-  RouteTile<typename Element::Accumulator> routes(shared_memory, kAssignments);
-  void* const ring = static_cast<std::byte*>(shared_memory) + kTileBytes;
-  const Tiles tiles(units.tokens(), kAssignments / (x.num_ranks * x.top_k));
-  // The last warp raises the flags of what the others push.
-  const int warps = x.num_ranks > 1 ? kWarps - 1 : kWarps;
-  bool ready = true;
-  tiles.for_each(s, warps, [&](const Tile& tile) {
-    announcer.begin();
-    ready = ready && receive_routes(p, s, tile, routes);
-    if (!ready) return;
-    // Only the routes are read from the peers, and those now are.
-    if (tile.number + 1 == tile.count && warp_id() == warps - 1) conclude<false>(x, s);
-    if (warp_id() == warps) return announcer.run(warps);
-    Combine<Element, kCount>(p, s, routes, tile, announcer, units.of(tile), ring).run();
-    if (warps < kWarps) announcer.leave();
-  });
-}
-
-template <typename Element, int kCount>
-__global__ void __launch_bounds__(kThreads, 1)
-    combine_kernel(const __grid_constant__ CombineParams p) {
-  __shared__ Session s;
-  __shared__ Announcer announcer;
-  exchange<Element, kCount>(p, s, announcer, dynamic_shared_memory<void>());
-  leave(p.exchange, s, [&](const Share& share) {
-    const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(Element));
-    spoil(share, p.sums, p.exchange.num_tokens * row_bytes);
-  });
-}
-
-}  // namespace
-
-int threads_per_cta() { return kThreads; }
-
-size_t combine_shared_bytes() { return kTileBytes + kRingBytes; }
-
-const void* combine_function(DType dtype, bool wide) {
-  const void* function = nullptr;
-  with_element_type(dtype, [&](auto tag) {
-    using Element = typename decltype(tag)::Type;
-    constexpr int kWide = wide_pack(sizeof(Element));
-    function = wide ? reinterpret_cast<const void*>(&combine_kernel<Element, kWide>)
-                    : reinterpret_cast<const void*>(&combine_kernel<Element, 1>);
-  });
-  return function;
-}
 
 }  // namespace freeio::cuda

@@ -1,13 +1,14 @@
 // Flags on the peers, raised for all warps of a CTA.
 #pragma once
 
-#include "cuda/session.cuh"
+#include "cuda/device/waits.cuh"
 
 namespace freeio::cuda {
 
-// A flag must not be seen before what it stands for, and who makes sure of that waits until all
-// that was stored before has arrived: microseconds where the link is busy. One warp does nothing
-// else, once for all that the others have stored meanwhile, and they go on. In shared memory.
+// A flag must not be seen before what it stands for. A thread that makes sure of that waits until
+// all that was stored before has arrived: microseconds where the link is busy. So one warp of the
+// CTA does only this, each time for everything that the other warps have stored meanwhile, and
+// these go on. In shared memory.
 class Announcer {
  public:
   // All threads; a barrier must follow.
@@ -28,7 +29,7 @@ class Announcer {
     if (lane_id() == 0) add(kNoMore, 0);
   }
 
-  // Raises them until so many warps have left. Whole warp, of none of these.
+  // Raises flags until `warps` other warps have left. Whole warp.
   __device__ void run(int warps) {
     for (uint32_t taken = 0; warps > 0;) {
       // One lane waits, so that the others' shared memory is left alone.
@@ -37,7 +38,7 @@ class Announcer {
       __syncwarp();
       Entry& entry = entries_[(taken + lane_id()) % kEntries];
       const uint64_t flag = load_acquire_block(&entry.flag);
-      // In order, so that who has left had nothing after it.
+      // In order: a warp that has left has nothing after that.
       const uint32_t gaps = ~__ballot_sync(kFullWarp, flag != 0);
       const int count = gaps == 0 ? kWarpSize : __ffs(static_cast<int>(gaps)) - 1;
       fence_system();
@@ -65,7 +66,7 @@ class Announcer {
 
   __device__ void add(uint64_t flag, uint32_t value) {
     Entry& entry = entries_[atomicAdd(&added_, 1u) % kEntries];
-    // What was there before is taken soon: who takes it waits for nobody.
+    // The entry becomes free soon: the warp that takes it waits for nobody.
     while (load_acquire_block(&entry.flag) != 0) {
     }
     entry.value = value;

@@ -1,4 +1,4 @@
-// Twin of xla_ffi/cuda/shared_memory.cuh.
+// Twin of xla_ffi/cuda/device/shared_memory.cuh.
 #pragma once
 
 #include "machine.h"

@@ -1,0 +1,119 @@
+#include "cuda/call.h"
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "cuda/current_device.h"
+#include "cuda/kernels.h"
+
+namespace freeio::cuda {
+namespace {
+
+// What the peers' signatures are compared with.
+void sign(const CallSite& site, const Plan& plan, uint32_t ctas,
+          uint32_t (&signature)[kSignatureWords]) {
+  const Layout& layout = site.layout;
+  signature[kOp] = static_cast<uint32_t>(site.operation);
+  signature[kInstance] = site.instance;
+  signature[kNumTokens] = static_cast<uint32_t>(layout.num_tokens);
+  signature[kTopK] = static_cast<uint32_t>(layout.top_k);
+  signature[kNumExperts] = static_cast<uint32_t>(layout.num_experts);
+  signature[kCapacity] = static_cast<uint32_t>(layout.capacity);
+  signature[kAlignment] = static_cast<uint32_t>(layout.alignment);
+  signature[kGrid] = ctas;
+  signature[kRows] = plan.rows;
+}
+
+Status launch(const Kernel& kernel, uint32_t ctas, int32_t num_experts, void* params,
+              void* stream) {
+  void* arguments[] = {params};
+  const cudaError_t error =
+      cudaLaunchKernel(kernel.function, dim3(ctas), dim3(static_cast<unsigned>(threads_per_cta())),
+                       arguments, kernel.shared_bytes, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return {};
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kernel.function) == cudaSuccess &&
+      kernel.shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) {
+    cudaGetLastError();  // which is told here
+    return {Code::kInvalidArgument,
+            "freeio_jax: a kernel of this call, with num_experts=" + std::to_string(num_experts) +
+                ", needs " + std::to_string(kernel.shared_bytes) +
+                " bytes of shared memory, and this GPU has " +
+                std::to_string(attributes.maxDynamicSharedSizeBytes) +
+                " for it. Use a GPU that has more (A100, H100, B200), or fewer experts."};
+  }
+  return cuda_status(error, "cudaLaunchKernel");
+}
+
+}  // namespace
+
+Status SharedAddresses::translate(Peers& peers, uint64_t& address) {
+  RelaxedCapture relaxed;  // XLA may be capturing the launch that this is for
+  const auto* const pointer = reinterpret_cast<const void*>(address);
+  // XLA may have given a region back and got another one at the same place.
+  uint64_t identity = 0;
+  if (identity_of(pointer, identity).ok()) {
+    for (const SharedRegion& region : regions_) {
+      if (!region.contains(address, identity)) continue;
+      address = region.shared_address(address);
+      return {};
+    }
+  }
+  SharedRegion region;
+  Status status = peers.share(pointer, timeout(), region);
+  if (!status.ok()) return status;
+  regions_.push_back(region);
+  address = region.shared_address(address);
+  return {};
+}
+
+template <typename Operands>
+Status Call<Operands>::prepare(int32_t alignment) {
+  // Read first: a change that comes after it makes the next run prepare again.
+  const uint64_t version = engine_version();
+  engine_version_ = 0;
+  params_ = {};
+  addresses_ = {};  // of the peers of then
+  Exchange& exchange = params_.exchange;
+  Status status = describe(site_.layout, site_.member, exchange, connection_);
+  if (!status.ok()) return status;
+  plan_ = make_plan(types_, alignment, static_cast<int32_t>(connection_.num_ctas), params_);
+  sign(site_, plan_, connection_.num_ctas, exchange.signature);
+  alignment_ = alignment;
+  engine_version_ = version;
+  return {};
+}
+
+// The peers are told of the buffers that the plan shows them.
+template <typename Operands>
+Status Call<Operands>::post_addresses() {
+  if (connection_.peers == nullptr) return {};
+  for (int slot = 0; slot < kMaxAddresses; ++slot) {
+    uint64_t& address = params_.exchange.posted[slot];
+    if ((plan_.posted >> slot & 1) == 0 || address == 0) continue;
+    Status status = addresses_.translate(*connection_.peers, address);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+template <typename Operands>
+Status Call<Operands>::run(const Operands& operands, void* stream) {
+  const int32_t alignment = alignment_of(types_, operands);
+  if (engine_version_ != engine_version() || alignment_ != alignment) {
+    Status status = prepare(alignment);
+    if (!status.ok()) return status;
+  }
+  if (has_failure(*connection_.host)) return failure_of(*connection_.host);
+  set_operands(operands, params_);
+  Status status = post_addresses();
+  if (!status.ok()) return status;
+  return launch(plan_.kernel, connection_.num_ctas, params_.exchange.num_experts, &params_, stream);
+}
+
+template class Call<DispatchOperands>;
+template class Call<CombineOperands>;
+template class Call<CombineTransposeOperands>;
+
+}  // namespace freeio::cuda

@@ -1,0 +1,134 @@
+// The one wait for a peer, which is bounded, and what ends it early.
+#pragma once
+
+#include "cuda/device/memory_order.cuh"
+#include "cuda/device/words.cuh"
+#include "cuda/params.h"
+
+namespace freeio::cuda {
+
+// Functions for what hardly ever happens are not inlined: that makes calls with few tokens faster.
+
+// Ends the exchange with an error: records it, if it is this GPU's first, and tells the peers.
+[[gnu::noinline]] __device__ inline void fail(const Exchange& x, CtaState& s, Step step, int peer,
+                                              int word = 0, uint32_t expected = 0,
+                                              uint32_t found = 0) {
+  s.failed = 1;
+  if (atomicExch(&self(x).failed, 1u) != 0) return;
+  Failure& failure = x.host->failure;
+  failure.rank = x.rank;
+  failure.peer = peer;
+  failure.peer_gpu = x.gpu[peer];
+  failure.word = word;
+  failure.expected = expected;
+  failure.found = found;
+  failure.epoch = s.epoch[peer];
+  failure.op = x.signature[kOp];
+  fence_system();
+  *const_cast<volatile int32_t*>(&failure.step) = step;
+  for (int rank = 0; rank < x.num_ranks; ++rank) {
+    // Partner: the load in may_wait().
+    if (rank != x.rank) store_release_system(&x.gpu_block[rank]->has_given_up[x.gpu[x.rank]], 1);
+  }
+}
+
+// Copies what the host tells waiting threads to this GPU's memory. Of all threads that call it, one
+// does so, once a tick of about a millisecond: a load from the host's memory takes a microsecond,
+// and loads of one address queue up. Where a peer is late, thousands of threads wait.
+//
+// That thread also shows the host for whom it has waited since `begin`, if that is long ago.
+__device__ inline void look_at_host(const Exchange& x, uint64_t now, uint64_t begin, Step step,
+                                    int peer) {
+  GpuBlock& block = self(x);
+  const auto tick = static_cast<uint32_t>(now >> 20);
+  if (load_relaxed_device(&block.last_look) == tick) return;
+  if (atomicExch(&block.last_look, tick) == tick) return;
+  volatile HostBlock& host = *x.host;
+  volatile GpuBlock& copy = block;
+  // Partner: Peers::gone(), on the host.
+  for (int rank = 0; rank < x.num_ranks; ++rank) copy.lost[x.gpu[rank]] = host.lost[x.gpu[rank]];
+  copy.timeout_ns = host.timeout_ns;
+  if (const uint64_t ticks = (now - begin) >> kWaitTick; ticks != 0) {
+    const uint32_t who = static_cast<uint32_t>(step) << 4 | x.signature[kOp] |
+                         static_cast<uint32_t>(x.rank) << 8 | static_cast<uint32_t>(peer) << 16 |
+                         static_cast<uint32_t>(x.gpu[peer]) << 24;
+    host.wait = static_cast<uint64_t>(who) << 32 | static_cast<uint32_t>(ticks);
+  }
+}
+
+// Whether a wait for the peer may go on, and since when it lasts: `begin` if that is not 0. 0: the
+// time is up, a rank has given up, or the peer's process is there no more.
+__device__ __forceinline__ uint64_t may_wait(const Exchange& x, CtaState& s, Step step, int peer,
+                                             uint64_t begin) {
+  if (load_relaxed_device(&self(x).failed) != 0) {
+    s.failed = 1;
+    return 0;
+  }
+  // Partner: the store in fail().
+  if (load_acquire_system(&self(x).has_given_up[x.gpu[peer]]) != 0) {
+    fail(x, s, kPeerGaveUp, peer);
+    return 0;
+  }
+  const uint64_t now = nanoseconds();
+  if (begin == 0) begin = now;
+  look_at_host(x, now, begin, step, peer);
+  const volatile GpuBlock& copy = self(x);
+  if (const uint32_t lost = copy.lost[x.gpu[peer]]; lost != 0) {
+    fail(x, s, kPeerLost, peer, 0, 0, lost);
+    return 0;
+  }
+  if (const uint64_t timeout = copy.timeout_ns; timeout != 0 && now - begin > timeout) {
+    fail(x, s, step, peer);
+    return 0;
+  }
+  return begin;
+}
+
+// Whether the peer is known to run something else. Then the exchange ends with that error.
+__device__ inline bool differs(const Exchange& x, CtaState& s, int peer) {
+  const Mailbox& box = mailbox_from(x, s, peer);
+#pragma unroll 1
+  for (int word = 0; word < kSignatureWords; ++word) {
+    const Word found = load_word(&box.signature[word]);
+    if (!has_arrived(found, s.epoch[peer]) || value_of(found) == x.signature[word]) continue;
+    fail(x, s, kSignatureDiffers, peer, word, x.signature[word], value_of(found));
+    return true;
+  }
+  return false;
+}
+
+// A peer that differs may never send what is waited for.
+[[gnu::noinline]] __device__ inline uint64_t may_wait_out_of_line(const Exchange& x, CtaState& s,
+                                                                  Step step, int peer,
+                                                                  uint64_t begin) {
+  return differs(x, s, peer) ? 0 : may_wait(x, s, step, peer, begin);
+}
+
+// The one wait: polls `ready` until it holds. False: see may_wait(). `kInLoop`: of a loop that
+// needs all registers, of which a call would take some; the signatures have been compared there.
+template <bool kInLoop = false, typename Ready>
+__device__ bool wait_until(const Exchange& x, CtaState& s, Step step, int peer,
+                           const Ready& ready) {
+  constexpr int kPollsBetweenChecks = 1024;
+  for (uint64_t begin = 0;;) {
+#pragma unroll 1
+    for (int poll = 0; poll < kPollsBetweenChecks; ++poll) {
+      if (ready()) return true;
+    }
+    begin =
+        kInLoop ? may_wait(x, s, step, peer, begin) : may_wait_out_of_line(x, s, step, peer, begin);
+    if (begin == 0) return false;
+  }
+}
+
+// Waits for a word of this exchange; `word` is a value that was loaded from it before.
+__device__ inline bool wait_word(const Exchange& x, CtaState& s, Step step, int peer,
+                                 const Word* address, Word& word) {
+  if (has_arrived(word, s.epoch[peer])) return true;
+  return wait_until(x, s, step, peer, [&] {
+    word = load_word(address);
+    return has_arrived(word, s.epoch[peer]);
+  });
+}
+
+}  // namespace freeio::cuda

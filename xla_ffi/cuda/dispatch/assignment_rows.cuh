@@ -1,0 +1,161 @@
+// From the counts of all ranks to the rows of assignments, by way of places or told by their ranks.
+#pragma once
+
+#include "cuda/device/waits.cuh"
+#include "cuda/dispatch/groups.cuh"
+
+namespace freeio::cuda {
+
+// This thread's first id of the chunk.
+__device__ inline int first_id(const DispatchParams& p, const Chunk& chunk) {
+  const int a = chunk.begin * p.exchange.top_k + static_cast<int>(threadIdx.x);
+  return a < chunk.end * p.exchange.top_k ? p.topk_idx[a] : -1;
+}
+
+// Numbers the chunk's assignments to each expert, in order, from `next` on, and calls
+// f(assignment, id, number), with id -1 where there is none. All threads, each one assignment at a
+// time: first that of `id`, which was loaded before.
+template <typename F>
+__device__ void number_assignments(const DispatchParams& p, const Routing& routing,
+                                   const Chunk& chunk, int id, const F& f) {
+  const Exchange& x = p.exchange;
+  const int end = chunk.end * x.top_k;
+  for (int first = chunk.begin * x.top_k; first < end; first += kThreads) {
+    const int a = first + static_cast<int>(threadIdx.x);
+    const bool valid = id >= 0 && id < x.num_experts;
+    const uint32_t same = __match_any_sync(kFullWarp, valid ? id : -1);
+    const uint32_t earlier = __popc(same & ((1u << lane_id()) - 1));
+    uint32_t number = earlier;
+    // One warp after the other takes numbers.
+    const int warps = min(kWarps, (end - first + kWarpSize - 1) / kWarpSize);
+    for (int turn = 0; turn < warps; ++turn) {
+      if (turn == warp_id()) {
+        if (valid) number += routing.next[id];
+        __syncwarp();
+        if (valid && earlier == 0) routing.next[id] += __popc(same);
+      }
+      __syncthreads();
+    }
+    if (a < end) f(a, valid ? id : -1, number);
+    id = a + kThreads < end ? p.topk_idx[a + kThreads] : -1;
+  }
+}
+
+// Where an assignment comes, as its rank knows it before it has heard of the others: which of the
+// receiver's experts it is for, and its number among the segment's for that one.
+class Place {
+ public:
+  __device__ explicit Place(uint32_t word) : word_(word) {}
+  __device__ Place(int expert, uint32_t number)
+      : word_(static_cast<uint32_t>(expert + 1) * kMaxSentRoutes + number) {}
+  __device__ static Place none() { return Place(0); }
+  __device__ uint32_t word() const { return word_; }
+  __device__ bool is_none() const { return word_ == 0; }
+  __device__ int expert() const { return static_cast<int>(word_ / kMaxSentRoutes) - 1; }
+  __device__ uint32_t number() const { return word_ % kMaxSentRoutes; }
+
+ private:
+  static_assert(uint64_t{kMaxExperts + 1} * kMaxSentRoutes <= uint64_t{1} << 32);
+  uint32_t word_;
+};
+
+// Sends the places of the chunk's assignments, and leaves their numbers in the handle. All threads;
+// `id` is the thread's first.
+__device__ inline void send_places(const DispatchParams& p, const CtaState& s,
+                                   const Routing& routing, const Chunk& chunk, int id) {
+  const Exchange& x = p.exchange;
+  number_assignments(p, routing, chunk, id, [&](int a, int its_id, uint32_t number) {
+    const int dest = its_id < 0 ? -1 : x.local_experts.quotient(its_id);
+    for (int rank = 0; rank < x.num_ranks; ++rank) {
+      if (rank == x.rank) continue;
+      const Place place =
+          rank == dest ? Place(x.local_experts.remainder(its_id), number) : Place::none();
+      store_word(&inbox_to(x, rank).routes[turn(s, rank)][a],
+                 make_word(s.epoch[rank], place.word()));
+    }
+    p.dest_row[a] = static_cast<int>(number);
+  });
+}
+
+// The row of an assignment, the `number`-th from `first` on; -1: it does not fit.
+__device__ inline int row_or_none(const Exchange& x, uint32_t first, uint32_t number) {
+  const uint32_t row = first + number;
+  return row < static_cast<uint32_t>(x.capacity) ? static_cast<int>(row) : -1;
+}
+
+// Rows here of the tile's assignments, of all ranks, found from their places: [R, tokens, K] in
+// shared memory; -1: none. This rank's own get their rows in the handle, too. False, for all
+// threads: they did not come.
+__device__ inline bool find_rows(const DispatchParams& p, CtaState& s, const Routing& routing,
+                                 const Tile& tile, int* rows) {
+  const Exchange& x = p.exchange;
+  const int per_rank = tile.size() * x.top_k;
+  for (int i = static_cast<int>(threadIdx.x); i < per_rank * x.num_ranks; i += kThreads) {
+    const int rank = i / per_rank;
+    const int a = tile.begin * x.top_k + i - rank * per_rank;
+    int row = -1;
+    if (rank == x.rank) {
+      const int id = p.topk_idx[a];
+      const auto number = static_cast<uint32_t>(p.dest_row[a]);
+      if (id >= 0 && id < x.num_experts) row = row_or_none(x, routing.first[id], number);
+      const int dest = row < 0 ? -1 : x.local_experts.quotient(id);
+      p.dest_rank[a] = dest;
+      p.dest_row[a] = row;
+      if (dest != x.rank) row = -1;
+    } else {
+      const Word* address = &inbox_from(x, rank).routes[turn(s, rank)][a];
+      Word word = load_word(address);
+      if (!wait_word(x, s, kWaitRoutes, rank, address, word)) break;
+      if (const Place place(value_of(word)); !place.is_none()) {
+        const int expert = place.expert();
+        const uint32_t earlier = routing.earlier[rank * (x.num_experts / x.num_ranks) + expert];
+        row = row_or_none(x, routing.start[expert] + earlier, place.number());
+      }
+    }
+    rows[i] = row;
+  }
+  return !__syncthreads_or(has_failed(s));
+}
+
+// Gives the chunk's assignments their rows, and tells the ranks. All threads; `id` is the thread's
+// first.
+__device__ inline void assign_rows(const DispatchParams& p, const CtaState& s,
+                                   const Routing& routing, const Chunk& chunk, int id) {
+  const Exchange& x = p.exchange;
+  const int64_t num_assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
+  number_assignments(p, routing, chunk, id, [&](int a, int its_id, uint32_t number) {
+    const int row = its_id < 0 ? -1 : row_or_none(x, routing.first[its_id], number);
+    const int dest = row < 0 ? -1 : x.local_experts.quotient(its_id);
+    for (int rank = 0; rank < x.num_ranks; ++rank) {
+      if (rank == x.rank) continue;
+      store_word(s.buffer<Word>(rank, kScratch) + x.rank * num_assignments + a,
+                 make_word(s.epoch[rank], dest == rank ? static_cast<uint32_t>(row) + 1 : 0));
+    }
+    p.dest_rank[a] = dest;
+    p.dest_row[a] = row;
+  });
+}
+
+// Rows here of the tile's assignments, of all ranks, as their ranks have told them: [R, tokens, K]
+// in shared memory; -1: none. False, for all threads: they did not come.
+__device__ inline bool receive_rows(const DispatchParams& p, CtaState& s, const Tile& tile,
+                                    int* rows) {
+  const Exchange& x = p.exchange;
+  const int per_rank = tile.size() * x.top_k;
+  const int64_t first = static_cast<int64_t>(tile.begin) * x.top_k;
+  for (int i = static_cast<int>(threadIdx.x); i < per_rank * x.num_ranks; i += kThreads) {
+    const int rank = i / per_rank;
+    const int64_t a = first + i % per_rank;
+    if (rank == x.rank) {
+      rows[i] = p.dest_rank[a] == x.rank ? p.dest_row[a] : -1;
+      continue;
+    }
+    const Word* address = p.routes + rank * static_cast<int64_t>(x.num_tokens) * x.top_k + a;
+    Word word = load_word(address);
+    if (!wait_word(x, s, kWaitRoutes, rank, address, word)) break;
+    rows[i] = static_cast<int>(value_of(word)) - 1;
+  }
+  return !__syncthreads_or(has_failed(s));
+}
+
+}  // namespace freeio::cuda

@@ -1,0 +1,175 @@
+// dispatch of small calls, which latency rules: they do not wait until they know where rows go. The
+// token's rank sends each row, once to each rank that needs it, in lines (lines.cuh) to the GPU
+// block there, together with the ids. Nobody waits for the others' end.
+#include "cuda/device/lines.cuh"
+#include "cuda/device/opening.cuh"
+#include "cuda/device/shared_memory.cuh"
+#include "cuda/dispatch/routing_by_ids.cuh"
+#include "cuda/dispatch/slices.cuh"
+#include "cuda/kernels.h"
+
+namespace freeio::cuda {
+namespace {
+
+using DispatchTeams = Teams<kDispatchReceivers>;
+
+// A slice of this rank's tokens on its way to the peers that need it.
+struct OutgoingSlice {
+  LineSlice data;
+  int id = -1;  // of the token's assignment, in the lanes
+
+  __device__ OutgoingSlice(const DispatchParams& p, int unit, int end) {
+    if (unit >= end) return;
+    const Slice slice(p, p.exchange.rank, unit);
+    data.load(slice.in(p.leaves[slice.leaf].tokens, p), slice.bytes);
+    if (lane_id() < p.exchange.top_k) id = p.topk_idx[slice.token * p.exchange.top_k + lane_id()];
+  }
+
+  // Whole warp.
+  __device__ void send(const DispatchParams& p, const CtaState& s, int unit) const {
+    const Exchange& x = p.exchange;
+    const bool valid = id >= 0 && id < x.num_experts;
+    const uint32_t ranks =
+        __reduce_or_sync(kFullWarp, valid ? 1u << x.local_experts.quotient(id) : 0u);
+    for (int i = 0; i + 1 < x.num_ranks; ++i) {
+      const int rank = rank_of_turn(x, i);
+      if ((ranks >> rank & 1) != 0) data.send(slices_to(x, s, rank)[unit], s.epoch[rank]);
+    }
+  }
+};
+
+// This CTA's units `mine`, the warp's first of which has been loaded. While one is sent, the next
+// one is on its way already. All threads.
+__device__ void send_rows(const DispatchParams& p, const CtaState& s, const DispatchTeams& teams,
+                          const Chunk& mine, OutgoingSlice slice) {
+  int unit = teams.sent_unit(mine, warp_id());
+  for (int n = warp_id(); n < teams.count_sent(mine); n += kWarps) {
+    const int next_unit = teams.sent_unit(mine, n + kWarps);
+    const OutgoingSlice next(p, next_unit, mine.end);
+    slice.send(p, s, unit);
+    slice = next;
+    unit = next_unit;
+  }
+}
+
+// A slice of some rank's tokens on its way to its rows here.
+struct IncomingSlice {
+  LineSlice data;
+  Slice slice;
+  Targets targets;
+  const SentSlice* sent = nullptr;  // null: it is this rank's own, or not wanted
+
+  __device__ IncomingSlice(const DispatchParams& p, const CtaState& s, const Tile& tile,
+                           const int* rows, int rank, int unit)
+      : slice(p, rank, unit), targets(p, tile, rows, slice) {
+    targets.write_sources(p, slice);
+    if (targets.mask == 0) return;
+    if (rank == p.exchange.rank) {
+      data.load(slice.in(p.leaves[slice.leaf].tokens, p), slice.bytes);
+    } else {
+      sent = &slices_from(p.exchange, s, rank)[unit];
+      start();
+    }
+  }
+
+  __device__ void start() {
+    if (sent != nullptr) data.start(*sent);
+  }
+  __device__ bool is_here(const CtaState& s) const {
+    return sent == nullptr || data.is_here(s.epoch[slice.rank]);
+  }
+  __device__ void store(const DispatchParams& p) {
+    if (sent != nullptr) data.take();
+    const Leaf& leaf = p.leaves[slice.leaf];
+    data.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
+  }
+};
+
+// Moves the units of two pulls, of which there are `pulls`. Whole warp.
+__device__ void move_two(const DispatchParams& p, CtaState& s, const Tile& tile, const int* rows,
+                         int pull, int pulls, int first_unit) {
+  const Exchange& x = p.exchange;
+  const auto slice_of = [&](int i) {
+    // This rank's own first: the others' are on their way.
+    return IncomingSlice(p, s, tile, rows, source_rank(x, i + x.num_ranks - 1),
+                         first_unit + x.ranks.quotient(i));
+  };
+  IncomingSlice a = slice_of(pull);
+  IncomingSlice b = slice_of(min(pull + 1, pulls - 1));
+  if (pull + 1 == pulls) b.targets.mask = 0;
+  while (!__all_sync(kFullWarp, a.is_here(s) && b.is_here(s))) {
+    const int which = slice_of_lane();
+    const int peer = which == 0 ? a.slice.rank : b.slice.rank;
+    const SentSlice* const sent = which == 0 ? a.sent : which == 1 ? b.sent : nullptr;
+    if (!wait_for_lines(x, s, kWaitRows, peer, sent)) return;
+    a.start();
+    b.start();
+  }
+  a.store(p);
+  b.store(p);
+}
+
+// A tile's work: its pulls two by two.
+__device__ Work work_of(const DispatchParams& p, const Units& units, const Tile& tile,
+                        const Team& team) {
+  const int pulls = units.of(tile).size() * p.exchange.num_ranks;
+  return Work(tile, (pulls + 1) / 2, true, p.padding, team);
+}
+
+__device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
+  const Exchange& x = p.exchange;
+  const Opening opening(x);
+  const Routing routing(reinterpret_cast<uint32_t*>(rows + kTileAssignments), x.num_experts);
+  const AllIds all_ids(routing.end(), x);
+  const DispatchTeams teams{p.senders};
+  const Team team = teams.own();
+  const bool sends = !teams.has_senders() || teams.is_sender();
+  // There are few tokens, and several CTAs share one.
+  const Units units(p.slices, x.num_tokens, teams);
+  const Tiles tiles(units.tokens(), kTileAssignments / (x.num_ranks * x.top_k));
+  // What needs no peer is loaded while the exchange opens.
+  const IdPair early(p, static_cast<int>(threadIdx.x));
+  const OutgoingSlice first(p, teams.sent_unit(units.chunk, warp_id()),
+                            sends ? units.chunk.end : 0);
+  if (!open(x, s, opening)) return;
+  begin_alone(x);
+  if (teams.is_left_over()) return;
+  if (teams.is_sender()) return send_rows(p, s, teams, units.chunk, first);
+  if (blockIdx.x == 0) post(x, s, 0);
+  send_ids(p, s, all_ids, team, early);
+  if (sends) send_rows(p, s, teams, units.chunk, first);
+  clear_counts(x, routing);
+  Work work = work_of(p, units, tiles[0], team);
+  receive_ids(x, s, all_ids);
+  if (!receive_addresses(x, s, 0)) return;
+  count_ids(x, routing, all_ids);
+  place_groups(p, routing);
+  tiles.for_each(s, kWarps, [&](const Tile& tile) {
+    find_rows(p, routing, all_ids, tile, rows);
+    if (tile.number > 0) work = work_of(p, units, tile, team);
+    const Chunk mine = units.of(tile);
+    const int pulls = mine.size() * x.num_ranks;
+    const auto move_pair = [&](int pair) {
+      move_two(p, s, tile, rows, 2 * pair, pulls, mine.begin);
+    };
+    run_work(work, s, move_pair, [&](int64_t first_row) { zero_padding(p, routing, first_row); });
+  });
+  finish_alone(x, s);
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    dispatch_small_kernel(const __grid_constant__ DispatchParams p) {
+  __shared__ CtaState s;
+  exchange(p, s, dynamic_shared_memory<int>());
+  leave(p.exchange, s, [&](const Team& spoilers) { spoil_results(p, spoilers); });
+}
+
+}  // namespace
+
+Kernel dispatch_small(int num_experts, int assignments_of_all) {
+  return {reinterpret_cast<const void*>(&dispatch_small_kernel),
+          sizeof(int) * kTileAssignments + routing_bytes(num_experts) +
+              all_ids_bytes(assignments_of_all)};
+}
+
+}  // namespace freeio::cuda

@@ -1,0 +1,54 @@
+// GPUs of this process: the memory that the engine owns of each, and the links between them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+
+#include "core/status.h"
+#include "cuda/gpu_block.h"
+#include "cuda/memory.h"
+
+namespace freeio::cuda {
+
+struct FreeDevice {
+  void operator()(void* pointer) const;
+};
+struct FreeHost {
+  void operator()(void* pointer) const;
+};
+
+// Memory of a GPU block: of this process alone, or to be shared with others.
+struct BlockMemory {
+  std::unique_ptr<void, FreeDevice> own;
+  Allocation allocation;
+  Mapping mapping;
+  size_t bytes = 0;
+
+  GpuBlock* get() const {
+    return static_cast<GpuBlock*>(own != nullptr ? own.get() : mapping.base());
+  }
+};
+
+// One GPU of this process.
+struct Gpu {
+  int ordinal = 0;
+  BlockMemory block;
+  std::unique_ptr<HostBlock, FreeHost> host;
+  int num_sms = 0;
+  bool told = false;     // the failure, if there is one
+  Wait last_wait{};      // the one that was looked at last
+  double next_note = 0;  // after so many seconds of a wait the log tells of it
+};
+
+// Makes the blocks of this process's GPUs (ordinals by number), lets each GPU access the others'
+// memory, and loads every kernel on each. `num_gpus`: of all processes. `shared`: whether other
+// processes take part.
+Status make_gpus(const std::map<int, int>& ordinals, int num_gpus, bool shared, uint64_t timeout_ns,
+                 std::map<int, Gpu>& gpus);
+
+// Whether NVLink leads from one GPU to another (CUDA ordinals).
+bool has_link(int from, int to);
+
+}  // namespace freeio::cuda

@@ -1,0 +1,185 @@
+// What the GPUs of an exchange share: the block of each, which its peers write to, and how large it
+// is.
+//
+// A GPU block lives in its GPU's memory, is mapped by all peers, and is all the device memory that
+// the engine owns. Its size depends on neither tokens nor row widths.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace freeio::cuda {
+
+constexpr int kMaxRanks = 16;      // of one group, and GPUs of one host
+constexpr int kMaxExperts = 4096;  // of all ranks together: what a mailbox has room for
+constexpr int kMaxTopK = 32;       // one lane of a warp for each assignment of a token
+constexpr int kMaxLeaves = 16;     // arrays of one token pytree
+
+// A call with few assignments is ruled by latency. It sends its routing itself instead of where to
+// find it. The most assignments of such a call: of one rank, and of all ranks together.
+constexpr int kMaxSentAssignments = 2048;
+constexpr int kMaxSentByAll = 16384;
+constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
+// Other calls count their assignments, in segments of each rank (routing_by_counts.cuh). The most
+// segments, and the most counts that a CTA looks at together.
+constexpr int kMaxSegments = 8;
+constexpr int kMaxCounts = 8192;
+// The most assignments of one rank whose routes, or whose places, are sent.
+constexpr int kMaxSentRoutes = 32768;
+// The most slices of one rank's tokens for which combine keeps arrival flags in the GPU block.
+constexpr int kMaxArrivals = 32768;
+// A call with few assignments and few bytes sends its rows or partial sums, too, in lines. The most
+// slices (geometry.h) of one rank to another: 4 MiB.
+constexpr int kMaxSentSlices = 4096;
+
+// What two ranks must agree on before one reads the other's memory. Names for the error are in
+// failure.cc, in this order.
+enum Signature : int {
+  kOp,
+  kInstance,  // custom call of the program, by its attributes
+  kNumTokens,
+  kTopK,
+  kNumExperts,
+  kCapacity,
+  kAlignment,
+  kGrid,
+  kRows,  // digest of the row types
+  kSignatureWords
+};
+
+// Buffers whose addresses one rank tells its peers. Leaves follow from kFirstLeaf.
+enum Address : int {
+  kScratch,  // dispatch: route words; combine: partial sums
+  kFlags,    // combine: arrival flags of the partial sums
+  kDestRank,
+  kDestRow,
+  kWeights,
+  kWeightGrads,
+  kFirstLeaf,
+  kMaxAddresses = kFirstLeaf + kMaxLeaves
+};
+
+// How ranks are told where a buffer is: the number of a region of the memory of its process above
+// kRegionShift bits of offset. Region 0 is all of the process's address space, for peers that share
+// it.
+constexpr int kRegionShift = 56;
+constexpr uint32_t kFirstRegion = 1;
+constexpr uint32_t kMaxRegions = 64;  // of one process; XLA's pool grows by doubling
+
+// A word that carries its own arrival flag: the exchange's epoch above 32 bits of value. Eight
+// bytes are stored and loaded as one, so no fence and no second store stand between value and flag.
+using Word = uint64_t;
+
+// A slice of a row, as it is sent: lines.cuh.
+struct alignas(128) SentSlice {
+  unsigned char bytes[1024];
+};
+
+struct Mailbox {
+  Word signature[kSignatureWords];
+  Word address[kMaxAddresses][2];         // low half, high half
+  alignas(16) Word routing[kMaxExperts];  // counts for each segment and expert, or ids
+  Word num_invalid[kMaxSegments];         // to itself: ids that name no expert, of each segment
+};
+
+// What one peer sends where there is more of it. Slices and routes alternate as mailboxes do.
+struct Inbox {
+  SentSlice slices[2][kMaxSentSlices];  // rows or partial sums
+  Word routes[2][2 * kMaxSentRoutes];   // combine's and its transpose's: rows, then weights
+  // Epoch of the last exchange in which the peer has stored that slice of that token's partial sum.
+  // They need not be cleared: a peer that stores those of its next exchange has this GPU's routes
+  // of that exchange, so this GPU has ended the one before.
+  uint32_t arrived[kMaxArrivals];
+};
+
+// Arrays over peers are indexed by the peer's GPU number, on which all processes of the host agree:
+// groups differ from program to program, these numbers do not.
+struct GpuBlock {
+  // Written by peers. Even and odd exchanges with a peer alternate between two mailboxes. A peer
+  // starts exchange n+2 only after this GPU's words of n+1 arrived there, and these are sent after
+  // all CTAs here have ended exchange n. So nobody still reads what the peer overwrites.
+  Mailbox mailbox[kMaxRanks][2];
+  uint32_t num_finished_ctas[kMaxRanks];  // of the peer, in all exchanges: they are done with us
+  uint32_t has_given_up[kMaxRanks];       // not 0: the peer has, and its memory must not be touched
+
+  // Written by this GPU's process, before it lets a peer use the region: where this GPU sees it.
+  uint64_t region_base[kMaxRanks][kMaxRegions];
+
+  // Written by this GPU.
+  uint32_t epoch[kMaxRanks];           // exchanges completed with each peer
+  uint32_t num_ended_ctas[kMaxRanks];  // of each peer in those exchanges
+  uint32_t num_prepared_ctas;          // of the running kernel: their scratch is cleared
+  uint32_t num_opened_ctas;            // of the running kernel: they know the epochs; 0: all do
+  uint32_t num_leaving_ctas;           // of the running kernel: they are at its end; 0: all are
+  uint32_t failed;                     // not 0: an exchange failed, and no further one is run
+  uint32_t num_failing_ctas;           // of the failed exchange: they know of the failure
+  uint32_t are_results_spoiled;        // not 0: the failed exchange's results are no data
+
+  // Copied from the host block by one of the threads that wait, once in a while.
+  uint32_t last_look;        // when, in ticks of look_at_host()
+  uint32_t lost[kMaxRanks];  // not 0: the peer's process is there no more
+  uint64_t timeout_ns;       // 0: not copied yet
+
+  // Written by peers. There is memory for as many as there are GPUs: gpu_block_bytes().
+  Inbox inbox[kMaxRanks];
+};
+
+// Bytes of a GPU block where `num_gpus` GPUs exchange rows.
+inline size_t gpu_block_bytes(int num_gpus) {
+  return sizeof(GpuBlock) - (kMaxRanks - num_gpus) * sizeof(Inbox);
+}
+
+// Steps at which a rank waits or gives up. Texts for the error are in failure.cc.
+enum Step : int {
+  kNone,
+  kWrongDevice,
+  kSignatureDiffers,
+  kPeerGaveUp,
+  kPeerLost,
+  kWaitSignature,
+  kWaitAddress,
+  kWaitCounts,
+  kWaitRoutes,
+  kWaitRows,
+  kWaitPartialSums,
+  kWaitFinish,
+  kWaitOwn
+};
+
+// What became of the process of a peer.
+enum Lost : uint32_t { kDied = 1, kLeft = 2 };
+
+// The first failure on one GPU, in host memory. `step` is written last.
+struct Failure {
+  int32_t rank;
+  int32_t peer;
+  int32_t peer_gpu;
+  int32_t word;       // of the signature
+  uint32_t expected;  // by this rank
+  uint32_t found;
+  uint32_t epoch;
+  uint32_t op;
+  int32_t step;
+};
+
+// A wait that lasts, as its GPU shows it to the host: that of one of the threads that wait. The
+// peer may be waiting itself.
+struct Wait {
+  uint32_t ticks;       // of 2^kWaitTick ns, so far; 0: nobody has waited that long yet
+  uint8_t op_and_step;  // step << 4 | op
+  uint8_t rank;
+  uint8_t peer;
+  uint8_t peer_gpu;
+};
+static_assert(sizeof(Wait) == sizeof(uint64_t), "it is stored and loaded as one word");
+constexpr int kWaitTick = 30;
+
+// Host memory that a GPU reads and writes.
+struct HostBlock {
+  Failure failure;
+  uint64_t timeout_ns;
+  uint32_t lost[kMaxRanks];  // 0: the GPU's process is there
+  uint64_t wait;             // a Wait
+};
+
+}  // namespace freeio::cuda

@@ -1,0 +1,323 @@
+#include "cuda/gpus.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "cuda/current_device.h"
+#include "cuda/failure.h"
+#include "cuda/gpu.h"
+#include "cuda/peers.h"
+#include "host/deadlines.h"
+
+namespace freeio::cuda {
+namespace {
+
+struct Engine {
+  std::mutex mutex;
+  // Of this process's GPUs, by number; may be read without the mutex.
+  std::atomic<HostBlock*> hosts[kMaxRanks] = {};
+  std::map<int, Gpu> gpus;       // by GPU number
+  std::unique_ptr<Peers> peers;  // null: no other processes
+  // Of pods that this process has left: calls of that time may still read them.
+  std::vector<std::unique_ptr<Peers>> left_peers;
+  std::vector<std::unique_ptr<HostBlock, FreeHost>> left_hosts;
+  std::vector<std::string> untold;  // failures of GPUs that are gone since
+  bool started = false;
+  std::atomic<uint64_t> generation{0};
+  std::atomic<uint64_t> version{1};
+  std::atomic<uint64_t> timeout_ns{600'000'000'000};
+  std::atomic<int64_t> num_sms{0};
+
+  double timeout() const { return static_cast<double>(timeout_ns) * 1e-9; }
+};
+
+// Lives until the process ends: kernels may still run when its other statics are destroyed.
+Engine& engine() {
+  static Engine* const instance = std::make_unique<Engine>().release();
+  return *instance;
+}
+
+// CTAs of a kernel: one for each multiprocessor, so that all run at once, but not many more
+// than share a token. Unless all are asked for, some multiprocessors are left for other kernels
+// that wait for their peers, NCCL's for instance: where each of two such kernels holds a GPU that
+// the other one needs, neither ends.
+uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
+  constexpr int64_t kLeast = 16;
+  constexpr int64_t kSpare = 4;
+  const int64_t asked = engine().num_sms;
+  const int64_t ctas = asked > 0 ? std::min<int64_t>(asked, gpu.num_sms)
+                                 : std::max<int64_t>(gpu.num_sms - kSpare, 1);
+  constexpr int64_t kOfToken = 8;
+  return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, kOfToken * layout.num_tokens)));
+}
+
+// With the engine locked. OK: no exchange on the GPU has failed.
+Status locked_failure_of(const HostBlock& host) {
+  if (!has_failure(host)) return {};
+  const Peers* const peers = engine().peers.get();
+  return to_status(host.failure, engine().timeout(),
+                   peers != nullptr ? peers->who(host.failure.peer_gpu) : "");
+}
+
+// With the engine locked. A failure on any GPU that was not returned before; empty: there is none.
+std::string new_failure() {
+  for (auto& [number, gpu] : engine().gpus) {
+    if (gpu.told) continue;
+    const Status status = locked_failure_of(*gpu.host);
+    gpu.told = !status.ok();
+    if (gpu.told) return status.message;
+  }
+  return "";
+}
+
+Status not_connected(int64_t gpu) {
+  return {Code::kInternal,
+          "freeio_jax: GPU " + std::to_string(gpu) +
+              " of the mesh is not connected: freeio_jax.shutdown() was called, or "
+              "it was not there when the engine started."};
+}
+
+// Makes these the GPUs of this process.
+void take_gpus(std::map<int, Gpu> gpus) {
+  engine().gpus = std::move(gpus);
+  for (const auto& [number, gpu] : engine().gpus) engine().hosts[number] = gpu.host.get();
+  engine().started = true;
+  ++engine().generation;
+  outdate_calls();
+}
+
+// Whether the GPUs of this process among these, of which there is one, have had no failure.
+bool are_fine(const std::vector<int64_t>& gpus) {
+  bool has_own = false;
+  bool fine = true;
+  const auto look = [&](size_t number) {
+    const HostBlock* const host = number < kMaxRanks ? engine().hosts[number].load() : nullptr;
+    has_own |= host != nullptr;
+    fine &= host == nullptr || !has_failure(*host);
+  };
+  for (const int64_t number : gpus) look(static_cast<size_t>(number));
+  for (size_t number = 0; gpus.empty() && number < kMaxRanks; ++number) look(number);
+  return has_own && fine;
+}
+
+}  // namespace
+
+void set_timeout(double seconds) {
+  std::lock_guard lock(engine().mutex);
+  // Not 0, which the kernels take for "not known yet".
+  engine().timeout_ns = std::max<uint64_t>(1, static_cast<uint64_t>(std::min(seconds, 1e9) * 1e9));
+  for (auto& [number, gpu] : engine().gpus) {
+    *const_cast<volatile uint64_t*>(&gpu.host->timeout_ns) = engine().timeout_ns;
+  }
+}
+
+uint64_t generation() { return engine().generation; }
+
+double timeout() { return engine().timeout(); }
+
+uint64_t engine_version() { return engine().version; }
+
+void outdate_calls() { ++engine().version; }
+
+Status failure_of(const HostBlock& host) {
+  std::lock_guard lock(engine().mutex);
+  return locked_failure_of(host);
+}
+
+void set_num_sms(int64_t num_sms) {
+  engine().num_sms = num_sms;
+  outdate_calls();
+}
+
+Memory memory() {
+  std::lock_guard lock(engine().mutex);
+  Memory memory;
+  for (const auto& [number, gpu] : engine().gpus) {
+    memory.owned_bytes = std::max(memory.owned_bytes, static_cast<int64_t>(gpu.block.bytes));
+  }
+  if (engine().peers != nullptr) {
+    memory.mapped_bytes = static_cast<int64_t>(engine().peers->mapped_bytes());
+  }
+  return memory;
+}
+
+Status start(const std::vector<int>& ordinals) {
+  RelaxedCapture relaxed;
+  std::lock_guard lock(engine().mutex);
+  if (engine().started) return {};
+  std::map<int, int> numbers;
+  for (const int ordinal : ordinals) numbers[static_cast<int>(numbers.size())] = ordinal;
+  std::map<int, Gpu> gpus;
+  Status status =
+      make_gpus(numbers, static_cast<int>(numbers.size()), false, engine().timeout_ns, gpus);
+  if (!status.ok()) return status;
+  take_gpus(std::move(gpus));
+  return {};
+}
+
+Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
+  RelaxedCapture relaxed;
+  std::map<int, int> numbers, processes;
+  int num_gpus = 0;
+  for (const PodGpu& gpu : pod_gpus) {
+    num_gpus = std::max(num_gpus, gpu.number + 1);
+    if (gpu.process == process) numbers[gpu.number] = gpu.ordinal;
+    processes[gpu.number] = gpu.process;
+  }
+  std::map<int, Gpu> gpus;
+  Status status = make_gpus(numbers, num_gpus, true, engine().timeout_ns, gpus);
+  if (!status.ok()) return status;
+  std::vector<OwnGpu> own;
+  for (const auto& [number, gpu] : gpus) {
+    own.push_back({number, gpu.ordinal, gpu.block.get(), gpu.host.get(), &gpu.block.allocation,
+                   gpu.block.bytes});
+  }
+  auto peers = std::make_unique<Peers>(pod, process, std::move(processes), std::move(own));
+  Peers* const connecting = peers.get();
+  {
+    std::lock_guard lock(engine().mutex);
+    take_gpus(std::move(gpus));
+    engine().peers = std::move(peers);
+  }
+  // Not locked: another thread is told of a peer that dies meanwhile.
+  return connecting->connect(engine().timeout());
+}
+
+Status leave() {
+  RelaxedCapture relaxed;
+  std::lock_guard lock(engine().mutex);
+  if (engine().peers == nullptr) return {};
+  for (const auto& [number, gpu] : engine().gpus) {
+    CurrentDevice current(gpu.ordinal);
+    // Kernels that wait for peers end, at the latest, with the time-out.
+    Status status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    if (!status.ok()) return status;
+  }
+  for (std::string failure = new_failure(); !failure.empty(); failure = new_failure()) {
+    engine().untold.push_back(std::move(failure));
+  }
+  engine().peers->release();
+  engine().left_peers.push_back(std::move(engine().peers));
+  for (auto& [number, gpu] : engine().gpus) {
+    engine().hosts[number] = nullptr;
+    engine().left_hosts.push_back(std::move(gpu.host));
+  }
+  engine().gpus.clear();
+  engine().started = false;
+  outdate_calls();
+  return {};
+}
+
+Status state_of(const std::vector<int64_t>& gpus) {
+  if (are_fine(gpus)) return {};
+  std::lock_guard lock(engine().mutex);
+  std::vector<int64_t> numbers = gpus;
+  if (gpus.empty()) {
+    for (const auto& [number, gpu] : engine().gpus) numbers.push_back(number);
+  }
+  int64_t missing = -1;
+  bool has_own = false;
+  Status state;
+  for (const int64_t number : numbers) {
+    const auto own = engine().gpus.find(static_cast<int>(number));
+    if (own == engine().gpus.end()) {
+      missing = std::max(missing, number);
+      continue;
+    }
+    has_own = true;
+    const HostBlock& host = *own->second.host;
+    Status status = locked_failure_of(host);
+    // Rather the cause than that a peer gave up because of it.
+    if (!status.ok() && (state.ok() || host.failure.step != kPeerGaveUp)) state = std::move(status);
+  }
+  return has_own ? state : not_connected(missing);
+}
+
+Status describe(const Layout& layout, const Member& member, Exchange& exchange,
+                Connection& connection) {
+  std::lock_guard lock(engine().mutex);
+  connection = {};
+  Peers* const peers = engine().peers.get();
+  for (size_t rank = 0; rank < member.gpus.size(); ++rank) {
+    const int number = member.gpus[rank];
+    if (number < 0) {
+      return {Code::kInvalidArgument,
+              "freeio_jax: rank " + std::to_string(rank) +
+                  " is on another host, with which this engine does not exchange rows: the expert "
+                  "axis must lie within a host."};
+    }
+    const auto own = engine().gpus.find(number);
+    const bool is_own = own != engine().gpus.end();
+    GpuBlock* block = is_own             ? own->second.block.get()
+                      : peers != nullptr ? peers->block(number)
+                                         : nullptr;
+    if (block == nullptr) return not_connected(number);
+    exchange.gpu_block[rank] = block;
+    exchange.gpu[rank] = number;
+    if (!is_own) connection.peers = peers;
+    if (static_cast<int>(rank) == member.rank) {
+      exchange.host = own->second.host.get();
+      connection.num_ctas = grid_size(layout, own->second);
+    }
+  }
+  connection.host = exchange.host;
+  exchange.expected_device = member.mesh_device;
+  exchange.rank = member.rank;
+  exchange.num_ranks = static_cast<int32_t>(layout.num_ranks);
+  exchange.ranks = Divisor(exchange.num_ranks);
+  exchange.local_experts = Divisor(static_cast<int32_t>(layout.experts_per_rank()));
+  exchange.num_tokens = static_cast<int32_t>(layout.num_tokens);
+  exchange.top_k = static_cast<int32_t>(layout.top_k);
+  exchange.num_experts = static_cast<int32_t>(layout.num_experts);
+  exchange.capacity = static_cast<int32_t>(layout.capacity);
+  exchange.alignment = Divisor(static_cast<int32_t>(layout.alignment));
+  return {};
+}
+
+std::string take_failure() {
+  std::lock_guard lock(engine().mutex);
+  if (!engine().untold.empty()) {
+    std::string failure = std::move(engine().untold.back());
+    engine().untold.pop_back();
+    return failure;
+  }
+  return new_failure();
+}
+
+std::string take_note() {
+  std::lock_guard lock(engine().mutex);
+  for (auto& [number, gpu] : engine().gpus) {
+    const uint64_t word = *const_cast<const volatile uint64_t*>(&gpu.host->wait);
+    Wait wait;
+    std::memcpy(&wait, &word, sizeof(wait));
+    // One that is shorter is another one.
+    if (wait.ticks < gpu.last_wait.ticks || gpu.next_note == 0) {
+      gpu.next_note = host::patience_in_seconds();
+    }
+    const bool goes_on = wait.ticks != gpu.last_wait.ticks;
+    gpu.last_wait = wait;
+    if (!goes_on || seconds_of(wait) < gpu.next_note) continue;
+    gpu.next_note = 2 * std::max<double>(gpu.next_note, seconds_of(wait) / 2.0);
+    const Peers* const peers = engine().peers.get();
+    return to_note(wait, engine().timeout(), peers != nullptr ? peers->who(wait.peer_gpu) : "");
+  }
+  return "";
+}
+
+int gpu_number(int ordinal) {
+  std::lock_guard lock(engine().mutex);
+  for (const auto& [number, gpu] : engine().gpus) {
+    if (gpu.ordinal == ordinal) return number;
+  }
+  return -1;
+}
+
+}  // namespace freeio::cuda

@@ -1,0 +1,113 @@
+#include "cuda/module.h"
+
+#include <dlfcn.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "core/layout.h"
+#include "core/status.h"
+#include "cuda/gpu.h"
+#include "cuda/gpus.h"
+#include "cuda/handlers.h"
+#include "cuda/measure.h"
+#include "cuda/plan.h"
+#include "host/pod.h"
+
+namespace freeio::cuda {
+namespace {
+
+namespace py = pybind11;
+
+// Only looks for the library: initializing CUDA would be felt by a process that forks later.
+bool has_driver() {
+  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+  if (driver == nullptr) return false;
+  dlclose(driver);
+  return true;
+}
+
+Layout layout_of(int64_t num_ranks, int64_t num_tokens, int64_t top_k) {
+  Layout layout;
+  layout.num_ranks = num_ranks;
+  layout.num_tokens = num_tokens;
+  layout.top_k = top_k;
+  return layout;
+}
+
+void raise_unless_ok(const Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.message);
+}
+
+}  // namespace
+
+void add_module(py::module_& native) {
+  py::module_ module = native.def_submodule("cuda", "The CUDA engine.");
+  module.attr("max_ranks") = kMaxRanks;
+  module.attr("max_experts") = kMaxExperts;
+  module.attr("max_top_k") = kMaxTopK;
+  module.attr("max_leaves") = kMaxLeaves;
+  module.def(
+      "dispatch_scratch",
+      [](int64_t num_ranks, int64_t num_tokens, int64_t top_k) {
+        return dispatch_scratch(layout_of(num_ranks, num_tokens, top_k));
+      },
+      py::arg("num_ranks"), py::arg("num_tokens"), py::arg("top_k"),
+      "Words of 64 bits in dispatch's scratch buffer.");
+  module.def(
+      "combine_scratch",
+      [](int64_t num_ranks, int64_t num_tokens, int64_t top_k, int64_t width) {
+        const auto scratch = combine_scratch(layout_of(num_ranks, num_tokens, top_k), width);
+        return py::make_tuple(scratch.partial_sums, scratch.flags);
+      },
+      py::arg("num_ranks"), py::arg("num_tokens"), py::arg("top_k"), py::arg("width"),
+      "Rows, of `width` elements, and words of 32 bits in combine's two scratch buffers.");
+  module.def("has_driver", &has_driver, "Whether this machine has NVIDIA's driver.");
+  module.def("has_link", &has_link, py::arg("from_ordinal"), py::arg("to_ordinal"));
+  module.def(
+      "memory",
+      [] {
+        const Memory bytes = memory();
+        return py::make_tuple(bytes.owned_bytes, bytes.mapped_bytes);
+      },
+      "Bytes of device memory that the engine owns on each GPU, and that it has mapped of other "
+      "processes.");
+  module.def(
+      "start", [](const std::vector<int>& ordinals) { raise_unless_ok(start(ordinals)); },
+      py::arg("ordinals"), py::call_guard<py::gil_scoped_release>(),
+      "Prepares the GPUs of the one process that there is, by CUDA ordinal.");
+  module.def(
+      "join",
+      [](int process, const std::vector<std::tuple<int, int, int>>& gpus) {
+        std::vector<PodGpu> pod_gpus;
+        for (const auto& [number, owner, ordinal] : gpus) {
+          pod_gpus.push_back({number, owner, ordinal});
+        }
+        host::Pod* const pod = host::Pod::current();
+        if (pod == nullptr) throw std::runtime_error("freeio_jax: this process is in no pod.");
+        raise_unless_ok(join(*pod, process, pod_gpus));
+      },
+      py::arg("process"), py::arg("gpus"), py::call_guard<py::gil_scoped_release>(),
+      "Prepares this process's GPUs and connects them with those of the pod's other processes. "
+      "gpus: (number, process, CUDA ordinal) of all.");
+  module.def(
+      "leave", [] { raise_unless_ok(leave()); }, py::call_guard<py::gil_scoped_release>(),
+      "Parts from the other processes' GPUs.");
+  // Waits while leave() does, and must not keep Python from running meanwhile.
+  module.def("take_failure", &take_failure, py::call_guard<py::gil_scoped_release>(),
+             "What became of an exchange that failed, once for each GPU; empty: nothing new.");
+  module.def("take_note", &take_note, py::call_guard<py::gil_scoped_release>(),
+             "Who waits for whom for long; empty: nothing new.");
+  module.def("memory_bandwidth", &memory_bandwidth, py::arg("ordinal"), py::arg("bytes"));
+  module.def("link_bandwidth", &link_bandwidth, py::arg("ordinals"), py::arg("bytes"),
+             py::arg("ctas"), py::arg("pull"));
+  module.def("flag_trip", &flag_trip, py::arg("source"), py::arg("target"));
+  starter().add_to(module);
+  module.def("ffi_types", &ffi_types);
+  module.def("ffi_targets", &ffi_targets);
+}
+
+}  // namespace freeio::cuda

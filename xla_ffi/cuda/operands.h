@@ -1,0 +1,73 @@
+// The buffers of a call, by operation: their addresses, which differ from run to run, and what is
+// in them, which does not.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "cuda/params.h"
+
+namespace freeio::cuda {
+
+// dispatch, and dispatch along a handle.
+struct DispatchTypes {
+  struct Leaf {
+    int64_t row_bytes;
+    uint64_t row_type;  // a number for element type and shape of a row, on which ranks must agree
+  };
+
+  bool routed;  // not along a handle
+  int32_t num_leaves;
+  Leaf leaves[kMaxLeaves];
+};
+struct DispatchOperands {
+  using Types = DispatchTypes;
+  using Params = DispatchParams;
+
+  struct Leaf {
+    const void* tokens;
+    void* rows;
+  };
+
+  const uint32_t* device;   // this device's index in the mesh, as XLA has it
+  const int32_t* topk_idx;  // unless it is along a handle, whose arrays are then read, not written
+  int32_t *dest_rank, *dest_row, *row_source;
+  int32_t *group_sizes, *expert_load, *num_dropped, *num_invalid;
+  Word* routes;  // scratch
+  Leaf leaves[kMaxLeaves];
+};
+
+struct CombineTypes {
+  bool weighted;  // else all weights are ones
+  DType dtype;    // of the rows that are summed
+  int64_t width;  // elements of one row
+};
+struct CombineOperands {
+  using Types = CombineTypes;
+  using Params = CombineParams;
+
+  const uint32_t* device;
+  const int32_t *dest_rank, *dest_row;
+  const void *expert_out, *weights;
+  void *sums, *partial_sums;  // partial_sums: scratch
+  uint32_t* flags;            // scratch
+};
+
+struct CombineTransposeTypes {
+  bool rows;     // whether there is the gradient by the rows, which needs the weights
+  bool weights;  // and that by the weights, which needs expert_out
+  DType dtype;
+  int64_t width;
+};
+struct CombineTransposeOperands {
+  using Types = CombineTransposeTypes;
+  using Params = CombineTransposeParams;
+
+  const uint32_t* device;
+  const int32_t *dest_rank, *dest_row, *row_source;
+  const void *tokens, *expert_out, *weights;
+  void *rows, *weight_grads;
+};
+
+}  // namespace freeio::cuda

@@ -1,0 +1,358 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <utility>
+
+#include "core/digest.h"
+#include "cuda/geometry.h"
+#include "cuda/gpus.h"
+
+namespace freeio::cuda {
+namespace {
+
+std::atomic<int64_t> max_sent_assignments{kMaxSentAssignments};
+std::atomic<int64_t> max_sent_routes{kMaxSentRoutes};
+std::atomic<int64_t> max_sent_slices{kMaxSentSlices};
+
+constexpr int32_t kMaxAccess = 16;  // bytes
+
+// The largest power of two, up to 16, that divides all of these addresses.
+template <typename... Buffers>
+int32_t common_alignment(const Buffers*... buffers) {
+  const uint64_t bits = (uint64_t{kMaxAccess} | ... | reinterpret_cast<uint64_t>(buffers));
+  return static_cast<int32_t>(bits & (~bits + 1));
+}
+
+// The widest access that suits rows of `row_bytes` in buffers of this alignment.
+int32_t access_bytes(int64_t row_bytes, int32_t alignment) {
+  const int64_t bits = alignment | row_bytes;
+  return static_cast<int32_t>(bits & (~bits + 1));
+}
+
+uint64_t address_of(const void* buffer) { return reinterpret_cast<uint64_t>(buffer); }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Cuts `accesses` of a row evenly into slices of whole warps, at most `most` each.
+std::pair<int64_t, int32_t> slices_of(int64_t accesses, int64_t most) {
+  constexpr int64_t kWarp = 32;
+  const int64_t slices = std::max<int64_t>(1, ceil_div(accesses, most));
+  const int64_t each = std::max(kWarp, round_up(ceil_div(accesses, slices), kWarp));
+  return {std::max<int64_t>(1, ceil_div(accesses, each)), static_cast<int32_t>(each)};
+}
+
+// Ranks other than its own in which a token can have rows.
+int64_t num_slots(int64_t top_k, int64_t num_ranks) { return std::min(top_k, num_ranks - 1); }
+
+// Elements that one lane takes at a time.
+int32_t pack_of(DType dtype, bool wide) {
+  int32_t elements = 1;
+  with_element_type(dtype, [&](auto tag) {
+    if (wide) elements = wide_pack(sizeof(typename decltype(tag)::Type));
+  });
+  return elements;
+}
+
+int64_t bytes_of(DType dtype) {
+  int64_t bytes = 0;
+  with_element_type(dtype, [&](auto tag) { bytes = sizeof(typename decltype(tag)::Type); });
+  return bytes;
+}
+
+// Whether lanes take several elements of a row at a time.
+template <typename Types>
+bool is_wide(const Types& types, int32_t alignment) {
+  const int64_t bytes = bytes_of(types.dtype);
+  return access_bytes(types.width * bytes, alignment) >= bytes * pack_of(types.dtype, true);
+}
+
+template <typename Params>
+void set_slices(int32_t slices, Params& params) {
+  params.slices = Divisor(slices);
+  params.num_slices = slices;
+}
+
+// Slices of a row that is sent in lines, and the accesses of each.
+std::pair<int64_t, int32_t> sent_slices_of(int64_t accesses) {
+  return {std::max<int64_t>(1, ceil_div(accesses, kSentSlice)), kSentSlice};
+}
+
+// Width of the rows that are summed, and their slices.
+template <typename Types, typename Params>
+void cut_rows(const Types& types, bool wide, std::pair<int64_t, int32_t> slices, Params& params) {
+  params.width = static_cast<int32_t>(types.width);
+  params.slice_width = slices.second * pack_of(types.dtype, wide);
+  set_slices(static_cast<int32_t>(slices.first), params);
+}
+
+Blocks blocks_of(int32_t capacity) {
+  const int32_t rows = block_rows(capacity);
+  const int32_t count = (capacity - 1) / rows + 1;
+  return {rows, count, spreading_stride(count)};
+}
+
+constexpr uint32_t bit(int address) { return 1u << address; }
+constexpr uint32_t kRoutesBits = bit(kDestRank) | bit(kDestRow);
+
+// Whether the call has so few assignments that it sends its routing itself.
+bool sends_routing(const Exchange& exchange) {
+  const int64_t assignments = int64_t{exchange.num_tokens} * exchange.top_k;
+  return assignments <= max_sent_assignments && assignments * exchange.num_ranks <= kMaxSentByAll;
+}
+
+// Whether combine and its transpose send their routes: not too many, and weights of 32 bits.
+bool sends_routes(const Exchange& exchange, DType dtype) {
+  return exchange.num_ranks > 1 && exchange.capacity <= kMaxSentRow && bytes_of(dtype) <= 4 &&
+         int64_t{exchange.num_tokens} * exchange.top_k <= max_sent_routes;
+}
+
+// Whether the call is small: it also sends its rows or partial sums, `of_token` slices for each
+// token.
+bool sends_slices(const Exchange& exchange, int64_t of_token) {
+  return sends_routing(exchange) && exchange.num_tokens * of_token <= max_sent_slices;
+}
+
+// CTAs that only send, `slices` to each peer, where there is enough to do for them; 0: all do both.
+int32_t senders_of(const Exchange& exchange, int64_t slices, int32_t ctas, int receivers) {
+  constexpr int64_t kLeast = 4;  // of each CTA
+  return exchange.num_ranks > 1 && slices >= kLeast * ctas ? ctas / (1 + receivers) : 0;
+}
+
+// Cuts a leaf into slices that are pulled.
+void cut_leaf(const DispatchTypes::Leaf& type, int32_t alignment, Leaf& leaf) {
+  leaf.row_bytes = type.row_bytes;
+  leaf.access_bytes = access_bytes(type.row_bytes, alignment);
+  const auto [slices, accesses] = slices_of(leaf.row_bytes / leaf.access_bytes, kCopySlice);
+  leaf.num_slices = static_cast<int32_t>(slices);
+  leaf.slice_bytes = accesses * leaf.access_bytes;
+}
+
+// Cuts the leaves into slices that can be sent in lines, if the call sends its rows.
+bool cut_to_be_sent(int32_t ctas, DispatchParams& params) {
+  int64_t of_token = 0;
+  for (int i = 0; i < params.num_leaves; ++i) {
+    if (params.leaves[i].access_bytes != kSentAccess) return false;
+    of_token += sent_slices_of(params.leaves[i].row_bytes / kSentAccess).first;
+  }
+  if (!sends_slices(params.exchange, of_token)) return false;
+  for (int i = 0; i < params.num_leaves; ++i) {
+    Leaf& leaf = params.leaves[i];
+    const auto [slices, accesses] = sent_slices_of(leaf.row_bytes / kSentAccess);
+    leaf.num_slices = static_cast<int32_t>(slices);
+    leaf.slice_bytes = accesses * kSentAccess;
+  }
+  params.num_slices = static_cast<int32_t>(of_token);
+  params.senders =
+      senders_of(params.exchange, params.exchange.num_tokens * of_token, ctas, kDispatchReceivers);
+  return true;
+}
+
+// Segments of each rank's assignments: more segments mean fewer assignments to count for each CTA,
+// and more counts to add up. Both should take about the same time.
+int32_t segments_of(const Exchange& x) {
+  const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
+  const int64_t counts = int64_t{x.num_ranks} * x.num_experts;
+  const int most = std::min(kMaxSegments, kMaxExperts / x.num_experts);
+  int32_t segments = 1;
+  while (segments < most && 4 * counts * (segments + 1) * (segments + 1) <= assignments) ++segments;
+  return segments;
+}
+
+// How a dispatch routes by counts.
+void cut_into_segments(int32_t ctas, DispatchParams& params) {
+  const Exchange& x = params.exchange;
+  params.sends_places = int64_t{x.num_tokens} * x.top_k <= max_sent_routes;
+  params.segment_ctas = static_cast<int32_t>(ceil_div(ctas, segments_of(x)));
+  params.num_segments = static_cast<int32_t>(ceil_div(ctas, params.segment_ctas));
+}
+
+}  // namespace
+
+void set_most_sent(int64_t assignments, int64_t routes, int64_t slices) {
+  max_sent_assignments = std::min<int64_t>(assignments, kMaxSentAssignments);
+  max_sent_routes = std::min<int64_t>(routes, kMaxSentRoutes);
+  max_sent_slices = std::min<int64_t>(slices, kMaxSentSlices);
+  outdate_calls();
+}
+
+int64_t dispatch_scratch(const Layout& layout) {
+  return layout.num_ranks * layout.num_assignments();
+}
+
+CombineScratch combine_scratch(const Layout& layout, int64_t width) {
+  // The narrowest accesses make the most slices.
+  const int64_t slots = layout.num_tokens * num_slots(layout.top_k, layout.num_ranks);
+  return {slots, slots * slices_of(width, kCombineSlice).first};
+}
+
+// --- dispatch ------------------------------------------------------------------------------------
+
+int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operands) {
+  int32_t alignment = kMaxAccess;
+  for (int i = 0; i < types.num_leaves; ++i) {
+    const DispatchOperands::Leaf& leaf = operands.leaves[i];
+    alignment = std::min(alignment, common_alignment(leaf.tokens, leaf.rows));
+  }
+  return alignment;
+}
+
+Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
+               DispatchParams& params) {
+  Plan plan = {};
+  Digest rows;
+  uint32_t leaves = 0;
+  params.num_leaves = types.num_leaves;
+  params.num_slices = 0;
+  for (int i = 0; i < types.num_leaves; ++i) {
+    Leaf& leaf = params.leaves[i];
+    cut_leaf(types.leaves[i], alignment, leaf);
+    params.num_slices += leaf.num_slices;
+    leaves |= bit(kFirstLeaf + i);
+    rows.add({static_cast<int64_t>(types.leaves[i].row_type), leaf.row_bytes, leaf.access_bytes});
+  }
+  const Exchange& x = params.exchange;
+  const auto all_assignments = static_cast<int>(
+      std::min<int64_t>(int64_t{x.num_tokens} * x.top_k * x.num_ranks, kMaxSentByAll));
+  // What no peer reads is not shown to them.
+  if (!types.routed) {
+    plan.kernel = dispatch_along();
+    plan.posted = leaves | kRoutesBits;
+  } else if (cut_to_be_sent(ctas, params)) {
+    plan.kernel = dispatch_small(x.num_experts, all_assignments);
+  } else if (sends_routing(x)) {
+    plan.kernel = dispatch_medium(x.num_experts, all_assignments);
+    plan.posted = leaves;
+  } else {
+    cut_into_segments(ctas, params);
+    plan.kernel = dispatch_large(x.num_experts);
+    plan.posted = params.sends_places ? leaves : leaves | bit(kScratch);
+  }
+  set_slices(params.num_slices, params);
+  params.padding = blocks_of(params.exchange.capacity);
+  plan.rows = rows.folded();
+  return plan;
+}
+
+void set_operands(const DispatchOperands& operands, DispatchParams& params) {
+  params.exchange.device = operands.device;
+  uint64_t* const posted = params.exchange.posted;
+  for (int i = 0; i < params.num_leaves; ++i) {
+    const auto& [tokens, rows] = operands.leaves[i];
+    params.leaves[i].tokens = static_cast<const std::byte*>(tokens);
+    params.leaves[i].rows = static_cast<std::byte*>(rows);
+    posted[kFirstLeaf + i] = address_of(tokens);
+  }
+  params.topk_idx = operands.topk_idx;
+  params.dest_rank = operands.dest_rank;
+  params.dest_row = operands.dest_row;
+  params.row_source = operands.row_source;
+  params.group_sizes = operands.group_sizes;
+  params.expert_load = operands.expert_load;
+  params.num_dropped = operands.num_dropped;
+  params.num_invalid = operands.num_invalid;
+  params.routes = operands.routes;
+  posted[kDestRank] = address_of(operands.dest_rank);
+  posted[kDestRow] = address_of(operands.dest_row);
+  posted[kScratch] = address_of(operands.routes);
+}
+
+// --- combine -------------------------------------------------------------------------------------
+
+int32_t alignment_of(const CombineTypes&, const CombineOperands& operands) {
+  return common_alignment(operands.expert_out, operands.sums, operands.partial_sums);
+}
+
+Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params) {
+  Plan plan = {};
+  const bool wide = is_wide(types, alignment);
+  const Exchange& x = params.exchange;
+  const bool sends = sends_routes(x, types.dtype);
+  const int32_t pack = pack_of(types.dtype, wide);
+  const int64_t accesses = types.width / pack;
+  const auto sent = sent_slices_of(accesses);
+  const bool is_small =
+      sends && pack * bytes_of(types.dtype) == kSentAccess && sends_slices(x, sent.first);
+  cut_rows(types, wide, is_small ? sent : slices_of(accesses, kCombineSlice), params);
+  params.sends_routes =
+      is_small || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
+  if (is_small) {
+    params.senders = senders_of(x, x.num_tokens * sent.first, ctas, kCombineReceivers);
+    params.peers = Divisor(x.num_ranks - 1);
+  } else {
+    params.ahead = combine_ahead(x.num_ranks);
+    plan.posted |= bit(kScratch);
+  }
+  if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights) | bit(kFlags);
+  params.num_slots = static_cast<int32_t>(num_slots(x.top_k, x.num_ranks));
+  plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.weighted,
+                      params.sends_routes, is_small})
+                  .folded();
+  plan.kernel = is_small ? combine_small(types.dtype) : combine_large(types.dtype, wide);
+  return plan;
+}
+
+void set_operands(const CombineOperands& operands, CombineParams& params) {
+  params.exchange.device = operands.device;
+  params.dest_rank = operands.dest_rank;
+  params.dest_row = operands.dest_row;
+  params.expert_out = operands.expert_out;
+  params.weights = operands.weights;
+  params.sums = operands.sums;
+  params.partial_sums = operands.partial_sums;
+  params.flags = operands.flags;
+  uint64_t* const posted = params.exchange.posted;
+  posted[kDestRank] = address_of(operands.dest_rank);
+  posted[kDestRow] = address_of(operands.dest_row);
+  posted[kWeights] = address_of(operands.weights);
+  posted[kScratch] = address_of(operands.partial_sums);
+  posted[kFlags] = address_of(operands.flags);
+}
+
+// --- combine_transpose ---------------------------------------------------------------------------
+
+int32_t alignment_of(const CombineTransposeTypes&, const CombineTransposeOperands& operands) {
+  return common_alignment(operands.tokens, operands.expert_out, operands.rows);
+}
+
+Plan make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
+               CombineTransposeParams& params) {
+  Plan plan = {};
+  const Exchange& x = params.exchange;
+  const bool wide = is_wide(types, alignment);
+  const int assignments = x.num_ranks * x.top_k;
+  const size_t accumulator_bytes = types.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  int64_t slice = transpose_slice(x.num_tokens);
+  do {
+    cut_rows(types, wide, slices_of(types.width / pack_of(types.dtype, wide), slice), params);
+    slice *= 2;
+  } while (!combine_transpose_fits(accumulator_bytes, params.num_slices, assignments));
+  params.sends_routes = sends_routes(x, types.dtype);
+  if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights);
+  plan.posted |= bit(kWeightGrads) | bit(kFirstLeaf);
+  params.padding = blocks_of(x.capacity);
+  plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.rows, types.weights})
+                  .folded();
+  plan.kernel = combine_transpose(types.dtype, wide);
+  return plan;
+}
+
+void set_operands(const CombineTransposeOperands& operands, CombineTransposeParams& params) {
+  params.exchange.device = operands.device;
+  params.dest_rank = operands.dest_rank;
+  params.dest_row = operands.dest_row;
+  params.row_source = operands.row_source;
+  params.tokens = operands.tokens;
+  params.expert_out = operands.expert_out;
+  params.weights = operands.weights;
+  params.rows = operands.rows;
+  params.weight_grads = operands.weight_grads;
+  uint64_t* const posted = params.exchange.posted;
+  posted[kDestRank] = address_of(operands.dest_rank);
+  posted[kDestRow] = address_of(operands.dest_row);
+  posted[kWeights] = address_of(operands.weights);
+  posted[kWeightGrads] = address_of(operands.weight_grads);
+  posted[kFirstLeaf] = address_of(operands.tokens);
+}
+
+}  // namespace freeio::cuda
