@@ -136,42 +136,62 @@ def run(report: Report, shapes=None, dtype="bfloat16", png: pathlib.Path | None 
     platform = "cuda" if backend == "gpu" else backend
     shapes = shapes or (SHAPES if backend == "gpu" else SMALL)
     report.table("The experts' product", _COLUMNS)
+    compiled = {}
     for shape in shapes:
-        operands, sizes = shape.operands(jnp.dtype(dtype)), jnp.asarray(shape.sizes())
+        operands = shape.operands(jnp.dtype(dtype))
+        # Shapes that differ in the spread alone have the same programs.
+        key = (shape.num_rows, shape.k, shape.n, shape.num_groups)
+        if key not in compiled:
+            compiled = {key: _compile_all(operands, platform)}
+        sizes = jnp.asarray(shape.sizes())
         for product in Product:
-            about = {"shape": str(shape), "product": product.value, **dataclasses.asdict(shape)}
             args = (*(operands[name] for name in product.operands), sizes)
             report.guarded_all(
-                "experts", about, lambda p=product, a=args, s=shape: _records(p, a, s, platform)
+                "experts",
+                {"shape": str(shape), "product": product.value, **dataclasses.asdict(shape)},
+                lambda product=product, args=args, shape=shape, found=compiled[key][product]: (
+                    _records(product, args, shape, found)
+                ),
             )
     if png is not None:
         plot(report.data["experts"], png)
 
 
-def _records(product, args, shape, platform):
-    """A record for the dense product, and one for each implementation."""
-    widths = product.widths(*args[:2])
-    functions = {"dense": _dense(product)}
-    verdicts = {}
-    for candidate in choice.CANDIDATES.get(platform, (choice.RAGGED_DOT,)):
-        obstacle = candidate.obstacle(product, args[0].dtype, widths)
-        if obstacle:
-            verdicts[candidate.name] = obstacle
-        else:
-            functions[candidate.name] = trial.evaluate(product, candidate.name)
-    programs = {}
+def _compile_all(operands, platform):
+    """For each product and implementation a program, or why there is none, in words."""
+    sizes = jnp.zeros(operands["w"].shape[0], jnp.int32)
+    jobs, found = {}, {product: {} for product in Product}
     with ThreadPoolExecutor() as executor:
-        jobs = {name: executor.submit(_compiled, f, *args) for name, f in functions.items()}
-    for name, job in jobs.items():
+        for product in Product:
+            args = (*(operands[name] for name in product.operands), sizes)
+            functions = {"dense": _dense(product)}
+            for candidate in choice.CANDIDATES.get(platform, (choice.RAGGED_DOT,)):
+                name = candidate.name
+                why = candidate.obstacle(product, args[0].dtype, product.widths(*args[:2]))
+                if why:
+                    found[product][name] = why
+                else:
+                    functions[name] = trial.evaluate(product, name)
+            for name, function in functions.items():
+                jobs[product, name] = executor.submit(_compiled, function, *args)
+    for (product, name), job in jobs.items():
         try:
-            compiled = job.result()
-            result = None if name == "dense" else compiled(*args)
-        except Exception as error:  # others can be measured
-            verdicts[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            found[product][name] = job.result()
+        except Exception as error:  # the others can be measured
+            found[product][name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    return found
+
+
+def _records(product, args, shape, found):
+    """A record for the dense product, and one for each implementation."""
+    verdicts = {name: why for name, why in found.items() if isinstance(why, str)}
+    programs = {}
+    for name, program in found.items():
+        if name in verdicts:
             continue
-        programs[name] = lambda compiled=compiled: compiled(*args)
-        if result is not None:
-            off = float(trial.error(product, result, *args))
+        programs[name] = lambda program=program: program(*args)
+        if name != "dense":
+            off = float(trial.error(product, program(*args), *args))
             verdicts[name] = "right" if off <= trial.TOLERANCE else f"WRONG by {off:.2g}"
     seconds = _seconds(programs)
     operations = 2 * shape.num_rows * shape.k * shape.n
