@@ -1,8 +1,10 @@
 """Which implementation serves which product, and why.
 
-The order is: own kernels, tokamax, ``lax.ragged_dot``, a loop in plain XLA. Of these the first one
-serves that takes the dtype and the widths and was right in a trial on the GPU at hand; each product
-is tried by itself, so the three may come from different ones.
+The order is: own kernels, then tokamax. The first one serves that takes the dtype and the widths and
+was right in a trial on the GPU at hand. Where none does, it is ``lax.ragged_dot`` or a loop in plain
+XLA, whichever a measurement on that GPU finds faster: XLA has a fast ragged dot with some versions
+of cuDNN, and a very slow one without. Each product is tried by itself, so the three may come from
+different ones.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Implementation:
         ``widths`` are (K, N), or None: of any that it takes.
       merit: why it serves, where that needs no trial. Empty: others wrote it, or its compiler is
         not stable, so it serves only after a trial.
-      slow: it is known to be slow where others serve; a user is told.
+      slow: others are much faster, if they serve. Of those that are slow the fastest serves.
     """
 
     name: str
@@ -74,6 +76,10 @@ CANDIDATES = {
     "cpu": (TILED, RAGGED_DOT),
     "cuda": (HOPPER, TOKAMAX, RAGGED_DOT, TILED_ON_GPU),
 }
+
+
+#: Below this share of a dense product's speed a user is told.
+SLOW = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,20 +131,30 @@ _LOCK = threading.Lock()
 
 @functools.cache
 def _first(platform, product, dtype, widths):
-    passed_over = []
+    passed_over, slow = [], []
     for candidate in CANDIDATES[platform]:
         why_not = candidate.obstacle(product, dtype, widths)
         if why_not is None and not candidate.merit:
             why_not = _wrong(candidate, product, dtype)
-        if why_not is None:
-            break
-        passed_over.append(f"{version(candidate.name)}: {why_not}")
-    tried = f"right in a trial of {len(trial.CASES)} problems on this {_device_kind()}"
-    reason = candidate.merit or tried
-    chosen = Choice(candidate, "; ".join([reason, *passed_over]))
-    if candidate.slow:
-        _tell_slow(candidate, product, dtype, chosen.reason)
+        if why_not is not None:
+            passed_over.append(f"{version(candidate.name)}: {why_not}")
+        elif candidate.slow:
+            slow.append(candidate)
+        else:
+            return Choice(candidate, "; ".join([_merit(candidate), *passed_over]))
+    shares = {c: trial.share_of_dense(product, dtype, c.name) for c in slow}
+    fastest = max(slow, key=shares.get)
+    speeds = ", ".join(f"{c.name} {share:.2f}" for c, share in shares.items())
+    reason = f"{_merit(fastest)}; shares of a dense product's speed: {speeds}"
+    chosen = Choice(fastest, "; ".join([reason, *passed_over]))
+    if shares[fastest] < SLOW:
+        _tell_slow(fastest, product, dtype, chosen.reason)
     return chosen
+
+
+def _merit(candidate):
+    tried = f"right in a trial of {len(trial.CASES)} problems on this {_device_kind()}"
+    return candidate.merit or tried
 
 
 @functools.cache
@@ -160,14 +176,11 @@ def version(name: str) -> str:
 
 @functools.cache
 def _tell_slow(candidate, product, dtype, reason):
-    share = trial.share_of_dense(product, dtype, candidate.name)
-    if share < 0.4:
-        log.logger.warning(
-            "the experts' product is slow: its %s comes from %s, at %.2f of the speed of one dense "
-            "product of the same size on this %s (%s). python -m freeio_jax.info shows all three.",
-            product.value,
-            candidate.name,
-            share,
-            _device_kind(),
-            reason,
-        )
+    log.logger.warning(
+        "the experts' product will be slow: its %s (%s) comes from %s (%s). "
+        "python -m freeio_jax.info shows all three products.",
+        product.value,
+        dtype.name,
+        candidate.name,
+        reason,
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -79,8 +80,14 @@ def wrong(product: Product, dtype, by: str) -> str | None:
 
 
 def share_of_dense(product: Product, dtype, by: str) -> float:
-    """How fast it is: time of one dense product of the same size over its own."""
-    return _in_a_thread(_share_of_dense, product, dtype, by)
+    """How fast it is: time of one dense product of the same size over its own.
+
+    NaN where it could not be measured, for want of memory, say.
+    """
+    try:
+        return _in_a_thread(_share_of_dense, product, dtype, by)
+    except jax.errors.JaxRuntimeError:
+        return math.nan
 
 
 def _in_a_thread(function, *args):

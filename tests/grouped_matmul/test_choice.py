@@ -19,6 +19,9 @@ PROBLEMS = (
 )
 
 
+RAGGED_DOT = dataclasses.replace(choice.RAGGED_DOT, slow=False)
+
+
 def first_rows_only(product, left, right, sizes):
     """Looks at the first 128 rows of a group for its weights' gradient, as tokamax 0.0.17 did."""
     if product != Product.WEIGHTS_GRADIENT:
@@ -106,7 +109,7 @@ def test_a_wrong_product_is_passed_over_and_the_right_ones_of_it_serve(
     ],
 )
 def test_right_ones_pass(product, dtype, candidates):
-    candidates(choice.RAGGED_DOT, choice.TILED)
+    candidates(RAGGED_DOT, choice.TILED)
     assert served(product, dtype)[0] == "ragged_dot"
 
 
@@ -130,7 +133,7 @@ def test_operands_that_do_not_fit_are_passed_on(candidates):
     def obstacle(product, dtype, widths):
         return "K=25 is no multiple of 8" if widths == (25, 40) else None
 
-    picky = dataclasses.replace(choice.RAGGED_DOT, name="picky", obstacle=obstacle)
+    picky = dataclasses.replace(RAGGED_DOT, name="picky", obstacle=obstacle)
     candidates(picky, choice.TILED)
     chosen = choose("cpu", Product.FORWARD, jnp.bfloat16, (25, 40))
     assert chosen.implementation.name == "tiled"
@@ -139,7 +142,7 @@ def test_operands_that_do_not_fit_are_passed_on(candidates):
 
 
 def test_the_programs_settings_are_not_the_trials(candidates):
-    candidates(choice.RAGGED_DOT, choice.TILED)
+    candidates(RAGGED_DOT, choice.TILED)
     with (
         jax.enable_x64(True),
         jax.debug_nans(True),
@@ -150,16 +153,29 @@ def test_the_programs_settings_are_not_the_trials(candidates):
         assert served(Product.WEIGHTS_GRADIENT)[0] == "ragged_dot"
 
 
-def test_slow_experts_are_told_once(candidates, monkeypatch, caplog):
-    monkeypatch.setattr(trial, "share_of_dense", lambda *_: 0.05)
-    candidates(does_not_compile, choice.TILED_ON_GPU)
+@pytest.mark.parametrize("faster", ["ragged_dot", "tiled"])
+def test_of_slow_ones_the_faster_serves_and_it_is_told_once(
+    faster, candidates, monkeypatch, caplog
+):
+    monkeypatch.setattr(trial, "share_of_dense", lambda *args: 0.3 if args[-1] == faster else 0.05)
+    candidates(does_not_compile, choice.RAGGED_DOT, choice.TILED_ON_GPU)
     monkeypatch.setattr(logging.getLogger("freeio_jax"), "propagate", True)
     for widths in ((24, 40), (40, 24)):
-        choose("cpu", Product.FORWARD, jnp.bfloat16, widths)
+        chosen = choose("cpu", Product.FORWARD, jnp.bfloat16, widths)
+        assert chosen.implementation.name == faster
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "0.05 of the speed of one dense product" in record.getMessage()
+    assert f"comes from {faster}" in record.getMessage()
+    assert f"{faster} 0.30" in record.getMessage()
     assert "does_not_compile: NotImplementedError" in record.getMessage()
+
+
+def test_what_is_slow_but_fast_here_is_not_told(candidates, monkeypatch, caplog):
+    monkeypatch.setattr(trial, "share_of_dense", lambda *_: 0.8)
+    candidates(choice.RAGGED_DOT, choice.TILED_ON_GPU)
+    monkeypatch.setattr(logging.getLogger("freeio_jax"), "propagate", True)
+    assert choose("cpu", Product.FORWARD, jnp.bfloat16).implementation.name == "ragged_dot"
+    assert not caplog.records
 
 
 def test_the_share_of_dense_is_measured(candidates):

@@ -35,17 +35,17 @@ def hopper(product: Product, left, right, group_sizes, *, num_ctas=None, interpr
       product: which one.
       left, right: its operands.
       group_sizes: int32 ``[G]``.
-      num_ctas: an even number of CTAs; None: as many as there are multiprocessors.
+      num_ctas: how many CTAs; None: as many as there are multiprocessors.
       interpret: parameters of Pallas' interpreter; None: the kernel is compiled.
     """
     from freeio_jax.grouped_matmul.hopper import common, schedule
     from freeio_jax.grouped_matmul.hopper.multiply import multiply
-    from freeio_jax.grouped_matmul.hopper.outer import TILE_K, outer
+    from freeio_jax.grouped_matmul.hopper.outer import outer
 
     shape = product.shape(left, right, group_sizes.shape[0])
     if 0 in shape or 0 in left.shape or 0 in right.shape:
         return jnp.zeros(shape, left.dtype)
-    num_ctas = num_ctas or common.num_sms() // 2 * 2
+    num_ctas = num_ctas or common.num_sms()
     columns = 256 if shape[-1] % 256 == 0 else 128
     config = common.Config(columns=columns)
 
@@ -56,8 +56,6 @@ def hopper(product: Product, left, right, group_sizes, *, num_ctas=None, interpr
         return jnp.pad(rows, ((0, size - rows.shape[0]), (0, 0)))
 
     if product == Product.WEIGHTS_GRADIENT:
-        cluster = 2 if left.shape[1] % (2 * TILE_K) == 0 else 1
-        config = common.Config(columns=columns, cluster=cluster)
         options = {"config": config, "num_ctas": num_ctas, "interpret": interpret}
         return outer(padded(left), padded(right), group_sizes, **options)
     out = multiply(

@@ -32,14 +32,12 @@ class Config:
       depth: how much of the sum is in a slot.
       stages: slots.
       pieces: of a warpgroup's result that lie in shared memory at once.
-      cluster: CTAs that run together and load once what all of them need.
     """
 
     columns: int = 256
     depth: int = 64
     stages: int = 4
     pieces: int = 2
-    cluster: int = 1
 
 
 def num_sms() -> int:
@@ -52,15 +50,6 @@ def tiled_smem(shape, dtype, rows: int = 8):
     columns = swizzle // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((rows, columns)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def empty_barrier(config: Config):
-    """Slots are empty when the warpgroups of all CTAs of a cluster have multiplied them."""
-    if config.cluster == 1:
-        return plgpu.Barrier(num_arrivals=2, num_barriers=config.stages)
-    return plgpu.ClusterBarrier(
-        collective_axes=("cluster",), num_arrivals=2, num_barriers=config.stages
-    )
 
 
 def slot_of(step, config: Config):
@@ -135,15 +124,13 @@ def store(staging, out, values, row, column, *, pieces: int, span=None):
         plgpu.commit_smem_to_gmem_group()
 
 
-def kernel(body, out_type, *, num_ctas: int, num_threads: int, name: str, interpret, cluster=1):
+def kernel(body, out_type, *, num_ctas: int, num_threads: int, name: str, interpret):
     """``body`` as a function of its operands: one CTA on each multiprocessor."""
-    together = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
     return plgpu.kernel(
         body,
         out_type=out_type,
-        grid=(num_ctas // cluster,),
+        grid=(num_ctas,),
         grid_names=("cta",),
-        **together,
         num_threads=num_threads,
         thread_name="warpgroup",
         interpret=interpret,

@@ -106,9 +106,8 @@ def outer(
     """
     width = cotangents.shape[1]
     num_groups = group_sizes.shape[0]
-    tiles_k, tiles_n = rows.shape[1] // (TILE_K * config.cluster), width // config.columns
+    tiles_k, tiles_n = rows.shape[1] // TILE_K, width // config.columns
     spans = _spans(cotangents, group_sizes, config.depth).reshape(-1)
-    shared = {"collective_axes": "cluster"} if config.cluster > 1 else {}
 
     def body(spans_ref, rows_ref, cotangents_ref, out_ref):
         def with_memory(row_slots, cotangent_slots, staging, full, empty):
@@ -123,8 +122,6 @@ def outer(
                 def steps(loop, carry):
                     group, tile = loop.index
                     tile_k, tile_n = plgpu.planar_snake(tile, (tiles_k, tiles_n), 0, BAND)
-                    if config.cluster > 1:
-                        tile_k = tile_k * config.cluster + lax.axis_index("cluster")
                     span = [spans_ref[group * 5 + i] for i in range(5)]
                     work(carry, span, group, tile_k * TILE_K, tile_n * config.columns)
                     return carry + span[1]
@@ -155,7 +152,6 @@ def outer(
                             cotangents_ref.at[along, pl.ds(n, config.columns)],
                             cotangent_slots.at[slot],
                             full.at[slot],
-                            **shared,
                         )
 
                 common.await_last(empty, steps, config)
@@ -169,14 +165,11 @@ def outer(
                 def _(first_step, span, group, k, n):
                     _, slots, begin_of_first, end_of_last, is_dirty = span
 
-                    def accumulate(sums):
-                        @pl.loop(0, slots)
-                        def _(i):
-                            step = first_step + i
-                            slot = common.slot_of(step, config)
-                            plgpu.barrier_wait(full.at[slot])
-                            begin = jnp.where(i == 0, begin_of_first, 0)
-                            end = jnp.where(i == slots - 1, end_of_last, config.depth)
+                    def add(sums, i, begin, end):
+                        """Starts to add the rows ``[begin, end)`` of the i-th slot to the sums."""
+                        slot = common.slot_of(first_step + i, config)
+                        plgpu.barrier_wait(full.at[slot])
+                        if begin is not None:
 
                             @pl.when((begin > 0) | (end < config.depth))
                             def _():
@@ -188,19 +181,36 @@ def outer(
 
                                 plgpu.commit_smem()
 
-                            plgpu.wgmma(
-                                sums,
-                                row_slots.at[slot, :, mine].transpose((1, 0)),
-                                cotangent_slots.at[slot],
-                            )
-                            plgpu.wgmma_wait(1)
+                        plgpu.wgmma(
+                            sums,
+                            row_slots.at[slot, :, mine].transpose((1, 0)),
+                            cotangent_slots.at[slot],
+                        )
 
-                            @pl.when(i > 0)
-                            def _():
-                                common.release(empty, step - 1, config)
+                    def release_before(i):
+                        """The slot before the i-th one has been added."""
+                        plgpu.wgmma_wait(1)
+                        common.release(empty, first_step + i - 1, config)
+
+                    def accumulate(sums):
+                        # The loop over the slots that are the group's as a whole has no branch.
+                        last = slots - 1
+                        add(
+                            sums, 0, begin_of_first, jnp.where(last == 0, end_of_last, config.depth)
+                        )
+
+                        @pl.loop(1, last)
+                        def _(i):
+                            add(sums, i, None, None)
+                            release_before(i)
+
+                        @pl.loop(jnp.maximum(last, 1), slots)
+                        def _(i):
+                            add(sums, i, jnp.int32(0), end_of_last)
+                            release_before(i)
 
                         plgpu.wgmma_wait(0)
-                        common.release(empty, first_step + slots - 1, config)
+                        common.release(empty, first_step + last, config)
                         return sums[...]
 
                     sums = pl.run_scoped(accumulate, plgpu.ACC((ROWS, config.columns), jnp.float32))
@@ -221,7 +231,7 @@ def outer(
             common.tiled_smem((config.stages, config.depth, config.columns), rows.dtype),
             common.tiled_smem((2, config.pieces, ROWS, PIECE), rows.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            common.empty_barrier(config),
+            plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             collective_axes="warpgroup",
         )
 
@@ -231,6 +241,5 @@ def outer(
         num_ctas=num_ctas,
         num_threads=3,
         name="freeio_grouped_outer",
-        cluster=config.cluster,
         interpret=interpret,
     )(spans, rows, cotangents)
