@@ -1,10 +1,10 @@
 """Which implementation serves which product, and why.
 
-The order is: own kernels, then tokamax. The first one serves that takes the dtype and the widths and
-was right in a trial on the GPU at hand. Where none does, it is ``lax.ragged_dot`` or a loop in plain
-XLA, whichever a measurement on that GPU finds faster: XLA has a fast ragged dot with some versions
-of cuDNN, and a very slow one without. Each product is tried by itself, so the three may come from
-different ones.
+The order is: own kernels, then tokamax. The first one serves that takes the dtype and the widths
+and was right in a trial on the GPU at hand. Where none does, it is ``lax.ragged_dot`` or a loop in
+plain XLA, whichever a measurement on that GPU finds faster: XLA has a fast ragged dot with some
+versions of cuDNN, and a very slow one without. Each product is tried by itself, so the three may
+come from different ones.
 """
 
 from __future__ import annotations
