@@ -40,9 +40,10 @@ NamedInstance name_instance(const std::vector<int64_t>& program,
   std::lock_guard lock(instances().mutex);
   instances().attributes.insert(key);
   std::shared_ptr<InstanceBlock>& block = instances().blocks[std::this_thread::get_id()];
-  if (block == nullptr || block->closed) block = std::make_shared<InstanceBlock>();
+  const bool is_first = block == nullptr || block->closed;
+  if (is_first) block = std::make_shared<InstanceBlock>();
   block->last = Clock::now();
-  return {{Digest(program).value(), key, block->next[key]++}, block};
+  return {{Digest(program).value(), key, block->next[key]++}, block, is_first};
 }
 
 void module_is_complete(InstanceBlock& block) { block.closed = true; }
