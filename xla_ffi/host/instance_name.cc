@@ -34,7 +34,7 @@ Instances& instances() {
 
 }  // namespace
 
-NamedInstance name_instance(const std::vector<int64_t>& program,
+NamedInstance name_instance(const std::vector<int64_t>& module, const std::vector<int64_t>& program,
                             const std::vector<int64_t>& attributes) {
   const uint64_t key = Digest(attributes).value();
   std::lock_guard lock(instances().mutex);
@@ -43,7 +43,8 @@ NamedInstance name_instance(const std::vector<int64_t>& program,
   const bool is_first = block == nullptr || block->closed;
   if (is_first) block = std::make_shared<InstanceBlock>();
   block->last = Clock::now();
-  return {{Digest(program).value(), key, block->next[key]++}, block, is_first};
+  return {
+      {Digest(module).value(), Digest(program).value(), key, block->next[key]++}, block, is_first};
 }
 
 void module_is_complete(InstanceBlock& block) { block.closed = true; }

@@ -31,9 +31,9 @@ struct NamedInstance {
   bool is_first;  // of its block
 };
 
-// Called when XLA makes an instance. `program`: all that the instances of one module have in
-// common. `attributes`: all that tells its calls apart.
-NamedInstance name_instance(const std::vector<int64_t>& program,
+// Called when XLA makes an instance. `module`: all that the instances of one module have in common,
+// `program`: and those of its groups. `attributes`: all that tells its calls apart.
+NamedInstance name_instance(const std::vector<int64_t>& module, const std::vector<int64_t>& program,
                             const std::vector<int64_t>& attributes);
 
 // XLA makes no more instances of the block's module.
