@@ -140,6 +140,66 @@ def test_a_rank_that_was_too_late_can_go_on(form, first, tmp_path):
     assert "reported by process 0" in late, late
 
 
+TWO_AXES = """
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
+sharding = NamedSharding(mesh, P(("data", "model")))
+tokens, topk_idx = (
+    whole(np.arange(16 * 3, dtype=np.float32).reshape(16, 3)), whole(np.zeros((16, 1), np.int32)))
+def exchange_along(axis, x, i):
+    out = fio.dispatch(x, i, num_experts=2, axis_name=axis)
+    return fio.combine(out.tokens, out.handle)
+slow = False
+def wait(x):
+    if slow:
+        time.sleep(2.5)
+    return x
+def layer(x, i, step):
+    late = jax.lax.axis_index(("data", "model")) == 3
+    x = lax.cond(late, lambda x: jax.pure_callback(wait, x, x), lambda x: x, x)
+    x = x + step
+    for axis in sys.argv[1:]:
+        x = exchange_along(axis, x, i)
+    return x - step
+layer = jax.shard_map(layer, mesh=mesh, in_specs=(P(("data", "model")),) * 2 + (P(),),
+                      out_specs=P(("data", "model")), check_vma=False)
+step = jax.jit(layer)
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("axes", [("data", "model"), ("model", "data")], ids="-".join)
+def test_a_late_rank_ends_the_run_in_all_its_groups(axes, processes, tmp_path):
+    """Along the second axis, too, which some ranks have come to, and others have not.
+
+    All ranks make as many calls. Each adds another number, so that calls of two of them differ.
+    """
+    status, lines = run(
+        tmp_path,
+        TWO_AXES
+        + textwrap.dedent(
+            """
+            fio.config(timeout=600)
+            assert right(step(tokens, topk_idx, 0))
+            barrier("warm")
+            fio.config(timeout=1.5)
+            slow = True
+            say("error", error_of(lambda *_: step(tokens, topk_idx, 1)))
+            barrier("all are back")
+            slow = False
+            fio.config(timeout=20)
+            for n in range(3):
+                assert right(step(tokens, topk_idx, 100 * n))
+            say("recovered")
+            """
+        ),
+        *axes,
+        processes=processes,
+        devices_per_process=4 // processes,
+    )
+    assert status == 0, "\n".join(str(line) for one in lines for line in one)
+    assert all("waited 1.5 s for" in message for (message,) in said(lines, "error")), lines
+
+
 def test_ranks_that_give_up_again_and_again_meet_again(tmp_path):
     """Without a barrier: the others try until the late one has come."""
     status, lines = run(

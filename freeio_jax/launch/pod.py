@@ -20,6 +20,9 @@ from freeio_jax.launch.output import Printer
 
 _MEMBER = Path(__file__).with_name("member.py")
 
+#: Where the processes find each other.
+_LOOPBACK = "127.0.0.1"
+
 #: Between asking a process to end and killing it.
 _TERMINATION_SECONDS = 3.0
 
@@ -39,10 +42,6 @@ def _reserve_port() -> socket.socket:
     return reserved
 
 
-#: Where the processes find each other.
-_LOOPBACK = "127.0.0.1"
-
-
 def around_proxies(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables that keep what the processes tell each other from a proxy, if there is one.
 
@@ -53,7 +52,7 @@ def around_proxies(environment: Mapping[str, str]) -> dict[str, str]:
     if not any(environment.get(name) or environment.get(name.upper()) for name in names):
         return {}
     changed = {}
-    # Who reads the one in capitals does so where the other is not there.
+    # Programs that know both read NO_PROXY only where there is no no_proxy.
     excepted = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
     for name, before in (
         ("no_proxy", excepted),

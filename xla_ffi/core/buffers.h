@@ -73,12 +73,10 @@ inline bool read_flag(const ffi::Dictionary& attributes, const char* name) {
   return value.has_value() && *value != 0;
 }
 
-// What all calls of a program along one mesh axis have in common: the module's name, the groups,
-// and the mesh's devices where they are known.
-inline std::vector<int64_t> program_of(const CallAttributes& call,
-                                       const ffi::Dictionary& attributes) {
-  std::vector<int64_t> values = {call.layout.num_ranks, static_cast<int64_t>(call.groups.size())};
-  values.insert(values.end(), call.groups.begin(), call.groups.end());
+// What all calls of a program have in common: the module's name, and the mesh's devices where they
+// are known.
+inline std::vector<int64_t> module_of(const ffi::Dictionary& attributes) {
+  std::vector<int64_t> values;
   if (const auto devices = attributes.get<ffi::Span<const int64_t>>("devices");
       devices.has_value()) {
     values.insert(values.end(), devices->begin(), devices->end());
@@ -86,6 +84,16 @@ inline std::vector<int64_t> program_of(const CallAttributes& call,
   if (const auto module = attributes.get<std::string_view>("module"); module.has_value()) {
     values.insert(values.end(), module->begin(), module->end());
   }
+  return values;
+}
+
+// What those along one mesh axis have in common: the groups, too.
+inline std::vector<int64_t> program_of(const CallAttributes& call,
+                                       const ffi::Dictionary& attributes) {
+  std::vector<int64_t> values = {call.layout.num_ranks, static_cast<int64_t>(call.groups.size())};
+  values.insert(values.end(), call.groups.begin(), call.groups.end());
+  const std::vector<int64_t> module = module_of(attributes);
+  values.insert(values.end(), module.begin(), module.end());
   return values;
 }
 

@@ -304,8 +304,9 @@ std::string take_note() {
     }
     const bool goes_on = wait.ticks != gpu.last_wait.ticks;
     gpu.last_wait = wait;
-    if (!goes_on || seconds_of(wait) < gpu.next_note) continue;
-    gpu.next_note = 2 * std::max<double>(gpu.next_note, seconds_of(wait) / 2.0);
+    const int seconds = seconds_of(wait);
+    if (!goes_on || seconds < gpu.next_note) continue;
+    gpu.next_note = 2.0 * seconds;
     const Peers* const peers = engine().peers.get();
     return to_note(wait, engine().timeout(), peers != nullptr ? peers->who(wait.peer_gpu) : "");
   }

@@ -1,5 +1,8 @@
 #include "host/handlers.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdint>
 #include <memory>
 #include <string_view>
@@ -30,14 +33,31 @@ Starter& starter() {
   return instance;
 }
 
+// Once the interpreter's main thread goes on with Python code, it has come back from XLA, and the
+// module that it was making is complete. JAX does not tell of one that is loaded by
+// deserialize_and_load, as it does of those that it compiles. This needs no GIL.
+void complete_when_python_goes_on(const std::shared_ptr<InstanceBlock>& block) {
+  if (syscall(SYS_gettid) != getpid()) return;  // Python calls back on the main thread alone
+  auto kept = std::make_unique<std::shared_ptr<InstanceBlock>>(block);
+  const auto complete = [](void* argument) {
+    const std::unique_ptr<std::shared_ptr<InstanceBlock>> made(
+        static_cast<std::shared_ptr<InstanceBlock>*>(argument));
+    module_is_complete(**made);
+    return 0;
+  };
+  // It fails where very many calls are pending. Then the module's first run completes it.
+  if (Py_AddPendingCall(complete, kept.get()) == 0) (void)kept.release();
+}
+
 template <Operation kOperation>
 ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
   if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
   auto call = read_attributes(attributes);
   if (!call.has_value()) return ffi::Unexpected(call.error());
   const NamedInstance named =
-      name_instance(program_of(*call, attributes),
+      name_instance(module_of(attributes), program_of(*call, attributes),
                     identity_of(static_cast<int64_t>(kOperation), *call, attributes));
+  if (named.is_first) complete_when_python_goes_on(named.block);
   return std::make_unique<Instance>(call->layout, std::move(call->groups), named);
 }
 

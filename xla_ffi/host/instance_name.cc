@@ -34,15 +34,17 @@ Instances& instances() {
 
 }  // namespace
 
-NamedInstance name_instance(const std::vector<int64_t>& program,
+NamedInstance name_instance(const std::vector<int64_t>& module, const std::vector<int64_t>& program,
                             const std::vector<int64_t>& attributes) {
   const uint64_t key = Digest(attributes).value();
   std::lock_guard lock(instances().mutex);
   instances().attributes.insert(key);
   std::shared_ptr<InstanceBlock>& block = instances().blocks[std::this_thread::get_id()];
-  if (block == nullptr || block->closed) block = std::make_shared<InstanceBlock>();
+  const bool is_first = block == nullptr || block->closed;
+  if (is_first) block = std::make_shared<InstanceBlock>();
   block->last = Clock::now();
-  return {{Digest(program).value(), key, block->next[key]++}, block};
+  return {
+      {Digest(module).value(), Digest(program).value(), key, block->next[key]++}, block, is_first};
 }
 
 void module_is_complete(InstanceBlock& block) { block.closed = true; }

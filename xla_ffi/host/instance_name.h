@@ -8,8 +8,9 @@
 //
 // XLA does not say which module an instance is of. It makes those of one module one after another,
 // on one thread, while its compilation or loading goes on. So they are counted for each thread, and
-// counted anew when the module is known to be complete: when its compilation has ended, or when one
-// of its instances runs.
+// counted anew when the module is known to be complete: when its compilation has ended, when one of
+// its instances runs, or when the thread goes on with Python code (which is seen on the main thread
+// alone).
 #pragma once
 
 #include <chrono>
@@ -27,14 +28,15 @@ class InstanceBlock;
 struct NamedInstance {
   InstanceName name;
   std::shared_ptr<InstanceBlock> block;
+  bool is_first;  // of its block
 };
 
-// Called when XLA makes an instance. `program`: all that the instances of one module have in
-// common. `attributes`: all that tells its calls apart.
-NamedInstance name_instance(const std::vector<int64_t>& program,
+// Called when XLA makes an instance. `module`: all that the instances of one module have in common,
+// `program`: and those of its groups. `attributes`: all that tells its calls apart.
+NamedInstance name_instance(const std::vector<int64_t>& module, const std::vector<int64_t>& program,
                             const std::vector<int64_t>& attributes);
 
-// An instance of the block runs: its module is complete.
+// XLA makes no more instances of the block's module.
 void module_is_complete(InstanceBlock& block);
 
 // A compilation has ended that took `seconds`, on whatever thread.

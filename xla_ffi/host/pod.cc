@@ -1,5 +1,6 @@
 #include "host/pod.h"
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <iterator>
@@ -15,6 +16,8 @@ namespace freeio::host {
 namespace {
 
 std::atomic<Pod*> current_pod{nullptr};
+
+bool same(const RunName& a, const RunName& b) { return !(a < b) && !(b < a); }
 
 void run_all(std::vector<std::function<void()>>& after) {
   for (auto& action : after) action();
@@ -101,9 +104,7 @@ std::shared_ptr<Session> Pod::open(const InstanceName& instance, int64_t group, 
     CallName name;
     name.run = {instance.program, group, 0};
     Runs& runs = runs_of(name.run);
-    const auto [number, is_new] = runs.numbers.try_emplace(run, runs.next);
-    if (is_new) ++runs.next;
-    name.run.number = number->second;
+    name.run.number = runs.number_of(run);
     Run& known = runs.runs[name.run.number];
     known.here = true;
     name.attributes = instance.attributes;
@@ -125,6 +126,35 @@ std::shared_ptr<Session> Pod::open(const InstanceName& instance, int64_t group, 
   }
   run_all(after);
   return session;
+}
+
+void Pod::add_groups(const InstanceName& name, int64_t num_ranks,
+                     const std::vector<int64_t>& groups) {
+  std::lock_guard lock(mutex_);
+  groups_[name.module].try_emplace(name.program, Groups{num_ranks, groups});
+}
+
+void Pod::device_failed(uint64_t module, int64_t run, int64_t device, const Status& why) {
+  After after;
+  {
+    std::lock_guard lock(mutex_);
+    std::vector<int> everybody;
+    for (const auto& [process, peer] : peers_) everybody.push_back(process);
+    for (const auto& [program, groups] : groups_[module]) {
+      const auto member = std::find(groups.devices.begin(), groups.devices.end(), device);
+      if (member == groups.devices.end()) continue;
+      RunName name{program, (member - groups.devices.begin()) / groups.num_ranks, 0};
+      Runs& runs = runs_of(name);
+      name.number = runs.number_of(run);
+      if (name.number < runs.oldest) continue;
+      runs.runs[name.number].here = true;
+      run_failed(name, why, everybody);
+      for (const auto& session : open_sessions()) {
+        if (same(session->call_name().run, name)) session->fail(why.code, why.message, after);
+      }
+    }
+  }
+  run_all(after);
 }
 
 void Pod::admit(Guest& guest) {
@@ -280,8 +310,7 @@ void Pod::run_failed_at(int process, const RunName& name, const std::string& tex
   if (run.failure.ok()) run.failure = why;
   drop_mail(name, {name.program, name.group, name.number + 1});
   for (const auto& session : open_sessions()) {
-    const RunName& its = session->call_name().run;
-    if (!(its < name) && !(name < its)) session->peer_failed(process, why.message, after);
+    if (same(session->call_name().run, name)) session->peer_failed(process, why.message, after);
   }
 }
 
@@ -322,9 +351,8 @@ void Pod::compare_programs(const RunName& name, After& after) {
     if (has_instance(item->first.attributes)) continue;
     const Mail& mail = item->second.front();
     for (const auto& session : open_sessions()) {
-      const RunName& its = session->call_name().run;
       const std::string here = session->description();
-      if (its < name || name < its || here.empty() ||
+      if (!same(session->call_name().run, name) || here.empty() ||
           !session->lacks(mail.message.rank, mail.process)) {
         continue;
       }

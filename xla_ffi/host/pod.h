@@ -88,6 +88,14 @@ class Pod {
                                 std::shared_ptr<GroupProcesses> processes,
                                 std::function<void()> forget);
 
+  // The groups of an instance's ranks, one after the other, as mesh device indices.
+  void add_groups(const InstanceName& name, int64_t num_ranks, const std::vector<int64_t>& groups);
+
+  // A call of a mesh device has failed in what XLA calls `run` here, which ends the device's
+  // program. Called before XLA knows: the peers of the device's other groups must not wait for it
+  // in that run, and take its next one for it.
+  void device_failed(uint64_t module, int64_t run, int64_t device, const Status& why);
+
  private:
   friend class PodSession;
 
@@ -118,6 +126,17 @@ class Pod {
     std::map<int64_t, Run> runs;         // by number
     int64_t next = 0;
     int64_t oldest = 0;  // all earlier ones are over, in all processes
+
+    // The number of what XLA calls `run`: a new one where this process first comes to it.
+    int64_t number_of(int64_t run) {
+      const auto [number, is_new] = numbers.try_emplace(run, next);
+      if (is_new) ++next;
+      return number->second;
+    }
+  };
+  struct Groups {
+    int64_t num_ranks;
+    std::vector<int64_t> devices;
   };
   // Things to do once the pod is unlocked.
   using After = std::vector<std::function<void()>>;
@@ -151,6 +170,7 @@ class Pod {
   std::mutex mutex_;
   bool left_ = false;
   std::map<int, Peer> peers_;
+  std::map<uint64_t, std::map<uint64_t, Groups>> groups_;     // by module and program
   std::map<std::pair<uint64_t, int64_t>, Runs> runs_;         // by program and group
   std::map<CallName, std::shared_ptr<PodSession>> sessions_;  // that have not ended
   std::map<CallName, std::deque<Mail>> mail_;  // for exchanges that nobody here has begun

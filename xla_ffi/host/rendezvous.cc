@@ -14,6 +14,7 @@ Rendezvous::Rendezvous(const Layout& layout, std::vector<int64_t> groups, const 
     member_of_device_[groups_[i]] = static_cast<int64_t>(i);
     if (i % layout_.num_ranks == 0) processes_.push_back(std::make_shared<GroupProcesses>());
   }
+  if (Pod* const pod = Pod::current()) pod->add_groups(name_, layout_.num_ranks, groups_);
 }
 
 // XLA destroys the instance after its last call has returned, on whatever thread; taking the lock
@@ -59,7 +60,13 @@ void Rendezvous::arrive(int64_t run, int64_t device, Operands operands, Done don
     std::shared_ptr<Session>& open = calls.open[number];
     if (open == nullptr) open = open_session(run, group, number);
     const std::shared_ptr<Session> session = open;
-    rest = session->arrive(rank, std::move(operands), std::move(done));
+    auto tell_and_end = [module = name_.module, run, device,
+                         done = std::move(done)](const Status& status) {
+      Pod* const pod = Pod::current();
+      if (!status.ok() && pod != nullptr) pod->device_failed(module, run, device, status);
+      done(status);
+    };
+    rest = session->arrive(rank, std::move(operands), std::move(tell_and_end));
     if (session->all_arrived()) {
       calls.open.erase(number);
       if (calls.open.empty()) runs_.erase({run, group});

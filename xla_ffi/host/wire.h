@@ -13,7 +13,8 @@ namespace freeio::host {
 
 // A custom-call instance as all processes of a program name it.
 struct InstanceName {
-  uint64_t program = 0;     // hash of the module's name and of its groups
+  uint64_t module = 0;      // hash of the module's name
+  uint64_t program = 0;     // hash of that and of the groups
   uint64_t attributes = 0;  // hash of the operation and all its attributes
   int64_t ordinal = 0;      // among the instances of one module that have these, as XLA makes them
 };

@@ -36,7 +36,8 @@ namespace freeio::cuda {
 // does so, once a tick of about a millisecond: a load from the host's memory takes a microsecond,
 // and loads of one address queue up. Where a peer is late, thousands of threads wait.
 //
-// That thread also shows the host for whom it has waited since `begin`, if that is long ago.
+// That thread also shows the host for whom it has waited since `begin`, if that is long ago. At its
+// end a wait becomes a failure, which tells more.
 __device__ inline void look_at_host(const Exchange& x, uint64_t now, uint64_t begin, Step step,
                                     int peer) {
   GpuBlock& block = self(x);
@@ -47,8 +48,10 @@ __device__ inline void look_at_host(const Exchange& x, uint64_t now, uint64_t be
   volatile GpuBlock& copy = block;
   // Partner: Peers::gone(), on the host.
   for (int rank = 0; rank < x.num_ranks; ++rank) copy.lost[x.gpu[rank]] = host.lost[x.gpu[rank]];
-  copy.timeout_ns = host.timeout_ns;
-  if (const uint64_t ticks = (now - begin) >> kWaitTick; ticks != 0) {
+  const uint64_t timeout = host.timeout_ns;
+  copy.timeout_ns = timeout;
+  const uint64_t waited = now - begin;
+  if (const uint64_t ticks = waited >> kWaitTick; ticks != 0 && waited <= timeout) {
     const uint32_t who = static_cast<uint32_t>(step) << 4 | x.signature[kOp] |
                          static_cast<uint32_t>(x.rank) << 8 | static_cast<uint32_t>(peer) << 16 |
                          static_cast<uint32_t>(x.gpu[peer]) << 24;
