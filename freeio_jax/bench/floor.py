@@ -12,12 +12,12 @@ import numpy as np
 from freeio_jax import _native
 from freeio_jax.engines import ENGINES
 
-#: The exchanges that are timed, and the kernels that they are, by the names in a profile.
+#: The exchanges that are timed, and the kernels that they are: patterns of names in a profile.
 KERNELS = {
-    "dispatch": "dispatch_kernel",
-    "combine": "combine_kernel",
+    "dispatch": "dispatch_(small|medium|large)_kernel",
+    "combine": "combine_(small|large)_kernel",
     "combine_transpose": "combine_transpose_kernel",
-    "dispatch_along": "dispatch_kernel",
+    "dispatch_along": "dispatch_along_kernel",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -61,7 +62,7 @@ def _last_kernel_seconds(program: Program, op: str, delay: Callable[[], object])
     seconds = []
     for _ in range(_REPEATS):
         events = profile.record(program, ahead=lambda: (work(), delay()))
-        kernels = [event for event in events if KERNELS[op] in event.name]
+        kernels = [event for event in events if re.search(KERNELS[op], event.name)]
         if kernels:
             seconds.append(max(kernels, key=lambda event: event.start).duration)
     return statistics.median(seconds) if seconds else math.nan

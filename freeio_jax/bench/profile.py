@@ -64,12 +64,13 @@ def events_of_plane(plane) -> list[Event]:
 
 
 def durations(events: Iterable[Event], kernel: str) -> list[float]:
-    return [event.duration for event in events if kernel in event.name]
+    """Seconds of the events whose names have the pattern ``kernel`` in them."""
+    return [event.duration for event in events if re.search(kernel, event.name)]
 
 
 #: What moves rows between GPUs: ours, NCCL's, XLA's own collective kernels, and its copies.
 COMMUNICATION = re.compile(
-    r"(dispatch|combine|combine_transpose)_kernel|nccl|ragged_?all_?to_?all|multi_?gpu_?barrier|p2p",
+    r"(dispatch|combine)_[a-z]+_kernel|nccl|ragged_?all_?to_?all|multi_?gpu_?barrier|p2p",
     re.IGNORECASE,
 )
 

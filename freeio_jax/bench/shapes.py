@@ -260,8 +260,7 @@ def once(op: str, case: Case) -> None:
     """One launch of an operation after one to warm up, between cudaProfilerStart and -Stop."""
     program = case.programs().build(fio, op, 1)
     jax.block_until_ready(program())
-    before = 1 + (op == "dispatch_along")  # that one needs a dispatch first, of the same kernel
-    print(f"{KERNELS[op]}: {before} launch(es) before the one to look at", flush=True)
+    print(f"{KERNELS[op]}: 1 launch before the one to look at", flush=True)
     with _profiled():
         jax.block_until_ready(program())
     moved = case.traffic()[op]

@@ -38,8 +38,8 @@ def test_the_last_rank_counts(monkeypatch, queued):
         ahead()
         started = 5.0 + queued[-1]
         return [
-            Event("/device:GPU:1", "a::combine_kernel<x>", started, 2e-6),
-            Event("/device:GPU:0", "a::combine_kernel<x>", 5.0, 9e-6),
+            Event("/device:GPU:1", "a::combine_large_kernel<x>", started, 2e-6),
+            Event("/device:GPU:0", "a::combine_large_kernel<x>", 5.0, 9e-6),
             Event("/device:GPU:0", "other", 99.0, 1.0),
         ]
 

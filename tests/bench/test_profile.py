@@ -1,10 +1,13 @@
 """What is made of a profile, on made-up ones: there is none without a GPU."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from freeio_jax.bench import profile
+from freeio_jax.bench.floor import KERNELS
 from freeio_jax.bench.profile import Event
 
 
@@ -18,7 +21,7 @@ def test_busy_counts_overlaps_once():
 @pytest.mark.parametrize(
     ("name", "communicates"),
     [
-        ("void freeio::cuda::dispatch_kernel<uint4>(Params)", True),
+        ("void freeio::cuda::dispatch_large_kernel<uint4>(Params)", True),
         ("combine_transpose_kernel", True),
         ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", True),
         ("void xla::gpu::RaggedAllToAllKernel<128>()", True),
@@ -32,10 +35,29 @@ def test_what_communicates(name, communicates):
     assert bool(profile.COMMUNICATION.search(name)) == communicates
 
 
+def test_each_kernel_of_an_exchange_is_found_by_one_name():
+    """Kernels are named in CUDA, and found in profiles by these names."""
+    sources = Path(__file__).parents[2] / "xla_ffi" / "cuda"
+    kernels = {
+        name
+        for folder in ("dispatch", "combine")
+        for source in (sources / folder).glob("*.cu")
+        for name in re.findall(
+            r"__global__[^(]*?(?:\([^)]*\)\s*)?(\w+_kernel)\(", source.read_text()
+        )
+    }
+    assert len(kernels) >= 6
+    for kernel in kernels:
+        assert sum(bool(re.search(pattern, kernel)) for pattern in KERNELS.values()) == 1, kernel
+        assert profile.COMMUNICATION.search(kernel)
+    for pattern in KERNELS.values():
+        assert any(re.search(pattern, kernel) for kernel in kernels), pattern
+
+
 def test_shares_are_means_over_the_devices():
     events = [
         Event("gpu0", "gemm", 0.0, 6.0),
-        Event("gpu0", "dispatch_kernel", 8.0, 2.0),
+        Event("gpu0", "dispatch_small_kernel", 8.0, 2.0),
         Event("gpu1", "gemm", 0.0, 4.0),
         Event("gpu1", "ncclDevKernel", 3.0, 3.0),
     ]
@@ -47,7 +69,7 @@ def test_shares_are_means_over_the_devices():
         "communication_share": 2.5 / 8.0,
     }
     assert profile.longest(events, 2) == {"gemm": 5.0, "ncclDevKernel": 1.5}
-    assert profile.durations(events, "dispatch_kernel") == [2.0]
+    assert profile.durations(events, KERNELS["dispatch"]) == [2.0]
     assert profile.shares([]) == {}
 
 

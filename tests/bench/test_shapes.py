@@ -124,7 +124,7 @@ def test_once(case, capsys):
     shapes.once("dispatch_along", case)
     said = capsys.readouterr().out
     moved = case.traffic()["dispatch_along"]
-    assert "dispatch_kernel: 2 launch(es) before" in said
+    assert "dispatch_along_kernel: 1 launch before" in said
     assert f"link_bytes {moved.link_bytes}, hbm_bytes {moved.hbm_bytes}" in said
 
 
