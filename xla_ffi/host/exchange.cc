@@ -4,6 +4,7 @@
 #include <cstring>
 #include <list>
 
+#include "core/operations.h"
 #include "host/threads.h"
 
 namespace freeio::host {
@@ -477,9 +478,7 @@ void run(const Layout& layout, const std::vector<const CombineTranspose*>& ranks
 }  // namespace
 
 const char* name_of(const Operands& operands) {
-  static constexpr const char* kNames[] = {"dispatch", "dispatch_along", "combine",
-                                           "combine_transpose"};
-  return kNames[operands.index()];
+  return freeio::name_of(static_cast<Operation>(operands.index()));
 }
 
 void run_exchange(const Layout& layout, const std::vector<Operands>& ranks, const Homes& homes) {
