@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import config, core, dispatch
+from jax._src import core, dispatch
 from jax._src.ad_util import p2tz
 from jax._src.lib.mlir.dialects import hlo
 from jax._src.mesh import get_concrete_mesh
@@ -32,13 +32,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from freeio_jax import log
 from freeio_jax.arguments import COMBINE_DTYPES, accumulator_dtype
 from freeio_jax.engines import ENGINES
+from freeio_jax.varying import checks_varying_axes
 
 # --- What all primitives share ---------------------------------------------------------------
 
 
 def bind(primitive, *args, axes, **params):
     """Binds ``primitive`` with all operands varying over the same mesh axes."""
-    if config._check_vma.value:
+    if checks_varying_axes():
         varying = frozenset(axes).union(*(jax.typeof(a).mat.varying for a in args))
         args = [
             core.pvary(a, tuple(missing)) if (missing := varying - jax.typeof(a).mat.varying) else a

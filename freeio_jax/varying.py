@@ -6,6 +6,12 @@ from collections.abc import Iterable
 
 import jax
 from jax import lax
+from jax._src import config
+
+
+def checks_varying_axes() -> bool:
+    """Whether this is traced inside a ``shard_map`` whose ``check_vma`` is on."""
+    return config._check_vma.value
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:

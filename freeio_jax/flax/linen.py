@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen import module as flax_module
 
 from freeio_jax.flax.moe import MoEConfig, experts_are_manual, moe, per_expert
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
-
-#: Where layers have reported: paths, by the root scope, which lives for one ``apply`` at most.
-_reported = weakref.WeakKeyDictionary()
 
 
 class MoE(nn.Module):
@@ -82,8 +79,6 @@ class MoE(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
 
-    _has_reported = False  # of this instance, which is bound to one ``apply``
-
     @nn.compact
     def __call__(
         self,
@@ -141,19 +136,52 @@ class MoE(nn.Module):
 
     def _sow(self, report):
         """Sows the report: behind those of this ``apply``, in place of those passed to it."""
-        # A layer that is the root itself gets another root scope after each call.
-        paths = _reported.setdefault(self.scope.root, set())
-        again = self._has_reported or self.scope.path in paths
-        paths.add(self.scope.path)
-        object.__setattr__(self, "_has_reported", True)
         for field in dataclasses.fields(report):
             collection = "losses" if field.name == "aux_loss" else "intermediates"
+            again = _has_reported(self, collection, field.name)
             self.sow(
                 collection,
                 field.name,
                 getattr(report, field.name),
-                reduce_fn=lambda old, new: (*old, new) if again else (new,),
+                reduce_fn=lambda old, new, again=again: (*old, new) if again else (new,),
             )
+
+
+_NOTHING = {}
+
+
+def _has_reported(layer: nn.Module, collection: str, name: str) -> bool:
+    """Whether ``layer`` has reported ``name`` in this ``apply``, and the report is still there.
+
+    A lifted transformation (``nn.remat``, ``nn.scan``) gives the layer a copy of the variables,
+    in which a report of this ``apply`` looks like one that was passed in. But in the variables that
+    were copied it is another object than the first that was seen there. JAX may trace a body
+    twice: what the first trace reports does not get there, so the second does not count it.
+    """
+    answer = False
+    for owner in _owners(layer):
+        path, above = layer.scope.path, owner.scope.path
+        if path[: len(above)] != above:
+            continue
+        value = owner.scope.variables()
+        for key in (collection, *path[len(above) :], name):
+            value = value.get(key, _NOTHING)
+        at_first = owner.__dict__.setdefault("_moe_reports_at_first", {})
+        answer |= at_first.setdefault((collection, path, name), value) is not value
+    return answer
+
+
+def _owners(layer: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose scopes hold variables of ``layer``.
+
+    These are the one that ``apply`` has bound, and a clone for each lifted transformation around
+    the layer. They live as long as the variables do, unlike their scopes, which each call renews.
+    """
+    for module in (*flax_module._context.module_stack, layer):
+        while module is not None and isinstance(module.parent, nn.Module):
+            module = module.parent
+        if module is not None and module.scope is not None:
+            yield module
 
 
 def _value(box):

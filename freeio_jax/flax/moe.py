@@ -19,7 +19,7 @@ from freeio_jax.flax.experts import shared_swiglu, swiglu
 from freeio_jax.flax.one_device import on_one_device
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, route
 from freeio_jax.layout import balanced_capacity
-from freeio_jax.varying import vary
+from freeio_jax.varying import checks_varying_axes, vary, varying_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +165,11 @@ def moe(
         looked at, so it may be NaN; its output and its gradient are zero.
       mesh: None: the current mesh (``jax.set_mesh``); without one, the mesh of the arguments'
         shardings; without that, the layer runs on one device. Axes that a surrounding shard_map has
-        made manual are left as they are: x and the parameters are then this rank's shards. Over
-        axes that are neither token nor expert axes the layer is replicated: each of their ranks
-        computes the same, and what is sharded over them is gathered first.
+        made manual are left as they are: x and the parameters are then this rank's shards. Where it
+        leaves axes over (``axis_names=``), reverse mode computes the layer's forward pass again,
+        and JAX cannot lower reverse mode over reverse mode; with ``check_vma=False`` there is
+        neither limit. Over axes that are neither token nor expert axes the layer is replicated:
+        each of their ranks computes the same, and what is sharded over them is gathered first.
       jitter_key: PRNG key for the router's jitter; None: no jitter.
 
     Returns:
@@ -284,8 +286,14 @@ def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_
         x = jnp.pad(place(x, ()).reshape(num_tokens, shape[-1]), ((0, more), (0, 0)))
         token_mask = jnp.pad(place(mask, ()).reshape(num_tokens), (0, more))
     tokens_spec = PartitionSpec(token_axes)
+    shard = functools.partial(_shard, config=config)
+    if varying_axes(x, *parameters.values()):
+        # These are axes of a surrounding shard_map. JAX shards the values that a nested shard_map
+        # keeps for the gradient over them once more, and cannot lower that: so this one keeps only
+        # its arguments, and computes the rest again.
+        shard = jax.checkpoint(shard)
     y, report = jax.shard_map(
-        functools.partial(_shard, config=config),
+        shard,
         mesh=mesh,
         in_specs=(
             {name: PartitionSpec(axes) for name, axes in over.items()},
@@ -295,6 +303,8 @@ def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_
         ),
         out_specs=(tokens_spec, PartitionSpec()),
         axis_names=axes,
+        # Inside a shard_map without the check, no type says what varies over its axes.
+        check_vma=checks_varying_axes() or not mesh.manual_axes,
     )(
         {name: place(a, over[name]) for name, a in parameters.items()},
         place(x, token_axes),

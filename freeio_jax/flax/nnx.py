@@ -22,7 +22,11 @@ class AuxLoss(nnx.Intermediate):
 
     It is the sum over the layer's calls since it was last read, so that a layer that is called
     twice in a step reports both losses. Passing the model to a transformation (``nnx.jit``,
-    ``nnx.grad``, ``nnx.remat``, ``nnx.scan``) reads it, too: inside, it begins anew.
+    ``nnx.grad``, ``nnx.remat``, ``nnx.scan``) reads it, too: inside, it begins anew. So of two
+    calls of one layer, each in an ``nnx.remat`` of its own, or in a step of ``nnx.scan`` that does
+    not stack the losses, only the last one's loss stays. Return the loss of each, and add them up:
+
+    ``nnx.remat(lambda layer, x: (layer(x), layer.aux_loss[...]))``
     """
 
     # The value as the last call left it, until somebody reads it.

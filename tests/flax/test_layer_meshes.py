@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import make_mesh
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -121,35 +122,61 @@ def test_linen_and_nnx_with_an_axis_that_holds_no_tokens(names, types, rng):
         assert_close(nnx.jit(lambda model, x: model(x))(model, x), expected)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("outer", ["expert", "model"])
-def test_inside_a_shard_map_that_leaves_an_axis_without_tokens(outer, check_vma, rng):
-    mesh, (parameters, x) = mesh_2x2(("expert", "model")), draw(rng)
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("left_over", ["model", "data"])
+@pytest.mark.parametrize("outer_is_expert", [True, False], ids=["expert_is_manual", "left_over"])
+def test_inside_a_shard_map_that_leaves_an_axis_over(outer_is_expert, left_over, check_vma, rng):
+    """An axis without tokens ("model") or with tokens ("data"); either of the two is manual."""
+    mesh, (parameters, x) = mesh_2x2(("expert", left_over)), draw(rng)
+    outer = "expert" if outer_is_expert else left_over
+    config = MoEConfig(**LAYER, token_axes=None if left_over == "model" else ("data", "expert"))
     expected = results(parameters, x)
     specs = {
         name: P("expert") if outer == axes[0] else P()
-        for name, (_, axes) in CONFIG.parameters(WIDTH).items()
+        for name, (_, axes) in config.parameters(WIDTH).items()
     }
-    x_spec = P("expert") if outer == "expert" else P()
+    x_spec = P(outer) if outer in config.all_token_axes else P()
     layer = jax.shard_map(
-        lambda parameters, x: moe(parameters, x, CONFIG),
+        lambda parameters, x: moe(parameters, x, config),
         mesh=mesh,
         in_specs=(specs, x_spec),
         out_specs=(x_spec, P()),
         axis_names={outer},
         check_vma=check_vma,
     )
-    y, report = jax.jit(layer)(parameters, x)
-    assert_close((y, report), expected[0])
-    # JAX cannot lower the gradient of a nested shard_map whose residuals vary over an outer axis:
-    # "op operand shape, corresponding sharding, and region operand shape must match".
-    if check_vma and outer == "model":
 
-        def loss(parameters, x):
-            y, report = layer(parameters, x)
-            return jnp.mean(jnp.sin(3 * y)) + report.aux_loss
+    def loss(parameters, x):
+        y, report = layer(parameters, x)
+        return jnp.mean(jnp.sin(3 * y)) + report.aux_loss, (y, report)
 
-        assert_close(jax.jit(jax.grad(loss, (0, 1)))(parameters, x), expected[1])
+    def gradient(parameters, x):
+        return jax.grad(loss, (0, 1), has_aux=True)(parameters, x)
+
+    grads, out = jax.jit(gradient)(parameters, x)
+    assert_close((out, grads), expected)
+    tangents = jax.tree.map(jnp.ones_like, (parameters, x))
+    by_gradient = sum(jnp.sum(g) for g in jax.tree.leaves(grads))
+    _, derivative, _ = jax.jit(lambda *a: jax.jvp(loss, a, tangents, has_aux=True))(parameters, x)
+    np.testing.assert_allclose(derivative, by_gradient, 1e-4, 1e-5)
+
+
+def test_inside_a_shard_map_whose_ranks_hold_different_tokens_for_a_layer_of_their_own(rng):
+    mesh, (parameters, x) = mesh_2x2(("data", "expert")), draw(rng)
+
+    def loss(parameters, x):
+        y, report = moe(parameters, x, CONFIG)
+        return jnp.mean(jnp.sin(3 * y)) + report.aux_loss
+
+    def average(parameters, x):
+        return lax.pmean(loss(parameters, x), "data")
+
+    average = jax.shard_map(
+        average, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), axis_names={"data"}
+    )
+    each = [jax.grad(loss, (0, 1))(parameters, part) for part in jnp.split(x, 2)]
+    by_parameters = jax.tree.map(lambda a, b: (a + b) / 2, each[0][0], each[1][0])
+    by_x = jnp.concatenate([each[0][1], each[1][1]]) / 2
+    assert_close(jax.jit(jax.grad(average, (0, 1)))(parameters, x), (by_parameters, by_x))
 
 
 @pytest.mark.parametrize("types", ["auto", "explicit"])

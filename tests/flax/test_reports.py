@@ -1,5 +1,7 @@
 """What the layers report, and when: Flax's variables and collections around a call."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -135,6 +137,18 @@ def test_the_auxiliary_loss_adds_up_the_calls_of_a_step(read, x):
         assert float(read(model)) == pytest.approx(loss_of(model, x))
 
 
+def test_calls_in_a_transformation_each_return_their_loss(x):
+    model = model_of()
+
+    @nnx.remat
+    def call(model, x):
+        return model(x), model.aux_loss[...]
+
+    losses = [call(model, scale * x)[1] for scale in (1, 3)]
+    assert float(sum(losses)) == pytest.approx(loss_of(model, x) + loss_of(model, 3 * x))
+    assert float(model.aux_loss[...]) == pytest.approx(loss_of(model, 3 * x))
+
+
 def test_the_auxiliary_loss_has_the_gradients_of_all_calls(x):
     model = model_of(router=Router(load_balance_coef=1.0, z_loss_coef=1.0))
 
@@ -231,6 +245,117 @@ def test_reports_of_a_scan_that_are_passed_in_again_are_replaced(x):
         (losses,) = jax.tree.leaves(state["losses"])
         assert losses.shape == (3,)
         variables = variables | state
+
+
+def call_in_remat(layer, x):
+    return nn.remat(lambda layer, x: layer(x))(layer, x)
+
+
+class Inner(nn.Module):
+    layer: nn.Module
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+def by_lifted_layer(x):
+    layer = nn.remat(linen.MoE)(**LAYER)
+    return layer(x) + layer(3 * x)
+
+
+def by_lifted_calls(x):
+    layer = linen.MoE(**LAYER)
+    return call_in_remat(layer, x) + call_in_remat(layer, 3 * x)
+
+
+def by_lifted_and_plain_calls(x):
+    layer = linen.MoE(**LAYER)
+    return call_in_remat(layer, x) + layer(3 * x) + call_in_remat(layer, x) + layer(x)
+
+
+def by_lifted_modules_around_it(x):
+    layer = linen.MoE(**LAYER)
+    return nn.remat(Inner)(layer)(x) + nn.remat(Inner)(layer)(3 * x)
+
+
+def by_lifted_calls_in_a_lifted_module(x):
+    return nn.remat(Around)(by_lifted_calls)(x)
+
+
+def by_branches(x):
+    layer = linen.MoE(**LAYER)
+    if layer.is_initializing():
+        return layer(x)
+    first = nn.cond(x[0, 0, 0] < jnp.inf, call_in_remat, call_in_remat, layer, x)
+    return first + nn.cond(x[0, 0, 0] < jnp.inf, call_in_remat, call_in_remat, layer, 3 * x)
+
+
+def by_a_scan_called_twice(x):
+    stack = stack_of(by_lifted_calls)
+    return stack(stack(x))
+
+
+def stack_of(function):
+    stack = nn.scan(
+        lambda block, x, _: (x + block(x), None),
+        variable_axes={"params": 0, "losses": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        length=3,
+        metadata_params={nn.PARTITION_NAME: None},
+    )
+    block = Around(function)
+    return lambda x: stack(block, x, None)[0]
+
+
+class Around(nn.Module):
+    function: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "calls"),
+    [
+        (by_lifted_layer, 2),
+        (by_lifted_calls, 2),
+        (by_lifted_and_plain_calls, 4),
+        (by_lifted_modules_around_it, 2),
+        (by_lifted_calls_in_a_lifted_module, 2),
+        (by_branches, 2),
+        (by_a_scan_called_twice, 4),
+    ],
+)
+def test_each_call_in_a_lifted_transformation_has_an_entry(function, calls, x):
+    """Whether or not reports of an earlier ``apply`` are passed in."""
+    module = Around(function)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+
+    @jax.jit
+    def apply(variables, x):
+        return module.apply(variables, x, mutable=["losses", "intermediates"])[1]
+
+    first = apply(variables, x)
+    losses = jax.tree.leaves(first["losses"])
+    assert len(losses) == calls
+    assert len({float(jnp.sum(loss)) for loss in losses[:2]}) == 2
+    again = apply(variables | first, x)
+    assert jax.tree.structure(again) == jax.tree.structure(first)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, first)
+
+
+def test_each_call_of_a_part_of_a_module_has_an_entry(x):
+    module = Around(lambda x: linen.MoE(**LAYER)(x))
+    variables = module.init(jax.random.key(0), x)
+
+    def twice(module, x):
+        return module(x) + module(3 * x)
+
+    state = {}
+    for _ in range(2):
+        _, state = module.apply(variables | state, x, method=twice, mutable=["losses"])
+        assert len(jax.tree.leaves(state["losses"])) == 2
 
 
 # --- The losses ----------------------------------------------------------------------------------
