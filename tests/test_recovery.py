@@ -3,6 +3,7 @@
 import re
 import textwrap
 
+import jax
 import pytest
 
 from freeio_jax.launch import Pod
@@ -326,6 +327,8 @@ BODIES = {
 @pytest.mark.parametrize("how", ["pool", "threads", "again", "loaded"])
 def test_programs_of_one_name_made_in_another_order(how, body, tmp_path):
     """Names of exchanges do not depend on what else a process has compiled, or when."""
+    if how == "loaded" and "three times" in body and jax.__version_info__ < (0, 12):
+        pytest.skip("this JAX loads on threads of a pool: docs/transformations.md has the remedy")
     status, lines = run(
         tmp_path,
         ORDER.format(body=BODIES[body])

@@ -1,6 +1,7 @@
 """Which implementation of a product serves: after which trial, and what is said of it."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -51,6 +52,12 @@ def leaves_garbage_past_the_end(product, left, right, sizes):
     if product == Product.WEIGHTS_GRADIENT:
         return out
     return out.at[-1].add(jnp.where(jnp.sum(sizes) < len(out), 1, 0).astype(out.dtype))
+
+
+def takes_all_memory(product, left, right, sizes, *, most=60):
+    if max(left.shape[0], right.shape[0]) > most:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    return tiled(product, left, right, sizes)
 
 
 @pytest.fixture
@@ -127,6 +134,15 @@ def test_the_trial_is_made_once_for_each_product_and_dtype(candidates):
             choose("cpu", Product.FORWARD, dtype, (40, 24))
     assert set(calls) == {(Product.FORWARD, "bfloat16"), (Product.FORWARD, "float32")}
     assert len(calls) == 2 * len(PROBLEMS)
+
+
+@pytest.mark.parametrize("most, serves", [(60, True), (0, False)])
+def test_problems_without_memory_are_left_out(most, serves, candidates):
+    named = choice.Implementation("large", functools.partial(takes_all_memory, most=most))
+    candidates(named, choice.TILED)
+    name, reason = served(Product.FORWARD)
+    assert name == ("large" if serves else "tiled")
+    assert serves or "large: no memory is left for a trial" in reason
 
 
 def test_operands_that_do_not_fit_are_passed_on(candidates):
