@@ -108,7 +108,12 @@ def _lower(ctx, *operands, product, by, platform):
 
     def evaluate(left, right, group_sizes):
         # A library need not know over which mesh axes its operands vary; XLA does not, either.
-        with config._check_vma(False):
+        # And how strict the user is with promotions in their own code is no affair of its.
+        with (
+            config._check_vma(False),
+            jax.numpy_rank_promotion("allow"),
+            jax.numpy_dtype_promotion("standard"),
+        ):
             return multiply(product, left, right, group_sizes)
 
     plain = ctx.replace(

@@ -124,6 +124,24 @@ def test_lowers_inside_a_shard_map_that_checks_what_varies():
     assert text.count("freeio_grouped_outer") and text.count("freeio_grouped_multiply_transposed")
 
 
+def test_lowers_whatever_jaxs_settings_are():
+    shapes = [((512, 128), jnp.bfloat16), ((4, 128, 256), jnp.bfloat16), ((4,), jnp.int32)]
+
+    def loss(a, w, s):
+        return jnp.sum(grouped_matmul(a, w, s).astype(jnp.float32))
+
+    with (
+        use("hopper"),
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(
+            *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+        )
+        assert "freeio_grouped_outer" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_what_does_not_fit():
     assert obstacle(Product.FORWARD, jnp.dtype(jnp.bfloat16), (7168, 4096)) is None
     assert obstacle(Product.FORWARD, jnp.dtype(jnp.float16), None) is None

@@ -28,6 +28,8 @@ def obstacle(product: Product, dtype, widths: tuple[int, int] | None) -> str | N
     return None
 
 
+# The kernels count in 32 bits, also where the program has 64.
+@jax.enable_x64(False)
 def hopper(product: Product, left, right, group_sizes, *, num_ctas=None, interpret=None):
     """Evaluates ``product``.
 
