@@ -164,12 +164,14 @@ def moe(
         is routed nowhere, takes no room, is not counted and has no part in the losses. It is not
         looked at, so it may be NaN; its output and its gradient are zero.
       mesh: None: the current mesh (``jax.set_mesh``); without one, the mesh of the arguments'
-        shardings; without that, the layer runs on one device. Axes that a surrounding shard_map has
-        made manual are left as they are: x and the parameters are then this rank's shards. Where it
-        leaves axes over (``axis_names=``), reverse mode computes the layer's forward pass again,
-        and JAX cannot lower reverse mode over reverse mode; with ``check_vma=False`` there is
-        neither limit. Over axes that are neither token nor expert axes the layer is replicated:
-        each of their ranks computes the same, and what is sharded over them is gathered first.
+        shardings; without that, the layer runs on one device. Where the mesh has explicit axes,
+        ``jax.grad`` outside ``jit`` needs a current mesh, as for all of JAX. Axes that a
+        surrounding shard_map has made manual are left as they are: x and the parameters are then
+        this rank's shards. Where it leaves axes over (``axis_names=``), reverse mode computes the
+        layer's forward pass again, and JAX cannot lower reverse mode over reverse mode; with
+        ``check_vma=False`` there is neither limit. Over axes that are neither token nor expert axes
+        the layer is replicated: each of their ranks computes the same, and what is sharded over
+        them is gathered first.
       jitter_key: PRNG key for the router's jitter; None: no jitter.
 
     Returns:
@@ -226,7 +228,7 @@ def _current_mesh(config, mesh, arrays):
         mesh = current
     needed = config.all_token_axes
     if mesh.empty:
-        mesh = next((m for a in arrays if not (m := jax.typeof(a).sharding.mesh).empty), mesh)
+        mesh = _mesh_of(arrays) or mesh
         if mesh.empty or (mesh.size == 1 and not set(needed) <= set(mesh.axis_names)):
             return _mesh_of_one_device(needed, arrays)
     missing = [axis for axis in needed if axis not in mesh.axis_names]
@@ -240,15 +242,25 @@ def _current_mesh(config, mesh, arrays):
     return mesh
 
 
+def _is_concrete(array):
+    return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+
+
+def _mesh_of(arrays):
+    """The mesh of the arrays' shardings, with its devices where one of them is not traced."""
+    concrete = (a.sharding for a in arrays if _is_concrete(a))
+    meshes = [sharding.mesh for sharding in concrete if isinstance(sharding, NamedSharding)]
+    meshes += [jax.typeof(a).sharding.mesh for a in arrays]
+    return next((mesh for mesh in meshes if not mesh.empty), None)
+
+
 def _mesh_of_one_device(axes, arrays):
     shape, types = (1,) * len(axes), (AxisType.Auto,) * len(axes)
     if not jax.config.jax_disable_jit:
         return AbstractMesh(shape, axes, types)
     # A gradient is not compiled then, and has to know the device: that of an array that has one.
-    concrete = [
-        a for a in arrays if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer)
-    ]
-    devices = [device for a in concrete for device in a.devices()] or jnp.zeros(()).devices()
+    devices = [device for a in arrays if _is_concrete(a) for device in a.devices()]
+    devices = devices or jnp.zeros(()).devices()
     return Mesh(np.array([*devices][:1]).reshape(shape), axes, axis_types=types)
 
 

@@ -65,7 +65,11 @@ def tokens(rng, *shape):
 def assert_equal(got, expected):
     assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, expected)
     jax.tree.map(
-        lambda g, e: np.testing.assert_allclose(np.asarray(g), e, 1e-5, 1e-5), got, expected
+        lambda g, e: np.testing.assert_allclose(
+            np.asarray(g), e, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(e).max())
+        ),
+        got,
+        expected,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from helpers import make_mesh
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from freeio_jax import reference
@@ -205,6 +205,19 @@ def test_without_a_current_mesh_the_arguments_name_it(spec, types, rng):
     assert_close(moe(placed, x, CONFIG), expected)
     with pytest.warns(DeprecationWarning), mesh:
         assert_close(jax.jit(lambda p, x: moe(p, x, CONFIG))(placed, x), expected)
+
+
+def test_without_a_current_mesh_the_arguments_name_the_devices_as_well(rng, caplog):
+    parameters, x = draw(rng)
+    expected = moe(parameters, x, CONFIG)
+    mesh = Mesh(np.array(jax.devices()[2:0:-1]), ("expert",))
+    placed = jax.device_put((parameters, x), NamedSharding(mesh, P()))
+    with caplog.at_level("DEBUG", logger="freeio_jax"):
+        assert_close(moe(*placed, CONFIG), expected)
+    compiled = [m for m in caplog.messages if m.startswith("compiles")]
+    assert compiled
+    assert all("devices, each in one process" in message for message in compiled)
+    assert_close(jax.jit(lambda p, x: moe(p, x, CONFIG))(*placed), expected)
 
 
 def test_without_a_current_mesh_gradients_and_layers_find_the_arguments_mesh_as_well(rng):
