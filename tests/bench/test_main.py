@@ -47,7 +47,16 @@ def test_parts():
 
     assert parts() == []
     assert parts("--layer", "--check") == ["check", "layer"]
-    assert parts("--all") == ["check", "shapes", "scaling", "sms", "late", "soak", "layer"]
+    assert parts("--all") == [
+        "check",
+        "shapes",
+        "scaling",
+        "sms",
+        "late",
+        "soak",
+        "layer",
+        "experts",
+    ]
     assert parts("--soak", "7", "--once", "combine", "8") == ["soak", "once"]
     assert command.parse_arguments(["--all"]).soak == command.SOAK_CALLS
 

@@ -57,6 +57,9 @@ class Native:
     def leave(self):
         self.failures += self.failures_on_leaving
 
+    def take_note(self):
+        return ""
+
     def take_failure(self):
         return self.failures.pop(0) if self.failures else ""
 
@@ -127,13 +130,14 @@ def test_the_first_instance_of_a_loaded_program_starts_the_engine(engine, native
     monkeypatch.setattr(engines.jax, "process_count", lambda: 1, raising=False)
     for count in ("local_device_count", "device_count"):
         monkeypatch.setattr(engines.jax, count, lambda platform: 2, raising=False)
-    monkeypatch.setattr(engines, "_start_watching", lambda: watching.append(True))
+    monkeypatch.setattr(engines, "_watch_compilations", lambda: None)
+    monkeypatch.setattr(watch, "watch", lambda take, level: watching.append(take.__name__))
     assert not native.is_started
     for _ in range(2):  # it may be made on two threads at once
         native.starter()
     assert native.is_started
     assert native.joined[0] == (0, [3, 2])
-    assert watching == [True]
+    assert watching == ["take_failure", "take_note"]
 
 
 def test_handlers_are_registered_once_the_plugin_is_loaded(engine, native, monkeypatch):
