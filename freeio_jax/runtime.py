@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -234,6 +235,32 @@ def shutdown() -> None:
         _pod_is_connected = False
 
 
+class _Forking(threading.local):
+    """The signals that the forking thread blocked before; None: it forks outside a pod."""
+
+    mask: set | None = None
+
+
+_forking = _Forking()
+
+
+def _hold_sigterm() -> None:
+    """Before a fork: a SIGTERM that comes before the child can be ended by one waits."""
+    _forking.mask = None
+    if _pod_is_connected:
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _let_sigterm_come() -> None:
+    if _forking.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _start_as_child() -> None:
+    _forget_pod()
+    _let_sigterm_come()
+
+
 def _forget_pod() -> None:
     """In a forked child, which is in no pod: its end must not be taken for this process's."""
     global _pod_is_connected
@@ -253,7 +280,9 @@ def _forget_pod() -> None:
     _pod_is_connected = False
 
 
-os.register_at_fork(after_in_child=_forget_pod)
+os.register_at_fork(
+    before=_hold_sigterm, after_in_parent=_let_sigterm_come, after_in_child=_start_as_child
+)
 
 
 def require_initialize() -> None:

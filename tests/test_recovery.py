@@ -1,11 +1,13 @@
 """Programs of several processes after something ordinary has happened: one was late, or forked."""
 
 import re
+import signal
 import textwrap
 
 import jax
 import pytest
 
+from freeio_jax import runtime
 from freeio_jax.launch import Pod
 
 PRELUDE = """
@@ -437,3 +439,21 @@ def test_a_parent_that_ends_is_noticed_though_its_child_lives_on(parent, tmp_pat
     assert status != 0
     ((message,), _) = said(lines, "error")
     assert re.search(r"process 1 \(pid \d+\).* ended while process 0", message), message
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_sigterm_waits_until_a_forked_child_can_be_ended_by_one(connected, monkeypatch):
+    """Else JAX's handler takes it, which in the child wakes a thread that is not there."""
+
+    def is_blocked():
+        return signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    monkeypatch.setattr(runtime, "_pod_is_connected", connected)
+    monkeypatch.setattr(runtime, "_forget_pod", lambda: seen.append(is_blocked()))
+    for after in (runtime._let_sigterm_come, runtime._start_as_child):
+        seen = []
+        runtime._hold_sigterm()
+        assert is_blocked() == connected
+        after()
+        assert not is_blocked()
+        assert seen in ([], [connected])
