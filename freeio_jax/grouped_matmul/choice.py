@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import math
 import threading
 from collections.abc import Callable
 
@@ -143,11 +144,11 @@ def _first(platform, product, dtype, widths):
         else:
             return Choice(candidate, "; ".join([_merit(candidate), *passed_over]))
     shares = {c: trial.share_of_dense(product, dtype, c.name) for c in slow}
-    fastest = max(slow, key=shares.get)
+    fastest = max(slow, key=lambda c: -1.0 if math.isnan(shares[c]) else shares[c])
     speeds = ", ".join(f"{c.name} {share:.2f}" for c, share in shares.items())
     reason = f"{_merit(fastest)}; shares of a dense product's speed: {speeds}"
     chosen = Choice(fastest, "; ".join([reason, *passed_over]))
-    if shares[fastest] < SLOW:
+    if not shares[fastest] >= SLOW:  # nor where it could not be measured
         _tell_slow(fastest, product, dtype, chosen.reason)
     return chosen
 

@@ -186,6 +186,18 @@ def test_of_slow_ones_the_faster_serves_and_it_is_told_once(
     assert "does_not_compile: NotImplementedError" in record.getMessage()
 
 
+def test_what_could_not_be_timed_is_the_last_choice_and_told(candidates, monkeypatch, caplog):
+    monkeypatch.setattr(
+        trial, "share_of_dense", lambda *args: 0.01 if args[-1] == "tiled" else float("nan")
+    )
+    candidates(choice.RAGGED_DOT, choice.TILED_ON_GPU)
+    monkeypatch.setattr(logging.getLogger("freeio_jax"), "propagate", True)
+    assert choose("cpu", Product.FORWARD, jnp.bfloat16).implementation.name == "tiled"
+    monkeypatch.setattr(trial, "share_of_dense", lambda *_: float("nan"))
+    assert choose("cpu", Product.ROWS_GRADIENT, jnp.bfloat16).implementation.slow
+    assert len(caplog.records) == 2
+
+
 def test_what_is_slow_but_fast_here_is_not_told(candidates, monkeypatch, caplog):
     monkeypatch.setattr(trial, "share_of_dense", lambda *_: 0.8)
     candidates(choice.RAGGED_DOT, choice.TILED_ON_GPU)
