@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -13,7 +14,9 @@ import jax
 
 from freeio_jax import cluster
 
-PARTS = ("check", "shapes", "scaling", "sms", "late", "soak", "layer", "experts", "once")
+PARTS = ("check", "shapes", "scaling", "sms", "late", "soak", "decode", "layer", "experts", "once")
+#: Those that also run in several processes.
+IN_PROCESSES = ("decode",)
 OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
 NAMES = ("freeio", "reference", "ragged", "ragged-by-expert", "ragged-32", "ragged-1", "dense")
 SUITES = ("large", "small", "half", "zipf")
@@ -49,6 +52,10 @@ kernel: the median duration of the one kernel that an operation is, by jax.profi
 experts: M x K x N rows and widths in G groups, each product by each implementation, against one
 dense product. --experts takes no other sizes.
 
+decode: 61 layers of dispatch and combine in one program, with XLA's command buffers and without,
+beside controls without exchanges. It also runs under the launcher, in several processes:
+  python -m freeio_jax.launch -n 2 --platform cuda -m freeio_jax.bench --decode
+
 exchanges:
   freeio            this package's engine
   reference         freeio_jax.reference: dense lax.all_to_all with slots for the worst case
@@ -81,6 +88,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         metavar="N",
         help=f"N checked calls of changing shape, and the memory they leave; default {SOAK_CALLS}",
     )
+    parts("--decode", action="store_true", help="many layers in one program, and the host's time")
     parts("--layer", action="store_true", help="an MoE layer end to end, over each exchange")
     parts("--experts", action="store_true", help="the experts' product, by each implementation")
     parts(
@@ -167,7 +175,7 @@ _at_least_one.__name__ = "int"
 def run_parts(arguments: argparse.Namespace) -> int:
     """The parts, in order, on the first ``arguments.ranks`` devices; 1 if something failed."""
     import freeio_jax
-    from freeio_jax.bench import check, experts, late, layer, scaling, shapes
+    from freeio_jax.bench import check, decode, experts, late, layer, scaling, shapes
     from freeio_jax.bench.floor import Limits
     from freeio_jax.bench.report import Report, plot_scaling, plot_shapes
 
@@ -226,6 +234,9 @@ def run_parts(arguments: argparse.Namespace) -> int:
             late.run(report, suites, ops=arguments.ops, **sizes)
         elif part == "soak":
             check.soak(report, arguments.soak, num_ranks=len(devices))
+        elif part == "decode":
+            for suite in _suites(arguments, "large", decode.TOKENS):
+                decode.run(report, suite, **sizes)
         elif part == "layer":
             given = {"hidden": arguments.hidden, "top_k": arguments.top_k}
             given |= {"num_experts": arguments.num_experts, "expert_width": arguments.expert_width}
@@ -267,20 +278,23 @@ def _suites(arguments, only=None, tokens=None, override=True):
 
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
-    if cluster.num_processes() > 1:
+    processes = cluster.num_processes()
+    if processes > 1 and not set(arguments.parts or ["shapes"]) <= set(IN_PROCESSES):
         print(
-            f"The launcher started {cluster.num_processes()} processes, and the benchmark is a "
-            "program of one: run it without the launcher.",
+            f"The launcher started {processes} processes, in which the benchmark has these parts: "
+            f"{', '.join(IN_PROCESSES)}. Run all others without the launcher.",
             file=sys.stderr,
         )
         return 2
     ranks = arguments.ranks or 8
     # Both are read when JAX's backends start.
-    if (jax.config.jax_num_cpu_devices or 0) < ranks:
+    if processes == 1 and (jax.config.jax_num_cpu_devices or 0) < ranks:
         jax.config.update("jax_num_cpu_devices", ranks)
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_enable_command_buffer" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+    if processes > 1:
+        return _run_in_processes(arguments)
     on_cpu = jax.default_backend() == "cpu"
     if arguments.ranks is None:
         arguments.ranks = ranks if on_cpu else len(jax.devices())
@@ -298,6 +312,26 @@ def main(argv=None) -> int:
         return 0
     arguments.parts = arguments.parts or ["shapes"]
     return run_parts(arguments)
+
+
+def _run_in_processes(arguments) -> int:
+    """The parts on all devices of all processes; process 0 tells of them."""
+    import freeio_jax
+
+    jax.distributed.initialize()
+    freeio_jax.initialize()
+    if arguments.ranks not in (None, jax.device_count()):
+        print(
+            f"--ranks {arguments.ranks}: the processes have {jax.device_count()} devices, and all "
+            "of them take part.",
+            file=sys.stderr,
+        )
+        return 2
+    if jax.process_index() == 0:
+        return run_parts(arguments)
+    arguments.json = arguments.png = None
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return run_parts(arguments)
 
 
 if __name__ == "__main__":

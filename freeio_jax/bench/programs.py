@@ -24,7 +24,12 @@ from freeio_jax.handle import Handle
 def put(mesh: Mesh, tree: Any) -> Any:
     """Arrays stacked over the ranks, each rank's on its device."""
     sharding = NamedSharding(mesh, P("expert"))
-    return jax.tree.map(lambda a: jax.device_put(a, sharding), tree)
+
+    def put_one(array):
+        # Each process of several puts the ranks of its own devices.
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put_one, tree)
 
 
 def per_shard(function: Callable, mesh: Mesh) -> Callable:

@@ -54,6 +54,7 @@ def test_parts():
         "sms",
         "late",
         "soak",
+        "decode",
         "layer",
         "experts",
     ]

@@ -16,4 +16,7 @@ double link_bandwidth(const std::vector<int>& ordinals, int64_t bytes, int ctas,
 // Seconds that a flag needs from one GPU to another.
 double flag_trip(int from, int to);
 
+// Launches a kernel that does nothing, of `ctas` CTAs. Null, or what the driver says of an error.
+const char* launch_nothing(int64_t ctas, void* stream);
+
 }  // namespace freeio::cuda

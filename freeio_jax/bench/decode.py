@@ -1,0 +1,209 @@
+"""A model's decode step without its model: many layers of dispatch and combine in one program.
+
+What a step pays beside the kernels shows here: the gaps between them on the device, and the host's
+time for each call. Three controls have the same number of layers and show what XLA takes by itself:
+two small matrix products, and two custom calls that launch an empty kernel of one CTA, or of as
+many as an exchange has.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import freeio_jax as fio
+from freeio_jax import _native
+from freeio_jax.bench import profile
+from freeio_jax.bench.cases import expert_mesh
+from freeio_jax.bench.floor import KERNELS
+from freeio_jax.bench.programs import put
+from freeio_jax.bench.report import Report
+from freeio_jax.bench.shapes import Case, Suite
+
+LAYERS = 61  # DeepSeek-V3's
+TOKENS = (1, 8, 32, 128)
+#: Calls of a layer that reach the GPU, of every program here.
+CALLS = 2
+#: Runs that are timed; the median counts.
+RUNS = 40
+
+#: What XLA captures with command buffers on: its default where the exchange is concerned.
+_CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL"
+_COMMAND_BUFFERS = {"off": "", "on": _CAPTURED}
+
+_COLUMNS = {
+    "program": "program",
+    "num_tokens": "T",
+    "command_buffers": "command buffers",
+    "wall_s": "wall us",
+    "span_s": "span us",
+    "kernels_s": "kernels us",
+    "host_s": "host us",
+    "host_of_call_s": "host of a call us",
+}
+
+
+def run(
+    report: Report,
+    suite: Suite,
+    *,
+    num_ranks: int,
+    dtype: str,
+    layers: int = LAYERS,
+) -> None:
+    """Times a program of ``layers`` layers for each T of ``suite``, and the controls.
+
+    All figures are of one layer: ``wall_s`` from the call of the program until its result is there;
+    ``host_s`` until Python has control back, while the GPUs were idle before; ``span_s`` on a
+    device, from the first kernel's start to the last one's end, and ``kernels_s``, the sum of the
+    kernels' durations, both means over this process's devices.
+    """
+    mesh = expert_mesh(num_ranks)
+    processes = jax.process_count()
+    report.table(f"Decode: {layers} layers, {processes} process(es), us for each layer", _COLUMNS)
+    programs: list[tuple[str, int, Callable[[], tuple[Callable, tuple]]]] = []
+    for num_tokens in suite.tokens:
+        case = Case(suite, num_tokens, num_ranks, dtype)
+        programs.append(
+            ("exchange", num_tokens, functools.partial(_exchange, case, mesh=mesh, layers=layers))
+        )
+    build = functools.partial(_products, mesh=mesh, layers=layers)
+    programs.append(("two small products", 1, build))
+    if mesh.devices.flat[0].platform == "gpu":
+        target = _register_nothing()
+        for ctas, name in ((1, "two empty kernels"), (128, "two empty kernels of 128 CTAs")):
+            build = functools.partial(_nothing, target, ctas, mesh=mesh, layers=layers)
+            programs.append((name, 1, build))
+    for name, num_tokens, build in programs:
+        for command_buffers, captured in _COMMAND_BUFFERS.items():
+            about = {
+                "program": name,
+                "num_tokens": num_tokens,
+                "num_ranks": num_ranks,
+                "processes": processes,
+                "layers": layers,
+                "command_buffers": command_buffers,
+            }
+
+            def measure(build=build, captured=captured):
+                function, args = build()
+                options = {"xla_gpu_enable_command_buffer": captured}
+                compiled = function.lower(*args).compile(compiler_options=options)
+                return _measure(lambda: compiled(*args), layers)
+
+            report.guarded("decode", about, measure)
+
+
+def _chain(layer: Callable, mesh: Mesh, layers: int) -> Callable:
+    """``layers`` times ``x = layer(x, *rest)`` on each rank's arrays, as one jitted function."""
+
+    def body(x, *rest):
+        x, *rest = jax.tree.map(lambda a: a[0], (x, *rest))
+        for _ in range(layers):
+            x = layer(x, *rest)
+        return x[None]
+
+    spec = P("expert")
+    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec))
+
+
+def _exchange(case: Case, *, mesh: Mesh, layers: int) -> tuple[Callable, tuple]:
+    """Each layer dispatches the tokens that the one before has combined."""
+    shape = case.shape
+
+    def layer(x, topk_idx, weights):
+        out = fio.dispatch(
+            x,
+            topk_idx,
+            num_experts=shape.num_experts,
+            axis_name="expert",
+            capacity=case.capacity,
+        )
+        return fio.combine(out.tokens, out.handle, weights)
+
+    rng = np.random.default_rng(0)
+    lead = (shape.num_ranks, shape.num_tokens)
+    tokens = rng.standard_normal((*lead, shape.hidden), np.float32)
+    # They add up to one, so that rows stay as large as they were.
+    weights = np.full((*lead, shape.top_k), 1 / shape.top_k, np.float32)
+    args = put(mesh, (tokens.astype(jnp.dtype(shape.dtype)), case.topk_idx, weights))
+    return _chain(layer, mesh, layers), args
+
+
+def _products(*, mesh: Mesh, layers: int) -> tuple[Callable, tuple]:
+    side = 64
+    x = np.full((mesh.size, side, side), 1 / side, np.float32)
+
+    def layer(x, first, second):
+        # A barrier, or XLA would multiply the two matrices beforehand.
+        return lax.optimization_barrier(x @ first) @ second
+
+    args = put(mesh, (x, x, x))
+    return _chain(layer, mesh, layers), args
+
+
+def _register_nothing() -> str:
+    target = "freeio_bench_nothing"
+    jax.ffi.register_ffi_target(target, _native.cuda.nothing(), platform="CUDA")
+    return target
+
+
+def _nothing(target: str, ctas: int, *, mesh: Mesh, layers: int) -> tuple[Callable, tuple]:
+    def layer(x):
+        for _ in range(CALLS):
+            call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(x.shape, x.dtype))
+            x = call(x, ctas=np.int64(ctas))
+        return x
+
+    return _chain(layer, mesh, layers), put(mesh, (np.zeros((mesh.size, 8), np.float32),))
+
+
+def _measure(program: Callable[[], Any], layers: int) -> dict[str, float]:
+    walls, hosts = [], []
+    for _ in range(3):
+        jax.block_until_ready(program())
+    for _ in range(RUNS):
+        begin = time.perf_counter()
+        result = program()
+        back = time.perf_counter()
+        jax.block_until_ready(result)
+        walls.append((time.perf_counter() - begin) / layers)
+        hosts.append((back - begin) / layers)
+    host = statistics.median(hosts)
+    record = {
+        "wall_s": statistics.median(walls),
+        "host_s": host,
+        "host_of_call_s": host / CALLS,
+        "span_s": math.nan,
+        "kernels_s": math.nan,
+    }
+    return record | _on_devices(profile.record(program), layers)
+
+
+def _on_devices(events: Sequence[profile.Event], layers: int) -> dict[str, float]:
+    shares = profile.shares(list(events))
+    if not shares:
+        return {}
+    devices = len({event.device for event in events})
+    total = sum(event.duration for event in events)
+    medians = {
+        f"{op}_s": statistics.median(seconds)
+        for op in ("dispatch", "combine")
+        if (seconds := profile.durations(events, KERNELS[op]))
+    }
+    return {
+        "span_s": shares["span_s"] / layers,
+        "kernels_s": total / devices / layers,
+        **medians,
+    }
