@@ -13,7 +13,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +34,9 @@ LAYERS = 61  # DeepSeek-V3's
 TOKENS = (1, 8, 32, 128)
 #: Calls of a layer that reach the GPU, of every program here.
 CALLS = 2
-#: Runs that are timed; the median counts.
+#: Runs that are timed, the median counts; and runs before them.
 RUNS = 40
+WARM_UPS = 5
 
 #: What XLA captures with command buffers on: its default where the exchange is concerned.
 _CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL"
@@ -64,10 +64,13 @@ def run(
 ) -> None:
     """Times a program of ``layers`` layers for each T of ``suite``, and the controls.
 
-    All figures are of one layer: ``wall_s`` from the call of the program until its result is there;
-    ``host_s`` until Python has control back, while the GPUs were idle before; ``span_s`` on a
+    A program's tokens are donated, and its result is the next run's tokens, as a decode loop does
+    with its state: so all buffers stay where they are, and XLA need not record its command buffers
+    anew. Figures of one layer: ``wall_s`` from the call of the program until its result is there;
+    ``host_s`` until Python has control back, the GPUs being idle when it starts; ``span_s`` on a
     device, from the first kernel's start to the last one's end, and ``kernels_s``, the sum of the
-    kernels' durations, both means over this process's devices.
+    kernels' durations, both means over this process's devices. ``host_of_call_s`` is what one more
+    call adds to the host's time: that of a program of one layer is subtracted.
     """
     mesh = expert_mesh(num_ranks)
     processes = jax.process_count()
@@ -75,15 +78,13 @@ def run(
     programs: list[tuple[str, int, Callable[[], tuple[Callable, tuple]]]] = []
     for num_tokens in suite.tokens:
         case = Case(suite, num_tokens, num_ranks, dtype)
-        programs.append(
-            ("exchange", num_tokens, functools.partial(_exchange, case, mesh=mesh, layers=layers))
-        )
-    build = functools.partial(_products, mesh=mesh, layers=layers)
+        programs.append(("exchange", num_tokens, functools.partial(_exchange, case, mesh=mesh)))
+    build = functools.partial(_products, mesh=mesh)
     programs.append(("two small products", 1, build))
     if mesh.devices.flat[0].platform == "gpu":
         target = _register_nothing()
         for ctas, name in ((1, "two empty kernels"), (128, "two empty kernels of 128 CTAs")):
-            build = functools.partial(_nothing, target, ctas, mesh=mesh, layers=layers)
+            build = functools.partial(_nothing, target, ctas, mesh=mesh)
             programs.append((name, 1, build))
     for name, num_tokens, build in programs:
         for command_buffers, captured in _COMMAND_BUFFERS.items():
@@ -97,16 +98,31 @@ def run(
             }
 
             def measure(build=build, captured=captured):
-                function, args = build()
                 options = {"xla_gpu_enable_command_buffer": captured}
-                compiled = function.lower(*args).compile(compiler_options=options)
-                return _measure(lambda: compiled(*args), layers)
+                loops = []
+                for number in (layers, 1):
+                    function, args = build(layers=number)
+                    loops.append(
+                        Loop(function.lower(*args).compile(compiler_options=options), args)
+                    )
+                return _measure(*loops, layers)
 
             report.guarded("decode", about, measure)
 
 
+class Loop:
+    """A compiled program whose first argument is its last result. Call it for one run."""
+
+    def __init__(self, compiled: Callable, args: Sequence[jax.Array]):
+        self.compiled, (self.state, *self.rest) = compiled, args
+
+    def __call__(self) -> jax.Array:
+        self.state = self.compiled(self.state, *self.rest)
+        return self.state
+
+
 def _chain(layer: Callable, mesh: Mesh, layers: int) -> Callable:
-    """``layers`` times ``x = layer(x, *rest)`` on each rank's arrays, as one jitted function."""
+    """``layers`` times ``x = layer(x, *rest)`` on each rank's arrays; x is donated. Jitted."""
 
     def body(x, *rest):
         x, *rest = jax.tree.map(lambda a: a[0], (x, *rest))
@@ -115,7 +131,8 @@ def _chain(layer: Callable, mesh: Mesh, layers: int) -> Callable:
         return x[None]
 
     spec = P("expert")
-    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec))
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec)
+    return jax.jit(mapped, donate_argnums=0)
 
 
 def _exchange(case: Case, *, mesh: Mesh, layers: int) -> tuple[Callable, tuple]:
@@ -169,26 +186,31 @@ def _nothing(target: str, ctas: int, *, mesh: Mesh, layers: int) -> tuple[Callab
     return _chain(layer, mesh, layers), put(mesh, (np.zeros((mesh.size, 8), np.float32),))
 
 
-def _measure(program: Callable[[], Any], layers: int) -> dict[str, float]:
-    walls, hosts = [], []
-    for _ in range(3):
-        jax.block_until_ready(program())
-    for _ in range(RUNS):
-        begin = time.perf_counter()
-        result = program()
-        back = time.perf_counter()
-        jax.block_until_ready(result)
-        walls.append((time.perf_counter() - begin) / layers)
-        hosts.append((back - begin) / layers)
-    host = statistics.median(hosts)
+def _measure(loop: Loop, loop_of_one_layer: Loop, layers: int) -> dict[str, float]:
+    wall, host = _seconds(loop)
+    _, host_of_one = _seconds(loop_of_one_layer)
     record = {
-        "wall_s": statistics.median(walls),
-        "host_s": host,
-        "host_of_call_s": host / CALLS,
+        "wall_s": wall / layers,
+        "host_s": host / layers,
+        "host_of_call_s": (host - host_of_one) / (layers - 1) / CALLS,
         "span_s": math.nan,
         "kernels_s": math.nan,
     }
-    return record | _on_devices(profile.record(program), layers)
+    return record | _on_devices(profile.record(loop), layers)
+
+
+def _seconds(loop: Loop) -> tuple[float, float]:
+    """Medians of a run: until its result is there, and until Python has control back."""
+    walls, hosts = [], []
+    for run in range(WARM_UPS + RUNS):
+        begin = time.perf_counter()
+        result = loop()
+        back = time.perf_counter()
+        jax.block_until_ready(result)
+        if run >= WARM_UPS:
+            walls.append(time.perf_counter() - begin)
+            hosts.append(back - begin)
+    return statistics.median(walls), statistics.median(hosts)
 
 
 def _on_devices(events: Sequence[profile.Event], layers: int) -> dict[str, float]:
