@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from freeio_jax import _native, cluster, runtime
+from freeio_jax import _native, cluster, runtime, settings
 from freeio_jax.engines import ENGINES
 from freeio_jax.grouped_matmul import choice
 from freeio_jax.grouped_matmul.product import Product
@@ -208,9 +208,9 @@ def info() -> dict[str, str]:
     versions = [f"Python {platform.python_version()}", *(f"{p} {_version(p)}" for p in packages)]
     devices = jax.devices()
     backend = jax.default_backend()
-    settings = (
+    all_settings = (
         f"{name}={value} (config({name}=...) or FREEIO_{name.upper()})"
-        for name, value in runtime.config().items()
+        for name, value in settings.config().items()
     )
     return {
         "versions": ", ".join(versions),
@@ -221,7 +221,7 @@ def info() -> dict[str, str]:
         "topology": _topology(),
         "reach": _reach(),
         "memory": _memory(),
-        "settings": ", ".join(settings),
+        "settings": ", ".join(all_settings),
         "problems": "\n".join(_problems()) or "none found",
     }
 

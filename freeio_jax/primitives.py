@@ -30,7 +30,7 @@ from jax.interpreters import partial_eval as pe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from freeio_jax import log
-from freeio_jax.arguments import COMBINE_DTYPES, accumulator_dtype
+from freeio_jax.dtypes import COMBINE_DTYPES, accumulator_dtype, combine_dtype_names
 from freeio_jax.engines import ENGINES
 from freeio_jax.varying import checks_varying_axes
 
@@ -367,7 +367,7 @@ def _combine_any(rows, handle, **params):
     if rows.dtype not in COMBINE_DTYPES:
         raise TypeError(
             f"freeio_jax: the gradient of a dispatch of {rows.dtype} rows needs their sums, which "
-            f"exist for {', '.join(d.name for d in COMBINE_DTYPES)}. Cast the tokens, or stop the "
+            f"exist for {combine_dtype_names()}. Cast the tokens, or stop the "
             "gradient with jax.lax.stop_gradient."
         )
     return bind(combine_p, *handle, rows, **params)

@@ -13,11 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from freeio_jax.arguments import (
-    accumulator_dtype,
-    combine_arguments,
-    dispatch_arguments,
-)
+from freeio_jax.arguments import combine_arguments, dispatch_arguments
+from freeio_jax.dtypes import accumulator_dtype
 from freeio_jax.handle import Dispatched, Handle
 from freeio_jax.layout import Layout
 
