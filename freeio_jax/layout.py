@@ -43,9 +43,10 @@ def balanced_capacity(
     num_experts: int,
     alignment: int,
 ) -> int:
-    """Rows for ``factor`` times a rank's share ``T*K`` of all assignments, were they spread evenly.
+    """Rows for ``factor`` times ``T*K``, which is a rank's share of assignments spread evenly.
 
-    With the rows that ``alignment`` adds to its groups, and never more than the dropless bound.
+    The rows that ``alignment`` adds to its groups are included. It is never more than the dropless
+    bound.
 
     Raises:
       ValueError: ``factor`` is not a positive, finite number.

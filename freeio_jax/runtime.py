@@ -1,4 +1,4 @@
-"""Processes: :func:`initialize` connects those of a host, :func:`shutdown` parts them; forks."""
+"""The processes of a host as a pod: :func:`initialize`, :func:`shutdown`, and what a fork does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jax._src import distributed
 from freeio_jax import _native, bootstrap, log, settings
 
 _pod_is_connected = False
-_pods = 0  # that this process has been in
+_generation = 0  # how often this process has been connected
 _members: dict[int, int] = {}  # pid of each other process of this host that is connected
 
 
@@ -26,8 +26,8 @@ class PodMember:
     """What an engine does when this process joins and leaves a pod.
 
     Attributes:
-      join: called once the processes of this host are connected.
-      leave: called before they part.
+      join: called when the processes of this host are connected.
+      leave: called before this process disconnects.
     """
 
     join: Callable[[], None]
@@ -38,7 +38,7 @@ _pod_members: list[PodMember] = []
 
 
 def add_pod_member(member: PodMember) -> None:
-    """Has an engine take part in what :func:`initialize` and :func:`shutdown` do."""
+    """Makes :func:`initialize` and :func:`shutdown` call an engine."""
     _pod_members.append(member)
 
 
@@ -57,9 +57,9 @@ def initialize() -> None:
     Raises:
       RuntimeError: ``jax.distributed.initialize()`` was not called, not all processes came within
         the ``timeout`` setting, the kernel forbids that they read each other's memory (CPU), or
-        the driver that they map it (GPUs). The process is in no pod then.
+        the driver that they map it (GPUs). After an error the process is in no pod.
     """
-    global _pod_is_connected, _pods
+    global _pod_is_connected, _generation
     if _pod_is_connected or jax.process_count() == 1:
         return
     client = distributed.global_state.client
@@ -70,17 +70,17 @@ def initialize() -> None:
         )
     start = time.monotonic()
     _native.allow_peers_to_read()
-    _pods += 1
+    _generation += 1
     peers, elsewhere = bootstrap.connect(
         client,
         jax.process_index(),
         jax.process_count(),
         _native.control_block(),
         settings.config()["timeout"],
-        generation=_pods,
+        generation=_generation,
     )
     members = [(p.process, p.pid, *p.control, p.connection.detach()) for p in peers]
-    # GPUs map memory; where nothing is computed on CPUs, the kernel need not let them be read.
+    # Only the CPU engine reads the peers' memory, so only there the kernel must allow it.
     _native.join_pod(
         jax.process_index(), members, elsewhere, read_memory=jax.default_backend() == "cpu"
     )
@@ -95,7 +95,8 @@ def initialize() -> None:
         time.monotonic() - start,
         f"; on other hosts: {elsewhere}" if elsewhere else "",
     )
-    # Before JAX's own, which waits for the other processes: they are to know that this one leaves.
+    # It runs before JAX's own exit handler, which waits for the other processes. They must know by
+    # then that this process leaves.
     atexit.register(shutdown)
     try:
         for member in _pod_members:
@@ -122,7 +123,7 @@ def shutdown() -> None:
 
 
 class _Forking(threading.local):
-    """The signals that the forking thread blocked before; None: it forks outside a pod."""
+    """The signals that the forking thread had blocked before the fork; None outside a pod."""
 
     mask: set | None = None
 
@@ -131,13 +132,14 @@ _forking = _Forking()
 
 
 def _hold_sigterm() -> None:
-    """Before a fork: a SIGTERM that comes before the child can be ended by one waits."""
+    """Before a fork: a SIGTERM has to wait until the child has a handler that ends it."""
     _forking.mask = None
     if _pod_is_connected:
         _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def _let_sigterm_come() -> None:
+    """Undoes :func:`_hold_sigterm`, in the parent and in the child."""
     if _forking.mask is not None:
         signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
@@ -148,18 +150,19 @@ def _start_as_child() -> None:
 
 
 def _forget_pod() -> None:
-    """In a forked child, which is in no pod: its end must not be taken for this process's."""
+    """In a forked child, which is in no pod: its end must not look like the end of its parent."""
     global _pod_is_connected
     if not _pod_is_connected:
         return
     atexit.unregister(shutdown)
-    # JAX would leave its coordinator in the name of this process, too, and wait for an answer that
-    # comes to a thread which the child does not have. So would these, if they were destroyed.
+    # When the child ends, JAX would leave its coordinator in the parent's name, and wait for an
+    # answer on a thread that the child does not have. The destructors of these objects would do the
+    # same, so one reference is never released.
     jax_state = distributed.global_state
     for name in ("preemption_sync_manager", "client", "service"):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(getattr(jax_state, name)))
         setattr(jax_state, name, None)
-    # JAX's handler only wakes such a thread, and the child could not be asked to end.
+    # JAX's handler of SIGTERM only wakes such a thread, so the signal would not end the child.
     if (handler := signal.getsignal(signal.SIGTERM)) is not None:
         signal.signal(signal.SIGTERM, handler)
     _members.clear()

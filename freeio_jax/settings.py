@@ -82,21 +82,20 @@ def config(**settings: Any) -> dict[str, Any]:
     Args:
       timeout: seconds that a rank waits for its peers in one exchange before it gets an error
         that names the missing ones. Default 600; environment variable ``FREEIO_TIMEOUT``. Holds
-        for exchanges that begin after the call. One that waits says so in the log, as a warning,
-        after 30 seconds, and again whenever it has waited twice as long.
+        for exchanges that begin after the call. A wait is logged as a warning after 30 seconds, and
+        again each time that its length has doubled.
       num_sms: multiprocessors of a GPU that one exchange may use. Default None: all but
         four, which are left to other kernels; environment variable ``FREEIO_NUM_SMS``. Holds for
-        programs and command buffers that begin after the call. All ranks must use as many: set it
-        alike in all processes, and while no program that exchanges rows runs.
+        programs and command buffers that begin after the call. It must be the same on all ranks:
+        set it in all processes, while no program that exchanges rows runs.
       verbosity: what goes to the logger ``freeio_jax``: 0 warnings and errors, 1 also what was
-        chosen when something started (engine, processes, how long it took), 2 each compiled
-        exchange as well.
-        Written to stderr where the program has not set up Python's logging. Default 0; environment
-        variable ``FREEIO_VERBOSITY``.
+        chosen when something started (engine, processes, how long it took), 2 also each exchange
+        that is compiled. The logger writes to stderr if the program has not set up Python's
+        logging. Default 0; environment variable ``FREEIO_VERBOSITY``.
 
     Raises:
       TypeError: an unknown setting.
-      ValueError: a value out of range; nothing is changed then.
+      ValueError: a value is out of range. No setting has changed then.
 
     >>> import freeio_jax as fio
     >>> fio.config(timeout=30)["timeout"]
