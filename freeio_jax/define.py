@@ -20,7 +20,7 @@ def define(name: str, abstract_eval: Callable, *, multiple_results: bool = True)
     """A primitive ``freeio_<name>``, to be bound by :func:`bind`.
 
     Args:
-      name: as errors tell it.
+      name: of the operation, for errors.
       abstract_eval: ``(*avals, layout, **params)`` to the avals of the results.
       multiple_results: whether it returns a list, and ``abstract_eval`` a list of avals.
     """
@@ -38,7 +38,7 @@ def define(name: str, abstract_eval: Callable, *, multiple_results: bool = True)
 
 
 def bind(primitive: core.Primitive, *operands, axes: tuple[str, ...], **params):
-    """Evaluates ``primitive`` once all operands vary over the same mesh axes, ``axes`` included."""
+    """Makes all operands vary over the same mesh axes, ``axes`` too, and evaluates ``primitive``."""
     everywhere = varying_axes(*operands).union(axes)
     return primitive.bind(*(vary(x, everywhere) for x in operands), axes=axes, **params)
 
@@ -65,7 +65,7 @@ def split_routes(operands):
 def define_derivatives_along(primitive: core.Primitive, *, jvp: Callable, transpose: Callable):
     """Registers the derivatives of a primitive whose first operands are the routes of a handle.
 
-    Routes are integers without tangents, so the rules are about the other operands alone:
+    Routes are integers and have no derivatives. So the rules get them as one value:
 
       ``jvp(routes, operands, tangents, **params)`` returns (result, its tangent).
       ``transpose(ct, routes, *operands, **params)`` returns a cotangent for each operand; None for

@@ -27,11 +27,13 @@ class MoE(nn.Module):
     have no part in the losses. Their output is zero, also that of the shared expert.
 
     It reports what all devices did together, with one entry for each call in an ``apply``. ``init``
-    reports nothing. Reports of an earlier ``apply`` that are passed in again are replaced. It has:
-      * collection ``losses``: ``aux_loss``, to add to the training loss;
-      * collection ``intermediates``: ``load`` (int32 ``[E]``, assignments to each expert),
+    reports nothing. Reports of an earlier ``apply`` that are passed in again are replaced.
+    The collections:
+
+      * ``losses``: ``aux_loss``, to add to the training loss;
+      * ``intermediates``: ``load`` (int32 ``[E]``, assignments to each expert),
         ``dropped`` (int32), ``load_balance_loss`` and ``z_loss`` (without coefficients);
-      * collection ``router_state``: ``bias`` (float32 ``[E]``), where ``router.bias_update_rate``
+      * ``router_state``: ``bias`` (float32 ``[E]``), where ``router.bias_update_rate``
         is set: updated by each call that is not deterministic, so it must be mutable there.
 
     Parameters: ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``, ``down``

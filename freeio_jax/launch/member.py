@@ -102,7 +102,7 @@ def main():
     _pass_over_breakpoints()
     program = sys.argv[2:]
     is_module = program[0] == "-m"
-    if not sys.flags.safe_path:  # with safe_path Python adds no folder either
+    if not sys.flags.safe_path:  # with it Python adds no folder of the program
         sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(program[0]))
     if is_module:
         sys.argv = program[1:]
