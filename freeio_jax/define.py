@@ -38,7 +38,7 @@ def define(name: str, abstract_eval: Callable, *, multiple_results: bool = True)
 
 
 def bind(primitive: core.Primitive, *operands, axes: tuple[str, ...], **params):
-    """Makes all operands vary over the same mesh axes, ``axes`` too, and evaluates ``primitive``."""
+    """Evaluates ``primitive`` with operands that all vary over the same axes, ``axes`` included."""
     everywhere = varying_axes(*operands).union(axes)
     return primitive.bind(*(vary(x, everywhere) for x in operands), axes=axes, **params)
 
