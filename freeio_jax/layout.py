@@ -43,10 +43,9 @@ def balanced_capacity(
     num_experts: int,
     alignment: int,
 ) -> int:
-    """Rows for ``factor`` times ``T*K``, which is a rank's share of assignments spread evenly.
+    """Rows for ``factor`` times ``T*K``, which is a rank's share of evenly spread assignments.
 
-    The rows that ``alignment`` adds to its groups are included. It is never more than the dropless
-    bound.
+    It includes the rows that ``alignment`` adds to groups, and never exceeds the dropless bound.
 
     Raises:
       ValueError: ``factor`` is not a positive, finite number.
