@@ -83,7 +83,7 @@ def _exchange(rows, axes):
 
 
 def _take(rows, index):
-    """``rows[index]``, with zeros where ``index`` is negative; its derivative is zero there, too."""
+    """``rows[index]``, with zeros where ``index`` is negative; so is its derivative there."""
 
     def take(rows, index):
         taken = jnp.take(rows, jnp.maximum(index, 0), axis=0, mode="clip")
