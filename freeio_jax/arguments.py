@@ -6,29 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from freeio_jax.dtypes import (
+    COMBINE_DTYPES,
+    accumulator_dtype,
+    combine_dtype_names,
+    has_whole_bytes,
+)
 from freeio_jax.handle import Handle
 from freeio_jax.layout import Layout
-
-#: dtypes whose rows combine can add up, and their gradients with them.
-COMBINE_DTYPES = tuple(
-    jnp.dtype(d)
-    for d in (
-        jnp.float32,
-        jnp.bfloat16,
-        jnp.float16,
-        jnp.float64,
-        jnp.float8_e4m3fn,
-        jnp.float8_e5m2,
-    )
-)
-
-
-def accumulator_dtype(dtype) -> np.dtype:
-    """The dtype in which combine adds rows of ``dtype``: float64 for float64, else float32."""
-    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def expert_axes(op: str, axis_name: Any) -> tuple[tuple[str, ...], int]:
@@ -54,14 +41,6 @@ def expert_axes(op: str, axis_name: Any) -> tuple[tuple[str, ...], int]:
                 f"jax.shard_map over a mesh with an axis {axis!r}."
             )
     return axes, lax.axis_size(axes)
-
-
-def _byte_sized(dtype) -> bool:
-    if jnp.issubdtype(dtype, jax.dtypes.extended):
-        return False
-    if jnp.issubdtype(dtype, jnp.integer):
-        return jnp.iinfo(dtype).bits % 8 == 0
-    return not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits % 8 == 0
 
 
 def dispatch_arguments(tokens, topk_idx, *, num_experts, axis_name, capacity, alignment):
@@ -96,7 +75,7 @@ def dispatch_arguments(tokens, topk_idx, *, num_experts, axis_name, capacity, al
                 f"dispatch: {name} has shape {leaf.shape}, but topk_idx {topk_idx.shape} says "
                 f"T={num_tokens}: every leaf must be [T, ...] with the same T."
             )
-        if not _byte_sized(leaf.dtype):
+        if not has_whole_bytes(leaf.dtype):
             raise TypeError(
                 f"dispatch: {name} has dtype {leaf.dtype}, whose elements are not whole bytes. "
                 "Bitcast it to uint8 (jax.lax.bitcast_convert_type) and back after the exchange."
@@ -131,7 +110,7 @@ def combine_arguments(expert_out, handle, topk_weights):
     if expert_out.dtype not in COMBINE_DTYPES:
         raise TypeError(
             f"combine: expert_out has dtype {expert_out.dtype}; rows of "
-            f"{', '.join(d.name for d in COMBINE_DTYPES)} can be summed. Cast it with .astype()."
+            f"{combine_dtype_names()} can be summed. Cast it with .astype()."
         )
     if topk_weights is None:
         return expert_out, None

@@ -1,9 +1,9 @@
 """How the processes of a program find and connect with those that share their host.
 
-Everything is published in JAX's key-value store: which host a process is on, and the random name of
-its socket in the abstract namespace, which vanishes with the process. Each pair of processes of a
-host then has one connection. Who connects must be the same user, as the kernel says (SO_PEERCRED),
-and know the job's token, so neither another user nor another job ever takes part.
+Each process publishes its host and the name of its socket in JAX's key-value store. The name is
+random and in the abstract namespace, so it vanishes with the process. Then each pair of processes
+of a host makes one connection. Each checks that the other one belongs to the same user, which the
+kernel tells (SO_PEERCRED), and that it knows the job's token. So no other user or job takes part.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from freeio_jax import log
 
 _SEND_BUFFER = 4 << 20
 
-#: Between two looks at whether those that have not connected yet still live.
+#: Seconds between two checks that the awaited processes have not ended.
 _LOOK_SECONDS = 0.2
 
-#: After which the log says who has not come; again whenever it has become twice as long.
+#: After this wait the log says which processes are missing, and again each time it has doubled.
 _PATIENCE_SECONDS = 30.0
 
 
@@ -52,7 +52,7 @@ def host_identity() -> str:
 
 
 def has_ended(name: str) -> bool:
-    """Whether nobody listens at ``name``, of a process that has not connected yet."""
+    """Whether the process that listened at ``name`` does so no longer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
         caller.setblocking(False)
         return caller.connect_ex(f"\0{name}") == errno.ECONNREFUSED
@@ -83,7 +83,7 @@ class Listener:
         """The next connection, or None if it was not from this job.
 
         Raises:
-          TimeoutError: nobody came until ``deadline``, of ``time.monotonic``.
+          TimeoutError: no process connected until ``deadline`` (of ``time.monotonic``).
         """
         self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
         connection, _ = self._socket.accept()
@@ -93,7 +93,8 @@ class Listener:
             if uid != os.geteuid():
                 return None
             try:
-                # Who connects speaks at once: nobody can hold the others up by saying nothing.
+                # A process of this job says hello at once. One that does not must not hold up the
+                # others.
                 peer = self._read_hello(connection, pid, min(deadline, time.monotonic() + 5.0))
                 if peer is None:
                     return None
@@ -156,7 +157,7 @@ class Listener:
 
 
 def _absent(client, where: str, num_processes: int) -> str:
-    """Who did not come, as far as the store still tells."""
+    """Which processes have not come, in words; empty where the store does not answer."""
     try:
         came = {
             int(key.rsplit("/", 1)[1]) for key, _ in client.key_value_dir_get(f"{where}/process/")
@@ -167,8 +168,8 @@ def _absent(client, where: str, num_processes: int) -> str:
 
 
 @contextlib.contextmanager
-def _telling_who_is_absent(client, where: str, process: int, num_processes: int, timeout: float):
-    """Says in the log who has not come, as long as the body waits for them."""
+def _logging_absence(client, where: str, process: int, num_processes: int, timeout: float):
+    """Logs which processes have not come, while the body waits for them."""
     came = threading.Event()
 
     def tell():
@@ -221,7 +222,7 @@ def connect(
     deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
         try:
-            with _telling_who_is_absent(client, where, process, num_processes, timeout):
+            with _logging_absence(client, where, process, num_processes, timeout):
                 if process == 0:
                     client.key_value_set(f"{where}/token", secrets.token_hex(16))
                 token = client.blocking_key_value_get(f"{where}/token", int(timeout * 1000))
@@ -259,7 +260,8 @@ def connect(
             try:
                 peer = listener.accept(min(deadline, time.monotonic() + _LOOK_SECONDS))
             except TimeoutError as error:
-                # It listens until all have connected with it, this process included.
+                # A process listens until it is connected with all others of its host. So one that
+                # does not listen, and is not connected with this process, has ended.
                 for other in sorted(awaited):
                     if has_ended(others[other]["name"]):
                         raise ended(other) from error

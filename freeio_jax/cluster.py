@@ -1,4 +1,4 @@
-"""What the environment tells of the processes of this program, by JAX's own detection."""
+"""How many processes a launcher has started for this program, as JAX itself detects it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from jax._src import clusters
 
 
 def num_processes() -> int:
-    """How many processes ``jax.distributed.initialize()`` would join without arguments.
+    """How many processes ``jax.distributed.initialize()`` would connect without arguments.
 
-    1 where no launcher is found, and it would fail. Slurm's tasks, Open MPI's ranks, an indexed Job
-    of Kubernetes and the processes of :mod:`freeio_jax.launch` are found.
+    1 where JAX detects no launcher; without arguments it would fail there. JAX detects Slurm, Open
+    MPI, indexed Jobs of Kubernetes, and :mod:`freeio_jax.launch`.
     """
     for environment in clusters.ClusterEnv._cluster_types:
         if not environment.opt_in_only_method and environment.is_env_present():

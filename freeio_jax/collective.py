@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 
 from freeio_jax.arguments import combine_arguments, dispatch_arguments
+from freeio_jax.define import bind
 from freeio_jax.handle import Dispatched, Handle
-from freeio_jax.primitives import bind, combine_p, run_dispatch
+from freeio_jax.primitives import combine_p, run_dispatch
 
 
 def dispatch(
@@ -115,7 +116,7 @@ def combine(
     Differentiable in ``expert_out`` and ``topk_weights``. A dropped assignment gets zero gradient.
     """
     expert_out, weights = combine_arguments(expert_out, handle, topk_weights)
-    operands = [handle._dest_rank, handle._dest_row, handle._row_source, expert_out]
-    if weights is not None:
-        operands.append(weights)
-    return bind(combine_p, *operands, axes=handle._axis_name, layout=handle._layout)
+    operands = (expert_out,) if weights is None else (expert_out, weights)
+    return bind(
+        combine_p, *handle._routes, *operands, axes=handle._axis_name, layout=handle._layout
+    )

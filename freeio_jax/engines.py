@@ -20,8 +20,8 @@ from freeio_jax import _native, log, runtime, watch
 def _register(native, registry: str) -> None:
     """Registers an engine's handlers with XLA: state types before the handlers that use them.
 
-    Only where XLA takes them at once. What JAX queues until there is a backend it registers in the
-    other order, which XLA refuses.
+    To be called where XLA takes them at once. Otherwise JAX queues them until there is a backend,
+    and registers handlers before types, which XLA refuses.
     """
     for name, registration in native.ffi_types().items():
         jax.ffi.register_ffi_type(name, registration, platform=registry)
@@ -30,7 +30,7 @@ def _register(native, registry: str) -> None:
 
 
 class _Modules(threading.local):
-    """The module that a thread lowers, and how many calls of it were lowered so far."""
+    """The module that a thread lowers, and how many calls in it were lowered so far."""
 
     key: object = None
     calls: int = 0
@@ -42,7 +42,7 @@ class _Modules(threading.local):
         return self.calls - 1
 
 
-_with_exchanges: set[str] = set()  # names of the modules that were lowered
+_with_exchanges: set[str] = set()  # names of the modules in which a call was lowered
 
 
 def _compiled(event: str, seconds: float, fun_name: str = "", **_) -> None:
@@ -60,9 +60,10 @@ def _watch_compilations() -> None:
 class _Engine:
     """What the engines have in common.
 
-    Handlers are registered when this module is imported, so that programs which were compiled in
-    another process find them; that starts no backend. The engine itself starts when the first call
-    is lowered, or, where none is, when XLA makes the first instance of a call that it has loaded.
+    Handlers are registered when this module is imported, so that programs which another process
+    compiled find them. Registration starts no backend. The engine itself starts when the first call
+    is lowered. Where all programs are loaded and none is lowered, it starts when XLA makes the
+    first instance of a call.
 
     Args:
       native: the engine's part of the native module.
@@ -79,7 +80,7 @@ class _Engine:
         native.set_starter(self.start)
 
     def register(self) -> None:
-        """Has XLA know the handlers as soon as it can."""
+        """Registers the handlers as soon as XLA takes them."""
         raise NotImplementedError
 
     def start(self) -> None:
@@ -98,10 +99,10 @@ class _Engine:
         raise NotImplementedError
 
     def attributes(self, module_context):
-        """What the call is called between processes: its module's name, and its number there.
+        """The name of a call for the engines of all processes: its module, and its number there.
 
-        They are the same at each start of the program, so that JAX's persistent compilation cache
-        is hit.
+        Both are the same at each start of the program, so that JAX's persistent compilation cache
+        knows the program again.
         """
         name = module_context.module.operation.attributes["sym_name"].value
         _with_exchanges.add(name)
@@ -120,8 +121,8 @@ class CpuEngine(_Engine):
         super().__init__(_native)
 
     def register(self) -> None:
-        # XLA for the CPU is part of jaxlib and takes handlers without a backend. This is what
-        # JAX does when it makes one, but for the order.
+        # XLA for the CPU is part of jaxlib and takes handlers before there is a backend. JAX makes
+        # these two calls when it makes a backend, but in the other order.
         xla_client.register_custom_type_handler("cpu", _jax.register_custom_type)
         xla_client.register_custom_call_handler("cpu", _jax.register_custom_call_target)
         _register(_native, "cpu")
@@ -135,9 +136,9 @@ class CpuEngine(_Engine):
         watch.watch(_native.take_note, logging.WARNING)
 
     def attributes(self, module_context):
-        """In several processes also the mesh's devices, where they are known.
+        """In several processes the name also has the mesh's devices, where they are known.
 
-        A program that runs on one part of the devices and then on another has names for each.
+        So the calls of a program that runs on some devices, and then on others, have two names.
         """
         attributes = super().attributes(module_context)
         mesh = module_context.axis_context.mesh
@@ -153,7 +154,7 @@ class CpuEngine(_Engine):
 
 
 def _gpus() -> list:
-    """JAX's GPUs of all processes, whichever backend is the default one."""
+    """JAX's GPUs of all processes, whatever the default backend is."""
     try:
         return jax.devices("cuda")
     except RuntimeError:  # there is none
@@ -171,12 +172,12 @@ class CudaEngine(_Engine):
 
     @property
     def needs_devices(self):
-        # A machine without the driver lowers for its CPU, also under a mesh without devices.
+        # Without the driver only programs for the CPU run, which may have a mesh without devices.
         return _native.cuda.has_driver()
 
     def register(self) -> None:
-        # XLA for GPUs is in a plugin of JAX's, which is loaded before the first backend is made.
-        # JAX calls back for each plugin.
+        # XLA for GPUs is in a plugin, which JAX loads before it makes the first backend. JAX calls
+        # this for each plugin that it has loaded.
         xla_bridge.register_plugin_callbacks(lambda c_api: self._register())
 
     @functools.cache  # noqa: B019 - engines live as long as the process
@@ -184,13 +185,13 @@ class CudaEngine(_Engine):
         _register(_native.cuda, "CUDA")
 
     def _start(self) -> None:
-        # In a pod the GPUs were made ready when it was joined.
+        # In a pod, `_join` has made the GPUs ready.
         if jax.process_count() == 1:
             _native.cuda.start([device.local_hardware_id for device in self._numbers()])
-        self._tell_start()
+        self._log_start()
 
     @functools.cache  # noqa: B019 - engines live as long as the process
-    def _tell_start(self) -> None:
+    def _log_start(self) -> None:
         owned, mapped = _native.cuda.memory()
         log.logger.info(
             "CUDA engine: %d of %d GPUs are in this process; the engine owns %d bytes of each, and "
@@ -200,12 +201,12 @@ class CudaEngine(_Engine):
             owned,
             mapped,
         )
-        # XLA hears of a failure only by the next run there; the log, at once.
+        # XLA raises a failure only in the next run on that GPU. The log reports it at once.
         watch.watch(_native.cuda.take_failure, logging.ERROR)
         watch.watch(_native.cuda.take_note, logging.WARNING)
 
     def _numbers(self) -> dict:
-        """The number of each GPU of this host, which all of its processes agree on."""
+        """The number of each GPU of this host. All processes of the host count alike."""
         here = {jax.process_index(), *(runtime.members() or ())}
         devices = [device for device in _gpus() if device.process_index in here]
         devices.sort(key=lambda device: (device.process_index, device.id))
@@ -228,10 +229,10 @@ class CudaEngine(_Engine):
             watch.tell()
 
     def attributes(self, module_context):
-        """The number of each mesh device's GPU; the kernels check that it is the right one.
+        """Also the number of each mesh device's GPU; kernels check that they run on that GPU.
 
-        Where the mesh has no devices, they are taken to be JAX's, in their order. The one device
-        of a mesh may be any: the attribute is empty.
+        A mesh without devices is taken to have JAX's, in their order. If it is a mesh of one
+        device, this may be any GPU, and the attribute is empty.
         """
         mesh = module_context.axis_context.mesh
         if not isinstance(mesh, jax.sharding.Mesh) and not (known := get_concrete_mesh()).empty:
@@ -247,12 +248,13 @@ class CudaEngine(_Engine):
                     f"and JAX has {len(devices)} GPUs. Call under jax.set_mesh(mesh), or pass "
                     "mesh=... to jax.shard_map."
                 )
-        # Groups on other hosts are their processes' affair; one that spans hosts is refused when
-        # it is called.
+        # -1 is a GPU of another host, whose processes check it. A group that spans hosts is refused
+        # when it is called.
         gpus = [numbers.get(device, -1) for device in devices]
         return {"gpus": np.asarray(gpus, np.int64), **super().attributes(module_context)}
 
     def check(self, layout, num_leaves=1):
+        """Raises ValueError where the kernels do not take a layout, with their bound."""
         for name, value, most in (
             ("the number of ranks", layout.num_ranks, _native.cuda.max_ranks),
             ("num_experts", layout.num_experts, _native.cuda.max_experts),

@@ -1,13 +1,29 @@
-"""What a dispatch returns: the packed rows' geometry and the way back for combine."""
+"""What a dispatch returns: the packed rows, the size of each group, and the way back."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from freeio_jax.layout import Layout
+
+
+class Routes(NamedTuple):
+    """Where the rows of a dispatch went: the arrays of a handle that an exchange along it needs.
+
+    Attributes:
+      dest_rank: int32 ``[T, K]``, at the source: rank that hosts the assignment's expert; -1: no
+        row.
+      dest_row: int32 ``[T, K]``, at the source: the assignment's row on that rank; -1: no row.
+      row_source: int32 ``[capacity]``, at the experts: ``source_rank * T*K + t*K + k`` of each
+        packed row; -1: padding.
+    """
+
+    dest_rank: Any
+    dest_row: Any
+    row_source: Any
 
 
 @jax.tree_util.register_dataclass
@@ -26,13 +42,16 @@ class Handle:
     expert_load: jax.Array
     num_dropped: jax.Array
     num_invalid: jax.Array
-    # Source side, [T, K]: rank that hosts the assignment's expert, and the row there; -1: no row.
+    # The fields of `Routes`, in its order.
     _dest_rank: jax.Array
     _dest_row: jax.Array
-    # Expert side, [capacity]: source_rank * T*K + t*K + k of each packed row; -1: padding.
     _row_source: jax.Array
     _layout: Layout = dataclasses.field(metadata={"static": True})
     _axis_name: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def _routes(self) -> Routes:
+        return Routes(self._dest_rank, self._dest_row, self._row_source)
 
 
 @jax.tree_util.register_dataclass

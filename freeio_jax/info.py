@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from freeio_jax import _native, cluster, runtime
+from freeio_jax import _native, cluster, runtime, settings
 from freeio_jax.engines import ENGINES
 from freeio_jax.grouped_matmul import choice
 from freeio_jax.grouped_matmul.product import Product
@@ -35,7 +35,7 @@ def _version(package: str) -> str:
 
 
 def usage() -> dict[str, int]:
-    """What the kernel holds for this process: what must not grow from exchange to exchange."""
+    """What the kernel holds for this process. None of it may grow from exchange to exchange."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     with open("/proc/self/maps") as maps:
         mappings = sum(1 for _ in maps)
@@ -79,7 +79,7 @@ def _has_gpu_engine() -> bool:
 
 
 def _reach() -> str:
-    """Who can exchange rows with whom, and how."""
+    """Which devices and processes can exchange rows, and how."""
     lines = []
     if _has_gpu_engine():
         pairs = _gpu_pairs()
@@ -129,14 +129,14 @@ def _memory() -> str:
 
 
 def _reading_is_forbidden() -> str | None:
-    """Why processes of this user may not read each other's memory here, if so."""
+    """Why processes of this user may not read each other's memory here; None if they may."""
     scope = int(_YAMA.read_text()) if _YAMA.exists() else 0
     if scope > 1:
         return (
             f"{_YAMA} is {scope}: processes may not read each other's memory, so exchanges between "
             "processes are impossible. `sysctl kernel.yama.ptrace_scope=1` allows them"
         )
-    # Of itself a process may read anything, unless a filter forbids the call.
+    # A process may always read its own memory, unless a filter forbids the system call.
     libc = ctypes.CDLL(None, use_errno=True)
     source, target = ctypes.create_string_buffer(b"x"), ctypes.create_string_buffer(1)
     spans = [(ctypes.c_size_t * 2)(ctypes.addressof(b), 1) for b in (target, source)]
@@ -208,9 +208,9 @@ def info() -> dict[str, str]:
     versions = [f"Python {platform.python_version()}", *(f"{p} {_version(p)}" for p in packages)]
     devices = jax.devices()
     backend = jax.default_backend()
-    settings = (
+    all_settings = (
         f"{name}={value} (config({name}=...) or FREEIO_{name.upper()})"
-        for name, value in runtime.config().items()
+        for name, value in settings.config().items()
     )
     return {
         "versions": ", ".join(versions),
@@ -221,19 +221,19 @@ def info() -> dict[str, str]:
         "topology": _topology(),
         "reach": _reach(),
         "memory": _memory(),
-        "settings": ", ".join(settings),
+        "settings": ", ".join(all_settings),
         "problems": "\n".join(_problems()) or "none found",
     }
 
 
 def _connect() -> list[str]:
-    """Joins the processes that a launcher has started; what went wrong with that."""
+    """Connects the processes that a launcher has started; returns what went wrong with that."""
     if cluster.num_processes() == 1:
         return []
     try:
         jax.distributed.initialize()
         runtime.initialize()
-    except Exception as error:  # whatever it is, the rest is worth telling
+    except Exception as error:  # whatever it is, the rest is worth printing
         return [f"{type(error).__name__}: {error}"]
     return []
 

@@ -43,9 +43,9 @@ def balanced_capacity(
     num_experts: int,
     alignment: int,
 ) -> int:
-    """Rows for ``factor`` times a rank's share ``T*K`` of all assignments, were they spread evenly.
+    """Rows for ``factor`` times ``T*K``, which is a rank's share of evenly spread assignments.
 
-    With the rows that ``alignment`` adds to its groups, and never more than the dropless bound.
+    It includes the rows that ``alignment`` adds to groups, and never exceeds the dropless bound.
 
     Raises:
       ValueError: ``factor`` is not a positive, finite number.

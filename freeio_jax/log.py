@@ -1,7 +1,8 @@
-"""What freeio_jax says of itself: the logger ``freeio_jax`` of Python's logging.
+"""The log: the logger ``freeio_jax`` of Python's logging.
 
-ERROR: an exchange that failed on a GPU. WARNING: a rank that waits for another one for long. INFO:
-what was chosen when something started. DEBUG: each exchange that is compiled.
+ERROR: an exchange failed on a GPU. WARNING: a rank has waited long for another one, or the product
+of experts is slow. INFO: what was chosen when something started. DEBUG: each exchange that is
+compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
 class _Stderr(logging.Handler):
-    """Writes to stderr, as long as the program has not said where its log goes."""
+    """Writes to stderr, unless the program has set up Python's logging."""
 
     def emit(self, record):
         if not logging.root.handlers and logger.handlers == [self]:
@@ -28,12 +29,12 @@ logger.addHandler(_stderr)
 
 
 def set_verbosity(verbosity: int) -> None:
-    """0: warnings and errors, 1: what was chosen when something started, too, 2: all."""
+    """0: warnings and errors, 1: also what was chosen when something started, 2: everything."""
     logger.setLevel(_LEVELS[verbosity])
 
 
 def parse_verbosity(value: object) -> int:
-    """Raises ValueError where ``value`` is no verbosity."""
+    """``value`` as a verbosity; raises ValueError where it is none."""
     verbosity = int(value)
     if verbosity not in range(len(_LEVELS)):
         raise ValueError(f"it must be 0 to {len(_LEVELS) - 1}")

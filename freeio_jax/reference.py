@@ -13,11 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from freeio_jax.arguments import (
-    accumulator_dtype,
-    combine_arguments,
-    dispatch_arguments,
-)
+from freeio_jax.arguments import combine_arguments, dispatch_arguments
+from freeio_jax.dtypes import accumulator_dtype
 from freeio_jax.handle import Dispatched, Handle
 from freeio_jax.layout import Layout
 
@@ -57,10 +54,10 @@ def _slots(dest_rank, rank):
 
 
 def _by_bits(move, rows, *how):
-    """``move(rows, *how)``, which moves numbers and computes none; differentiates as ``move`` does.
+    """``move(rows, *how)``, where ``move`` copies elements; its derivative is that of ``move``.
 
-    What moves are unsigned integers: XLA for the CPU may take bfloat16 through a collective as
-    float32, or float8 through a select as float16, and then subnormal numbers become zeros and
+    The elements travel as unsigned integers. XLA for the CPU may convert bfloat16 to float32 for a
+    collective, or float8 to float16 for a select. Then subnormal numbers would become zeros, and
     signaling NaNs quiet ones.
     """
 
@@ -86,7 +83,7 @@ def _exchange(rows, axes):
 
 
 def _take(rows, index):
-    """``rows[index]`` with zero rows where ``index`` is negative; also differentiates so."""
+    """``rows[index]``, with zeros where ``index`` is negative; so is its derivative there."""
 
     def take(rows, index):
         taken = jnp.take(rows, jnp.maximum(index, 0), axis=0, mode="clip")

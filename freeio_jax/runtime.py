@@ -1,137 +1,23 @@
-"""Settings, and the bootstrap of several processes."""
+"""The processes of a host as a pod: :func:`initialize`, :func:`shutdown`, and what a fork does."""
 
 from __future__ import annotations
 
 import atexit
 import ctypes
 import dataclasses
-import difflib
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax._src import distributed
 
-from freeio_jax import bootstrap, log
-
-try:
-    from freeio_jax import _native
-except ImportError as error:
-    raise ImportError(
-        "freeio_jax: the native module freeio_jax._native is not built for this Python. In a "
-        "source tree run `pip install -e .`; after a plain `pip install`, start Python outside of "
-        f"the source tree. ({error})"
-    ) from error
-
-
-def _seconds(value: Any) -> float:
-    seconds = float(value)
-    if not 0 < seconds <= 1e9:
-        raise ValueError("it must be a positive number of seconds, at most 1e9, thirty years")
-    return seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class _Setting:
-    """One setting: ``config(name=...)`` or the environment variable ``FREEIO_<NAME>``."""
-
-    default: Any
-    parse: Callable[[Any], Any]
-    apply: Callable[[Any], None]
-
-
-def _sms(value: Any) -> int | None:
-    sms = None if value is None else int(value)
-    if sms is not None and sms < 1:
-        raise ValueError("it must be a positive number of multiprocessors, or None")
-    return sms
-
-
-_SETTINGS = {
-    "timeout": _Setting(600.0, _seconds, _native.set_timeout),
-    "num_sms": _Setting(None, _sms, lambda sms: _native.set_num_sms(sms or 0)),
-    "verbosity": _Setting(0, log.parse_verbosity, log.set_verbosity),
-}
-_values: dict[str, Any] = {}
-
-
-def _parse(name: str, value: Any, origin: str) -> Any:
-    try:
-        return _SETTINGS[name].parse(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"freeio_jax: {origin}={value!r}: {error}.") from error
-
-
-def _apply(parsed: dict[str, Any]) -> None:
-    for name, value in parsed.items():
-        _SETTINGS[name].apply(value)
-        _values[name] = value
-
-
-def _read_environment() -> None:
-    known = {f"FREEIO_{name.upper()}": name for name in _SETTINGS}
-    for variable in os.environ:
-        if variable.startswith("FREEIO_") and variable not in known:
-            close = difflib.get_close_matches(variable, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(
-                f"freeio_jax: unknown environment variable {variable}.{hint} "
-                f"Known: {', '.join(known)}."
-            )
-    _apply(
-        {
-            name: _parse(name, os.environ.get(variable, _SETTINGS[name].default), variable)
-            for variable, name in known.items()
-        }
-    )
-
-
-_read_environment()
-
-
-def config(**settings: Any) -> dict[str, Any]:
-    """Changes settings and returns all of them.
-
-    Args:
-      timeout: seconds that a rank waits for its peers in one exchange before it gets an error
-        that names the missing ones. Default 600; environment variable ``FREEIO_TIMEOUT``. Holds
-        for exchanges that begin after the call. One that waits says so in the log, as a warning,
-        after 30 seconds, and again whenever it has waited twice as long.
-      num_sms: multiprocessors of a GPU that one exchange may use. Default None: all but
-        four, which are left to other kernels; environment variable ``FREEIO_NUM_SMS``. Holds for
-        programs and command buffers that begin after the call. All ranks must use as many: set it
-        alike in all processes, and while no program that exchanges rows runs.
-      verbosity: what goes to the logger ``freeio_jax``: 0 warnings and errors, 1 also what was
-        chosen when something started (engine, processes, how long it took), 2 each compiled
-        exchange as well.
-        Written to stderr where the program has not set up Python's logging. Default 0; environment
-        variable ``FREEIO_VERBOSITY``.
-
-    Raises:
-      TypeError: an unknown setting.
-      ValueError: a value out of range; nothing is changed then.
-
-    >>> import freeio_jax as fio
-    >>> fio.config(timeout=30)["timeout"]
-    30.0
-    >>> fio.config(timeout=600.0)
-    {'timeout': 600.0, 'num_sms': None, 'verbosity': 0}
-    """
-    unknown = set(settings) - set(_SETTINGS)
-    if unknown:
-        raise TypeError(
-            f"freeio_jax.config: unknown setting(s) {sorted(unknown)}. Known: {sorted(_SETTINGS)}."
-        )
-    _apply({name: _parse(name, value, name) for name, value in settings.items()})
-    return dict(_values)
-
+from freeio_jax import _native, bootstrap, log, settings
 
 _pod_is_connected = False
-_pods = 0  # that this process has been in
+_generation = 0  # how often this process has been connected
 _members: dict[int, int] = {}  # pid of each other process of this host that is connected
 
 
@@ -140,8 +26,8 @@ class PodMember:
     """What an engine does when this process joins and leaves a pod.
 
     Attributes:
-      join: called once the processes of this host are connected.
-      leave: called before they part.
+      join: called when the processes of this host are connected.
+      leave: called before this process disconnects.
     """
 
     join: Callable[[], None]
@@ -152,7 +38,7 @@ _pod_members: list[PodMember] = []
 
 
 def add_pod_member(member: PodMember) -> None:
-    """Has an engine take part in what :func:`initialize` and :func:`shutdown` do."""
+    """Makes :func:`initialize` and :func:`shutdown` call an engine."""
     _pod_members.append(member)
 
 
@@ -171,9 +57,9 @@ def initialize() -> None:
     Raises:
       RuntimeError: ``jax.distributed.initialize()`` was not called, not all processes came within
         the ``timeout`` setting, the kernel forbids that they read each other's memory (CPU), or
-        the driver that they map it (GPUs). The process is in no pod then.
+        the driver that they map it (GPUs). After an error the process is in no pod.
     """
-    global _pod_is_connected, _pods
+    global _pod_is_connected, _generation
     if _pod_is_connected or jax.process_count() == 1:
         return
     client = distributed.global_state.client
@@ -184,17 +70,17 @@ def initialize() -> None:
         )
     start = time.monotonic()
     _native.allow_peers_to_read()
-    _pods += 1
+    _generation += 1
     peers, elsewhere = bootstrap.connect(
         client,
         jax.process_index(),
         jax.process_count(),
         _native.control_block(),
-        _values["timeout"],
-        generation=_pods,
+        settings.config()["timeout"],
+        generation=_generation,
     )
     members = [(p.process, p.pid, *p.control, p.connection.detach()) for p in peers]
-    # GPUs map memory; where nothing is computed on CPUs, the kernel need not let them be read.
+    # Only the CPU engine reads the peers' memory, so only there the kernel must allow it.
     _native.join_pod(
         jax.process_index(), members, elsewhere, read_memory=jax.default_backend() == "cpu"
     )
@@ -209,7 +95,8 @@ def initialize() -> None:
         time.monotonic() - start,
         f"; on other hosts: {elsewhere}" if elsewhere else "",
     )
-    # Before JAX's own, which waits for the other processes: they are to know that this one leaves.
+    # It runs before JAX's own exit handler, which waits for the other processes. They must know by
+    # then that this process leaves.
     atexit.register(shutdown)
     try:
         for member in _pod_members:
@@ -236,7 +123,7 @@ def shutdown() -> None:
 
 
 class _Forking(threading.local):
-    """The signals that the forking thread blocked before; None: it forks outside a pod."""
+    """The signals that the forking thread had blocked before the fork; None outside a pod."""
 
     mask: set | None = None
 
@@ -245,13 +132,14 @@ _forking = _Forking()
 
 
 def _hold_sigterm() -> None:
-    """Before a fork: a SIGTERM that comes before the child can be ended by one waits."""
+    """Before a fork: a SIGTERM has to wait until the child has a handler that ends it."""
     _forking.mask = None
     if _pod_is_connected:
         _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def _let_sigterm_come() -> None:
+    """Undoes :func:`_hold_sigterm`, in the parent and in the child."""
     if _forking.mask is not None:
         signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
@@ -262,18 +150,19 @@ def _start_as_child() -> None:
 
 
 def _forget_pod() -> None:
-    """In a forked child, which is in no pod: its end must not be taken for this process's."""
+    """In a forked child, which is in no pod: its end must not look like the end of its parent."""
     global _pod_is_connected
     if not _pod_is_connected:
         return
     atexit.unregister(shutdown)
-    # JAX would leave its coordinator in the name of this process, too, and wait for an answer that
-    # comes to a thread which the child does not have. So would these, if they were destroyed.
+    # When the child ends, JAX would leave its coordinator in the parent's name, and wait for an
+    # answer on a thread that the child does not have. The destructors of these objects would do the
+    # same, so one reference is never released.
     jax_state = distributed.global_state
     for name in ("preemption_sync_manager", "client", "service"):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(getattr(jax_state, name)))
         setattr(jax_state, name, None)
-    # JAX's handler only wakes such a thread, and the child could not be asked to end.
+    # JAX's handler of SIGTERM only wakes such a thread, so the signal would not end the child.
     if (handler := signal.getsignal(signal.SIGTERM)) is not None:
         signal.signal(signal.SIGTERM, handler)
     _members.clear()

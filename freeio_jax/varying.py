@@ -20,6 +20,11 @@ def varying_axes(*arrays: jax.Array) -> frozenset[str]:
 
 
 def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
-    """``x``, also varying over ``axes``: its gradient is summed over those that are new."""
+    """``x``, also varying over ``axes``: its gradient is summed over those that are new.
+
+    Where ``check_vma`` is off, types do not say what varies, and ``x`` is returned as it is.
+    """
+    if not checks_varying_axes():
+        return x
     missing = frozenset(axes) - varying_axes(x)
     return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

@@ -1,4 +1,4 @@
-"""The thread that brings what the engines say to the log, while the program goes on."""
+"""The thread that brings messages of the engines to the log while the program runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _WATCH_SECONDS = 0.1
 
 _sources: list[tuple[Callable[[], str], int]] = []
 _starting = threading.Lock()
-_telling = threading.Lock()  # held until what was taken is logged
+_telling = threading.Lock()  # held from taking a message until it is logged
 
 
 def watch(take: Callable[[], str], level: int) -> None:
-    """Logs at ``level`` what ``take()`` returns, from now on; empty: there is nothing."""
+    """From now on logs at ``level`` what ``take()`` returns: a message, or "" if there is none."""
     with _starting:
         first = not _sources
         _sources.append((take, level))
@@ -26,7 +26,7 @@ def watch(take: Callable[[], str], level: int) -> None:
 
 
 def tell() -> None:
-    """Logs what the engines have said since the last time."""
+    """Logs the messages that there are now."""
     with _telling:
         for take, level in tuple(_sources):
             while text := take():
@@ -45,11 +45,11 @@ def _start() -> None:
     def end() -> None:
         stop.set()
         watcher.join()
-        tell()  # the watcher may not have come to it
+        tell()  # messages that came after the watcher's last look
 
     watcher.start()
-    # While the interpreter is still there: a thread that comes back to it from C++ later than that
-    # ends the whole process ("terminate called without an active exception").
+    # The watcher must end before the interpreter does. A thread that returns from C++ later than
+    # that ends the whole process ("terminate called without an active exception").
     atexit.register(end)
-    # A forked child has no such thread, and nothing of its own to say.
+    # A forked child has no watcher, and no messages of its own.
     os.register_at_fork(after_in_child=lambda: atexit.unregister(end))

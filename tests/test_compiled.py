@@ -46,6 +46,23 @@ def test_a_layer_is_two_custom_calls():
     assert set(opcodes) <= FREE | {"custom-call"}, opcodes
 
 
+def test_a_platform_without_an_engine():
+    mesh = make_mesh(2, axis_types=(AxisType.Auto,))
+
+    def layer(tokens, topk_idx):
+        return fio.dispatch(tokens, topk_idx, num_experts=8, axis_name="expert").tokens
+
+    spec = P("expert")
+    traced = jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=spec, out_specs=spec)).trace(
+        jax.ShapeDtypeStruct((32, 16), jnp.bfloat16), jax.ShapeDtypeStruct((32, 2), jnp.int32)
+    )
+    with pytest.raises(NotImplementedError) as error:
+        traced.lower(lowering_platforms=("tpu",))
+    text = str(error.value)
+    assert "freeio_jax.dispatch has no engine for platform(s) ('tpu',)" in text
+    assert "freeio_jax.reference runs on every platform" in text
+
+
 SIZES = {
     # T, H, capacity
     "no tokens": (0, 3, 4),

@@ -2,6 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
 #include "core/layout.h"
 #include "host/deadlines.h"
 #include "host/handlers.h"
@@ -20,6 +25,9 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Engines of freeio_jax behind XLA FFI custom calls.";
+  // The element types that combine can sum.
+  module.attr("combine_dtypes") =
+      std::vector<std::string>(std::begin(freeio::kDTypeNames), std::end(freeio::kDTypeNames));
   freeio::host::add_engine(module);
 #ifdef FREEIO_CUDA
   freeio::cuda::add_module(module);

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 import freeio_jax
-from freeio_jax.arguments import accumulator_dtype, dispatch_arguments
+from freeio_jax.arguments import dispatch_arguments
+from freeio_jax.dtypes import accumulator_dtype
 from freeio_jax.handle import Dispatched
 from freeio_jax.layout import INT32_MAX, Layout
 from freeio_jax.varying import vary, varying_axes

@@ -17,8 +17,9 @@ from freeio_jax.bench import baselines, profile, timing
 from freeio_jax.bench.cases import Shape, expert_mesh, uniform_routing
 from freeio_jax.bench.programs import Programs, per_shard
 from freeio_jax.bench.report import Report
+from freeio_jax.flax.config import MoEConfig
 from freeio_jax.flax.experts import swiglu
-from freeio_jax.flax.moe import MoEConfig, moe
+from freeio_jax.flax.moe import moe
 from freeio_jax.grouped_matmul import use
 from freeio_jax.info import info
 from freeio_jax.layout import balanced_capacity

@@ -8,7 +8,8 @@ except ImportError as error:
     ) from error
 
 from freeio_jax.flax import linen, nnx
-from freeio_jax.flax.moe import MoEConfig, Report, moe
+from freeio_jax.flax.config import MoEConfig
+from freeio_jax.flax.moe import Report, moe
 from freeio_jax.flax.router import Router
 
 __all__ = ["MoEConfig", "Report", "Router", "linen", "moe", "nnx"]

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import module as flax_module
 
-from freeio_jax.flax.moe import MoEConfig, experts_are_manual, moe, per_expert
+from freeio_jax.flax.config import MoEConfig
+from freeio_jax.flax.mesh import experts_are_manual
+from freeio_jax.flax.moe import moe, per_expert
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
 
@@ -21,15 +23,17 @@ class MoE(nn.Module):
     ``__call__(x, deterministic=False, token_mask=None)`` takes ``[..., H]``, under ``jit`` with a
     mesh a global array, and returns ``[..., H]``. ``deterministic=True`` is for evaluation: no
     jitter, and the router's bias stays. ``token_mask``, bool of ``x.shape[:-1]``, is false for
-    padding: such tokens are routed nowhere, take no room, are not counted, and have no part in the
-    losses; they are not looked at, NaN or not, and their output is zero, the shared expert's, too.
+    padding. Such tokens may be NaN. They are routed nowhere, take no room, are not counted, and
+    have no part in the losses. Their output is zero, also that of the shared expert.
 
-    What it reports, over all devices, one entry for each call in an ``apply``; ``init`` reports
-    nothing, and what an earlier ``apply`` reported is replaced where it is passed in again:
-      * collection ``losses``: ``aux_loss``, to add to the training loss;
-      * collection ``intermediates``: ``load`` (int32 ``[E]``, assignments to each expert),
+    It reports what all devices did together, with one entry for each call in an ``apply``. ``init``
+    reports nothing. Reports of an earlier ``apply`` that are passed in again are replaced.
+    The collections:
+
+      * ``losses``: ``aux_loss``, to add to the training loss;
+      * ``intermediates``: ``load`` (int32 ``[E]``, assignments to each expert),
         ``dropped`` (int32), ``load_balance_loss`` and ``z_loss`` (without coefficients);
-      * collection ``router_state``: ``bias`` (float32 ``[E]``), where ``router.bias_update_rate``
+      * ``router_state``: ``bias`` (float32 ``[E]``), where ``router.bias_update_rate``
         is set: updated by each call that is not deterministic, so it must be mutable there.
 
     Parameters: ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``, ``down``
@@ -108,7 +112,7 @@ class MoE(nn.Module):
             init = per_expert(self.kernel_init) if len(shape) == 3 else self.kernel_init
             dtype = jnp.float32 if name == "router" else self.param_dtype
             box = self.param(name, nn.with_partitioning(init, names), shape, dtype, unbox=False)
-            # Unboxing constrains the sharding, which shards of a shard_map have no use for.
+            # Unboxing also constrains the sharding, which is for global arrays, not for shards.
             parameters[name] = nn.meta.unbox(box) if not manual else _value(box)
 
         bias, training = None, not deterministic and not self.is_initializing()
@@ -135,7 +139,7 @@ class MoE(nn.Module):
         return y
 
     def _sow(self, report):
-        """Sows the report: behind those of this ``apply``, in place of those passed to it."""
+        """Appends to the reports of this ``apply``; replaces reports that were passed to it."""
         for field in dataclasses.fields(report):
             collection = "losses" if field.name == "aux_loss" else "intermediates"
             again = _has_reported(self, collection, field.name)
@@ -153,10 +157,11 @@ _NOTHING = {}
 def _has_reported(layer: nn.Module, collection: str, name: str) -> bool:
     """Whether ``layer`` has reported ``name`` in this ``apply``, and the report is still there.
 
-    A lifted transformation (``nn.remat``, ``nn.scan``) gives the layer a copy of the variables,
-    in which a report of this ``apply`` looks like one that was passed in. But in the variables that
-    were copied it is another object than the first that was seen there. JAX may trace a body
-    twice: what the first trace reports does not get there, so the second does not count it.
+    A lifted transformation (``nn.remat``, ``nn.scan``) gives the layer a copy of the variables. In
+    the copy a report of this ``apply`` looks like one that was passed in. So this looks into the
+    variables that were copied: there a new report is another object than what was first found. JAX
+    may trace a body twice. The report of the first trace does not get into those variables, so the
+    second trace does not count it.
     """
     answer = False
     for owner in _owners(layer):
@@ -174,8 +179,8 @@ def _has_reported(layer: nn.Module, collection: str, name: str) -> bool:
 def _owners(layer: nn.Module) -> Iterator[nn.Module]:
     """The modules whose scopes hold variables of ``layer``.
 
-    These are the one that ``apply`` has bound, and a clone for each lifted transformation around
-    the layer. They live as long as the variables do, unlike their scopes, which each call renews.
+    They are the module that ``apply`` has bound, and a clone for each lifted transformation around
+    the layer. They live as long as the variables do. Scopes do not: each call makes new ones.
     """
     for module in (*flax_module._context.module_stack, layer):
         while module is not None and isinstance(module.parent, nn.Module):

@@ -6,98 +6,26 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from freeio_jax import collective
+from freeio_jax.flax.config import MoEConfig
 from freeio_jax.flax.experts import shared_swiglu, swiglu
+from freeio_jax.flax.mesh import current_mesh, experts_are_manual
 from freeio_jax.flax.one_device import on_one_device
-from freeio_jax.flax.router import DEFAULT_ROUTER, Router, route
+from freeio_jax.flax.router import route
 from freeio_jax.layout import balanced_capacity
 from freeio_jax.varying import checks_varying_axes, vary, varying_axes
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """What an MoE layer is, apart from its parameters: hashable, known at trace time.
-
-    Attributes:
-      num_experts: E; a multiple of the expert axis's size.
-      top_k: K, experts of one token.
-      expert_width: F, hidden width of one expert.
-      router: how tokens choose their experts.
-      capacity_factor: rows that a rank has room for, as a multiple of its share were the load even;
-        what does not fit is dropped and reported. None: nothing is ever dropped.
-      alignment: the rows of each expert are padded to a multiple of it.
-      shared_expert_width: hidden width of an expert that sees every token; None for none.
-      axis_name: mesh axis, or axes, over which the experts are spread.
-      token_axes: mesh axes over which the tokens are sharded, the expert axes among them. None: the
-        expert axes alone.
-      dtype: of the experts' computation; None: the common dtype of input and parameters. The router
-        computes in float32 always.
-      exchange: what has the functions ``dispatch`` and ``combine``: ``freeio_jax.reference``, say,
-        or an object of ``freeio_jax.bench.baselines``; hashable. None: ``freeio_jax`` itself.
-    """
-
-    num_experts: int
-    top_k: int
-    expert_width: int
-    router: Router = DEFAULT_ROUTER
-    capacity_factor: float | None = None
-    alignment: int = 1
-    shared_expert_width: int | None = None
-    axis_name: str | tuple[str, ...] = "expert"
-    token_axes: tuple[str, ...] | None = None
-    dtype: Any = None
-    exchange: Any = None
-
-    def __post_init__(self):
-        self.router.check(self.num_experts, self.top_k)
-        missing = [axis for axis in self.expert_axes if axis not in self.all_token_axes]
-        if missing:
-            raise ValueError(
-                f"MoE: token_axes={self.token_axes!r} lack {missing}, over which the experts are "
-                "spread. Each rank dispatches tokens of its own: add the expert axes to token_axes."
-            )
-
-    @property
-    def expert_axes(self) -> tuple[str, ...]:
-        return (self.axis_name,) if isinstance(self.axis_name, str) else tuple(self.axis_name)
-
-    @property
-    def all_token_axes(self) -> tuple[str, ...]:
-        return self.expert_axes if self.token_axes is None else tuple(self.token_axes)
-
-    def parameters(self, width: int, num_experts: int | None = None) -> dict[str, Any]:
-        """Shape and mesh axes of each parameter: ``{name: (shape, names)}``.
-
-        Args:
-          width: H, features of a token.
-          num_experts: experts of the arrays; None: all. Inside a shard_map it is E/R.
-        """
-        local = self.num_experts if num_experts is None else num_experts
-        axis = self.axis_name if isinstance(self.axis_name, str) else self.expert_axes
-        shapes = {
-            "router": ((width, self.num_experts), (None, None)),
-            "gate_up": ((local, width, 2 * self.expert_width), (axis, None, None)),
-            "down": ((local, self.expert_width, width), (axis, None, None)),
-        }
-        if self.shared_expert_width is not None:
-            shared = self.shared_expert_width
-            shapes["shared_gate_up"] = ((width, 2 * shared), (None, None))
-            shapes["shared_down"] = ((shared, width), (None, None))
-        return shapes
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one call of an MoE layer has to say, over all shards; equal on all of them.
+    """What one call of an MoE layer reports: of all shards together, equal on all of them.
 
     Attributes:
       load: int32 ``[E]``: assignments to each expert, before any drop.
@@ -115,7 +43,7 @@ class Report:
 
     @classmethod
     def zeros(cls, num_experts: int) -> Report:
-        """The report of a layer of E experts that was not called yet."""
+        """The report of a layer of E experts before its first call."""
         count, loss = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
         return cls(jnp.zeros(num_experts, jnp.int32), count, loss, loss, loss)
 
@@ -128,18 +56,6 @@ def per_expert(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return jax.vmap(lambda key: draw(key))(jax.random.split(key, shape[0]))
 
     return stacked
-
-
-def experts_are_manual(config: MoEConfig) -> bool:
-    """Whether this is traced inside a shard_map over the expert axes, so parameters are shards."""
-    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
-    inside = [axis for axis in config.expert_axes if axis in manual]
-    if inside and len(inside) < len(config.expert_axes):
-        raise ValueError(
-            f"MoE: of axis_name={config.axis_name!r} only {inside} are manual axes of the "
-            "surrounding shard_map. Make all of them manual, or none."
-        )
-    return bool(inside)
 
 
 def moe(
@@ -160,18 +76,17 @@ def moe(
         where it does not divide evenly, all tokens together are padded until they do.
       config: the layer.
       bias: float32 ``[E]`` of the router; needed where ``config.router.bias_update_rate`` is set.
-      token_mask: bool of ``x.shape[:-1]``; None: all true. A token where it is false is padding: it
-        is routed nowhere, takes no room, is not counted and has no part in the losses. It is not
-        looked at, so it may be NaN; its output and its gradient are zero.
+      token_mask: bool of ``x.shape[:-1]``; None: all true. A token where it is false is padding. It
+        is routed nowhere, takes no room, is not counted and has no part in the losses. It may be
+        NaN. Its output and its gradient are zero.
       mesh: None: the current mesh (``jax.set_mesh``); without one, the mesh of the arguments'
         shardings; without that, the layer runs on one device. Where the mesh has explicit axes,
-        ``jax.grad`` outside ``jit`` needs a current mesh, as for all of JAX. Axes that a
-        surrounding shard_map has made manual are left as they are: x and the parameters are then
-        this rank's shards. Where it leaves axes over (``axis_names=``), reverse mode computes the
-        layer's forward pass again, and JAX cannot lower reverse mode over reverse mode; with
-        ``check_vma=False`` there is neither limit. Over axes that are neither token nor expert axes
-        the layer is replicated: each of their ranks computes the same, and what is sharded over
-        them is gathered first.
+        ``jax.grad`` outside ``jit`` needs a current mesh, as everywhere in JAX. Over axes that are
+        neither token nor expert axes the layer is replicated: what is sharded over them is gathered
+        first, and each of their ranks computes the same. Axes that a surrounding shard_map has made
+        manual stay so: x and the parameters are then this rank's shards. Where that shard_map
+        leaves axes over (``axis_names=``), reverse mode computes the layer's forward pass again,
+        and JAX cannot lower reverse mode over reverse mode. With ``check_vma=False`` neither holds.
       jitter_key: PRNG key for the router's jitter; None: no jitter.
 
     Returns:
@@ -198,11 +113,11 @@ def moe(
     if token_mask is not None:
         token_mask = _checked_mask(token_mask, x.shape[:-1])
     experts_manual = experts_are_manual(config)
-    mesh = _current_mesh(config, mesh, (x, *parameters.values()))
+    mesh = current_mesh(config, mesh, (x, *parameters.values()))
     axes = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
     if not axes:
         return _shard(parameters, x, token_mask, jitter_key, config=config)
-    # Compiled also where the caller is not: the exchange exists in compiled programs only.
+    # Compiled even if the caller has disabled jit: an exchange exists only in compiled programs.
     with jax.disable_jit(False):
         return _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_manual)
 
@@ -222,54 +137,12 @@ def _checked_mask(token_mask, shape):
     return token_mask
 
 
-def _current_mesh(config, mesh, arrays):
-    current = jax.sharding.get_abstract_mesh()
-    if current.manual_axes or mesh is None:
-        mesh = current
-    needed = config.all_token_axes
-    if mesh.empty:
-        mesh = _mesh_of(arrays) or mesh
-        if mesh.empty or (mesh.size == 1 and not set(needed) <= set(mesh.axis_names)):
-            return _mesh_of_one_device(needed, arrays)
-    missing = [axis for axis in needed if axis not in mesh.axis_names]
-    if missing:
-        raise ValueError(
-            f"MoE: the mesh has axes {tuple(mesh.axis_names)}, but not {missing}, over which the "
-            f"layer spreads its experts (axis_name={config.axis_name!r}) or tokens "
-            f"(token_axes={config.token_axes!r}). Change these, or the mesh: set another with "
-            "jax.set_mesh, or pass it as mesh=."
-        )
-    return mesh
-
-
-def _is_concrete(array):
-    return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
-
-
-def _mesh_of(arrays):
-    """The mesh of the arrays' shardings, with its devices where one of them is not traced."""
-    concrete = (a.sharding for a in arrays if _is_concrete(a))
-    meshes = [sharding.mesh for sharding in concrete if isinstance(sharding, NamedSharding)]
-    meshes += [jax.typeof(a).sharding.mesh for a in arrays]
-    return next((mesh for mesh in meshes if not mesh.empty), None)
-
-
-def _mesh_of_one_device(axes, arrays):
-    shape, types = (1,) * len(axes), (AxisType.Auto,) * len(axes)
-    if not jax.config.jax_disable_jit:
-        return AbstractMesh(shape, axes, types)
-    # A gradient is not compiled then, and has to know the device: that of an array that has one.
-    devices = [device for a in arrays if _is_concrete(a) for device in a.devices()]
-    devices = devices or jnp.zeros(()).devices()
-    return Mesh(np.array([*devices][:1]).reshape(shape), axes, axis_types=types)
-
-
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
 def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_manual):
-    """The shard_map over ``axes``: all those that are not manual yet.
+    """The layer in a shard_map over ``axes``, which are all axes that are not manual yet.
 
-    An axis without tokens is among them, for what is inside is written for one rank: with an axis
-    left to XLA, kernels would have to be partitioned.
+    Axes without tokens are among them, because XLA would have to partition the kernels over an axis
+    that is left to it.
     """
     if mesh.size == 1:
         x = on_one_device(x)
@@ -284,7 +157,7 @@ def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_
     }
 
     def place(array, axes):
-        """``array`` with its first dimension over ``axes``, as far as JAX does not do it itself."""
+        """``array`` with its first dimension over ``axes``, where JAX does not do this itself."""
         if not explicit:
             return array
         spec = PartitionSpec(tuple(axis for axis in axes if axis in explicit))
@@ -300,8 +173,8 @@ def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_
     tokens_spec = PartitionSpec(token_axes)
     shard = functools.partial(_shard, config=config)
     if varying_axes(x, *parameters.values()):
-        # These are axes of a surrounding shard_map. JAX shards the values that a nested shard_map
-        # keeps for the gradient over them once more, and cannot lower that: so this one keeps only
+        # They vary over axes of a surrounding shard_map. JAX would shard what this nested shard_map
+        # saves for the gradient over these axes once more, and cannot lower that. So it saves only
         # its arguments, and computes the rest again.
         shard = jax.checkpoint(shard)
     y, report = jax.shard_map(
@@ -376,7 +249,7 @@ def _shard(parameters, x, token_mask, jitter_key, config):
     if config.shared_expert_width is not None:
         y = y + shared_swiglu(tokens, weights["shared_gate_up"], weights["shared_down"])
     if token_mask is not None:
-        # The shared expert's gradient must not look at the gradient of a masked token's output.
+        # The gradient of a masked token's output may be NaN. It must not reach the shared expert.
         y = _only(token_mask, y)
     report = Report(
         load=routing.load,

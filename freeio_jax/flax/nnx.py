@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freeio_jax.flax.moe import MoEConfig, Report, moe, per_expert
+from freeio_jax.flax.config import MoEConfig
+from freeio_jax.flax.moe import Report, moe, per_expert
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -20,20 +21,21 @@ class AuxLoss(nnx.Intermediate):
 
     ``sum(jax.tree.leaves(nnx.state(model, AuxLoss)))``
 
-    It is the sum over the layer's calls since it was last read, so that a layer that is called
-    twice in a step reports both losses. Passing the model to a transformation (``nnx.jit``,
-    ``nnx.grad``, ``nnx.remat``, ``nnx.scan``) reads it, too: inside, it begins anew. So of two
-    calls of one layer, each in an ``nnx.remat`` of its own, or in a step of ``nnx.scan`` that does
-    not stack the losses, only the last one's loss stays. Return the loss of each, and add them up:
+    It is the sum over the layer's calls since it was last read. So a layer that is called twice in
+    a step reports both losses. Passing the model to a transformation (``nnx.jit``, ``nnx.grad``,
+    ``nnx.remat``, ``nnx.scan``) also reads it, and a new sum begins inside. So if two calls of a
+    layer are each in an ``nnx.remat`` of their own, or in steps of an ``nnx.scan`` that does not
+    stack the losses, only the loss of the last call stays. Return the loss of each call there, and
+    add them up:
 
     ``nnx.remat(lambda layer, x: (layer(x), layer.aux_loss[...]))``
     """
 
-    # The value as the last call left it, until somebody reads it.
+    # The value that the last call wrote; None when it has been read.
     __slots__ = ("_unread",)
 
     def get_value(self, **options):
-        object.__setattr__(self, "_unread", None)  # also where Variables must not change
+        object.__setattr__(self, "_unread", None)  # allowed also where Variables must not change
         return super().get_value(**options)
 
     def get_raw_value(self):
@@ -42,7 +44,7 @@ class AuxLoss(nnx.Intermediate):
 
     def add(self, loss: jax.Array) -> None:
         """Adds the loss of one call."""
-        # Whatever else has put a value there, it is not of this step.
+        # A value that something else has put there is not of this step.
         unread = getattr(self, "_unread", None)
         self[...] = loss if unread is None or unread is not self._raw_value else unread + loss
         self._unread = self._raw_value
@@ -74,17 +76,17 @@ class MoE(nnx.Module):
 
     ``layer(x, deterministic=None, token_mask=None)`` takes ``[..., H]``, under ``nnx.jit`` with a
     mesh a global array, and returns ``[..., H]``. ``deterministic=True`` (``layer.eval()``) is for
-    evaluation: no jitter, and nothing is written, neither the router's bias nor what follows, so
-    that ``jax.jit`` and the like may close over the layer. ``token_mask``, bool of
-    ``x.shape[:-1]``, is false for padding: such tokens are routed nowhere, take no room, are not
-    counted, and have no part in the losses; they are not looked at, NaN or not, and their output is
-    zero, the shared expert's, too.
+    evaluation: there is no jitter, and neither the router's bias nor a report is written. So
+    ``jax.jit`` and other transformations of JAX may close over the layer. ``token_mask``, bool of
+    ``x.shape[:-1]``, is false for padding. Such tokens may be NaN. They are routed nowhere, take no
+    room, are not counted, and have no part in the losses. Their output is zero, also that of the
+    shared expert.
 
-    What it reports, over all devices, in Variables: ``aux_loss`` (:class:`AuxLoss`, which adds up
-    the calls), and of the last call ``load`` (:class:`ExpertLoad`), ``dropped``
+    It reports what all devices did together, in Variables: ``aux_loss`` (:class:`AuxLoss`, which
+    adds up the calls), and of the last call ``load`` (:class:`ExpertLoad`), ``dropped``
     (:class:`Dropped`), ``load_balance_loss`` and ``z_loss`` (``nnx.Intermediate``, without
     coefficients). All of them are of type ``nnx.Intermediate``; leave that type out of checkpoints.
-    ``nnx.pop`` may take them away; the next call that is not deterministic makes them anew.
+    ``nnx.pop`` may remove them. The next call that is not deterministic creates them again.
 
     Parameters (``nnx.Param``): ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``,
     ``down`` ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``; the
@@ -155,7 +157,7 @@ class MoE(nnx.Module):
         )
         self.mesh = mesh
         self.deterministic = deterministic
-        # Flax shards a Variable when it is made, and refuses to where there is no mesh.
+        # Flax shards a Variable when it is created, and raises an error where there is no mesh.
         current = jax.sharding.get_abstract_mesh()
         meshless = mesh is None and (current.empty or current.manual_axes)
         placement = {"eager_sharding": False} if meshless else {"mesh": mesh}
@@ -196,7 +198,7 @@ class MoE(nnx.Module):
     def _write(self, report):
         for name, kind in _REPORTS.items():
             value = getattr(report, name)
-            if not hasattr(self, name):  # nnx.pop takes it away
+            if not hasattr(self, name):  # nnx.pop has removed it
                 setattr(self, name, kind(jnp.zeros_like(value)))
             variable = getattr(self, name)
             if kind is AuxLoss:

@@ -1,4 +1,4 @@
-"""A layer that knows of no mesh is a program for one device: it says so where there are more."""
+"""The check that a layer without a mesh is in a program for one device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from jax.interpreters import ad, batching, mlir
 def on_one_device(x: jax.Array) -> jax.Array:
     """``x``, in a program that is compiled for one device.
 
-    JAX does not tell how many devices a program is for before it is lowered. Without this check XLA
-    would fail on the exchange, in words that name neither the layer nor the remedy.
+    Until a program is lowered, JAX does not tell for how many devices it is. Without this check XLA
+    would fail on the exchange, with an error that names neither the layer nor the fix.
 
     Raises:
       ValueError: when it is lowered for several devices, with the fix.

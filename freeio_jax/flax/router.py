@@ -16,18 +16,18 @@ class Router:
     Attributes:
       score: ``"softmax"`` over all experts, or ``"sigmoid"`` of each (DeepSeek-V3,
         arXiv:2412.19437, section 2.1.2).
-      renormalize: the weights of a token's chosen experts are divided by their sum. None: where
-        there are two or more. One expert's weight would always be 1, whatever its score, so that
-        the router could learn nothing from the output; Switch Transformer (arXiv:2101.03961,
-        equation 2), too, weights its one expert with the score. True and False are taken as they
-        are, for the weights of a model that was trained with them.
+      renormalize: whether the weights of a token's experts are divided by their sum. None: only
+        where a token has two or more. The weight of a single expert would always be 1, and the
+        router could learn nothing from the output. Switch Transformer (arXiv:2101.03961, equation
+        2) also weights its single expert with the score. True and False hold for any number of
+        experts, for models that were trained so.
       weight_scale: factor on the weights, after renormalization.
       num_groups: the experts form this many groups of neighbours; 1 means no groups.
       groups_per_token: a token's experts come from this many groups, those with the largest sum of
         their two best scores (DeepSeek-V3, section 2.1.2, "node-limited routing").
       bias_update_rate: None for no bias. Else each expert has a bias that is added to its score
-        when experts are chosen, not to its weight, and moves by this much a step towards even load
-        (:func:`update_bias`). It takes no gradient.
+        when experts are chosen, not to its weight. Each step moves it by this much towards an even
+        load (:func:`update_bias`). It takes no gradient.
       jitter: in training the router's input is multiplied with uniform noise from
         ``[1 - jitter, 1 + jitter]`` (Switch Transformer, arXiv:2101.03961, section 2.2).
       load_balance_coef: factor of the load-balance loss in the auxiliary loss.

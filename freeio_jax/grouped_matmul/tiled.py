@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from freeio_jax.arguments import accumulator_dtype
+from freeio_jax.dtypes import accumulator_dtype
 from freeio_jax.grouped_matmul.product import Product
 
 

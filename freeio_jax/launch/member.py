@@ -64,7 +64,7 @@ class _WhenJaxIsImported(importlib.abc.MetaPathFinder):
 
 
 def _end_with(parent):
-    """Has the kernel end this process when the launcher dies, however that happens."""
+    """Makes the kernel end this process when the launcher dies, however that happens."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
@@ -72,8 +72,11 @@ def _end_with(parent):
         sys.exit("freeio_jax.launch: the launcher has ended")
 
 
-def _tell_that_nobody_answers():
-    """Has ``breakpoint()`` say that there is nobody to answer, instead of ending the program."""
+def _pass_over_breakpoints():
+    """Makes ``breakpoint()`` print a line in all processes but process 0.
+
+    They have no input, with which a debugger would end the program.
+    """
     rank = os.environ["JAX_PROCESS_ID"]
 
     def pass_over(*_args, **_kwargs):
@@ -91,15 +94,15 @@ def _tell_that_nobody_answers():
 
 def main():
     _end_with(int(sys.argv[1]))
-    # To this stderr, whatever the program puts in its place: pytest captures descriptor 2.
+    # A copy of stderr, because the program may put another file in its place, as pytest does.
     stderr = os.fdopen(os.dup(2), "w")
     faulthandler.enable(stderr)
     faulthandler.register(signal.SIGUSR2, stderr, all_threads=True)
     sys.meta_path.insert(0, _WhenJaxIsImported())
-    _tell_that_nobody_answers()
+    _pass_over_breakpoints()
     program = sys.argv[2:]
     is_module = program[0] == "-m"
-    if not sys.flags.safe_path:  # with it Python puts nothing there
+    if not sys.flags.safe_path:  # with it Python adds no folder of the program
         sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(program[0]))
     if is_module:
         sys.argv = program[1:]

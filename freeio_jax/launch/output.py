@@ -1,4 +1,4 @@
-"""What the processes of a pod write, as it is shown."""
+"""How the output of a pod's processes is shown."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-#: What ends a piece of output. A progress bar ends in a carriage return, to be written over.
+#: What ends a line. A progress bar ends in a carriage return, so that the next one overwrites it.
 _ENDS = re.compile(rb"\r\n|\n|\r")
 
-#: A line that has no end by then is shown as far as it has come: the prompt of a debugger, a
-#: progress bar that begins with its carriage return. The words of one print() come sooner.
+#: A line that has not ended after this time is shown as it is: the prompt of a debugger, or a
+#: progress bar that begins with its carriage return. The words of one print() arrive faster.
 _PATIENCE_SECONDS = 0.5
 
 
 def pieces(stream: BinaryIO) -> Iterator[tuple[str, str]]:
-    """(text, end) of each line that comes out of a pipe, until it is closed.
+    """(text, end) of each line that a pipe brings, until it is closed.
 
     ``end`` is a newline, a carriage return, or empty where the line goes on in the next piece.
     """
     descriptor = stream.fileno()
     pending = b""
     while True:
-        # A carriage return at the very end may be the first half of a line's end.
+        # A carriage return at the very end may be the first half of "\r\n".
         patience = _PATIENCE_SECONDS if pending else None
         if select.select([descriptor], [], [], patience)[0]:
             chunk = os.read(descriptor, 1 << 16)
@@ -48,7 +48,7 @@ def pieces(stream: BinaryIO) -> Iterator[tuple[str, str]]:
 
 
 class Lines:
-    """Hands on whole lines, whatever pieces they come in."""
+    """Puts lines together from their pieces, and passes on whole lines."""
 
     def __init__(self, output: Callable[[int, str, str], None]):
         self._output = output
@@ -67,11 +67,11 @@ class Lines:
 
 
 class Terminal:
-    """Writes to this process's streams, after ``[rank]``."""
+    """Writes to this process's streams, with ``[rank]`` in front of each line."""
 
     def __init__(self, num_processes: int):
         self._width = len(str(num_processes - 1))
-        self._begun: tuple[int, str] | None = None  # whose line has no end yet
+        self._begun: tuple[int, str] | None = None  # (rank, stream) of the line that has not ended
 
     def show(self, rank: int, name: str, text: str, end: str) -> None:
         prefix = f"[{rank:{self._width}d}] "
@@ -99,14 +99,14 @@ class Terminal:
 
 
 class Printer:
-    """One writer at a time."""
+    """Shows the output of all processes, one writer at a time."""
 
     def __init__(self, num_processes: int, output: Callable[[int, str, str], None] | None):
         self._target = Terminal(num_processes) if output is None else Lines(output)
         self._lock = threading.Lock()
 
     def copy(self, rank: int, name: str, stream: BinaryIO) -> None:
-        """Shows what comes out of a process's pipe until it is closed."""
+        """Shows what a process writes to a pipe, until the pipe is closed."""
         with stream:
             for text, end in pieces(stream):
                 with self._lock:
@@ -115,7 +115,7 @@ class Printer:
             self._target.close(rank, name)
 
     def say(self, line: str) -> None:
-        """A line of the launcher's own."""
+        """Prints a line of the launcher itself."""
         with self._lock:
             if isinstance(self._target, Terminal):
                 self._target.end_line()

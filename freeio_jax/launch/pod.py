@@ -20,10 +20,10 @@ from freeio_jax.launch.output import Printer
 
 _MEMBER = Path(__file__).with_name("member.py")
 
-#: Where the processes find each other.
+#: Address of JAX's coordinator, with which all processes connect.
 _LOOPBACK = "127.0.0.1"
 
-#: Between asking a process to end and killing it.
+#: Time from the request to end until the process is killed.
 _TERMINATION_SECONDS = 3.0
 
 #: ``JAX_PLATFORMS`` on which a process must be told which GPUs are its own.
@@ -31,10 +31,10 @@ GPU_PLATFORMS = ("cuda", "gpu")
 
 
 def _reserve_port() -> socket.socket:
-    """A loopback port that stays ours while the socket is open.
+    """A loopback port that is reserved while the socket is open.
 
-    gRPC, which serves JAX's coordinator, binds with SO_REUSEPORT and so may share it; nobody else
-    on the host is given the port in the meantime.
+    gRPC, which serves JAX's coordinator, binds with SO_REUSEPORT and so may share the port. The
+    kernel gives it to no other process that asks for any free port.
     """
     reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -43,10 +43,10 @@ def _reserve_port() -> socket.socket:
 
 
 def around_proxies(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that keep what the processes tell each other from a proxy, if there is one.
+    """Variables that keep the processes' own connections away from a proxy; none without a proxy.
 
-    gRPC, which serves JAX's coordinator, asks the proxy for every address that is not excepted, and
-    looks at ``no_proxy`` only where there is no ``no_grpc_proxy``.
+    gRPC, which serves JAX's coordinator, uses the proxy for every address that is not excepted. It
+    reads ``no_proxy`` only where ``no_grpc_proxy`` is not set.
     """
     names = ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy")
     if not any(environment.get(name) or environment.get(name.upper()) for name in names):
@@ -71,7 +71,7 @@ def visible_gpus() -> list[str]:
     if listed is None:
         devices = Path("/proc/driver/nvidia/gpus")
         return [str(i) for i in range(len(list(devices.iterdir())))] if devices.exists() else []
-    # As CUDA reads it: what follows an invalid entry is not visible either.
+    # CUDA ignores an invalid entry and all that follow it.
     names = [name.strip() for name in listed.split(",")]
     return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
 
@@ -85,9 +85,9 @@ def member_environment(
     coordinator: str,
     gpus: Sequence[str] = (),
 ) -> dict[str, str]:
-    """What process ``rank`` has in its environment beside, or instead of, what is there.
+    """The variables that process ``rank`` has beside, or instead of, those of this process.
 
-    ``gpus``: those that the pod may use; each process sees ``devices_per_process`` of them.
+    ``gpus``: the GPUs that the pod may use. Each process sees ``devices_per_process`` of them.
 
     Raises:
       ValueError: there are too few GPUs.
@@ -98,7 +98,7 @@ def member_environment(
     flags += f" --xla_force_host_platform_device_count={devices_per_process}"
     environment = {
         "XLA_FLAGS": flags.strip(),
-        "JAX_NUM_CPU_DEVICES": str(devices_per_process),  # JAX takes it before the flag
+        "JAX_NUM_CPU_DEVICES": str(devices_per_process),  # JAX prefers it to the flag
         "JAX_PLATFORMS": platform,
         "JAX_COORDINATOR_ADDRESS": coordinator,
         "JAX_COORDINATOR_BIND_ADDRESS": coordinator,
@@ -128,10 +128,10 @@ class Pod:
       program: command line after ``python``: a script, or ``-m`` and a module, then arguments.
       num_processes: how many.
       devices_per_process: CPU devices, or GPUs, of each.
-      platform: ``JAX_PLATFORMS`` of each. On GPUs the first process sees the first
-        ``devices_per_process`` of those that are visible here, the next one the next ones.
-      grace: seconds that the others have to end by themselves once one has failed, so that their
-        own errors are seen too.
+      platform: ``JAX_PLATFORMS`` of each. On GPUs the visible GPUs are shared out in order,
+        ``devices_per_process`` to each process.
+      grace: when a process has failed, the others have these seconds to end by themselves, so that
+        their own errors are shown, too.
       output: ``(rank, stream name, line)`` is called for each line that a process writes, one
         call at a time. None writes it to this process's stream, after ``[rank]``, and unfinished
         lines as far as they have come.
@@ -162,7 +162,7 @@ class Pod:
             platform=platform,
             gpus=visible_gpus(),
         )
-        self._environment(num_processes - 1, coordinator="")  # that there are GPUs enough
+        self._environment(num_processes - 1, coordinator="")  # raises if there are too few GPUs
         self._grace = grace
         self._printer = Printer(num_processes, output)
         self._interrupted: int | None = None
@@ -198,11 +198,12 @@ class Pod:
         return subprocess.Popen(
             [sys.executable, str(_MEMBER), str(os.getpid()), *self._program],
             env=os.environ | self._environment(rank, coordinator=coordinator),
-            # Not read here: a terminal's keys go to the program as they are.
+            # Process 0 inherits stdin, so a terminal's keys reach the program unchanged.
             stdin=None if rank == 0 else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # Of its own, so that Ctrl-C reaches it once, from here, and its children end with it.
+            # In a session of its own, Ctrl-C reaches the process only once, from here, and a signal
+            # to its group also ends its children.
             start_new_session=True,
         )
 
@@ -211,7 +212,7 @@ class Pod:
             return
 
         def handle(number, _frame):
-            # The second one does not wait for anybody.
+            # A second signal ends the processes at once.
             self._signal(signal.SIGKILL if self._interrupted else number)
             self._interrupted = number
 
@@ -222,7 +223,7 @@ class Pod:
         return [i for i, process in enumerate(self.processes) if process.poll() is None]
 
     def _signal(self, number: int) -> None:
-        """To every running process and its children."""
+        """Sends a signal to every running process and its children."""
         for rank in self._running():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.processes[rank].pid, number)

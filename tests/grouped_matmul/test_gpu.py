@@ -8,7 +8,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
-from freeio_jax.flax.moe import MoEConfig, moe
+from freeio_jax.flax.config import MoEConfig
+from freeio_jax.flax.moe import moe
 from freeio_jax.grouped_matmul import Product, choose, grouped_matmul, trial, use
 
 

@@ -1,0 +1,81 @@
+"""MoEConfig: what an MoE layer is, apart from its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from freeio_jax.flax.router import DEFAULT_ROUTER, Router
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """What an MoE layer is, apart from its parameters: hashable, known at trace time.
+
+    Attributes:
+      num_experts: E; a multiple of the expert axis's size.
+      top_k: K, experts of one token.
+      expert_width: F, hidden width of one expert.
+      router: how tokens choose their experts.
+      capacity_factor: rows that a rank has room for, as a multiple of its share of an even load.
+        What does not fit is dropped and reported. None: nothing is dropped.
+      alignment: the rows of each expert are padded to a multiple of it.
+      shared_expert_width: hidden width of an expert that sees every token; None for none.
+      axis_name: mesh axis, or axes, over which the experts are spread.
+      token_axes: mesh axes over which the tokens are sharded, the expert axes among them. None: the
+        expert axes alone.
+      dtype: of the experts' computation; None: the common dtype of input and parameters. The router
+        computes in float32 always.
+      exchange: a hashable object with functions ``dispatch`` and ``combine``, such as
+        ``freeio_jax.reference`` or an object of ``freeio_jax.bench.baselines``. None:
+        ``freeio_jax`` itself.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_width: int
+    router: Router = DEFAULT_ROUTER
+    capacity_factor: float | None = None
+    alignment: int = 1
+    shared_expert_width: int | None = None
+    axis_name: str | tuple[str, ...] = "expert"
+    token_axes: tuple[str, ...] | None = None
+    dtype: Any = None
+    exchange: Any = None
+
+    def __post_init__(self):
+        self.router.check(self.num_experts, self.top_k)
+        missing = [axis for axis in self.expert_axes if axis not in self.all_token_axes]
+        if missing:
+            raise ValueError(
+                f"MoE: token_axes={self.token_axes!r} lack {missing}, over which the experts are "
+                "spread. Each rank dispatches tokens of its own: add the expert axes to token_axes."
+            )
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        return (self.axis_name,) if isinstance(self.axis_name, str) else tuple(self.axis_name)
+
+    @property
+    def all_token_axes(self) -> tuple[str, ...]:
+        return self.expert_axes if self.token_axes is None else tuple(self.token_axes)
+
+    def parameters(self, width: int, num_experts: int | None = None) -> dict[str, Any]:
+        """Shape and mesh axes of each parameter: ``{name: (shape, names)}``.
+
+        Args:
+          width: H, features of a token.
+          num_experts: experts of the arrays; None: all. Inside a shard_map it is E/R.
+        """
+        local = self.num_experts if num_experts is None else num_experts
+        axis = self.axis_name if isinstance(self.axis_name, str) else self.expert_axes
+        shapes = {
+            "router": ((width, self.num_experts), (None, None)),
+            "gate_up": ((local, width, 2 * self.expert_width), (axis, None, None)),
+            "down": ((local, self.expert_width, width), (axis, None, None)),
+        }
+        if self.shared_expert_width is not None:
+            shared = self.shared_expert_width
+            shapes["shared_gate_up"] = ((width, 2 * shared), (None, None))
+            shapes["shared_down"] = ((shared, width), (None, None))
+        return shapes

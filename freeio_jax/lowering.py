@@ -1,0 +1,165 @@
+"""From primitives to custom calls: what XLA compiles for each of them on each platform.
+
+A custom call has this device's index in the mesh as its first operand, then the primitive's
+operands, and sizes and groups as attributes. The engines in ``xla_ffi`` read them in this order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+from jax._src import core, dispatch
+from jax._src.lib.mlir.dialects import hlo
+from jax._src.mesh import get_concrete_mesh
+from jax.interpreters import mlir
+from jax.sharding import Mesh, PartitionSpec
+
+from freeio_jax import log
+from freeio_jax.engines import ENGINES
+
+
+def register(primitive: core.Primitive, lowering: Callable) -> None:
+    """Lowers ``primitive`` by ``lowering(ctx, *operands, engine=, **params)`` for each engine.
+
+    On a platform without an engine the lowering raises NotImplementedError.
+    """
+    mlir.register_lowering(primitive, _lower_without_engine)
+    for platform, engine in ENGINES.items():
+        mlir.register_lowering(primitive, partial(lowering, engine=engine), platform=platform)
+        if engine.needs_devices:
+            dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def _lower_without_engine(ctx, *_, **__):
+    raise NotImplementedError(
+        f"freeio_jax.{ctx.primitive.name.removeprefix('freeio_')} has no engine for platform(s) "
+        f"{tuple(ctx.module_context.platforms)} in this installation; there is one for "
+        f"{', '.join(ENGINES)}. freeio_jax.reference runs on every platform."
+    )
+
+
+def lower(ctx, *operands, axes, layout, engine, scratch=(), **attributes):
+    """The custom call of ``ctx.primitive``, which is the name of its target, too.
+
+    Args:
+      ctx: JAX's lowering context.
+      operands: MLIR values, as ``ctx.avals_in`` describes them.
+      axes: the mesh axes over which ranks exchange.
+      layout: the exchange's geometry.
+      engine: one of ``ENGINES``.
+      scratch: (shape, dtype) of each buffer that the engine needs beside the results. XLA owns
+        them because they are results of the custom call. They are not returned.
+      attributes: further attributes of the custom call, as integers.
+
+    Returns:
+      MLIR values, as ``ctx.avals_out`` describes them.
+    """
+    engine.start()
+    target, mesh = ctx.primitive.name, ctx.module_context.axis_context.mesh
+    if log.logger.isEnabledFor(logging.DEBUG):
+        operand_types = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in ctx.avals_in)
+        log.logger.debug(
+            "compiles %s(%s), %s, %s", target, operand_types, layout, _where(mesh, axes)
+        )
+    avals_in = ctx.avals_in
+    avals_out = [*ctx.avals_out, *(core.ShapedArray(*buffer) for buffer in scratch)]
+    if not engine.takes_empty:
+        operands = [
+            operand if aval.size else _zeros(_not_empty(aval))
+            for operand, aval in zip(operands, avals_in, strict=True)
+        ]
+        avals_in, avals_out = map(_not_empty, avals_in), map(_not_empty, avals_out)
+    results = jax.ffi.ffi_lowering(target)(
+        ctx.replace(avals_in=[_INDEX, *avals_in], avals_out=[*avals_out]),
+        _device_index(ctx),
+        *operands,
+        groups=_groups(mesh, axes).reshape(-1),
+        num_ranks=np.int64(layout.num_ranks),
+        num_tokens=np.int64(layout.num_tokens),
+        top_k=np.int64(layout.top_k),
+        num_experts=np.int64(layout.num_experts),
+        capacity=np.int64(layout.capacity),
+        alignment=np.int64(layout.alignment),
+        **engine.attributes(ctx.module_context),
+        **{name: np.int64(value) for name, value in attributes.items()},
+    )
+    return [
+        result if aval.size else _zeros(aval)
+        for result, aval in zip(results, ctx.avals_out, strict=False)  # without the scratch
+    ]
+
+
+def lower_along(ctx, *operands, layout, engine, **params):
+    """As :func:`lower`, for calls along a handle.
+
+    They do nothing but move rows. Without tokens, without packed rows, or without elements in the
+    results, the results are zeros. Only an engine that takes buffers without elements is called.
+    """
+    moves_rows = layout.num_tokens and layout.capacity and any(a.size for a in ctx.avals_out)
+    if not moves_rows and not engine.takes_empty:
+        return [*map(_zeros, ctx.avals_out)]
+    return lower(ctx, *operands, layout=layout, engine=engine, **params)
+
+
+# --- Buffers without elements ------------------------------------------------------------------
+
+
+def _not_empty(aval):
+    """What stands for an array without elements: one along each dimension that has none."""
+    return core.ShapedArray(tuple(max(1, size) for size in aval.shape), aval.dtype)
+
+
+def _zeros(aval):
+    # Lowered as a broadcast of one zero.
+    return mlir.ir_constant(np.broadcast_to(np.zeros((), aval.dtype), aval.shape))
+
+
+# --- Devices and groups ------------------------------------------------------------------------
+
+_INDEX = core.ShapedArray((), np.uint32)
+
+device_index_p = core.Primitive("freeio_device_index")
+device_index_p.def_abstract_eval(lambda: _INDEX)
+mlir.register_lowering(device_index_p, lambda ctx: [hlo.partition_id()])
+
+
+def _device_index(ctx):
+    """This device's index in the mesh, by which the attribute ``groups`` names the members."""
+    axis_context = ctx.module_context.axis_context
+    manual = getattr(axis_context, "manual_axes", frozenset())
+    if not manual or manual == frozenset(axis_context.mesh.axis_names):
+        return hlo.partition_id()
+    # XLA has no partition id in a shard_map that leaves axes over: one over the rest has it.
+    return mlir.lower_fun(
+        lambda: jax.shard_map(
+            device_index_p.bind, in_specs=(), out_specs=PartitionSpec(), check_vma=False
+        )(),
+        multiple_results=False,
+    )(ctx.replace(primitive=None, avals_in=[], avals_out=[_INDEX]))[0]
+
+
+def _groups(mesh, axes):
+    """``[groups, R]`` mesh device indices: each group's members in order of rank."""
+    devices = np.arange(mesh.size, dtype=np.int64).reshape(mesh.axis_sizes)
+    positions = [mesh.axis_names.index(axis) for axis in axes]
+    num_ranks = math.prod(mesh.axis_sizes[p] for p in positions)
+    return np.moveaxis(devices, positions, range(-len(axes), 0)).reshape(-1, num_ranks)
+
+
+def _where(mesh, axes):
+    """Which devices exchange with each other, in words."""
+    groups = _groups(mesh, axes)
+    text = f"{len(groups)} group(s) of {groups.shape[1]} rank(s) along {axes}"
+    if not isinstance(mesh, Mesh):
+        mesh = get_concrete_mesh()
+    if mesh.empty:
+        return text  # the devices are known when it runs
+    process = np.array([device.process_index for device in mesh.devices.flat])
+    spread = max(len(set(process[group])) for group in groups)
+    within = "each in one process" if spread == 1 else f"each across {spread} processes"
+    return f"{text} on {mesh.devices.flat[0].device_kind} devices, {within}"
