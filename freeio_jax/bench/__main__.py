@@ -126,8 +126,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "--products",
         nargs="+",
         choices=PRODUCTS,
-        default=["chosen"],
-        help="of --layer: what multiplies the experts' rows, right or wrong; default: the choice",
+        help="what multiplies the experts' rows, right or wrong; default: of --layer what is chosen, "
+        "of --experts all",
     )
     what("--num-sms", type=count, help="as in freeio_jax.config")
     what("--repeats", type=count, default=5, help="on CPU: rounds; the median counts")
@@ -243,13 +243,15 @@ def run_parts(arguments: argparse.Namespace) -> int:
             given = {name: value for name, value in given.items() if value is not None}
             tokens = arguments.tokens or (4096,)
             all_sizes = [layer.Sizes(num_tokens=t, **sizes, **given) for t in tokens]
-            products = [None if name == "chosen" else name for name in arguments.products]
+            products = [
+                None if name == "chosen" else name for name in arguments.products or ["chosen"]
+            ]
             layer.run(report, all_sizes, exchanges("ragged-32", "ragged-1"), products)
         elif part == "experts":
             path = arguments.png
             if path and len(arguments.parts) > 1:
                 path = path.with_name(f"{path.stem}-experts{path.suffix}")
-            experts.run(report, dtype=dtype, png=path)
+            experts.run(report, dtype=dtype, png=path, products=arguments.products)
         elif part == "once":
             op, tokens = arguments.once
             (suite,) = _suites(arguments, "large", (tokens,), override=False)

@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -105,6 +106,21 @@ def _dense(product: Product):
     return lambda rows, w, _: lax.dot_general(rows, w[0], (dimensions, ((), ())))
 
 
+#: The dense products of all groups in one call, where the groups are equal: what XLA makes of as
+#: many numbers with no rows to look for.
+BATCHED = "batched"
+
+
+def _batched(product: Product, num_groups: int):
+    def by_group(a):
+        return a.reshape(num_groups, -1, a.shape[-1])
+
+    if product == Product.WEIGHTS_GRADIENT:
+        return lambda a, b, _: jnp.einsum("gmk,gmn->gkn", by_group(a), by_group(b))
+    spec = "gmn,gkn->gmk" if product == Product.ROWS_GRADIENT else "gmk,gkn->gmn"
+    return lambda rows, w, _: jnp.einsum(spec, by_group(rows), w).reshape(rows.shape[0], -1)
+
+
 def _compiled(function, *args):
     return jax.jit(function).lower(*args).compile()
 
@@ -130,8 +146,17 @@ def _seconds(programs) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def run(report: Report, shapes=None, dtype="bfloat16", png: pathlib.Path | None = None) -> None:
-    """Times each product of each shape by each implementation of this platform."""
+def run(
+    report: Report,
+    shapes=None,
+    dtype="bfloat16",
+    png: pathlib.Path | None = None,
+    products: Sequence[str] | None = None,
+) -> None:
+    """Times each product of each shape by each implementation of this platform.
+
+    ``products``: names of implementations, and no others; None: all.
+    """
     backend = jax.default_backend()
     platform = "cuda" if backend == "gpu" else backend
     shapes = shapes or (SHAPES if backend == "gpu" else SMALL)
@@ -142,7 +167,7 @@ def run(report: Report, shapes=None, dtype="bfloat16", png: pathlib.Path | None 
         # Shapes that differ in the spread alone have the same programs.
         key = (shape.num_rows, shape.k, shape.n, shape.num_groups)
         if key not in compiled:
-            compiled = {key: _compile_all(operands, platform)}
+            compiled = {key: _compile_all(operands, platform, products)}
         sizes = jnp.asarray(shape.sizes())
         for product in Product:
             args = (*(operands[name] for name in product.operands), sizes)
@@ -157,15 +182,20 @@ def run(report: Report, shapes=None, dtype="bfloat16", png: pathlib.Path | None 
         plot(report.data["experts"], png)
 
 
-def _compile_all(operands, platform):
+def _compile_all(operands, platform, names):
     """For each product and implementation a program, or why there is none, in words."""
-    sizes = jnp.zeros(operands["w"].shape[0], jnp.int32)
+    num_groups = operands["w"].shape[0]
+    sizes = jnp.zeros(num_groups, jnp.int32)
+    candidates = choice.CANDIDATES.get(platform, (choice.RAGGED_DOT,))
+    candidates = [c for c in candidates if names is None or c.name in names]
     jobs, found = {}, {product: {} for product in Product}
     with ThreadPoolExecutor() as executor:
         for product in Product:
             args = (*(operands[name] for name in product.operands), sizes)
             functions = {"dense": _dense(product)}
-            for candidate in choice.CANDIDATES.get(platform, (choice.RAGGED_DOT,)):
+            if operands["a"].shape[0] % num_groups == 0:
+                functions[BATCHED] = _batched(product, num_groups)
+            for candidate in candidates:
                 name = candidate.name
                 why = candidate.obstacle(product, args[0].dtype, product.widths(*args[:2]))
                 if why:
@@ -184,6 +214,7 @@ def _compile_all(operands, platform):
 
 def _records(product, args, shape, found):
     """A record for the dense product, and one for each implementation."""
+    found = {name: of for name, of in found.items() if name != BATCHED or shape.spread == "even"}
     verdicts = {name: why for name, why in found.items() if isinstance(why, str)}
     programs = {}
     for name, program in found.items():
