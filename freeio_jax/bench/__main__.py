@@ -126,8 +126,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "--products",
         nargs="+",
         choices=PRODUCTS,
-        help="what multiplies the experts' rows, right or wrong; default: of --layer what is chosen, "
-        "of --experts all",
+        help="what multiplies the experts' rows, right or wrong; default: in --layer what is "
+        "chosen, in --experts each of them",
     )
     what("--num-sms", type=count, help="as in freeio_jax.config")
     what("--repeats", type=count, default=5, help="on CPU: rounds; the median counts")
