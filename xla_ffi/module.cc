@@ -3,13 +3,13 @@
 #include <pybind11/stl.h>
 
 #include "core/layout.h"
-#include "host/deadlines.h"
-#include "host/handlers.h"
-#include "host/instance_name.h"
-#include "host/notes.h"
-#include "host/peer_memory.h"
-#include "host/pod.h"
-#include "host/session.h"
+#include "core/patience.h"
+#include "cpu/handlers.h"
+#include "cpu/instance_name.h"
+#include "cpu/notes.h"
+#include "cpu/peer_memory.h"
+#include "cpu/pod.h"
+#include "cpu/session.h"
 
 #ifdef FREEIO_CUDA
 #include "cuda/gpus.h"
@@ -20,14 +20,14 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Engines of freeio_jax behind XLA FFI custom calls.";
-  freeio::host::add_engine(module);
+  freeio::cpu::add_engine(module);
 #ifdef FREEIO_CUDA
   freeio::cuda::add_module(module);
 #endif
   module.def(
       "set_timeout",
       [](double seconds) {
-        freeio::host::set_timeout(seconds);
+        freeio::cpu::set_timeout(seconds);
 #ifdef FREEIO_CUDA
         freeio::cuda::set_timeout(seconds);
 #endif
@@ -44,18 +44,18 @@ PYBIND11_MODULE(_native, module) {
       },
       py::arg("num_sms"));
   module.def(
-      "compilation_ended", &freeio::host::compilation_ended, py::arg("seconds"),
+      "compilation_ended", &freeio::cpu::compilation_ended, py::arg("seconds"),
       "A module with exchanges was compiled, or loaded from the compilation cache, which took "
       "so long.");
-  module.def("set_patience", &freeio::host::set_patience, py::arg("seconds"),
+  module.def("set_patience", &freeio::set_patience, py::arg("seconds"),
              "After how long a wait is told for the first time.");
-  module.def("take_note", &freeio::host::take_note,
+  module.def("take_note", &freeio::cpu::take_note,
              "The oldest thing to say in the log that was not taken before; empty: nothing.");
-  module.def("allow_peers_to_read", &freeio::host::allow_peers_to_read);
+  module.def("allow_peers_to_read", &freeio::cpu::allow_peers_to_read);
   module.def(
       "control_block",
       [] {
-        const auto& block = freeio::host::control_block();
+        const auto& block = freeio::cpu::control_block();
         return py::make_tuple(reinterpret_cast<uint64_t>(&block), block.nonce);
       },
       "Address and nonce of what peers read of this process.");
@@ -63,11 +63,11 @@ PYBIND11_MODULE(_native, module) {
       "join_pod",
       [](int process, const std::vector<std::tuple<int, int, uint64_t, uint64_t, int>>& members,
          std::vector<int> elsewhere, bool read_memory) {
-        std::vector<freeio::host::Pod::Member> pod;
+        std::vector<freeio::cpu::Pod::Member> pod;
         for (const auto& [peer, pid, control, nonce, socket] : members) {
           pod.push_back({peer, pid, control, nonce, socket});
         }
-        freeio::host::Pod::join(process, pod, std::move(elsewhere), read_memory);
+        freeio::cpu::Pod::join(process, pod, std::move(elsewhere), read_memory);
       },
       py::arg("process"), py::arg("members"), py::arg("elsewhere"), py::arg("read_memory"),
       "members: (process, pid, control address, nonce, connected socket), the sockets' owner from "
@@ -75,7 +75,7 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "leave_pod",
       [] {
-        if (auto* pod = freeio::host::Pod::current()) pod->leave();
+        if (auto* pod = freeio::cpu::Pod::current()) pod->leave();
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(

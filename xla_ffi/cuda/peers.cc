@@ -61,7 +61,7 @@ struct Peers::Note {
   uint64_t bytes = 0;
 };
 
-Peers::Peers(host::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own)
+Peers::Peers(cpu::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own)
     : pod_(pod), process_(process), processes_(std::move(processes)), own_(std::move(own)) {
   for (const auto& [gpu, owner] : processes_) {
     if (owner != process_) others_.insert(owner);
@@ -105,7 +105,7 @@ Status Peers::connect(double timeout) {
     others = others_;
   }
   for (const OwnGpu& own : own_) {
-    host::UniqueFd file;
+    pod::UniqueFd file;
     Status status = own.allocation->export_to(file);
     if (!status.ok()) return status;
     Note note;
@@ -204,7 +204,7 @@ Status Peers::share(const void* pointer, double timeout, SharedRegion& shared) {
 // With the mutex held: a message to a peer is sent before another thread looks for the region.
 Status Peers::publish(const void* pointer, Region& region) {
   Allocation allocation;
-  host::UniqueFd file;
+  pod::UniqueFd file;
   Status status = range_of(pointer, region.range);
   if (status.ok()) status = Allocation::behind(pointer, allocation);
   if (status.ok()) status = allocation.export_to(file);
@@ -224,7 +224,7 @@ Status Peers::publish(const void* pointer, Region& region) {
   return {};
 }
 
-Status Peers::map_file(const host::UniqueFd& file, size_t bytes, Mapping& mapping) const {
+Status Peers::map_file(const pod::UniqueFd& file, size_t bytes, Mapping& mapping) const {
   if (file.get() < 0) return {Code::kInternal, "freeio_jax: a peer's message lacks its file."};
   CurrentDevice current(own_.front().ordinal);
   Allocation allocation;
@@ -233,7 +233,7 @@ Status Peers::map_file(const host::UniqueFd& file, size_t bytes, Mapping& mappin
   return status.ok() ? Mapping::make(allocation, bytes, ordinals(), mapping) : status;
 }
 
-Status Peers::map_block(const Note& note, const host::UniqueFd& file) {
+Status Peers::map_block(const Note& note, const pod::UniqueFd& file) {
   Mapping mapping;
   Status status = map_file(file, note.bytes, mapping);
   if (!status.ok()) return status;
@@ -261,7 +261,7 @@ Status Peers::enter_base(int process, uint32_t region, uint64_t base) const {
 
 // The peer makes no call with this region before it has the answer, so a kernel that runs here
 // meanwhile reads the table's entry only after it is there.
-Status Peers::map_region(int process, const Note& note, const host::UniqueFd& file) {
+Status Peers::map_region(int process, const Note& note, const pod::UniqueFd& file) {
   if (note.region < kFirstRegion || note.region >= kMaxRegions) {
     return {Code::kInternal, "freeio_jax: a peer's region has an impossible number."};
   }
@@ -275,7 +275,7 @@ Status Peers::map_region(int process, const Note& note, const host::UniqueFd& fi
   return {};
 }
 
-void Peers::received(int process, std::string_view text, host::UniqueFd file) {
+void Peers::received(int process, std::string_view text, pod::UniqueFd file) {
   RelaxedCapture relaxed;
   std::lock_guard serving(serving_);
   Note note;

@@ -11,12 +11,12 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "cpu/pod.h"
 #include "cuda/call.h"
 #include "cuda/gpus.h"
 #include "cuda/operands.h"
 #include "cuda/plan.h"
 #include "driver.h"
-#include "host/pod.h"
 #include "machine.h"
 #include "runtime.h"
 
@@ -164,7 +164,7 @@ struct Place {
 };
 
 EMULATOR_API const char* engine_join(const Place* place) {
-  std::vector<host::Pod::Member> members;
+  std::vector<cpu::Pod::Member> members;
   for (int i = 0; i < place->num_peers; ++i) {
     members.push_back({place->peers[i], place->pids[i], 0, 0, place->sockets[i]});
   }
@@ -172,12 +172,12 @@ EMULATOR_API const char* engine_join(const Place* place) {
   for (int i = 0; i < place->num_gpus; ++i) {
     gpus.push_back({place->gpus[i], place->owners[i], place->ordinals[i]});
   }
-  host::Pod::join(place->process, members, {}, false);
-  return text(join(*host::Pod::current(), place->process, gpus));
+  cpu::Pod::join(place->process, members, {}, false);
+  return text(join(*cpu::Pod::current(), place->process, gpus));
 }
 EMULATOR_API const char* engine_leave() {
   const char* error = text(leave());
-  host::Pod::current()->leave();
+  cpu::Pod::current()->leave();
   return error;
 }
 // What a program that exchanges rows among these GPUs is told before it runs.

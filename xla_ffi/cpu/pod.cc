@@ -1,4 +1,4 @@
-#include "host/pod.h"
+#include "cpu/pod.h"
 
 #include <algorithm>
 #include <atomic>
@@ -9,10 +9,10 @@
 #include <stdexcept>
 #include <utility>
 
-#include "host/instance_name.h"
-#include "host/pod_session.h"
+#include "cpu/instance_name.h"
+#include "cpu/pod_session.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 namespace {
 
 std::atomic<Pod*> current_pod{nullptr};
@@ -30,8 +30,9 @@ Pod* Pod::current() { return current_pod.load(std::memory_order_acquire); }
 void Pod::join(int process, const std::vector<Member>& members, std::vector<int> elsewhere,
                bool read_memory) {
   std::map<int, Peer> peers;
-  std::map<int, UniqueFd> sockets;
-  for (const Member& member : members) sockets.emplace(member.process, UniqueFd(member.socket));
+  std::map<int, pod::UniqueFd> sockets;
+  for (const Member& member : members)
+    sockets.emplace(member.process, pod::UniqueFd(member.socket));
   for (const Member& member : members) {
     if (member.pid == 0) {  // what the kernel says of who has no number here
       throw std::runtime_error(
@@ -55,9 +56,9 @@ void Pod::join(int process, const std::vector<Member>& members, std::vector<int>
   // Never freed: XLA may call the engine until the process ends.
   std::unique_ptr<Pod> pod(new Pod(process, std::move(peers), std::move(elsewhere)));
   Pod* const shared = pod.get();
-  pod->links_ = std::make_unique<Links>(
+  pod->links_ = std::make_unique<pod::Links>(
       std::move(sockets),
-      [shared](int from, std::string_view bytes, UniqueFd file) {
+      [shared](int from, std::string_view bytes, pod::UniqueFd file) {
         shared->received(from, bytes, std::move(file));
       },
       [shared](int from) { shared->lost(from, Peer::State::kDied); });
@@ -176,9 +177,9 @@ void Pod::tell(int process, std::string text, int file) {
   links_->send(process, encode(message), file);
 }
 
-void Pod::to_guest(int process, std::string&& text, UniqueFd&& file, After& after) {
+void Pod::to_guest(int process, std::string&& text, pod::UniqueFd&& file, After& after) {
   auto deliver_it = [process, text = std::move(text),
-                     file = std::make_shared<UniqueFd>(std::move(file))](Guest& guest) {
+                     file = std::make_shared<pod::UniqueFd>(std::move(file))](Guest& guest) {
     guest.received(process, text, std::move(*file));
   };
   if (guest_ == nullptr) {
@@ -196,7 +197,7 @@ void Pod::tell_guest_gone(int process, bool died, After& after) {
   }
 }
 
-void Pod::received(int process, std::string_view bytes, UniqueFd file) {
+void Pod::received(int process, std::string_view bytes, pod::UniqueFd file) {
   After after;
   try {
     Message message = decode(bytes);
@@ -400,4 +401,4 @@ std::string Pod::waiting_in(int process, const std::string& here) const {
   return text + " waits in no exchange.";
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

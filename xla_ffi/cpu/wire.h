@@ -7,9 +7,9 @@
 #include <string_view>
 
 #include "core/layout.h"
-#include "host/exchange.h"
+#include "cpu/exchange.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 // A custom-call instance as all processes of a program name it.
 struct InstanceName {
@@ -69,4 +69,4 @@ std::string encode(const Message& message);
 // Throws std::runtime_error where the bytes are no message.
 Message decode(std::string_view bytes);
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -1,4 +1,4 @@
-#include "host/instance_name.h"
+#include "cpu/instance_name.h"
 
 #include <atomic>
 #include <map>
@@ -7,9 +7,9 @@
 #include <thread>
 
 #include "core/digest.h"
-#include "host/deadlines.h"
+#include "core/patience.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 class InstanceBlock {
  public:
@@ -74,4 +74,4 @@ bool has_instance(uint64_t attributes) {
   return instances().attributes.count(attributes) != 0;
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

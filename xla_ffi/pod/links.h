@@ -13,9 +13,9 @@
 #include <thread>
 #include <vector>
 
-#include "host/unique_fd.h"
+#include "pod/unique_fd.h"
 
-namespace freeio::host {
+namespace freeio::pod {
 
 class Links {
  public:
@@ -62,4 +62,4 @@ class Links {
   std::thread thread_;
 };
 
-}  // namespace freeio::host
+}  // namespace freeio::pod

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 // What a process shows of itself at a fixed address, for as long as it lives.
 struct ControlBlock {
@@ -88,4 +88,4 @@ class Gather {
   std::vector<Wanted> wanted_;
 };
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -1,4 +1,4 @@
-#include "host/pod_session.h"
+#include "cpu/pod_session.h"
 
 #include <chrono>
 #include <exception>
@@ -7,10 +7,10 @@
 #include <thread>
 #include <utility>
 
-#include "host/notes.h"
-#include "host/threads.h"
+#include "cpu/notes.h"
+#include "cpu/threads.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 PodSession::PodSession(Pod& pod, const CallName& name, const Layout& layout,
                        std::vector<int64_t> devices, std::shared_ptr<GroupProcesses> processes,
@@ -365,4 +365,4 @@ std::string PodSession::who_waits_for_whom(const std::string& how_long) const {
   return text.str();
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -1,4 +1,4 @@
-#include "host/links.h"
+#include "pod/links.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -15,7 +15,7 @@
 #include <system_error>
 #include <utility>
 
-namespace freeio::host {
+namespace freeio::pod {
 namespace {
 
 // Of one message: what a call posts takes some hundred bytes.
@@ -246,4 +246,4 @@ void Links::stop() {
   links_.clear();
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::pod

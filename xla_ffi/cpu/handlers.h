@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 // Adds to `module` what Python registers with XLA and how it starts the engine:
 // `ffi_types()`: {type name: {"type_id": capsule, "type_info": capsule}}, as
@@ -11,4 +11,4 @@ namespace freeio::host {
 // `ffi_targets()`: {target name: {stage: capsule}}, as jax.ffi.register_ffi_target takes it.
 void add_engine(pybind11::module_& module);
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -6,10 +6,10 @@
 #include <optional>
 #include <vector>
 
-#include "host/deadlines.h"
-#include "host/session.h"
+#include "cpu/deadlines.h"
+#include "cpu/session.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 // Collects the ranks' operands, then runs the exchange on the thread of the last to come, or fails.
 class LocalSession final : public Session,
@@ -39,4 +39,4 @@ class LocalSession final : public Session,
   std::vector<Done> done_;
 };
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

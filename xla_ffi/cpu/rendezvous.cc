@@ -1,11 +1,11 @@
-#include "host/rendezvous.h"
+#include "cpu/rendezvous.h"
 
 #include <functional>
 #include <string>
 
-#include "host/local_session.h"
+#include "cpu/local_session.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 Rendezvous::Rendezvous(const Layout& layout, std::vector<int64_t> groups, const InstanceName& name)
     : layout_(layout), groups_(std::move(groups)), name_(name) {
@@ -75,4 +75,4 @@ void Rendezvous::arrive(int64_t run, int64_t device, Operands operands, Done don
   if (rest) rest();
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

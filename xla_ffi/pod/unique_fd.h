@@ -5,7 +5,7 @@
 
 #include <utility>
 
-namespace freeio::host {
+namespace freeio::pod {
 
 class UniqueFd {
  public:
@@ -27,4 +27,4 @@ class UniqueFd {
   int fd_ = -1;
 };
 
-}  // namespace freeio::host
+}  // namespace freeio::pod

@@ -18,9 +18,9 @@
 #include <memory>
 #include <vector>
 
-#include "host/wire.h"
+#include "cpu/wire.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 // The instances of one module, as far as XLA has made them.
 class InstanceBlock;
@@ -45,4 +45,4 @@ void compilation_ended(double seconds);
 // Whether this process has ever had an instance with these attributes.
 bool has_instance(uint64_t attributes);
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -1,11 +1,11 @@
-#include "host/notes.h"
+#include "cpu/notes.h"
 
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <utility>
 
-namespace freeio::host {
+namespace freeio::cpu {
 namespace {
 
 // Of notes that nobody takes, the newest are kept.
@@ -38,4 +38,4 @@ std::string take_note() {
   return text;
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -1,4 +1,4 @@
-#include "host/peer_memory.h"
+#include "cpu/peer_memory.h"
 
 #include <sys/prctl.h>
 #include <sys/uio.h>
@@ -14,7 +14,7 @@
 #include <system_error>
 #include <tuple>
 
-namespace freeio::host {
+namespace freeio::cpu {
 namespace {
 
 // Bytes that are read faster than another entry of the request is looked up (0.6 us, 5 GB/s).
@@ -170,4 +170,4 @@ void Gather::run() {
   wanted_.clear();
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -11,9 +11,9 @@
 
 #include "core/dtype.h"
 #include "core/layout.h"
-#include "host/peer_memory.h"
+#include "cpu/peer_memory.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 // One array of a token pytree.
 struct Leaf {
@@ -78,4 +78,4 @@ using Homes = std::vector<const PeerMemory*>;
 // a peer's memory cannot be read.
 void run_exchange(const Layout& layout, const std::vector<Operands>& ranks, const Homes& homes);
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

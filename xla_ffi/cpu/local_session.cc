@@ -1,13 +1,13 @@
-#include "host/local_session.h"
+#include "cpu/local_session.h"
 
 #include <exception>
 #include <sstream>
 #include <utility>
 
-#include "host/notes.h"
-#include "host/threads.h"
+#include "cpu/notes.h"
+#include "cpu/threads.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 LocalSession::LocalSession(const Layout& layout, std::vector<int64_t> devices)
     : layout_(layout),
@@ -96,4 +96,4 @@ std::string LocalSession::who_waits_for_whom(const std::string& how_long) const 
   return text.str();
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -1,4 +1,4 @@
-#include "host/threads.h"
+#include "cpu/threads.h"
 
 #include <algorithm>
 #include <atomic>
@@ -13,7 +13,7 @@
 #include <thread>
 #include <utility>
 
-namespace freeio::host {
+namespace freeio::cpu {
 namespace {
 
 constexpr std::chrono::seconds kIdleThreadLife{10};
@@ -155,4 +155,4 @@ void parallel_for(int64_t count, int64_t bytes, const std::function<void(int64_t
   work->wait();
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -1,13 +1,13 @@
-#include "host/exchange.h"
+#include "cpu/exchange.h"
 
 #include <algorithm>
 #include <cstring>
 #include <list>
 
 #include "core/operations.h"
-#include "host/threads.h"
+#include "cpu/threads.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 namespace {
 
 // Bytes that one task moves: enough to hide its start, few enough to spread over the cores.
@@ -493,4 +493,4 @@ void run_exchange(const Layout& layout, const std::vector<Operands>& ranks, cons
       ranks[0]);
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

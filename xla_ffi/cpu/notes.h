@@ -3,7 +3,7 @@
 
 #include <string>
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 // From any thread; does not wait for Python.
 void note(std::string text);
@@ -11,4 +11,4 @@ void note(std::string text);
 // The oldest note that was not taken before; empty: there is none.
 std::string take_note();
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -15,11 +15,11 @@
 #include <vector>
 
 #include "core/layout.h"
-#include "host/exchange.h"
-#include "host/pod.h"
-#include "host/session.h"
+#include "cpu/exchange.h"
+#include "cpu/pod.h"
+#include "cpu/session.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 class Rendezvous {
  public:
@@ -50,4 +50,4 @@ class Rendezvous {
   std::map<std::pair<int64_t, int64_t>, Run> runs_;  // by run and group
 };
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <functional>
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 // Runs `task` on a thread that does nothing else until the task ends: an idle one, or a new one.
 // A task never waits behind another. XLA continues a device's program on the thread that completes
@@ -19,4 +19,4 @@ void run_on_own_thread(std::function<void()> task);
 // `bytes`: about how much memory all calls touch together; small work stays on the caller.
 void parallel_for(int64_t count, int64_t bytes, const std::function<void(int64_t)>& fn);
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -1,21 +1,13 @@
-#include "host/deadlines.h"
+#include "cpu/deadlines.h"
 
-#include <algorithm>
-#include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <set>
 #include <thread>
 #include <utility>
 
-namespace freeio::host {
+namespace freeio::cpu {
 namespace {
-
-std::atomic<double> patience_seconds{30.0};
-
-Clock::duration seconds(double count) {
-  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(count));
-}
 
 // One thread, started by the first item.
 class Deadlines {
@@ -84,20 +76,7 @@ Deadlines& deadlines() {
 
 }  // namespace
 
-void set_patience(double seconds) { patience_seconds = seconds; }
-double patience_in_seconds() { return patience_seconds; }
-
-Patience::Patience(double timeout)
-    : timeout_(timeout),
-      begin_(Clock::now()),
-      end_(begin_ + seconds(timeout)),
-      due_(std::min(end_, begin_ + seconds(patience_seconds))) {}
-
-double Patience::waited() const { return std::chrono::duration<double>(due_ - begin_).count(); }
-
-void Patience::extend() { due_ = std::min(end_, begin_ + 2 * (due_ - begin_)); }
-
 void watch(const std::shared_ptr<Waiting>& item) { deadlines().add(item); }
 void stop_watching(const std::shared_ptr<Waiting>& item) { deadlines().remove(item); }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

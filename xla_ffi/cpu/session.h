@@ -8,10 +8,10 @@
 
 #include "core/layout.h"
 #include "core/status.h"
-#include "host/deadlines.h"
-#include "host/exchange.h"
+#include "cpu/deadlines.h"
+#include "cpu/exchange.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 // Seconds that a rank waits for its peers, for exchanges that begin from now on.
 void set_timeout(double seconds);
@@ -43,4 +43,4 @@ std::string more_time();
 // "3" or "ranks 3, 4 (mesh devices 5, 6)".
 std::string list_of_ranks(const std::vector<int64_t>& ranks, const std::vector<int64_t>& devices);
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

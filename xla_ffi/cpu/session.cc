@@ -1,4 +1,4 @@
-#include "host/session.h"
+#include "cpu/session.h"
 
 #include <atomic>
 #include <iomanip>
@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <variant>
 
-namespace freeio::host {
+namespace freeio::cpu {
 namespace {
 
 std::atomic<double> timeout_seconds{600.0};
@@ -87,4 +87,4 @@ std::string list_of_ranks(const std::vector<int64_t>& ranks, const std::vector<i
   return text.str();
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -21,12 +21,12 @@
 #include <vector>
 
 #include "core/layout.h"
-#include "host/links.h"
-#include "host/peer_memory.h"
-#include "host/session.h"
-#include "host/wire.h"
+#include "cpu/peer_memory.h"
+#include "cpu/session.h"
+#include "cpu/wire.h"
+#include "pod/links.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 // Which process has each rank of a group of one instance. Nothing tells before the first exchange:
 // its calls are posted to all processes, and from then on to those of the group alone.
@@ -57,7 +57,7 @@ class Pod {
   class Guest {
    public:
     virtual ~Guest() = default;
-    virtual void received(int process, std::string_view text, UniqueFd file) = 0;
+    virtual void received(int process, std::string_view text, pod::UniqueFd file) = 0;
     // The process has left or died. Called once for each.
     virtual void gone(int process, bool died) = 0;
   };
@@ -66,7 +66,7 @@ class Pod {
   // process ends.
   void admit(Guest& guest);
 
-  // To the guest of another process. Throws as Links::send.
+  // To the guest of another process. Throws as pod::Links::send.
   void tell(int process, std::string text, int file = -1);
 
   // Null before join(). Lives until the process ends.
@@ -143,9 +143,9 @@ class Pod {
 
   Pod(int process, std::map<int, Peer> peers, std::vector<int> elsewhere);
 
-  void received(int process, std::string_view bytes, UniqueFd file);
+  void received(int process, std::string_view bytes, pod::UniqueFd file);
   void lost(int process, Peer::State how);
-  void to_guest(int process, std::string&& text, UniqueFd&& file, After& after);
+  void to_guest(int process, std::string&& text, pod::UniqueFd&& file, After& after);
   void tell_guest_gone(int process, bool died, After& after);
   // All below: with the pod locked.
   void deliver(int process, Message&& message, After& after);
@@ -176,7 +176,7 @@ class Pod {
   std::map<CallName, std::deque<Mail>> mail_;  // for exchanges that nobody here has begun
   Guest* guest_ = nullptr;
   std::vector<std::function<void(Guest&)>> guest_mail_;  // from before it came
-  std::unique_ptr<Links> links_;
+  std::unique_ptr<pod::Links> links_;
 };
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -1,4 +1,4 @@
-#include "host/handlers.h"
+#include "cpu/handlers.h"
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,10 +12,10 @@
 #include "core/buffers.h"
 #include "core/registration.h"
 #include "core/starter.h"
-#include "host/instance_name.h"
-#include "host/rendezvous.h"
+#include "cpu/instance_name.h"
+#include "cpu/rendezvous.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 namespace {
 
 // One custom-call instance; XLA shares it among the devices that run the program.
@@ -192,4 +192,4 @@ void add_engine(pybind11::module_& module) {
   });
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

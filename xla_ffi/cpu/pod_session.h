@@ -8,12 +8,12 @@
 #include <string>
 #include <vector>
 
-#include "host/deadlines.h"
-#include "host/pod.h"
-#include "host/session.h"
-#include "host/wire.h"
+#include "cpu/deadlines.h"
+#include "cpu/pod.h"
+#include "cpu/session.h"
+#include "cpu/wire.h"
 
-namespace freeio::host {
+namespace freeio::cpu {
 
 class PodSession final : public Session,
                          public Waiting,
@@ -85,4 +85,4 @@ class PodSession final : public Session,
   std::set<int> settled_;  // peers that will not say anything about this exchange any more
 };
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu

@@ -1,4 +1,4 @@
-#include "host/wire.h"
+#include "cpu/wire.h"
 
 #include <cstring>
 #include <stdexcept>
@@ -7,7 +7,7 @@
 #include <variant>
 #include <vector>
 
-namespace freeio::host {
+namespace freeio::cpu {
 namespace {
 
 // In the order in which they travel. `leaf` is const for a Writer.
@@ -152,4 +152,4 @@ Message decode(std::string_view bytes) {
   return message;
 }
 
-}  // namespace freeio::host
+}  // namespace freeio::cpu
