@@ -2,14 +2,23 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "core/channels.h"
 #include "core/layout.h"
 #include "core/patience.h"
 #include "cpu/handlers.h"
 #include "cpu/instance_name.h"
 #include "cpu/notes.h"
+#include "cpu/peer_exchanges.h"
 #include "cpu/peer_memory.h"
-#include "cpu/pod.h"
 #include "cpu/session.h"
+#include "pod/pod.h"
 
 #ifdef FREEIO_CUDA
 #include "cuda/gpus.h"
@@ -17,6 +26,31 @@
 #endif
 
 namespace py = pybind11;
+
+namespace {
+
+using Member = std::tuple<int, int, uint64_t, uint64_t, int>;
+
+// The CPU engine is a guest before anything can come for it. The CUDA engine is admitted when its
+// GPUs are ready.
+void join_pod(int process, const std::vector<Member>& members, std::vector<int> elsewhere,
+              bool read_memory) {
+  std::vector<freeio::pod::Pod::Member> pod_members;
+  std::map<int, freeio::cpu::RemoteControlBlock> control_blocks;
+  for (const auto& [number, pid, address, nonce, socket] : members) {
+    pod_members.push_back({{number, pid}, freeio::pod::UniqueFd(socket)});
+    control_blocks[number] = {address, nonce};
+  }
+  auto pod =
+      std::make_unique<freeio::pod::Pod>(process, std::move(pod_members), std::move(elsewhere));
+  auto exchanges = std::make_unique<freeio::cpu::PeerExchanges>(*pod, control_blocks);
+  if (read_memory) exchanges->try_to_read();
+  pod->admit(freeio::Channel::kCpu, *exchanges);
+  freeio::pod::Pod::start(std::move(pod));
+  freeio::cpu::PeerExchanges::make_current(std::move(exchanges));
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Engines of freeio_jax behind XLA FFI custom calls.";
@@ -59,23 +93,14 @@ PYBIND11_MODULE(_native, module) {
         return py::make_tuple(reinterpret_cast<uint64_t>(&block), block.nonce);
       },
       "Address and nonce of what peers read of this process.");
-  module.def(
-      "join_pod",
-      [](int process, const std::vector<std::tuple<int, int, uint64_t, uint64_t, int>>& members,
-         std::vector<int> elsewhere, bool read_memory) {
-        std::vector<freeio::cpu::Pod::Member> pod;
-        for (const auto& [peer, pid, control, nonce, socket] : members) {
-          pod.push_back({peer, pid, control, nonce, socket});
-        }
-        freeio::cpu::Pod::join(process, pod, std::move(elsewhere), read_memory);
-      },
-      py::arg("process"), py::arg("members"), py::arg("elsewhere"), py::arg("read_memory"),
-      "members: (process, pid, control address, nonce, connected socket), the sockets' owner from "
-      "now on.");
+  module.def("join_pod", &join_pod, py::arg("process"), py::arg("members"), py::arg("elsewhere"),
+             py::arg("read_memory"),
+             "members: (process, pid, control address, nonce, connected socket), the sockets' "
+             "owner from now on.");
   module.def(
       "leave_pod",
       [] {
-        if (auto* pod = freeio::cpu::Pod::current()) pod->leave();
+        if (auto* pod = freeio::pod::Pod::current()) pod->leave();
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(

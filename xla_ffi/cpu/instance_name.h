@@ -18,9 +18,15 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/wire.h"
-
 namespace freeio::cpu {
+
+// A custom-call instance as all processes of a program name it.
+struct InstanceName {
+  uint64_t module = 0;      // hash of the module's name
+  uint64_t program = 0;     // hash of that and of the groups
+  uint64_t attributes = 0;  // hash of the operation and all its attributes
+  int64_t ordinal = 0;      // among the instances of one module that have these, as XLA makes them
+};
 
 // The instances of one module, as far as XLA has made them.
 class InstanceBlock;

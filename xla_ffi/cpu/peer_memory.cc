@@ -26,9 +26,9 @@ constexpr size_t kMaxTogether = 1 << 20;
 // The kernel's IOV_MAX.
 constexpr size_t kMaxEntries = 1024;
 
-std::string explain(const PeerMemory& peer, int error) {
-  if (error == ESRCH) return peer.who() + " ended";
-  std::string text = "the memory of " + peer.who() +
+std::string explain(const pod::Process& process, int error) {
+  if (error == ESRCH) return process.who() + " ended";
+  std::string text = "the memory of " + process.who() +
                      " cannot be read: process_vm_readv: " + std::system_category().message(error);
   if (error == EPERM) {
     text +=
@@ -44,14 +44,10 @@ std::string explain(const PeerMemory& peer, int error) {
 
 }  // namespace
 
-ReadError::ReadError(const PeerMemory& peer, int error)
-    : std::runtime_error(explain(peer, error)), process_(peer.process()), error_(error) {}
+ReadError::ReadError(const pod::Process& process, int error)
+    : std::runtime_error(explain(process, error)), process_(process.number), error_(error) {}
 
 bool ReadError::peer_ended() const { return error_ == ESRCH; }
-
-std::string PeerMemory::who() const {
-  return "process " + std::to_string(process_) + " (pid " + std::to_string(pid_) + ")";
-}
 
 ControlBlock& control_block() {
   static ControlBlock* const block = [] {
@@ -84,13 +80,13 @@ void PeerMemory::read(const std::vector<Span>& spans) const {
     // The kernel may move less than asked for; go on behind what it has moved.
     size_t next = 0;
     while (next < local.size()) {
-      const ssize_t moved = process_vm_readv(pid_, &local[next], local.size() - next, &remote[next],
-                                             remote.size() - next, 0);
+      const ssize_t moved = process_vm_readv(process_.pid, &local[next], local.size() - next,
+                                             &remote[next], remote.size() - next, 0);
       if (moved < 0) {
         if (errno == EINTR) continue;
-        throw ReadError(*this, errno);
+        throw ReadError(process_, errno);
       }
-      if (moved == 0) throw ReadError(*this, EFAULT);
+      if (moved == 0) throw ReadError(process_, EFAULT);
       for (size_t rest = static_cast<size_t>(moved); rest > 0;) {
         const size_t step = std::min(rest, local[next].iov_len);
         for (iovec* entry : {&local[next], &remote[next]}) {
@@ -107,8 +103,8 @@ void PeerMemory::read(const std::vector<Span>& spans) const {
 uint64_t PeerMemory::give_ups() const {
   uint64_t block[2] = {};
   static_assert(sizeof(ControlBlock) == sizeof(block));
-  read({{reinterpret_cast<const void*>(control_), block, sizeof(block)}});
-  if (block[0] != nonce_) throw ReadError(*this, ESRCH);
+  read({{reinterpret_cast<const void*>(control_block_.address), block, sizeof(block)}});
+  if (block[0] != control_block_.nonce) throw ReadError(process_, ESRCH);
   return block[1];
 }
 

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "pod/process.h"
+
 namespace freeio::cpu {
 
 // What a process shows of itself at a fixed address, for as long as it lives.
@@ -20,17 +22,21 @@ struct ControlBlock {
 // This process's own.
 ControlBlock& control_block();
 
+// Where another process shows its own.
+struct RemoteControlBlock {
+  uint64_t address;
+  uint64_t nonce;
+};
+
 // Has the kernel let processes of this user read this one, where Yama restricts that to parents.
 void allow_peers_to_read();
-
-class PeerMemory;
 
 // The memory of a peer could not be read; says whose, and why.
 class ReadError : public std::runtime_error {
  public:
-  ReadError(const PeerMemory& peer, int error);
+  ReadError(const pod::Process& process, int error);
 
-  int process() const { return process_; }
+  int process() const { return process_; }  // its number
   bool peer_ended() const;
 
  private:
@@ -40,8 +46,8 @@ class ReadError : public std::runtime_error {
 
 class PeerMemory {
  public:
-  PeerMemory(int process, int pid, uint64_t control_address, uint64_t nonce)
-      : process_(process), pid_(pid), control_(control_address), nonce_(nonce) {}
+  PeerMemory(const pod::Process& process, const RemoteControlBlock& control_block)
+      : process_(process), control_block_(control_block) {}
 
   struct Span {
     const void* remote;
@@ -55,15 +61,11 @@ class PeerMemory {
   // The peer's control_block().give_ups now. Throws where it is another process by now.
   uint64_t give_ups() const;
 
-  int process() const { return process_; }
-  int pid() const { return pid_; }
-  std::string who() const;  // "process 1 (pid 77)"
+  const pod::Process& process() const { return process_; }
 
  private:
-  int process_;
-  int pid_;
-  uint64_t control_;
-  uint64_t nonce_;
+  pod::Process process_;
+  RemoteControlBlock control_block_;
 };
 
 // Rows wanted from peers. Reading one costs about 0.6 us beside its bytes, so neighbours and rows

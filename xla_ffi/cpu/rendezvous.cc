@@ -14,7 +14,9 @@ Rendezvous::Rendezvous(const Layout& layout, std::vector<int64_t> groups, const 
     member_of_device_[groups_[i]] = static_cast<int64_t>(i);
     if (i % layout_.num_ranks == 0) processes_.push_back(std::make_shared<GroupProcesses>());
   }
-  if (Pod* const pod = Pod::current()) pod->add_groups(name_, layout_.num_ranks, groups_);
+  if (PeerExchanges* const exchanges = PeerExchanges::current()) {
+    exchanges->add_groups(name_, layout_.num_ranks, groups_);
+  }
 }
 
 // XLA destroys the instance after its last call has returned, on whatever thread; taking the lock
@@ -25,12 +27,12 @@ Rendezvous::~Rendezvous() { std::lock_guard lock(mutex_); }
 std::shared_ptr<Session> Rendezvous::open_session(int64_t run, int64_t group, int64_t number) {
   const auto begin = groups_.begin() + group * layout_.num_ranks;
   std::vector<int64_t> devices(begin, begin + layout_.num_ranks);
-  Pod* const pod = Pod::current();
-  if (pod == nullptr || layout_.num_ranks == 1 || pod->is_local(*processes_[group])) {
+  PeerExchanges* const exchanges = PeerExchanges::current();
+  if (exchanges == nullptr || layout_.num_ranks == 1 || exchanges->is_local(*processes_[group])) {
     return std::make_shared<LocalSession>(layout_, std::move(devices));
   }
-  return pod->open(name_, group, run, layout_, std::move(devices), processes_[group],
-                   [=] { forget(run, group, number); });
+  return exchanges->open(name_, group, run, layout_, std::move(devices), processes_[group],
+                         [=] { forget(run, group, number); });
 }
 
 void Rendezvous::forget(int64_t run, int64_t group, int64_t number) {
@@ -62,8 +64,10 @@ void Rendezvous::arrive(int64_t run, int64_t device, Operands operands, Done don
     const std::shared_ptr<Session> session = open;
     auto tell_and_end = [module = name_.module, run, device,
                          done = std::move(done)](const Status& status) {
-      Pod* const pod = Pod::current();
-      if (!status.ok() && pod != nullptr) pod->device_failed(module, run, device, status);
+      PeerExchanges* const exchanges = PeerExchanges::current();
+      if (!status.ok() && exchanges != nullptr) {
+        exchanges->device_failed(module, run, device, status);
+      }
       done(status);
     };
     rest = session->arrive(rank, std::move(operands), std::move(tell_and_end));

@@ -16,7 +16,8 @@
 
 #include "core/layout.h"
 #include "cpu/exchange.h"
-#include "cpu/pod.h"
+#include "cpu/instance_name.h"
+#include "cpu/peer_exchanges.h"
 #include "cpu/session.h"
 
 namespace freeio::cpu {

@@ -2,7 +2,6 @@
 
 #include <cstring>
 #include <stdexcept>
-#include <tuple>
 #include <type_traits>
 #include <variant>
 #include <vector>
@@ -113,16 +112,6 @@ Operands alternative(size_t index) {
 }
 
 }  // namespace
-
-bool operator<(const RunName& a, const RunName& b) {
-  return std::tie(a.program, a.group, a.number) < std::tie(b.program, b.group, b.number);
-}
-
-bool operator<(const CallName& a, const CallName& b) {
-  // By run first: those of one run, and of all earlier ones, are found together.
-  return std::tie(a.run, a.attributes, a.ordinal, a.call) <
-         std::tie(b.run, b.attributes, b.ordinal, b.call);
-}
 
 std::string encode(const Message& message) {
   Writer writer;

@@ -163,7 +163,7 @@ Status start(const std::vector<int>& ordinals) {
   return {};
 }
 
-Status join(cpu::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
+Status join(pod::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
   RelaxedCapture relaxed;
   std::map<int, int> numbers, processes;
   int num_gpus = 0;

@@ -7,8 +7,8 @@
 
 #include "core/layout.h"
 #include "core/status.h"
-#include "cpu/pod.h"
 #include "cuda/params.h"
+#include "pod/pod.h"
 
 namespace freeio::cuda {
 
@@ -34,7 +34,7 @@ struct PodGpu {
 
 // The same for a program of several processes; all of them must call it. Waits until the GPU
 // blocks of all are mapped by all, at most as long as for an exchange.
-Status join(cpu::Pod& pod, int process, const std::vector<PodGpu>& gpus);
+Status join(pod::Pod& pod, int process, const std::vector<PodGpu>& gpus);
 
 // The counterpart of join(): waits for the kernels that run, and unmaps what the peers have shown.
 // Failures that take_failure() has not returned by then are kept for it.

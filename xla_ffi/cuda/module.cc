@@ -10,12 +10,12 @@
 
 #include "core/layout.h"
 #include "core/status.h"
-#include "cpu/pod.h"
 #include "cuda/gpu.h"
 #include "cuda/gpus.h"
 #include "cuda/handlers.h"
 #include "cuda/measure.h"
 #include "cuda/plan.h"
+#include "pod/pod.h"
 
 namespace freeio::cuda {
 namespace {
@@ -86,7 +86,7 @@ void add_module(py::module_& native) {
         for (const auto& [number, owner, ordinal] : gpus) {
           pod_gpus.push_back({number, owner, ordinal});
         }
-        cpu::Pod* const pod = cpu::Pod::current();
+        pod::Pod* const pod = pod::Pod::current();
         if (pod == nullptr) throw std::runtime_error("freeio_jax: this process is in no pod.");
         raise_unless_ok(join(*pod, process, pod_gpus));
       },

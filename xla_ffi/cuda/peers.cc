@@ -10,6 +10,7 @@
 #include <sstream>
 #include <utility>
 
+#include "core/channels.h"
 #include "cuda/current_device.h"
 
 namespace freeio::cuda {
@@ -61,7 +62,7 @@ struct Peers::Note {
   uint64_t bytes = 0;
 };
 
-Peers::Peers(cpu::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own)
+Peers::Peers(pod::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own)
     : pod_(pod), process_(process), processes_(std::move(processes)), own_(std::move(own)) {
   for (const auto& [gpu, owner] : processes_) {
     if (owner != process_) others_.insert(owner);
@@ -86,7 +87,7 @@ std::string Peers::who(int gpu) const {
 void Peers::send(int process, const Note& note, const std::string& text, int file) {
   std::string bytes(sizeof(note), '\0');
   std::memcpy(bytes.data(), &note, sizeof(note));
-  pod_.tell(process, bytes + text, file);
+  pod_.send(process, Channel::kCuda, bytes + text, file);
 }
 
 Status Peers::connect(double timeout) {
@@ -98,7 +99,7 @@ Status Peers::connect(double timeout) {
     if (!status.ok()) return status;
     streams_.push_back(stream);
   }
-  pod_.admit(*this);
+  pod_.admit(Channel::kCuda, *this);
   std::set<int> others;
   {
     std::lock_guard lock(mutex_);
@@ -322,22 +323,23 @@ void Peers::received(int process, std::string_view text, pod::UniqueFd file) {
   changed_.notify_all();
 }
 
-void Peers::gone(int process, bool died) {
+void Peers::gone(int process, pod::Departure how) {
+  const bool is_orderly = how == pod::Departure::kOrderly;
   std::lock_guard serving(serving_);
   if (released_) return;
   {
     std::lock_guard lock(mutex_);
     others_.erase(process);
     lost_[process] =
-        pod_.who(process) + (died ? " has ended"
-                                  : " has left (freeio_jax.shutdown(), or the end of its "
-                                    "program)");
+        pod_.who(process) + (is_orderly ? " has left (freeio_jax.shutdown(), or the end of its "
+                                          "program)"
+                                        : " has ended");
     for (Region& region : regions_) region.awaited.erase(process);
     for (const auto& [gpu, owner] : processes_) {
       if (owner != process) continue;
       // Partner: the load in look_at_host(), of kernels that wait for that GPU.
       for (const OwnGpu& own : own_) {
-        *const_cast<volatile uint32_t*>(&own.host->lost[gpu]) = died ? kDied : kLeft;
+        *const_cast<volatile uint32_t*>(&own.host->lost[gpu]) = is_orderly ? kLeft : kDied;
       }
     }
   }

@@ -17,9 +17,10 @@
 #include <vector>
 
 #include "core/status.h"
-#include "cpu/pod.h"
 #include "cuda/gpu_block.h"
 #include "cuda/memory.h"
+#include "pod/guest.h"
+#include "pod/pod.h"
 
 namespace freeio::cuda {
 
@@ -49,10 +50,10 @@ struct SharedRegion {
   }
 };
 
-class Peers final : public cpu::Pod::Guest {
+class Peers final : public pod::Guest {
  public:
   // `processes`: which process has each GPU. The pointers in `own` stay good until the end.
-  Peers(cpu::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own);
+  Peers(pod::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own);
   ~Peers() override;
 
   // Shows the GPU blocks of this process to the others, and maps theirs. Every process must
@@ -76,7 +77,7 @@ class Peers final : public cpu::Pod::Guest {
   size_t mapped_bytes() const;
 
   void received(int process, std::string_view text, pod::UniqueFd file) override;
-  void gone(int process, bool died) override;
+  void gone(int process, pod::Departure how) override;
 
  private:
   struct Note;
@@ -93,7 +94,7 @@ class Peers final : public cpu::Pod::Guest {
   Status publish(const void* pointer, Region& region);
   std::vector<int> ordinals() const;
 
-  cpu::Pod& pod_;
+  pod::Pod& pod_;
   const int process_;
   const std::map<int, int> processes_;  // of each GPU
   const std::vector<OwnGpu> own_;

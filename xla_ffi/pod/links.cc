@@ -18,7 +18,7 @@
 namespace freeio::pod {
 namespace {
 
-// Of one message: what a call posts takes some hundred bytes.
+// Of one message: those of the engines take some hundred bytes.
 constexpr size_t kMaxMessage = 1 << 20;
 
 [[noreturn]] void fail(const char* call) {
@@ -84,46 +84,47 @@ UniqueFd process_of(int socket) {
 }  // namespace
 
 // What a child does with the links is felt by the peers: it must have none.
-void Links::forget_in_children(Links* links) {
-  static Links* current = nullptr;
-  static const int registered = pthread_atfork(
+void Links::close_in_children() {
+  static const int error = pthread_atfork(
       [] {
-        if (current) current->mutex_.lock();
+        if (current_) current_->mutex_.lock();
       },
       [] {
-        if (current) current->mutex_.unlock();
+        if (current_) current_->mutex_.unlock();
       },
       [] {
-        if (!current) return;
-        current->links_.clear();
-        current->mutex_.unlock();
-        current = nullptr;
+        if (!current_) return;
+        current_->links_.clear();
+        current_->mutex_.unlock();
+        current_ = nullptr;
       });
-  if (registered != 0) {
-    errno = registered;
+  if (error != 0) {
+    errno = error;
     fail("pthread_atfork");
   }
-  current = links;
 }
 
-Links::Links(std::map<int, UniqueFd> sockets, Received received, std::function<void(int)> lost)
-    : received_(std::move(received)),
-      lost_(std::move(lost)),
-      wake_up_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      buffer_(kMaxMessage) {
+Links::Links(std::map<int, UniqueFd> sockets)
+    : buffer_(kMaxMessage), wake_up_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
   if (wake_up_.get() < 0) fail("eventfd");
   for (auto& [process, socket] : sockets) {
     Link& link = links_[process];
     link.process = process_of(socket.get());
     link.socket = std::move(socket);
   }
-  thread_ = std::thread([this] { serve(); });
-  forget_in_children(this);
 }
 
 Links::~Links() {
   stop();
-  forget_in_children(nullptr);
+  if (current_ == this) current_ = nullptr;
+}
+
+void Links::start(Received received, Lost lost) {
+  close_in_children();
+  received_ = std::move(received);
+  lost_ = std::move(lost);
+  thread_ = std::thread([this] { serve(); });
+  current_ = this;
 }
 
 void Links::wake() {
@@ -190,7 +191,7 @@ void Links::serve() {
     processes.assign(1, -1);
     {
       std::lock_guard lock(mutex_);
-      if (stopping_) return;
+      if (is_stopping_) return;
       for (auto& [process, link] : links_) {
         const bool full = !link.unsent.empty();
         polled.push_back({link.socket.get(), static_cast<short>(POLLIN | (full ? POLLOUT : 0)), 0});
@@ -227,7 +228,7 @@ void Links::stop() {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(1);
   {
     std::unique_lock lock(mutex_);
-    if (stopping_) return;
+    if (is_stopping_) return;
     const auto unsent = [this] {
       for (auto& [process, link] : links_) {
         if (flush(link) && !link.unsent.empty()) return true;
@@ -239,10 +240,10 @@ void Links::stop() {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
       lock.lock();
     }
-    stopping_ = true;
+    is_stopping_ = true;
   }
   wake();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
   links_.clear();
 }
 

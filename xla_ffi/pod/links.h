@@ -20,12 +20,16 @@ namespace freeio::pod {
 class Links {
  public:
   using Received = std::function<void(int process, std::string_view message, UniqueFd file)>;
+  using Lost = std::function<void(int process)>;
 
-  // `received` and `lost` (the peer's end is closed, or its process has ended) are called on the
-  // thread that serves all links; what a peer has sent is received before it is lost. A child that
-  // is forked from this process has no links.
-  Links(std::map<int, UniqueFd> sockets, Received received, std::function<void(int)> lost);
+  // By number of the process at the other end.
+  explicit Links(std::map<int, UniqueFd> sockets);
   ~Links();
+
+  // Starts the thread that serves all links. On it `received` and `lost` are called: `lost` when
+  // the process has closed its end or has ended, after `received` for all that it sent. From now
+  // on a child that is forked from this process has no links.
+  void start(Received received, Lost lost);
 
   // Never blocks. Messages to one process arrive in order; those to a lost one go nowhere. `file`
   // stays the caller's; -1: none. Throws std::system_error where the kernel refuses the message.
@@ -42,7 +46,7 @@ class Links {
   struct Link {
     UniqueFd socket;
     UniqueFd process;  // readable when it has ended; none where the kernel has no such file
-    std::deque<Unsent> unsent;  // the socket was full
+    std::deque<Unsent> unsent;  // waits for room in the socket
   };
 
   void serve();
@@ -50,16 +54,21 @@ class Links {
   bool flush(Link& link);
   void wake();
 
-  static void forget_in_children(Links* links);
+  static void close_in_children();
 
-  const Received received_;
-  const std::function<void(int)> lost_;
+  static inline Links* current_ = nullptr;  // what a forked child closes
+
+  // Set by start(), before the thread.
+  Received received_;
+  Lost lost_;
+  std::vector<char> buffer_;  // the thread's
   UniqueFd wake_up_;
-  std::mutex mutex_;  // of all below
-  std::map<int, Link> links_;
-  bool stopping_ = false;
-  std::vector<char> buffer_;
   std::thread thread_;
+
+  // Guards all below. The callbacks are called without it.
+  std::mutex mutex_;
+  std::map<int, Link> links_;
+  bool is_stopping_ = false;
 };
 
 }  // namespace freeio::pod

@@ -62,7 +62,6 @@ def _commands(compiler, folder):
         *engine("cuda/*.cc", []),
         *engine("core/*.cc", []),
         *engine("pod/*.cc", []),
-        *engine("cpu/*.cc", []),
         *(source for source in machine if source[0] not in around),
     ]
     # In the order of linking.

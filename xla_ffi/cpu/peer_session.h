@@ -1,4 +1,4 @@
-// An exchange whose ranks are in several processes, or may be: see pod.h.
+// An exchange whose ranks are in several processes, or may be: see peer_exchanges.h.
 #pragma once
 
 #include <cstdint>
@@ -8,40 +8,46 @@
 #include <string>
 #include <vector>
 
+#include "core/patience.h"
+#include "cpu/after_unlock.h"
+#include "cpu/call_name.h"
 #include "cpu/deadlines.h"
-#include "cpu/pod.h"
+#include "cpu/mail.h"
+#include "cpu/peer_exchanges.h"
 #include "cpu/session.h"
 #include "cpu/wire.h"
+#include "pod/guest.h"
 
 namespace freeio::cpu {
 
-class PodSession final : public Session,
-                         public Waiting,
-                         public std::enable_shared_from_this<PodSession> {
+class PeerSession final : public Session,
+                          public Waiting,
+                          public std::enable_shared_from_this<PeerSession> {
  public:
-  PodSession(Pod& pod, const CallName& name, const Layout& layout, std::vector<int64_t> devices,
-             std::shared_ptr<GroupProcesses> processes, std::function<void()> forget);
+  PeerSession(PeerExchanges& exchanges, const CallName& name, const Layout& layout,
+              std::vector<int64_t> devices, std::shared_ptr<GroupProcesses> processes,
+              std::function<void()> forget);
 
   std::function<void()> arrive(int64_t rank, Operands&& operands, Done&& done) override;
   bool all_arrived() const override { return false; }  // `forget` says so
   Clock::time_point due() const override { return patience_.due(); }
   bool look() override;
 
-  // All below: with the pod locked.
+  // All below: with the mutex of `exchanges` locked.
 
   // A peer's rank has called.
   bool lacks(int64_t rank, int process) const;
-  void arrived(int process, Message&& message, Pod::After& after);
+  void arrived(Letter&& letter, AfterUnlock& after);
 
   // A peer has read all it wanted, or has given the run up.
-  bool awaits(int process) const { return settled_.count(process) == 0; }
-  void peer_done(int process, Pod::After& after);
-  void peer_failed(int process, const std::string& text, Pod::After& after);
+  bool awaits(int process) const { return silent_.count(process) == 0; }
+  void peer_done(int process, AfterUnlock& after);
+  void peer_failed(int process, const std::string& text, AfterUnlock& after);
 
-  // A peer's end of its link is closed, or should be.
-  void peer_lost(int process, Pod::Peer::State how, Pod::After& after);
+  // A peer takes part no more.
+  void peer_gone(int process, pod::Departure how, AfterUnlock& after);
 
-  void fail(Code code, const std::string& text, Pod::After& after);
+  void fail(Code code, const std::string& text, AfterUnlock& after);
 
   const CallName& call_name() const { return name_; }
   std::string description() const;  // of this process's call, once it has made it
@@ -53,24 +59,24 @@ class PodSession final : public Session,
     Posted posted;
     Done done;  // of ranks of this process
   };
-  enum class State { kGathering, kRunning, kReading, kEnded };  // kReading: only peers still read
+  enum class State { kGathering, kRunning, kReading, kOver };  // kReading: only peers still read
 
   std::set<int> peers_of_group() const;  // processes, as far as known
   std::vector<int> audience() const;     // processes to tell of this exchange
   void post(int64_t rank);
-  void notice_who_is_gone(Pod::After& after);
+  void notice_who_is_gone(AfterUnlock& after);
   bool begin_if_complete();
   void run();
   void exchange();
   void check_that_nobody_gave_up(const Homes& homes) const;
   void await_reason();
-  void end(const Status& status, Pod::After& after);
-  void end_if_done(Pod::After& after);
+  void end(const Status& status, AfterUnlock& after);
+  void end_if_done(AfterUnlock& after);
   std::string name() const;
   std::string ranks_of(int process) const;
   std::string who_waits_for_whom(const std::string& how_long) const;
 
-  Pod& pod_;
+  PeerExchanges& exchanges_;
   const CallName name_;
   const Layout layout_;
   const std::vector<int64_t> devices_;
@@ -79,10 +85,10 @@ class PodSession final : public Session,
   Patience patience_;
   const bool to_all_;  // the group's processes were not known when this began
   State state_ = State::kGathering;
-  bool posted_ = false;  // peers know of this exchange
+  bool is_posted_ = false;  // peers know of this exchange
   Status failure_;
   std::vector<Rank> ranks_;
-  std::set<int> settled_;  // peers that will not say anything about this exchange any more
+  std::set<int> silent_;  // peers that will not say anything about this exchange any more
 };
 
 }  // namespace freeio::cpu
