@@ -4,6 +4,7 @@
 #include <sstream>
 #include <utility>
 
+#include "cpu/exchange.h"
 #include "cpu/notes.h"
 #include "cpu/threads.h"
 

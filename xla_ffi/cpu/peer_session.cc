@@ -2,7 +2,6 @@
 
 #include <chrono>
 #include <exception>
-#include <sstream>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -26,13 +25,13 @@ PeerSession::PeerSession(PeerExchanges& exchanges, const CallName& name, const L
       ranks_(layout.num_ranks) {}
 
 bool PeerSession::lacks(int64_t rank, int process) const {
-  return rank >= 0 && rank < layout_.num_ranks && !ranks_[rank].here && awaits(process);
+  return rank >= 0 && rank < layout_.num_ranks && !ranks_[rank].has_called && awaits(process);
 }
 
 std::set<int> PeerSession::peers_of_group() const {
   std::set<int> peers(processes_->of_rank.begin(), processes_->of_rank.end());
   for (const Rank& rank : ranks_) {
-    if (rank.here) peers.insert(rank.process);
+    if (rank.has_called) peers.insert(rank.process);
   }
   peers.erase(exchanges_.process_);
   return peers;
@@ -53,7 +52,7 @@ std::function<void()> PeerSession::arrive(int64_t rank, Operands&& operands, Don
   AfterUnlock after;
   std::lock_guard lock(exchanges_.mutex_);
   Rank& mine = ranks_[rank];
-  mine.here = true;
+  mine.has_called = true;
   mine.process = exchanges_.process_;
   if (!failure_.ok()) return [done = std::move(done), status = failure_] { done(status); };
   mine.posted = {layout_, std::move(operands), control_block().give_ups};
@@ -96,7 +95,7 @@ void PeerSession::notice_who_is_gone(AfterUnlock& after) {
 
 void PeerSession::arrived(Letter&& letter, AfterUnlock& after) {
   Rank& rank = ranks_[letter.rank];
-  rank.here = true;
+  rank.has_called = true;
   rank.process = letter.process;
   rank.posted = std::move(letter.posted);
   if (begin_if_complete()) {
@@ -107,7 +106,7 @@ void PeerSession::arrived(Letter&& letter, AfterUnlock& after) {
 bool PeerSession::begin_if_complete() {
   if (state_ != State::kGathering) return false;
   for (const Rank& rank : ranks_) {
-    if (!rank.here) return false;
+    if (!rank.has_called) return false;
   }
   state_ = State::kRunning;
   if (to_all_) {
@@ -145,7 +144,7 @@ void PeerSession::run() {
   }
   AfterUnlock after;
   std::lock_guard lock(exchanges_.mutex_);
-  state_ = State::kReading;
+  state_ = State::kPeersReading;
   if (!failure_.ok()) {
     end(failure_, after);  // while this ran
   } else if (!status.ok()) {
@@ -179,15 +178,16 @@ void PeerSession::exchange() {
   try {
     run_exchange(layout_, operands, homes);
   } catch (const ReadError& error) {
-    // Rows of one that gave up may be gone, which is no riddle then.
+    // The rows of a peer that gave up may be gone, and then that is the reason.
     if (!error.peer_ended()) check_that_nobody_gave_up(homes);
     throw;
   }
   check_that_nobody_gave_up(homes);
 }
 
-// Why a peer gave up, it has said before it did, or this process will see as it did: that names the
-// culprit, and may be on its way. Bounded, as the peer may have failed in another exchange.
+// A peer that gives up says why before it does, or it has seen what this process will see, too. The
+// reason names the culprit, and may be on its way. The wait is bounded: the peer may have failed in
+// another exchange.
 void PeerSession::await_reason() {
   for (int milliseconds = 0; milliseconds < 200; ++milliseconds) {
     {
@@ -208,7 +208,7 @@ void PeerSession::check_that_nobody_gave_up(const Homes& homes) const {
 }
 
 void PeerSession::end_if_done(AfterUnlock& after) {
-  if (state_ != State::kReading) return;
+  if (state_ != State::kPeersReading) return;
   for (int process : peers_of_group()) {
     if (awaits(process)) return;
   }
@@ -223,7 +223,8 @@ void PeerSession::end(const Status& status, AfterUnlock& after) {
     after.add(forget_);
     exchanges_.succeeded(name_.run);
   } else {
-    // Before any buffer goes back to XLA: peers that still read look at this when they are done.
+    // Before any buffer goes back to XLA. Partner: check_that_nobody_gave_up() in the peers, which
+    // look at this after they have read.
     control_block().give_ups.fetch_add(1);
   }
   for (Rank& rank : ranks_) {
@@ -250,7 +251,7 @@ void PeerSession::peer_done(int process, AfterUnlock& after) {
 }
 
 void PeerSession::peer_failed(int process, const std::string& text, AfterUnlock& after) {
-  // Where it has read all before, this exchange can do without it.
+  // A peer that has read all does not matter to this exchange any more.
   if (silent_.insert(process).second) fail(Code::kUnavailable, text, after);
 }
 
@@ -283,72 +284,6 @@ bool PeerSession::look() {
   }
   fail(Code::kDeadlineExceeded, who_waits_for_whom(has_waited(patience_)) + more_time(), after);
   return false;
-}
-
-std::string PeerSession::name() const {
-  for (const Rank& rank : ranks_) {
-    if (rank.here) return std::string("freeio_jax.") + name_of(rank.posted.operands);
-  }
-  return "freeio_jax";
-}
-
-// ", which has rank 2 (mesh device 2)," as far as known.
-std::string PeerSession::ranks_of(int process) const {
-  std::vector<int64_t> ranks;
-  for (size_t r = 0; r < ranks_.size(); ++r) {
-    const bool known = !processes_->of_rank.empty() && processes_->of_rank[r] == process;
-    if (known || (ranks_[r].here && ranks_[r].process == process)) {
-      ranks.push_back(static_cast<int64_t>(r));
-    }
-  }
-  return ranks.empty() ? "" : ", which has " + list_of_ranks(ranks, devices_) + ",";
-}
-
-std::string PeerSession::description() const {
-  for (const Rank& rank : ranks_) {
-    if (rank.here && rank.process == exchanges_.process_)
-      return describe(layout_, rank.posted.operands);
-  }
-  return "";
-}
-
-std::string PeerSession::who_waits_for_whom(const std::string& how_long) const {
-  std::vector<int64_t> here, missing;
-  const std::string call = description();
-  for (size_t r = 0; r < ranks_.size(); ++r) {
-    if (!ranks_[r].here) missing.push_back(static_cast<int64_t>(r));
-    if (!ranks_[r].here || ranks_[r].process != exchanges_.process_) continue;
-    here.push_back(static_cast<int64_t>(r));
-  }
-  std::ostringstream text;
-  text << name() << ": " << list_of_ranks(here, devices_) << " of "
-       << exchanges_.who(exchanges_.process_) << how_long;
-  if (missing.empty()) {
-    bool first = true;
-    for (int process : peers_of_group()) {
-      if (!awaits(process)) continue;
-      text << (first ? "" : "; ") << exchanges_.who(process) << ranks_of(process)
-           << " to finish this exchange";
-      first = false;
-    }
-    text << ". It has made the call, but does not go on: it may be stopped, or very slow.";
-  } else {
-    text << list_of_ranks(missing, devices_) << " of " << layout_.num_ranks
-         << ", which did not make this call. Here: " << call << ".";
-    std::set<int> suspects;
-    for (int64_t r : missing) {
-      if (!processes_->of_rank.empty()) suspects.insert(processes_->of_rank[r]);
-    }
-    if (suspects.empty()) {
-      for (const auto& [process, peer] : exchanges_.peers_) suspects.insert(process);
-    }
-    suspects.erase(exchanges_.process_);
-    for (int process : suspects) text << " " << exchanges_.waiting_in(process, call);
-    text << exchanges_.elsewhere_note()
-         << " All ranks of the expert axis must run the same program and make the same calls in "
-            "the same order.";
-  }
-  return text.str();
 }
 
 }  // namespace freeio::cpu

@@ -56,7 +56,7 @@ void Rendezvous::arrive(int64_t run, int64_t device, Operands operands, Done don
     }
     const int64_t group = member->second / layout_.num_ranks;
     const int64_t rank = member->second % layout_.num_ranks;
-    Run& calls = runs_.try_emplace({run, group}).first->second;
+    CallsOfRun& calls = runs_.try_emplace({run, group}).first->second;
     calls.calls.resize(layout_.num_ranks);
     const int64_t number = calls.calls[rank]++;
     std::shared_ptr<Session>& open = calls.open[number];

@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "core/layout.h"
-#include "cpu/exchange.h"
 #include "cpu/instance_name.h"
+#include "cpu/operands.h"
 #include "cpu/peer_exchanges.h"
 #include "cpu/session.h"
 
@@ -34,7 +34,7 @@ class Rendezvous {
 
  private:
   // Calls of one group in one run.
-  struct Run {
+  struct CallsOfRun {
     std::vector<int64_t> calls;                        // made so far, by rank
     std::map<int64_t, std::shared_ptr<Session>> open;  // by number of the call
   };
@@ -48,7 +48,7 @@ class Rendezvous {
   std::map<int64_t, int64_t> member_of_device_;             // position in groups_
   std::vector<std::shared_ptr<GroupProcesses>> processes_;  // by group
   std::mutex mutex_;
-  std::map<std::pair<int64_t, int64_t>, Run> runs_;  // by run and group
+  std::map<std::pair<int64_t, int64_t>, CallsOfRun> runs_;  // by run and group
 };
 
 }  // namespace freeio::cpu

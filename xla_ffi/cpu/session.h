@@ -9,7 +9,7 @@
 #include "core/layout.h"
 #include "core/status.h"
 #include "cpu/deadlines.h"
-#include "cpu/exchange.h"
+#include "cpu/operands.h"
 
 namespace freeio::cpu {
 

@@ -8,7 +8,7 @@
 
 #include "core/layout.h"
 #include "cpu/call_name.h"
-#include "cpu/exchange.h"
+#include "cpu/operands.h"
 
 namespace freeio::cpu {
 
