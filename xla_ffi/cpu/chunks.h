@@ -10,7 +10,8 @@
 
 namespace freeio::cpu {
 
-// Bytes that one task moves: enough to hide its start, few enough to spread over the cores.
+// Bytes that one task moves: enough to hide what its start costs, and few enough for all cores to
+// get tasks.
 inline constexpr int64_t kTaskBytes = 512 << 10;
 
 // Cuts [0, size) of every rank of this process into chunks of about kTaskBytes, numbered through.

@@ -12,7 +12,7 @@ class Waiting {
   virtual ~Waiting() = default;
   // Changes in look() only.
   virtual Clock::time_point due() const = 0;
-  // Called when it is due, on a thread that serves all: must not block. True: look again.
+  // Called when it is due, on the one thread, which it must not block. True: look again.
   virtual bool look() = 0;
 };
 

@@ -36,8 +36,9 @@ void pull_rows(const Layout& layout, const std::vector<const Op*>& ranks, const 
   gather.run();
 }
 
-// Every assignment's row goes from its token to its place in the peer's output; what is left of
-// the outputs is zeroed. `Op` is Dispatch or DispatchAlong; `routes` holds those of own ranks.
+// Moves every assignment's row from its token to its place in the output of its expert's rank, and
+// zeroes the rows that no assignment fills. `Op` is Dispatch or DispatchAlong. `routes` is by rank;
+// those of ranks of other processes are not read.
 template <typename Op>
 void move_rows(const Layout& layout, const std::vector<const Op*>& ranks, const Homes& homes,
                const std::vector<Routes>& routes) {
@@ -128,7 +129,7 @@ void route(const Layout& layout, const std::vector<const Dispatch*>& ranks) {
   });
 }
 
-// The routing outputs of a rank of another process: computed here too, for nobody to see.
+// The routing outputs of a rank of another process. They are computed here too, and then dropped.
 struct RemoteRouting {
   std::vector<int32_t> topk_idx, dest_rank, dest_row, row_source, group_sizes, expert_load;
   int32_t num_dropped = 0;

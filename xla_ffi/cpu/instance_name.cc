@@ -64,8 +64,8 @@ void compilation_ended(double seconds) {
       ++item;
     }
   }
-  // Where several threads compile, it is the one that has rested for the longest time: the
-  // instances are made long before the end.
+  // Where several threads compile, the compilation that ended is that of the thread which made no
+  // instance for the longest time: XLA makes the instances long before the end.
   if (oldest != blocks.end()) blocks.erase(oldest);
 }
 

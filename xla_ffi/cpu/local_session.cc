@@ -37,7 +37,7 @@ bool LocalSession::all_arrived() const {
   return arrived_ == layout_.num_ranks;
 }
 
-// All ranks are here. Nobody else touches the session any more.
+// All ranks have called. No other thread touches the session any more.
 void LocalSession::run(int64_t last_rank) {
   Status status;
   try {
@@ -48,7 +48,7 @@ void LocalSession::run(int64_t last_rank) {
   } catch (const std::exception& error) {
     status = {Code::kInternal, std::string("freeio_jax: the exchange failed: ") + error.what()};
   }
-  // The others first: this rank's thread goes on with its program once it is told.
+  // This rank last: its `done` goes on with the device's program, on this thread.
   for (size_t rank = 0; rank < done_.size(); ++rank) {
     if (static_cast<int64_t>(rank) == last_rank) continue;
     run_on_own_thread([done = std::move(done_[rank]), status] { done(status); });
@@ -56,7 +56,7 @@ void LocalSession::run(int64_t last_rank) {
   done_[last_rank](status);
 }
 
-// Says who waits. At the end fails the ranks that wait, and those that come later.
+// Tells the log who waits. At the time-out it fails the ranks that wait, and those that come later.
 bool LocalSession::look() {
   std::vector<Done> waiting;
   {

@@ -11,7 +11,7 @@
 
 namespace freeio::cpu {
 
-// Collects the ranks' operands, then runs the exchange on the thread of the last to come, or fails.
+// Collects the ranks' operands. The thread of the last rank that calls runs the exchange.
 class LocalSession final : public Session,
                            public Waiting,
                            public std::enable_shared_from_this<LocalSession> {

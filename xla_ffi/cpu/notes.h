@@ -1,4 +1,4 @@
-// What the engine says to the log while a call goes on.
+// What the CPU engine tells the log while calls wait.
 #pragma once
 
 #include <string>

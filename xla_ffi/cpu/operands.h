@@ -64,9 +64,9 @@ struct CombineTranspose {
   void* weight_grads;      // [T, K] accumulators: <expert_out row, token>, or null
 };
 
+// The alternatives are in the order of the list of operations.
 using Operands = std::variant<Dispatch, DispatchAlong, Combine, CombineTranspose>;
 
-// In the order of the list of operations.
 inline const char* name_of(const Operands& operands) {
   return freeio::name_of(static_cast<Operation>(operands.index()));
 }

@@ -33,27 +33,26 @@
 
 namespace freeio::cpu {
 
-// Which process has each rank of a group of one instance. Nothing tells before the first exchange:
-// its calls are posted to all processes, and from then on to those of the group alone.
+// Which process has each rank of a group of one instance. It is not known before the first
+// exchange, whose calls are posted to all processes. Later calls go to the group's processes alone.
 struct GroupProcesses {
   std::vector<int> of_rank;  // empty: not known yet. Guarded by the mutex of PeerExchanges
 };
 
 class PeerSession;
 
-// Locks are taken in this order: a Rendezvous's, then this one's, then those of the links, of the
-// deadlines and of the instances' names, which are held for one call each.
+// Locks are taken in this order: that of a Rendezvous, then the mutex here, then those of the pod's
+// links, of the deadlines and of the instances' names. No other lock is taken under the last three.
 class PeerExchanges final : public pod::Guest {
  public:
   // `control_blocks`: of each of the pod's other processes.
   PeerExchanges(pod::Pod& pod, const std::map<int, RemoteControlBlock>& control_blocks);
 
-  // Throws std::runtime_error where the memory of another process cannot be read. Without this
-  // call that is not tried before an exchange needs it.
+  // Throws std::runtime_error where the memory of another process cannot be read. Without this call
+  // the first exchange finds out.
   void try_to_read() const;
 
-  // Those of the pod that this process has joined last. Null before. They live until the process
-  // ends, as the pod does.
+  // Of the pod that this process joined last; null before it joined one. Never freed, as the pod.
   static PeerExchanges* current();
   static void make_current(std::unique_ptr<PeerExchanges> exchanges);
 
@@ -71,8 +70,8 @@ class PeerExchanges final : public pod::Guest {
   void add_groups(const InstanceName& name, int64_t num_ranks, const std::vector<int64_t>& groups);
 
   // A call of a mesh device has failed in what XLA calls `run` here, which ends the device's
-  // program. Called before XLA knows: the peers of the device's other groups must not wait for it
-  // in that run, and take its next one for it.
+  // program. Called before XLA knows. The peers of the device's other groups must not wait for it
+  // in that run, nor take calls of its next run for calls of that one.
   void device_failed(uint64_t module, int64_t run, int64_t device, const Status& why);
 
   void received(int process, std::string_view text, pod::UniqueFd file) override;
@@ -113,8 +112,9 @@ class PeerExchanges final : public pod::Guest {
   pod::Pod& pod_;
   const int process_;
 
-  // Guards all below, the members of all sessions, and the group's processes. The pod is called
-  // with it locked to send; done() of a rank and `forget` never are.
+  // Guards all below, what changes in the sessions, and every GroupProcesses. It is held while
+  // messages are sent, which keeps them in the order of what happened here. It is not held while
+  // `forget` or a rank's `done` is called.
   std::mutex mutex_;
   bool has_left_ = false;
   std::map<int, Peer> peers_;  // by process: always the same ones, whose memory needs no lock

@@ -24,20 +24,21 @@ class Session {
  public:
   virtual ~Session() = default;
 
-  // One rank's call. Returns what is left to do for the caller once it holds no lock, or nothing.
+  // One rank's call. Returns what the caller must do once it holds no lock; empty: nothing.
   virtual std::function<void()> arrive(int64_t rank, Operands&& operands, Done&& done) = 0;
 
-  // No call of this exchange is to come any more.
+  // Whether all calls of this exchange have come.
   virtual bool all_arrived() const = 0;
 };
 
 // "dispatch(num_tokens=4, ...)": all in which the ranks of one exchange must agree.
 std::string describe(const Layout& layout, const Operands& operands);
 
-// How long somebody waits, between who and for whom: " has waited 30 s (it gives up after 600 s)
-// for " and " waited 600 s for ". And what ends the message of one who has.
+// The middle of a sentence that begins with the rank that waits and ends with those it waits for:
+// " has waited 30 s (it gives up after 600 s) for ", and " waited 600 s for " once it gave up.
 std::string waits_on(const Patience& patience);
 std::string has_waited(const Patience& patience);
+// The end of the message of a rank that gave up.
 std::string more_time();
 
 // "3" or "ranks 3, 4 (mesh devices 5, 6)".
