@@ -1,4 +1,4 @@
-"""Which folder of xla_ffi/ may know which: the engines share core/ and pod/, and know not each other."""
+"""Which folder of xla_ffi/ may know which: no engine knows the other, and pod/ knows none."""
 
 import re
 from pathlib import Path
