@@ -244,6 +244,8 @@ void Links::stop() {
   }
   wake();
   if (thread_.joinable()) thread_.join();
+  // An exchange that still runs may be sending.
+  std::lock_guard lock(mutex_);
   links_.clear();
 }
 
