@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import struct
 import sys
 import threading
 import time
@@ -100,6 +101,13 @@ IN_INITIALIZE = {
     "killed before it connects": killed_before_it_connects,
     "killed when connected": killed_when_connected,
     "garbage": keep_connections,
+    "garbage on a channel": keep_connections,
+}
+
+#: What is no message: of no channel, and of that of the CPU engine.
+GARBAGE = {
+    "garbage": b"\x01garbage",
+    "garbage on a channel": struct.pack("=I", 0) + b"garbage",
 }
 
 
@@ -154,10 +162,10 @@ def main():
         make_other_program(mesh)()
     elif FAULT == "killed at some time" and culprit:
         threading.Timer(float(sys.argv[2]), kill_myself).start()
-    elif FAULT == "garbage" and culprit:
+    elif FAULT in GARBAGE and culprit:
         report("FAULT")
         for connection in connections:
-            os.write(connection, b"\x01garbage")
+            os.write(connection, GARBAGE[FAULT])
     elif FAULT == "shut down" and culprit:
         report("FAULT")
         fio.shutdown()

@@ -110,8 +110,9 @@ def test_a_process_killed_before_initialize():
     assert run.seconds() < TIMEOUT + 2
 
 
-def test_garbage_instead_of_a_message():
-    run = Run("garbage")
+@pytest.mark.parametrize("fault", ["garbage", "garbage on a channel"])
+def test_garbage_instead_of_a_message(fault):
+    run = Run(fault)
     message = run.error(0)
     assert names_process_1(run, message) and "no message of this engine" in message, message
     assert "freeio_jax.dispatch" in message or "freeio_jax.combine" in message, message

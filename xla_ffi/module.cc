@@ -2,19 +2,26 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <iterator>
+#include <map>
+#include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
+#include "core/channels.h"
 #include "core/dtype.h"
 #include "core/layout.h"
-#include "host/deadlines.h"
-#include "host/handlers.h"
-#include "host/instance_name.h"
-#include "host/notes.h"
-#include "host/peer_memory.h"
-#include "host/pod.h"
-#include "host/session.h"
+#include "core/patience.h"
+#include "cpu/handlers.h"
+#include "cpu/instance_name.h"
+#include "cpu/notes.h"
+#include "cpu/peer_exchanges.h"
+#include "cpu/peer_memory.h"
+#include "cpu/session.h"
+#include "pod/pod.h"
 
 #ifdef FREEIO_CUDA
 #include "cuda/gpus.h"
@@ -23,19 +30,44 @@
 
 namespace py = pybind11;
 
+namespace {
+
+using Member = std::tuple<int, int, uint64_t, uint64_t, int>;
+
+// The CPU engine is a guest before anything can come for it. The CUDA engine is admitted when its
+// GPUs are ready.
+void join_pod(int process, const std::vector<Member>& members, std::vector<int> elsewhere,
+              bool read_memory) {
+  std::vector<freeio::pod::Pod::Member> pod_members;
+  std::map<int, freeio::cpu::RemoteControlBlock> control_blocks;
+  for (const auto& [number, pid, address, nonce, socket] : members) {
+    pod_members.push_back({{number, pid}, freeio::pod::UniqueFd(socket)});
+    control_blocks[number] = {address, nonce};
+  }
+  auto pod =
+      std::make_unique<freeio::pod::Pod>(process, std::move(pod_members), std::move(elsewhere));
+  auto exchanges = std::make_unique<freeio::cpu::PeerExchanges>(*pod, control_blocks);
+  if (read_memory) exchanges->try_to_read();
+  pod->admit(freeio::Channel::kCpu, *exchanges);
+  freeio::pod::Pod::start(std::move(pod));
+  freeio::cpu::PeerExchanges::make_current(std::move(exchanges));
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Engines of freeio_jax behind XLA FFI custom calls.";
   // The element types that combine can sum.
   module.attr("combine_dtypes") =
       std::vector<std::string>(std::begin(freeio::kDTypeNames), std::end(freeio::kDTypeNames));
-  freeio::host::add_engine(module);
+  freeio::cpu::add_engine(module);
 #ifdef FREEIO_CUDA
   freeio::cuda::add_module(module);
 #endif
   module.def(
       "set_timeout",
       [](double seconds) {
-        freeio::host::set_timeout(seconds);
+        freeio::cpu::set_timeout(seconds);
 #ifdef FREEIO_CUDA
         freeio::cuda::set_timeout(seconds);
 #endif
@@ -52,38 +84,29 @@ PYBIND11_MODULE(_native, module) {
       },
       py::arg("num_sms"));
   module.def(
-      "compilation_ended", &freeio::host::compilation_ended, py::arg("seconds"),
+      "compilation_ended", &freeio::cpu::compilation_ended, py::arg("seconds"),
       "A module with exchanges was compiled, or loaded from the compilation cache, which took "
       "so long.");
-  module.def("set_patience", &freeio::host::set_patience, py::arg("seconds"),
+  module.def("set_patience", &freeio::set_patience, py::arg("seconds"),
              "After how long a wait is told for the first time.");
-  module.def("take_note", &freeio::host::take_note,
+  module.def("take_note", &freeio::cpu::take_note,
              "The oldest thing to say in the log that was not taken before; empty: nothing.");
-  module.def("allow_peers_to_read", &freeio::host::allow_peers_to_read);
+  module.def("allow_peers_to_read", &freeio::cpu::allow_peers_to_read);
   module.def(
       "control_block",
       [] {
-        const auto& block = freeio::host::control_block();
+        const auto& block = freeio::cpu::control_block();
         return py::make_tuple(reinterpret_cast<uint64_t>(&block), block.nonce);
       },
       "Address and nonce of what peers read of this process.");
-  module.def(
-      "join_pod",
-      [](int process, const std::vector<std::tuple<int, int, uint64_t, uint64_t, int>>& members,
-         std::vector<int> elsewhere, bool read_memory) {
-        std::vector<freeio::host::Pod::Member> pod;
-        for (const auto& [peer, pid, control, nonce, socket] : members) {
-          pod.push_back({peer, pid, control, nonce, socket});
-        }
-        freeio::host::Pod::join(process, pod, std::move(elsewhere), read_memory);
-      },
-      py::arg("process"), py::arg("members"), py::arg("elsewhere"), py::arg("read_memory"),
-      "members: (process, pid, control address, nonce, connected socket), the sockets' owner from "
-      "now on.");
+  module.def("join_pod", &join_pod, py::arg("process"), py::arg("members"), py::arg("elsewhere"),
+             py::arg("read_memory"),
+             "members: (process, pid, control address, nonce, connected socket), the sockets' "
+             "owner from now on.");
   module.def(
       "leave_pod",
       [] {
-        if (auto* pod = freeio::host::Pod::current()) pod->leave();
+        if (auto* pod = freeio::pod::Pod::current()) pod->leave();
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(

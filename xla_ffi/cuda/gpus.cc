@@ -11,11 +11,11 @@
 #include <string>
 #include <utility>
 
+#include "core/patience.h"
 #include "cuda/current_device.h"
 #include "cuda/failure.h"
 #include "cuda/gpu.h"
 #include "cuda/peers.h"
-#include "host/deadlines.h"
 
 namespace freeio::cuda {
 namespace {
@@ -163,7 +163,7 @@ Status start(const std::vector<int>& ordinals) {
   return {};
 }
 
-Status join(host::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
+Status join(pod::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
   RelaxedCapture relaxed;
   std::map<int, int> numbers, processes;
   int num_gpus = 0;
@@ -300,7 +300,7 @@ std::string take_note() {
     std::memcpy(&wait, &word, sizeof(wait));
     // One that is shorter is another one.
     if (wait.ticks < gpu.last_wait.ticks || gpu.next_note == 0) {
-      gpu.next_note = host::patience_in_seconds();
+      gpu.next_note = patience_in_seconds();
     }
     const bool goes_on = wait.ticks != gpu.last_wait.ticks;
     gpu.last_wait = wait;

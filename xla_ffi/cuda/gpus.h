@@ -8,7 +8,7 @@
 #include "core/layout.h"
 #include "core/status.h"
 #include "cuda/params.h"
-#include "host/pod.h"
+#include "pod/pod.h"
 
 namespace freeio::cuda {
 
@@ -34,7 +34,7 @@ struct PodGpu {
 
 // The same for a program of several processes; all of them must call it. Waits until the GPU
 // blocks of all are mapped by all, at most as long as for an exchange.
-Status join(host::Pod& pod, int process, const std::vector<PodGpu>& gpus);
+Status join(pod::Pod& pod, int process, const std::vector<PodGpu>& gpus);
 
 // The counterpart of join(): waits for the kernels that run, and unmaps what the peers have shown.
 // Failures that take_failure() has not returned by then are kept for it.
@@ -98,7 +98,7 @@ Status state_of(const std::vector<int64_t>& gpus);
 std::string take_failure();
 
 // Who waits for whom on one of this process's GPUs, once a wait has lasted
-// host::patience_in_seconds() and whenever it has become twice as long; empty: nothing new.
+// patience_in_seconds() and whenever it has become twice as long; empty: nothing new.
 std::string take_note();
 
 }  // namespace freeio::cuda

@@ -116,7 +116,7 @@ Status Allocation::create(int ordinal, size_t& bytes, Allocation& made) {
   return {};
 }
 
-Status Allocation::import(const host::UniqueFd& file, Allocation& made) {
+Status Allocation::import(const pod::UniqueFd& file, Allocation& made) {
   if (!driver().status.ok()) return driver().status;
   CUmemGenericAllocationHandle handle = 0;
   // The driver takes the descriptor itself where it expects a pointer.
@@ -141,12 +141,12 @@ Status Allocation::behind(const void* pointer, Allocation& found) {
   return {};
 }
 
-Status Allocation::export_to(host::UniqueFd& file) const {
+Status Allocation::export_to(pod::UniqueFd& file) const {
   int descriptor = -1;
   Status status = to_status(
       driver().export_handle(&descriptor, handle_, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
       "cuMemExportToShareableHandle");
-  if (status.ok()) file = host::UniqueFd(descriptor);
+  if (status.ok()) file = pod::UniqueFd(descriptor);
   return status;
 }
 

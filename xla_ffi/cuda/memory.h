@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "core/status.h"
-#include "host/unique_fd.h"
+#include "pod/unique_fd.h"
 
 namespace freeio::cuda {
 
@@ -28,11 +28,11 @@ class Allocation {
   // gives out.
   static Status create(int ordinal, size_t& bytes, Allocation& made);
   // What a peer has exported.
-  static Status import(const host::UniqueFd& file, Allocation& made);
+  static Status import(const pod::UniqueFd& file, Allocation& made);
   // What is mapped at `pointer`. An error where that memory cannot be shared.
   static Status behind(const void* pointer, Allocation& found);
 
-  Status export_to(host::UniqueFd& file) const;
+  Status export_to(pod::UniqueFd& file) const;
 
  private:
   uint64_t handle_ = 0;

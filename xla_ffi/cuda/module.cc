@@ -16,7 +16,7 @@
 #include "cuda/measure.h"
 #include "cuda/nothing.h"
 #include "cuda/plan.h"
-#include "host/pod.h"
+#include "pod/pod.h"
 
 namespace freeio::cuda {
 namespace {
@@ -87,7 +87,7 @@ void add_module(py::module_& native) {
         for (const auto& [number, owner, ordinal] : gpus) {
           pod_gpus.push_back({number, owner, ordinal});
         }
-        host::Pod* const pod = host::Pod::current();
+        pod::Pod* const pod = pod::Pod::current();
         if (pod == nullptr) throw std::runtime_error("freeio_jax: this process is in no pod.");
         raise_unless_ok(join(*pod, process, pod_gpus));
       },

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <utility>
 
+#include "core/channels.h"
 #include "cuda/current_device.h"
 
 namespace freeio::cuda {
@@ -61,7 +62,7 @@ struct Peers::Note {
   uint64_t bytes = 0;
 };
 
-Peers::Peers(host::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own)
+Peers::Peers(pod::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own)
     : pod_(pod), process_(process), processes_(std::move(processes)), own_(std::move(own)) {
   for (const auto& [gpu, owner] : processes_) {
     if (owner != process_) others_.insert(owner);
@@ -86,7 +87,7 @@ std::string Peers::who(int gpu) const {
 void Peers::send(int process, const Note& note, const std::string& text, int file) {
   std::string bytes(sizeof(note), '\0');
   std::memcpy(bytes.data(), &note, sizeof(note));
-  pod_.tell(process, bytes + text, file);
+  pod_.send(process, Channel::kCuda, bytes + text, file);
 }
 
 Status Peers::connect(double timeout) {
@@ -98,14 +99,14 @@ Status Peers::connect(double timeout) {
     if (!status.ok()) return status;
     streams_.push_back(stream);
   }
-  pod_.admit(*this);
+  pod_.admit(Channel::kCuda, *this);
   std::set<int> others;
   {
     std::lock_guard lock(mutex_);
     others = others_;
   }
   for (const OwnGpu& own : own_) {
-    host::UniqueFd file;
+    pod::UniqueFd file;
     Status status = own.allocation->export_to(file);
     if (!status.ok()) return status;
     Note note;
@@ -204,7 +205,7 @@ Status Peers::share(const void* pointer, double timeout, SharedRegion& shared) {
 // With the mutex held: a message to a peer is sent before another thread looks for the region.
 Status Peers::publish(const void* pointer, Region& region) {
   Allocation allocation;
-  host::UniqueFd file;
+  pod::UniqueFd file;
   Status status = range_of(pointer, region.range);
   if (status.ok()) status = Allocation::behind(pointer, allocation);
   if (status.ok()) status = allocation.export_to(file);
@@ -224,7 +225,7 @@ Status Peers::publish(const void* pointer, Region& region) {
   return {};
 }
 
-Status Peers::map_file(const host::UniqueFd& file, size_t bytes, Mapping& mapping) const {
+Status Peers::map_file(const pod::UniqueFd& file, size_t bytes, Mapping& mapping) const {
   if (file.get() < 0) return {Code::kInternal, "freeio_jax: a peer's message lacks its file."};
   CurrentDevice current(own_.front().ordinal);
   Allocation allocation;
@@ -233,7 +234,7 @@ Status Peers::map_file(const host::UniqueFd& file, size_t bytes, Mapping& mappin
   return status.ok() ? Mapping::make(allocation, bytes, ordinals(), mapping) : status;
 }
 
-Status Peers::map_block(const Note& note, const host::UniqueFd& file) {
+Status Peers::map_block(const Note& note, const pod::UniqueFd& file) {
   Mapping mapping;
   Status status = map_file(file, note.bytes, mapping);
   if (!status.ok()) return status;
@@ -261,7 +262,7 @@ Status Peers::enter_base(int process, uint32_t region, uint64_t base) const {
 
 // The peer makes no call with this region before it has the answer, so a kernel that runs here
 // meanwhile reads the table's entry only after it is there.
-Status Peers::map_region(int process, const Note& note, const host::UniqueFd& file) {
+Status Peers::map_region(int process, const Note& note, const pod::UniqueFd& file) {
   if (note.region < kFirstRegion || note.region >= kMaxRegions) {
     return {Code::kInternal, "freeio_jax: a peer's region has an impossible number."};
   }
@@ -275,7 +276,7 @@ Status Peers::map_region(int process, const Note& note, const host::UniqueFd& fi
   return {};
 }
 
-void Peers::received(int process, std::string_view text, host::UniqueFd file) {
+void Peers::received(int process, std::string_view text, pod::UniqueFd file) {
   RelaxedCapture relaxed;
   std::lock_guard serving(serving_);
   Note note;
@@ -322,22 +323,23 @@ void Peers::received(int process, std::string_view text, host::UniqueFd file) {
   changed_.notify_all();
 }
 
-void Peers::gone(int process, bool died) {
+void Peers::gone(int process, pod::Departure how) {
+  const bool is_orderly = how == pod::Departure::kOrderly;
   std::lock_guard serving(serving_);
   if (released_) return;
   {
     std::lock_guard lock(mutex_);
     others_.erase(process);
     lost_[process] =
-        pod_.who(process) + (died ? " has ended"
-                                  : " has left (freeio_jax.shutdown(), or the end of its "
-                                    "program)");
+        pod_.who(process) + (is_orderly ? " has left (freeio_jax.shutdown(), or the end of its "
+                                          "program)"
+                                        : " has ended");
     for (Region& region : regions_) region.awaited.erase(process);
     for (const auto& [gpu, owner] : processes_) {
       if (owner != process) continue;
       // Partner: the load in look_at_host(), of kernels that wait for that GPU.
       for (const OwnGpu& own : own_) {
-        *const_cast<volatile uint32_t*>(&own.host->lost[gpu]) = died ? kDied : kLeft;
+        *const_cast<volatile uint32_t*>(&own.host->lost[gpu]) = is_orderly ? kLeft : kDied;
       }
     }
   }

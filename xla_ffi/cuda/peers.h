@@ -19,7 +19,8 @@
 #include "core/status.h"
 #include "cuda/gpu_block.h"
 #include "cuda/memory.h"
-#include "host/pod.h"
+#include "pod/guest.h"
+#include "pod/pod.h"
 
 namespace freeio::cuda {
 
@@ -49,10 +50,10 @@ struct SharedRegion {
   }
 };
 
-class Peers final : public host::Pod::Guest {
+class Peers final : public pod::Guest {
  public:
   // `processes`: which process has each GPU. The pointers in `own` stay good until the end.
-  Peers(host::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own);
+  Peers(pod::Pod& pod, int process, std::map<int, int> processes, std::vector<OwnGpu> own);
   ~Peers() override;
 
   // Shows the GPU blocks of this process to the others, and maps theirs. Every process must
@@ -75,8 +76,8 @@ class Peers final : public host::Pod::Guest {
   // Of other processes, mapped here.
   size_t mapped_bytes() const;
 
-  void received(int process, std::string_view text, host::UniqueFd file) override;
-  void gone(int process, bool died) override;
+  void received(int process, std::string_view text, pod::UniqueFd file) override;
+  void gone(int process, pod::Departure how) override;
 
  private:
   struct Note;
@@ -86,14 +87,14 @@ class Peers final : public host::Pod::Guest {
   };
 
   void send(int process, const Note& note, const std::string& text = "", int file = -1);
-  Status map_file(const host::UniqueFd& file, size_t bytes, Mapping& mapping) const;
-  Status map_block(const Note& note, const host::UniqueFd& file);
-  Status map_region(int process, const Note& note, const host::UniqueFd& file);
+  Status map_file(const pod::UniqueFd& file, size_t bytes, Mapping& mapping) const;
+  Status map_block(const Note& note, const pod::UniqueFd& file);
+  Status map_region(int process, const Note& note, const pod::UniqueFd& file);
   Status enter_base(int process, uint32_t region, uint64_t base) const;
   Status publish(const void* pointer, Region& region);
   std::vector<int> ordinals() const;
 
-  host::Pod& pod_;
+  pod::Pod& pod_;
   const int process_;
   const std::map<int, int> processes_;  // of each GPU
   const std::vector<OwnGpu> own_;

@@ -16,8 +16,8 @@
 #include "cuda/operands.h"
 #include "cuda/plan.h"
 #include "driver.h"
-#include "host/pod.h"
 #include "machine.h"
+#include "pod/pod.h"
 #include "runtime.h"
 
 #define EMULATOR_API extern "C" __attribute__((visibility("default")))
@@ -164,20 +164,21 @@ struct Place {
 };
 
 EMULATOR_API const char* engine_join(const Place* place) {
-  std::vector<host::Pod::Member> members;
+  std::vector<pod::Pod::Member> members;
   for (int i = 0; i < place->num_peers; ++i) {
-    members.push_back({place->peers[i], place->pids[i], 0, 0, place->sockets[i]});
+    members.push_back({{place->peers[i], place->pids[i]}, pod::UniqueFd(place->sockets[i])});
   }
   std::vector<PodGpu> gpus;
   for (int i = 0; i < place->num_gpus; ++i) {
     gpus.push_back({place->gpus[i], place->owners[i], place->ordinals[i]});
   }
-  host::Pod::join(place->process, members, {}, false);
-  return text(join(*host::Pod::current(), place->process, gpus));
+  pod::Pod& pod = pod::Pod::start(
+      std::make_unique<pod::Pod>(place->process, std::move(members), std::vector<int>{}));
+  return text(join(pod, place->process, gpus));
 }
 EMULATOR_API const char* engine_leave() {
   const char* error = text(leave());
-  host::Pod::current()->leave();
+  pod::Pod::current()->leave();
   return error;
 }
 // What a program that exchanges rows among these GPUs is told before it runs.

@@ -60,7 +60,8 @@ def _commands(compiler, folder):
     machine = [(path, ["-Wshadow", "-O2"]) for path in sorted(HERE.glob("*.cc"))]
     rest = [
         *engine("cuda/*.cc", []),
-        *engine("host/*.cc", []),
+        *engine("core/*.cc", []),
+        *engine("pod/*.cc", []),
         *(source for source in machine if source[0] not in around),
     ]
     # In the order of linking.

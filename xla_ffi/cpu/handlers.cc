@@ -1,0 +1,195 @@
+#include "cpu/handlers.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <memory>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "core/buffers.h"
+#include "core/registration.h"
+#include "core/starter.h"
+#include "cpu/instance_name.h"
+#include "cpu/rendezvous.h"
+
+namespace freeio::cpu {
+namespace {
+
+// One custom-call instance; XLA shares it among the devices that run the program.
+struct Instance {
+  static inline ffi::TypeId id = {};
+  const std::shared_ptr<InstanceBlock> block;
+  Rendezvous rendezvous;
+
+  Instance(const Layout& layout, std::vector<int64_t> groups, const NamedInstance& named)
+      : block(named.block), rendezvous(layout, std::move(groups), named.name) {}
+};
+
+Starter& starter() {
+  static Starter instance;
+  return instance;
+}
+
+// Once the interpreter's main thread goes on with Python code, it has come back from XLA, and the
+// module that it was making is complete. JAX does not tell of one that is loaded by
+// deserialize_and_load, as it does of those that it compiles. This needs no GIL.
+void complete_when_python_goes_on(const std::shared_ptr<InstanceBlock>& block) {
+  if (syscall(SYS_gettid) != getpid()) return;  // Python calls back on the main thread alone
+  auto kept = std::make_unique<std::shared_ptr<InstanceBlock>>(block);
+  const auto complete = [](void* argument) {
+    const std::unique_ptr<std::shared_ptr<InstanceBlock>> made(
+        static_cast<std::shared_ptr<InstanceBlock>*>(argument));
+    module_is_complete(**made);
+    return 0;
+  };
+  // It fails where very many calls are pending. Then the module's first run completes it.
+  if (Py_AddPendingCall(complete, kept.get()) == 0) (void)kept.release();
+}
+
+template <Operation kOperation>
+ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
+  if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
+  auto call = read_attributes(attributes);
+  if (!call.has_value()) return ffi::Unexpected(call.error());
+  const NamedInstance named =
+      name_instance(module_of(attributes), program_of(*call, attributes),
+                    identity_of(static_cast<int64_t>(kOperation), *call, attributes));
+  if (named.is_first) complete_when_python_goes_on(named.block);
+  return std::make_unique<Instance>(call->layout, std::move(call->groups), named);
+}
+
+Routes read_routes(Buffers& buffers) {
+  Routes routes;
+  routes.dest_rank = buffers.arg_data<int32_t>();
+  routes.dest_row = buffers.arg_data<int32_t>();
+  routes.row_source = buffers.arg_data<int32_t>();
+  return routes;
+}
+
+// The remaining arguments as token arrays, each with its result.
+std::vector<Leaf> read_leaves(Buffers& buffers) {
+  std::vector<Leaf> leaves;
+  while (buffers.has_arg()) {
+    const ffi::AnyBuffer* tokens = buffers.arg();
+    ffi::AnyBuffer* rows = buffers.ret();
+    if (!buffers.ok()) break;
+    leaves.push_back({static_cast<const std::byte*>(tokens->untyped_data()),
+                      static_cast<std::byte*>(rows->untyped_data()), Buffers::row_bytes(*tokens),
+                      Buffers::row_text(*tokens)});
+  }
+  return leaves;
+}
+
+Dispatch read_dispatch(Buffers& buffers, ffi::Dictionary) {
+  Dispatch op;
+  op.topk_idx = buffers.arg_data<int32_t>();
+  op.leaves = read_leaves(buffers);
+  op.dest_rank = buffers.ret_data<int32_t>();
+  op.dest_row = buffers.ret_data<int32_t>();
+  op.row_source = buffers.ret_data<int32_t>();
+  op.group_sizes = buffers.ret_data<int32_t>();
+  op.expert_load = buffers.ret_data<int32_t>();
+  op.num_dropped = buffers.ret_data<int32_t>();
+  op.num_invalid = buffers.ret_data<int32_t>();
+  return op;
+}
+
+DispatchAlong read_dispatch_along(Buffers& buffers, ffi::Dictionary) {
+  DispatchAlong op;
+  op.routes = read_routes(buffers);
+  op.leaves = read_leaves(buffers);
+  return op;
+}
+
+Combine read_combine(Buffers& buffers, ffi::Dictionary attributes) {
+  Combine op = {};
+  op.routes = read_routes(buffers);
+  const ffi::AnyBuffer* expert_out = buffers.arg();
+  buffers.row_type(expert_out, op.dtype, op.width);
+  if (expert_out != nullptr) op.expert_out = expert_out->untyped_data();
+  if (read_flag(attributes, "weighted")) op.weights = buffers.arg_data<void>();
+  op.sums = buffers.ret_data<void>();
+  return op;
+}
+
+CombineTranspose read_combine_transpose(Buffers& buffers, ffi::Dictionary attributes) {
+  CombineTranspose op = {};
+  op.routes = read_routes(buffers);
+  const ffi::AnyBuffer* tokens = buffers.arg();
+  buffers.row_type(tokens, op.dtype, op.width);
+  if (tokens != nullptr) op.tokens = tokens->untyped_data();
+  const bool with_rows = read_flag(attributes, "rows");
+  const bool with_weights = read_flag(attributes, "weights");
+  if (with_weights) op.expert_out = buffers.arg_data<void>();
+  if (with_rows) op.weights = buffers.arg_data<void>();
+  if (with_rows) op.rows = buffers.ret_data<void>();
+  if (with_weights) op.weight_grads = buffers.ret_data<void>();
+  return op;
+}
+
+// The handler of all exchanges. XLA runs them asynchronously: no thread waits for a peer. With 8
+// devices on 2 cores a few blocked handlers could hold every thread that their peers need.
+template <auto kRead>
+ffi::Future execute(Instance* instance, ffi::RunId run, ffi::Buffer<ffi::U32, 0> device,
+                    ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attributes) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  Buffers buffers(args, rets);
+  Operands operands = kRead(buffers, attributes);
+  if (!buffers.ok()) {
+    promise.SetError(buffers.error());
+    return future;
+  }
+  module_is_complete(*instance->block);
+  instance->rendezvous.arrive(run.run_id, *device.typed_data(), std::move(operands),
+                              [promise](const Status& status) mutable {
+                                if (status.ok()) {
+                                  promise.SetAvailable();
+                                } else {
+                                  promise.SetError(to_error(status));
+                                }
+                              });
+  return future;
+}
+
+template <auto kRead>
+auto execute_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::State<Instance>>()
+      .Ctx<ffi::RunId>()
+      .Arg<ffi::Buffer<ffi::U32, 0>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs();
+}
+
+XLA_FFI_DEFINE_HANDLER(kMakeDispatch, instantiate<Operation::kDispatch>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeDispatchAlong, instantiate<Operation::kDispatchAlong>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeCombine, instantiate<Operation::kCombine>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeCombineTranspose, instantiate<Operation::kCombineTranspose>,
+                       ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kDispatch, execute<read_dispatch>, execute_binding<read_dispatch>());
+XLA_FFI_DEFINE_HANDLER(kDispatchAlong, execute<read_dispatch_along>,
+                       execute_binding<read_dispatch_along>());
+XLA_FFI_DEFINE_HANDLER(kCombine, execute<read_combine>, execute_binding<read_combine>());
+XLA_FFI_DEFINE_HANDLER(kCombineTranspose, execute<read_combine_transpose>,
+                       execute_binding<read_combine_transpose>());
+
+}  // namespace
+
+void add_engine(pybind11::module_& module) {
+  starter().add_to(module);
+  module.def("ffi_types", [] { return ffi_type<Instance>("freeio_instance"); });
+  module.def("ffi_targets", [] {
+    return ffi_targets_of({kMakeDispatch, kDispatch}, {kMakeDispatchAlong, kDispatchAlong},
+                          {kMakeCombine, kCombine}, {kMakeCombineTranspose, kCombineTranspose});
+  });
+}
+
+}  // namespace freeio::cpu

@@ -1,0 +1,103 @@
+// An exchange whose ranks are in several processes, or may be. peer_exchanges.h says how they
+// exchange rows, and its mutex guards all that changes here.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "core/patience.h"
+#include "cpu/after_unlock.h"
+#include "cpu/call_name.h"
+#include "cpu/deadlines.h"
+#include "cpu/exchange.h"
+#include "cpu/mail.h"
+#include "cpu/peer_exchanges.h"
+#include "cpu/session.h"
+#include "cpu/wire.h"
+#include "pod/guest.h"
+
+namespace freeio::cpu {
+
+class PeerSession final : public Session,
+                          public Waiting,
+                          public std::enable_shared_from_this<PeerSession> {
+ public:
+  PeerSession(PeerExchanges& exchanges, const CallName& name, const Layout& layout,
+              std::vector<int64_t> devices, std::shared_ptr<GroupProcesses> processes,
+              std::function<void()> forget);
+
+  std::function<void()> arrive(int64_t rank, Operands&& operands, Done&& done) override;
+  bool all_arrived() const override { return false; }  // `forget` says so
+  Clock::time_point due() const override { return patience_.due(); }
+  bool look() override;
+
+  // All below: with that mutex locked. What must wait until it is not goes to `after`.
+
+  // A peer's rank has called, and nobody knew.
+  bool lacks(int64_t rank, int process) const;
+  void arrived(Letter&& letter, AfterUnlock& after);
+
+  // A peer has read all that it wants, or has given the run up. It is not waited for any more.
+  bool awaits(int process) const { return silent_.count(process) == 0; }
+  void peer_done(int process, AfterUnlock& after);
+  void peer_failed(int process, const std::string& text, AfterUnlock& after);
+
+  // A peer does not take part any more.
+  void peer_gone(int process, pod::Departure how, AfterUnlock& after);
+
+  void fail(Code code, const std::string& text, AfterUnlock& after);
+
+  const CallName& call_name() const { return name_; }
+  std::string description() const;  // of this process's call, once it has made it
+
+ private:
+  struct Rank {
+    bool has_called = false;
+    int process = -1;
+    Posted posted;
+    Done done;  // of ranks of this process
+  };
+  enum class State {
+    kGathering,     // some ranks have not called
+    kRunning,       // this process fills the results of its ranks
+    kPeersReading,  // it has done so, and peers may still read from its ranks
+    kOver,
+  };
+
+  std::set<int> peers_of_group() const;  // processes, as far as known
+  std::vector<int> audience() const;     // processes to tell of this exchange
+  void post(int64_t rank);
+  void notice_who_is_gone(AfterUnlock& after);
+  bool begin_if_complete();
+  void run();
+  void exchange();
+  void check_that_nobody_gave_up(const Homes& homes) const;
+  void await_reason();
+  void end(const Status& status, AfterUnlock& after);
+  void end_if_done(AfterUnlock& after);
+
+  // For messages to users.
+  std::string name() const;
+  std::string ranks_of(int process) const;
+  std::string who_waits_for_whom(const std::string& how_long) const;
+
+  PeerExchanges& exchanges_;
+  const CallName name_;
+  const Layout layout_;
+  const std::vector<int64_t> devices_;
+  const std::shared_ptr<GroupProcesses> processes_;
+  const std::function<void()> forget_;
+  Patience patience_;
+  const bool to_all_;  // calls are posted to all processes: those of the group were not known
+  State state_ = State::kGathering;
+  bool is_posted_ = false;  // peers know of this exchange
+  Status failure_;
+  std::vector<Rank> ranks_;
+  std::set<int> silent_;  // peers that say nothing of this exchange any more
+};
+
+}  // namespace freeio::cpu

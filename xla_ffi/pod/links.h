@@ -1,0 +1,74 @@
+// Messages between the processes of a pod, over connected sockets that keep their boundaries. A
+// message may bring a file descriptor along: the receiver gets one of its own for the same file.
+#pragma once
+
+#include <sys/types.h>
+
+#include <deque>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "pod/unique_fd.h"
+
+namespace freeio::pod {
+
+class Links {
+ public:
+  using Received = std::function<void(int process, std::string_view message, UniqueFd file)>;
+  using Lost = std::function<void(int process)>;
+
+  // By number of the process at the other end.
+  explicit Links(std::map<int, UniqueFd> sockets);
+  ~Links();
+
+  // Starts the thread that serves all links. On it `received` and `lost` are called: `lost` when
+  // the process has closed its end or has ended, after `received` for all that it sent. From now
+  // on a child that is forked from this process has no links.
+  void start(Received received, Lost lost);
+
+  // Never blocks. Messages to one process arrive in order; those to a lost one go nowhere. `file`
+  // stays the caller's; -1: none. Throws std::system_error where the kernel refuses the message.
+  void send(int process, std::string_view message, int file = -1);
+
+  // Closes all links, after what was sent before has left, or a second has passed.
+  void stop();
+
+ private:
+  struct Unsent {
+    std::string message;
+    UniqueFd file;
+  };
+  struct Link {
+    UniqueFd socket;
+    UniqueFd process;  // readable when it has ended; none where the kernel has no such file
+    std::deque<Unsent> unsent;  // waits for room in the socket
+  };
+
+  void serve();
+  bool receive(int process, int socket);
+  bool flush(Link& link);
+  void wake();
+
+  static void close_in_children();
+
+  static inline Links* current_ = nullptr;  // what a forked child closes
+
+  // Set by start(), before the thread.
+  Received received_;
+  Lost lost_;
+  std::vector<char> buffer_;  // the thread's
+  UniqueFd wake_up_;
+  std::thread thread_;
+
+  // Guards all below. The callbacks are called without it.
+  std::mutex mutex_;
+  std::map<int, Link> links_;
+  bool is_stopping_ = false;
+};
+
+}  // namespace freeio::pod
