@@ -24,10 +24,9 @@ import numpy as np
 
 from freeio_jax.layout import dropless_capacity
 
-#: What calls with few assignments send: rows or partial sums, in lines that carry their flags;
-#: ids in dispatch, and in other operations the routes that they follow; places of assignments in
-#: dispatch; or nothing, as calls with very many.
-PROTOCOLS = ("lines", "ids", "places", "nothing")
+#: How a call exchanges its rows. "through buffers" is a large call with so many assignments that
+#: places and routes do not fit in the GPU blocks.
+PROTOCOLS = ("small", "large", "through buffers")
 
 #: The engine's own list, core/dtype.h: `Emulator` checks that.
 DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]
@@ -322,9 +321,10 @@ class Emulator:
         self._library.engine_set_num_sms(c.c_int64(num_sms))
 
     def set_protocol(self, name):
-        """What calls with few assignments send if they can, one of PROTOCOLS; else the next one."""
-        most = [2**31 if PROTOCOLS.index(name) <= i else -1 for i in (1, 2, 0)]
-        self._library.engine_set_most_sent(*map(c.c_int64, most))
+        """One of PROTOCOLS, for calls that allow it. Other calls use the next one."""
+        slices = 2**31 if name == "small" else -1
+        routes = -1 if name == "through buffers" else 2**31
+        self._library.engine_set_most_sent(c.c_int64(routes), c.c_int64(slices))
 
     def set_epochs(self, group, epoch):
         """As if each two of the group's GPUs had made so many exchanges."""

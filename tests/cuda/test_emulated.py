@@ -32,12 +32,8 @@ from operations import (
 from freeio_jax import _native
 
 all_protocols = pytest.mark.parametrize("protocol", PROTOCOLS, indirect=True)
-#: Of operations that send no rows.
-routes_or_nothing = pytest.mark.parametrize("protocol", PROTOCOLS[2:], indirect=True)
-#: That differ in combine.
-sums_routes_or_nothing = pytest.mark.parametrize(
-    "protocol", [PROTOCOLS[0], *PROTOCOLS[2:]], indirect=True
-)
+#: Of operations that have no kernel for small calls.
+large_protocols = pytest.mark.parametrize("protocol", PROTOCOLS[1:], indirect=True)
 
 
 # --- dispatch ------------------------------------------------------------------------------------
@@ -125,13 +121,29 @@ def test_leaves_of_several_slices_travel_together(machine, rng, num_sms):
     check_dispatched(out, geometry, topk_idx, leaves)
 
 
+@pytest.mark.parametrize(
+    "geometry",
+    [Geometry(2, 1, 8, 16), Geometry(1, 3, 2, 4), Geometry(4, 2, 8, 16, capacity=20)],
+    ids=str,
+)
+def test_few_tokens_whose_rows_do_not_fit_in_lines(machine, rng, geometry):
+    """Rows that are no multiple of 16 bytes, or that begin at none. Such calls are large."""
+    for width, offset in ((1, 0), (5, 0), (4, 4), (1041, 0), (1040, 8)):
+        shape = (geometry.num_ranks, geometry.num_tokens, width)
+        x = values(rng, shape, "float32")
+        topk_idx = routing(rng, geometry)
+        out = dispatch(machine, geometry, topk_idx, [x], offset=offset)
+        machine.synchronize()
+        check_dispatched(out, geometry, topk_idx, [x])
+
+
 @pytest.mark.parametrize("num_tokens", [256, 257])
 def test_the_most_rows_that_are_sent(machine, rng, num_tokens):
     """256 rows of 16 slices are just as many as a rank has room for from a peer."""
     run_dispatch(machine, rng, Geometry(2, num_tokens, 2, 4), width=16 * 240)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS[2:], indirect=True)
+@large_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("num_sms", [1, 2, 5, 9, 13])
 @pytest.mark.parametrize(
@@ -201,7 +213,7 @@ def test_dispatch_along_a_handle(machine, rng, name):
 DTYPES = ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"]
 
 
-@sums_routes_or_nothing
+@all_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,7 +232,7 @@ def test_combine_dtypes(machine, rng, dtype, weighted):
         )
 
 
-@sums_routes_or_nothing
+@all_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_combine(machine, rng, name):
@@ -295,7 +307,7 @@ def test_the_most_sums_that_are_sent(machine, rng, num_tokens):
 # --- combine_transpose ---------------------------------------------------------------------------
 
 
-@routes_or_nothing
+@large_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("results", ["rows", "weights", "both"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -316,7 +328,7 @@ def test_combine_transpose_dtypes(machine, rng, dtype, results):
         check_transposed(grads, geometry, placement, cotangent, weights, expert_out)
 
 
-@routes_or_nothing
+@large_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_combine_transpose(machine, rng, name):

@@ -15,10 +15,11 @@ constexpr int kMaxExperts = 4096;  // of all ranks together: what a mailbox has 
 constexpr int kMaxTopK = 32;       // one lane of a warp for each assignment of a token
 constexpr int kMaxLeaves = 16;     // arrays of one token pytree
 
-// A call with few assignments is ruled by latency. It sends its routing itself instead of where to
-// find it. The most assignments of such a call: of one rank, and of all ranks together.
-constexpr int kMaxSentAssignments = 2048;
-constexpr int kMaxSentByAll = 16384;
+// The time of a small call is mostly latency. Its ranks send each other their ids or routes, and
+// their rows or partial sums. The most assignments of such a call: of one rank, and of all ranks
+// together.
+constexpr int kMaxSmallAssignments = 2048;
+constexpr int kMaxSmallByAll = 16384;
 constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
 // Other calls count their assignments, in segments of each rank (routing_by_counts.cuh). The most
 // segments, and the most counts that a CTA looks at together.
@@ -28,8 +29,7 @@ constexpr int kMaxCounts = 8192;
 constexpr int kMaxSentRoutes = 32768;
 // The most slices of one rank's tokens for which combine keeps arrival flags in the GPU block.
 constexpr int kMaxArrivals = 32768;
-// A call with few assignments and few bytes sends its rows or partial sums, too, in lines. The most
-// slices (geometry.h) of one rank to another: 4 MiB.
+// The most slices (geometry.h) that one rank of a small call sends to another: 4 MiB.
 constexpr int kMaxSentSlices = 4096;
 
 // What two ranks must agree on before one reads the other's memory. Names for the error are in

@@ -11,7 +11,6 @@
 namespace freeio::cuda {
 namespace {
 
-std::atomic<int64_t> max_sent_assignments{kMaxSentAssignments};
 std::atomic<int64_t> max_sent_routes{kMaxSentRoutes};
 std::atomic<int64_t> max_sent_slices{kMaxSentSlices};
 
@@ -95,22 +94,19 @@ Blocks blocks_of(int32_t capacity) {
 constexpr uint32_t bit(int address) { return 1u << address; }
 constexpr uint32_t kRoutesBits = bit(kDestRank) | bit(kDestRow);
 
-// Whether the call has so few assignments that it sends its routing itself.
-bool sends_routing(const Exchange& exchange) {
+// Whether a call is small: it has few assignments, and few slices of rows or partial sums.
+// `of_token`: slices of each token.
+bool is_small_call(const Exchange& exchange, int64_t of_token) {
   const int64_t assignments = int64_t{exchange.num_tokens} * exchange.top_k;
-  return assignments <= max_sent_assignments && assignments * exchange.num_ranks <= kMaxSentByAll;
+  return assignments <= kMaxSmallAssignments &&
+         assignments * exchange.num_ranks <= kMaxSmallByAll &&
+         exchange.num_tokens * of_token <= max_sent_slices;
 }
 
 // Whether combine and its transpose send their routes: not too many, and weights of 32 bits.
 bool sends_routes(const Exchange& exchange, DType dtype) {
   return exchange.num_ranks > 1 && exchange.capacity <= kMaxSentRow && bytes_of(dtype) <= 4 &&
          int64_t{exchange.num_tokens} * exchange.top_k <= max_sent_routes;
-}
-
-// Whether the call is small: it also sends its rows or partial sums, `of_token` slices for each
-// token.
-bool sends_slices(const Exchange& exchange, int64_t of_token) {
-  return sends_routing(exchange) && exchange.num_tokens * of_token <= max_sent_slices;
 }
 
 // CTAs that only send, `slices` to each peer, where there is enough to do for them; 0: all do both.
@@ -128,14 +124,14 @@ void cut_leaf(const DispatchTypes::Leaf& type, int32_t alignment, Leaf& leaf) {
   leaf.slice_bytes = accesses * leaf.access_bytes;
 }
 
-// Cuts the leaves into slices that can be sent in lines, if the call sends its rows.
+// Cuts the leaves into slices that are sent in lines. False, and nothing is cut: the call is large.
 bool cut_to_be_sent(int32_t ctas, DispatchParams& params) {
   int64_t of_token = 0;
   for (int i = 0; i < params.num_leaves; ++i) {
     if (params.leaves[i].access_bytes != kSentAccess) return false;
     of_token += sent_slices_of(params.leaves[i].row_bytes / kSentAccess).first;
   }
-  if (!sends_slices(params.exchange, of_token)) return false;
+  if (!is_small_call(params.exchange, of_token)) return false;
   for (int i = 0; i < params.num_leaves; ++i) {
     Leaf& leaf = params.leaves[i];
     const auto [slices, accesses] = sent_slices_of(leaf.row_bytes / kSentAccess);
@@ -169,8 +165,7 @@ void cut_into_segments(int32_t ctas, DispatchParams& params) {
 
 }  // namespace
 
-void set_most_sent(int64_t assignments, int64_t routes, int64_t slices) {
-  max_sent_assignments = std::min<int64_t>(assignments, kMaxSentAssignments);
+void set_most_sent(int64_t routes, int64_t slices) {
   max_sent_routes = std::min<int64_t>(routes, kMaxSentRoutes);
   max_sent_slices = std::min<int64_t>(slices, kMaxSentSlices);
   outdate_calls();
@@ -212,17 +207,12 @@ Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
     rows.add({static_cast<int64_t>(types.leaves[i].row_type), leaf.row_bytes, leaf.access_bytes});
   }
   const Exchange& x = params.exchange;
-  const auto all_assignments = static_cast<int>(
-      std::min<int64_t>(int64_t{x.num_tokens} * x.top_k * x.num_ranks, kMaxSentByAll));
   // What no peer reads is not shown to them.
   if (!types.routed) {
     plan.kernel = dispatch_along();
     plan.posted = leaves | kRoutesBits;
   } else if (cut_to_be_sent(ctas, params)) {
-    plan.kernel = dispatch_small(x.num_experts, all_assignments);
-  } else if (sends_routing(x)) {
-    plan.kernel = dispatch_medium(x.num_experts, all_assignments);
-    plan.posted = leaves;
+    plan.kernel = dispatch_small(x.num_experts, x.num_tokens * x.top_k * x.num_ranks);
   } else {
     cut_into_segments(ctas, params);
     plan.kernel = dispatch_large(x.num_experts);
@@ -272,7 +262,7 @@ Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Combi
   const int64_t accesses = types.width / pack;
   const auto sent = sent_slices_of(accesses);
   const bool is_small =
-      sends && pack * bytes_of(types.dtype) == kSentAccess && sends_slices(x, sent.first);
+      sends && pack * bytes_of(types.dtype) == kSentAccess && is_small_call(x, sent.first);
   cut_rows(types, wide, is_small ? sent : slices_of(accesses, kCombineSlice), params);
   params.sends_routes =
       is_small || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);

@@ -29,12 +29,11 @@ struct CombineScratch {
 };
 CombineScratch combine_scratch(const Layout& layout, int64_t width);
 
-// The most that is sent of one rank. `assignments`: up to here dispatch sends ids. `routes`: up to
-// here combine and its transpose send routes, and dispatch sends the places of its assignments.
-// `slices`: up to here a call that may send ids sends its rows or partial sums, too. The defaults,
-// and the largest values, are kMaxSentAssignments, kMaxSentRoutes and kMaxSentSlices. For tests:
-// all ranks must have the same.
-void set_most_sent(int64_t assignments, int64_t routes, int64_t slices);
+// Lowers the bounds on what one rank sends through the GPU blocks of its peers. Up to `routes`
+// assignments, combine and its transpose send routes, and dispatch sends places. Up to `slices`
+// slices, a call with few assignments is small. The defaults and the largest values are
+// kMaxSentRoutes and kMaxSentSlices. Only tests call this. All ranks must have the same bounds.
+void set_most_sent(int64_t routes, int64_t slices);
 
 // The largest power of two, up to 16, that divides the addresses of all rows of the call.
 int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operands);

@@ -135,8 +135,8 @@ EMULATOR_API const char* emulator_synchronize() { return text(emulator::synchron
 
 EMULATOR_API void engine_set_timeout(double seconds) { set_timeout(seconds); }
 EMULATOR_API void engine_set_num_sms(int64_t num_sms) { set_num_sms(num_sms); }
-EMULATOR_API void engine_set_most_sent(int64_t assignments, int64_t routes, int64_t slices) {
-  set_most_sent(assignments, routes, slices);
+EMULATOR_API void engine_set_most_sent(int64_t routes, int64_t slices) {
+  set_most_sent(routes, slices);
 }
 // As if each two of these GPUs, all of this process, had made so many exchanges.
 EMULATOR_API const char* engine_set_epochs(const int32_t* gpus, int count, uint32_t epoch) {

@@ -1,6 +1,6 @@
-// dispatch of small calls, which latency rules: they do not wait until they know where rows go. The
-// token's rank sends each row, once to each rank that needs it, in lines (lines.cuh) to the GPU
-// block there, together with the ids. Nobody waits for the others' end.
+// dispatch of small calls, whose time is mostly latency. No rank waits until it knows where rows
+// go. The token's rank sends each row once to each rank that needs it, in lines (lines.cuh), to the
+// GPU block there. The ids travel at the same time. No rank waits for the end of another.
 #include "cuda/device/lines.cuh"
 #include "cuda/device/opening.cuh"
 #include "cuda/device/shared_memory.cuh"
