@@ -165,7 +165,7 @@ def test_ids_are_counted_in_segments(machine, rng, geometry, num_sms):
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize(("capacity", "alignment"), [(64, 8), (24, 4), (200, 1)])
 def test_groups_are_placed_as_the_layout_says(machine, rng, capacity, alignment):
-    """The kernels find starts and sizes of all groups at once, core/layout.h one by one."""
+    """The kernels add the rows of many groups up in parallel, core/layout.h one after the other."""
     geometry = Geometry(3, 12, 4, 45, capacity=capacity, alignment=alignment)
     topk_idx, out, _ = run_dispatch(machine, rng, geometry)
     for rank, result in enumerate(out):

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <numeric>
 
-#include "core/dtype.h"
+#include "core/host_device.h"
 
 namespace freeio::cuda {
 
