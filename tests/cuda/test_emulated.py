@@ -64,7 +64,7 @@ GEOMETRIES = {
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_dispatch(machine, rng, name):
-    """Rows of a part of a slice as it is sent in lines, of more than one, and that are not sent."""
+    """Rows of a part of a slice as it is sent in lines, of more than one, and of 20 bytes."""
     for width in (4, 244, 5):
         run_dispatch(machine, rng, GEOMETRIES[name], width=width)
 
@@ -77,6 +77,8 @@ def test_dispatch_of_any_routing(machine, rng, skew):
     run_dispatch(machine, rng, Geometry(2, 11, 3, 6, alignment=4), skew, width=5)
 
 
+@all_protocols
+@pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("offset", [0, 8, 2])
 def test_leaves_of_any_row_size_travel_together(machine, rng, offset):
     """Rows of 1 byte to several slices, at addresses that allow accesses of 16, 8 or 2 bytes."""
@@ -121,16 +123,18 @@ def test_leaves_of_several_slices_travel_together(machine, rng, num_sms):
     check_dispatched(out, geometry, topk_idx, leaves)
 
 
+@all_protocols
+@pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize(
     "geometry",
     [Geometry(2, 1, 8, 16), Geometry(1, 3, 2, 4), Geometry(4, 2, 8, 16, capacity=20)],
     ids=str,
 )
-def test_few_tokens_whose_rows_do_not_fit_in_lines(machine, rng, geometry):
-    """Rows that are no multiple of 16 bytes, or that begin at none. Such calls are large."""
-    for width, offset in ((1, 0), (5, 0), (4, 4), (1041, 0), (1040, 8)):
-        shape = (geometry.num_ranks, geometry.num_tokens, width)
-        x = values(rng, shape, "float32")
+def test_few_tokens_with_rows_of_any_size_and_alignment(machine, rng, geometry):
+    """Accesses of 1, 2, 4 and 8 bytes; rows that end within 16 bytes, and behind a slice."""
+    sizes = [(1, 0), (6, 0), (20, 0), (24, 0), (32, 8), (16, 4), (961, 0), (974, 0), (1928, 0)]
+    for num_bytes, offset in [*sizes, (1920, 2), (960, 1)]:
+        x = random_bits(rng, (geometry.num_ranks, geometry.num_tokens, num_bytes), np.uint8)
         topk_idx = routing(rng, geometry)
         out = dispatch(machine, geometry, topk_idx, [x], offset=offset)
         machine.synchronize()

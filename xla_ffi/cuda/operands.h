@@ -10,32 +10,32 @@
 
 namespace freeio::cuda {
 
+// One array of a token pytree.
+struct LeafType {
+  int64_t row_bytes;
+  uint64_t row_type;  // a number for element type and shape of a row, on which ranks must agree
+};
+struct LeafBuffers {
+  const void* tokens;
+  void* rows;
+};
+
 // dispatch, and dispatch along a handle.
 struct DispatchTypes {
-  struct Leaf {
-    int64_t row_bytes;
-    uint64_t row_type;  // a number for element type and shape of a row, on which ranks must agree
-  };
-
   bool routed;  // not along a handle
   int32_t num_leaves;
-  Leaf leaves[kMaxLeaves];
+  LeafType leaves[kMaxLeaves];
 };
 struct DispatchOperands {
   using Types = DispatchTypes;
   using Params = DispatchParams;
-
-  struct Leaf {
-    const void* tokens;
-    void* rows;
-  };
 
   const uint32_t* device;   // this device's index in the mesh, as XLA has it
   const int32_t* topk_idx;  // unless it is along a handle, whose arrays are then read, not written
   int32_t *dest_rank, *dest_row, *row_source;
   int32_t *group_sizes, *expert_load, *num_dropped, *num_invalid;
   Word* routes;  // scratch
-  Leaf leaves[kMaxLeaves];
+  LeafBuffers leaves[kMaxLeaves];
 };
 
 struct CombineTypes {

@@ -38,7 +38,7 @@ struct Blocks {
 };
 
 // One array of a token pytree, cut into slices that one warp moves at a time.
-struct Leaf {
+struct SlicedLeaf {
   const std::byte* tokens;  // [T] rows, this rank's
   std::byte* rows;          // [capacity] rows, this rank's
   int64_t row_bytes;
@@ -53,7 +53,7 @@ struct DispatchParams {
   int32_t num_slices;  // of all leaves
   Divisor slices;
   Blocks padding;
-  Leaf leaves[kMaxLeaves];
+  SlicedLeaf leaves[kMaxLeaves];
   const int32_t* topk_idx;  // null: along a handle, whose arrays are then read, not written
   int32_t* dest_rank;
   int32_t* dest_row;

@@ -116,7 +116,7 @@ int32_t senders_of(const Exchange& exchange, int64_t slices, int32_t ctas, int r
 }
 
 // Cuts a leaf into slices that are pulled.
-void cut_leaf(const DispatchTypes::Leaf& type, int32_t alignment, Leaf& leaf) {
+void cut_leaf(const LeafType& type, int32_t alignment, SlicedLeaf& leaf) {
   leaf.row_bytes = type.row_bytes;
   leaf.access_bytes = access_bytes(type.row_bytes, alignment);
   const auto [slices, accesses] = slices_of(leaf.row_bytes / leaf.access_bytes, kCopySlice);
@@ -126,15 +126,15 @@ void cut_leaf(const DispatchTypes::Leaf& type, int32_t alignment, Leaf& leaf) {
 
 // Cuts the leaves into slices that are sent in lines. False, and nothing is cut: the call is large.
 bool cut_to_be_sent(int32_t ctas, DispatchParams& params) {
+  const auto slices_of_leaf = [](const SlicedLeaf& leaf) {
+    return sent_slices_of(ceil_div(leaf.row_bytes, kSentAccess));
+  };
   int64_t of_token = 0;
-  for (int i = 0; i < params.num_leaves; ++i) {
-    if (params.leaves[i].access_bytes != kSentAccess) return false;
-    of_token += sent_slices_of(params.leaves[i].row_bytes / kSentAccess).first;
-  }
+  for (int i = 0; i < params.num_leaves; ++i) of_token += slices_of_leaf(params.leaves[i]).first;
   if (!is_small_call(params.exchange, of_token)) return false;
   for (int i = 0; i < params.num_leaves; ++i) {
-    Leaf& leaf = params.leaves[i];
-    const auto [slices, accesses] = sent_slices_of(leaf.row_bytes / kSentAccess);
+    SlicedLeaf& leaf = params.leaves[i];
+    const auto [slices, accesses] = slices_of_leaf(leaf);
     leaf.num_slices = static_cast<int32_t>(slices);
     leaf.slice_bytes = accesses * kSentAccess;
   }
@@ -186,7 +186,7 @@ CombineScratch combine_scratch(const Layout& layout, int64_t width) {
 int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operands) {
   int32_t alignment = kMaxAccess;
   for (int i = 0; i < types.num_leaves; ++i) {
-    const DispatchOperands::Leaf& leaf = operands.leaves[i];
+    const LeafBuffers& leaf = operands.leaves[i];
     alignment = std::min(alignment, common_alignment(leaf.tokens, leaf.rows));
   }
   return alignment;
@@ -200,7 +200,7 @@ Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
   params.num_leaves = types.num_leaves;
   params.num_slices = 0;
   for (int i = 0; i < types.num_leaves; ++i) {
-    Leaf& leaf = params.leaves[i];
+    SlicedLeaf& leaf = params.leaves[i];
     cut_leaf(types.leaves[i], alignment, leaf);
     params.num_slices += leaf.num_slices;
     leaves |= bit(kFirstLeaf + i);

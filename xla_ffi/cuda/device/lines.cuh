@@ -3,9 +3,44 @@
 // fifteenth more bytes.
 #pragma once
 
+#include "cuda/device/rows.cuh"
 #include "cuda/device/waits.cuh"
 
 namespace freeio::cuda {
+
+// One lane's 16 bytes of a slice, in memory that allows narrower accesses only. The row ends after
+// `bytes`, perhaps earlier than these; what is beyond is zero in the slice. Few rows are such, and
+// the others must not pay for them: these functions are not inlined.
+[[gnu::noinline]] __device__ inline uint4 load_in_parts(const std::byte* from, int bytes,
+                                                        int access_bytes) {
+  uint4 value = {};
+  with_access(access_bytes, [&](auto access) {
+    constexpr int kParts = sizeof(value) / sizeof(access);
+    decltype(access) parts[kParts] = {};
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if (i * static_cast<int>(sizeof(access)) < bytes) {
+        parts[i] = reinterpret_cast<const decltype(access)*>(from)[i];
+      }
+    }
+    memcpy(&value, parts, sizeof(value));
+  });
+  return value;
+}
+[[gnu::noinline]] __device__ inline void store_in_parts(uint4 value, std::byte* to, int bytes,
+                                                        int access_bytes) {
+  with_access(access_bytes, [&](auto access) {
+    constexpr int kParts = sizeof(value) / sizeof(access);
+    decltype(access) parts[kParts];
+    memcpy(parts, &value, sizeof(value));
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if (i * static_cast<int>(sizeof(access)) < bytes) {
+        reinterpret_cast<decltype(access)*>(to)[i] = parts[i];
+      }
+    }
+  });
+}
 
 // A slice is 60 accesses of 16 bytes in eight lines, which a warp stores as two halves: of each
 // half, every eighth lane has a flag in its second eight bytes. Its first access is in the first
@@ -25,25 +60,34 @@ struct LineSlice {
     return has_flag() ? kNone : kWarpSize + lane_id() - lane_id() / kLanesOfLine;
   }
 
-  __device__ void load(const std::byte* from, int bytes) {
+  // Of a row in memory that allows accesses of `access_bytes`.
+  __device__ void load(const std::byte* from, int bytes, int access_bytes) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (place(i) * kAccess < bytes) {
-        accesses[i] = reinterpret_cast<const uint4*>(from)[place(i)];
-      }
+      const int offset = place(i) * kAccess;
+      if (offset >= bytes) continue;
+      accesses[i] = access_bytes == kAccess
+                        ? *reinterpret_cast<const uint4*>(from + offset)
+                        : load_in_parts(from + offset, bytes - offset, access_bytes);
     }
   }
 
   // To the rows that `row` names in the lanes of `mask`. Whole warp.
-  __device__ void store(std::byte* rows, int64_t row_bytes, int bytes, int row,
+  __device__ void store(std::byte* rows, int64_t row_bytes, int bytes, int access_bytes, int row,
                         uint32_t mask) const {
 #pragma unroll 1
     for (; mask != 0; mask &= mask - 1) {
       const int64_t to = __shfl_sync(kFullWarp, row, __ffs(static_cast<int>(mask)) - 1);
-      auto* target = reinterpret_cast<uint4*>(rows + to * row_bytes);
+      std::byte* const target = rows + to * row_bytes;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (place(i) * kAccess < bytes) target[place(i)] = accesses[i];
+        const int offset = place(i) * kAccess;
+        if (offset >= bytes) continue;
+        if (access_bytes == kAccess) {
+          *reinterpret_cast<uint4*>(target + offset) = accesses[i];
+        } else {
+          store_in_parts(accesses[i], target + offset, bytes - offset, access_bytes);
+        }
       }
     }
   }

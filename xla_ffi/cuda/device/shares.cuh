@@ -4,6 +4,7 @@
 #include <climits>
 
 #include "cuda/device/cta.cuh"
+#include "cuda/params.h"
 
 namespace freeio::cuda {
 

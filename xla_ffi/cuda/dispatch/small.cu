@@ -21,7 +21,8 @@ struct OutgoingSlice {
   __device__ OutgoingSlice(const DispatchParams& p, int unit, int end) {
     if (unit >= end) return;
     const Slice slice(p, p.exchange.rank, unit);
-    data.load(slice.in(p.leaves[slice.leaf].tokens, p), slice.bytes);
+    const SlicedLeaf& leaf = p.leaves[slice.leaf];
+    data.load(slice.in(leaf.tokens, p), slice.bytes, leaf.access_bytes);
     if (lane_id() < p.exchange.top_k) id = p.topk_idx[slice.token * p.exchange.top_k + lane_id()];
   }
 
@@ -65,7 +66,8 @@ struct IncomingSlice {
     targets.write_sources(p, slice);
     if (targets.mask == 0) return;
     if (rank == p.exchange.rank) {
-      data.load(slice.in(p.leaves[slice.leaf].tokens, p), slice.bytes);
+      const SlicedLeaf& leaf = p.leaves[slice.leaf];
+      data.load(slice.in(leaf.tokens, p), slice.bytes, leaf.access_bytes);
     } else {
       sent = &slices_from(p.exchange, s, rank)[unit];
       start();
@@ -80,8 +82,9 @@ struct IncomingSlice {
   }
   __device__ void store(const DispatchParams& p) {
     if (sent != nullptr) data.take();
-    const Leaf& leaf = p.leaves[slice.leaf];
-    data.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
+    const SlicedLeaf& leaf = p.leaves[slice.leaf];
+    data.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, leaf.access_bytes,
+               targets.row, targets.mask);
   }
 };
 
