@@ -88,7 +88,7 @@ _DispatchTypes = _struct(
 )
 _DispatchOperands = _struct(
     "DispatchOperands",
-    *_pointers("device", "topk_idx", *_ROUTING, *_COUNTS, "routes"),
+    *_pointers("device", "topk_idx", *_ROUTING, *_COUNTS, "places"),
     ("leaves", _Leaf * _MAX_LEAVES),
 )
 _CombineTypes = _struct("CombineTypes", ("weighted", c.c_bool), *_ROW_TYPE)
@@ -383,15 +383,15 @@ class Emulator:
         }
         out = {name: self._new(name, shape, np.int32) for name, shape in shapes.items()}
         words, _, _ = self._scratch(group, rank, geometry)
-        routes = self._new("routes", (words,), np.uint64, scratch=True)
-        by_source = routes.array.reshape(geometry.num_ranks, -1)
+        places = self._new("places", (words,), np.uint64, scratch=True)
+        by_source = places.array.reshape(geometry.num_ranks, -1)
         for source, words in enumerate(by_source):
             # The worst that can be in the memory: words that look as if they had arrived.
             words[...] = self._epoch(group.gpus[rank], group.gpus[source]) << 32 | 1
         types, operands, packed = self._leaves(leaves, rows, offset)
         types.routed = True
         operands.topk_idx = self._in("topk_idx", topk_idx).address
-        operands.routes = routes.address
+        operands.places = places.address
         for name, buffer in out.items():
             setattr(operands, name, buffer.address)
         self._launch("dispatch", group, rank, geometry, types, operands, **call)

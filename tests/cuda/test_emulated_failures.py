@@ -261,6 +261,13 @@ def test_a_gpu_with_little_shared_memory(new_machine, rng):
     run_dispatch(machine, rng, SMALL)
 
 
+def test_more_assignments_than_places_have_numbers_for(new_machine):
+    machine = new_machine()
+    geometry = Geometry(2, 2**17, 16, 4096, capacity=8)
+    with pytest.raises(EngineError, match=r"top_k = 2097152 assignments .* at most 2097151 where"):
+        launch_dispatch(machine, Group((0, 1)), 0, geometry)
+
+
 def test_some_multiprocessors_are_left_to_others(new_machine):
     """NCCL's kernels, for instance: two that hold a GPU each would wait for each other."""
     machine = new_machine(num_sms=12)

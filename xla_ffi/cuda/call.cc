@@ -78,7 +78,8 @@ Status Call<Operands>::prepare(int32_t alignment) {
   Exchange& exchange = params_.exchange;
   Status status = describe(site_.layout, site_.member, exchange, connection_);
   if (!status.ok()) return status;
-  plan_ = make_plan(types_, alignment, static_cast<int32_t>(connection_.num_ctas), params_);
+  status = make_plan(types_, alignment, static_cast<int32_t>(connection_.num_ctas), params_, plan_);
+  if (!status.ok()) return status;
   sign(site_, plan_, connection_.num_ctas, exchange.signature);
   alignment_ = alignment;
   engine_version_ = version;

@@ -49,7 +49,7 @@ enum Signature : int {
 
 // Buffers whose addresses one rank tells its peers. Leaves follow from kFirstLeaf.
 enum Address : int {
-  kScratch,  // dispatch: route words; combine: partial sums
+  kScratch,  // dispatch: places; combine: partial sums
   kFlags,    // combine: arrival flags of the partial sums
   kDestRank,
   kDestRow,
@@ -85,7 +85,8 @@ struct Mailbox {
 // What one peer sends where there is more of it. Slices and routes alternate as mailboxes do.
 struct Inbox {
   SentSlice slices[2][kMaxSentSlices];  // rows or partial sums
-  Word routes[2][2 * kMaxSentRoutes];   // combine's and its transpose's: rows, then weights
+  // combine and its transpose: routes, then weights; dispatch: places.
+  Word routes[2][2 * kMaxSentRoutes];
   // Epoch of the last exchange in which the peer has stored that slice of that token's partial sum.
   // They need not be cleared: a peer that stores those of its next exchange has this GPU's routes
   // of that exchange, so this GPU has ended the one before.

@@ -107,7 +107,7 @@ void read(Buffers& buffers, const DispatchTypes& known, DispatchOperands& operan
   operands.expert_load = buffers.ret_data<int32_t>();
   operands.num_dropped = buffers.ret_data<int32_t>();
   operands.num_invalid = buffers.ret_data<int32_t>();
-  operands.routes = buffers.ret_data<Word>();
+  operands.places = buffers.ret_data<Word>();
 }
 
 // The next argument's rows.

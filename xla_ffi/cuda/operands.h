@@ -34,7 +34,7 @@ struct DispatchOperands {
   const int32_t* topk_idx;  // unless it is along a handle, whose arrays are then read, not written
   int32_t *dest_rank, *dest_row, *row_source;
   int32_t *group_sizes, *expert_load, *num_dropped, *num_invalid;
-  Word* routes;  // scratch
+  Word* places;  // scratch
   LeafBuffers leaves[kMaxLeaves];
 };
 

@@ -62,11 +62,10 @@ struct DispatchParams {
   int32_t* expert_load;
   int32_t* num_dropped;
   int32_t* num_invalid;
-  // [R, T, K]: rows here of every rank's assignments. The ranks write them, unless they send
-  // places.
-  Word* routes;
-  bool sends_places;     // of assignments
-  int32_t segment_ctas;  // CTAs that count together
+  Word* places;            // scratch, [R, T, K]: places here of every rank's assignments
+  bool places_in_scratch;  // else they are in the GPU blocks
+  int32_t place_bits;      // of a place's number; the bits above are the expert's
+  int32_t segment_ctas;    // CTAs that count together
   int32_t num_segments;
   int32_t senders;  // where rows are sent: CTAs that only send; 0: all do both
 };

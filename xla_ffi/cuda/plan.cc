@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <string>
 #include <utility>
 
 #include "core/digest.h"
@@ -155,12 +156,28 @@ int32_t segments_of(const Exchange& x) {
   return segments;
 }
 
-// How a dispatch routes by counts.
-void cut_into_segments(int32_t ctas, DispatchParams& params) {
+// How a dispatch routes by counts: the segments whose assignments are counted together, and how
+// places are told.
+Status plan_routing(int32_t ctas, DispatchParams& params) {
   const Exchange& x = params.exchange;
-  params.sends_places = int64_t{x.num_tokens} * x.top_k <= max_sent_routes;
+  const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
+  const int64_t experts = x.num_experts / x.num_ranks;
+  params.place_bits = 0;
+  while (assignments >> params.place_bits != 0) ++params.place_bits;
+  if (x.num_ranks > 1 && experts << params.place_bits > int64_t{1} << 32) {
+    int64_t most = 1;
+    while (experts * 2 * most <= int64_t{1} << 32) most *= 2;
+    return {Code::kInvalidArgument,
+            "freeio_jax: dispatch has num_tokens * top_k = " + std::to_string(assignments) +
+                " assignments of one rank, and the CUDA engine takes at most " +
+                std::to_string(most - 1) + " where num_experts=" + std::to_string(x.num_experts) +
+                " are on " + std::to_string(x.num_ranks) +
+                " ranks. Pass fewer tokens per call, or use more ranks."};
+  }
+  params.places_in_scratch = assignments > max_sent_routes;
   params.segment_ctas = static_cast<int32_t>(ceil_div(ctas, segments_of(x)));
   params.num_segments = static_cast<int32_t>(ceil_div(ctas, params.segment_ctas));
+  return {};
 }
 
 }  // namespace
@@ -192,9 +209,9 @@ int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operand
   return alignment;
 }
 
-Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
-               DispatchParams& params) {
-  Plan plan = {};
+Status make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
+                 DispatchParams& params, Plan& plan) {
+  plan = {};
   Digest rows;
   uint32_t leaves = 0;
   params.num_leaves = types.num_leaves;
@@ -214,14 +231,15 @@ Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
   } else if (cut_to_be_sent(ctas, params)) {
     plan.kernel = dispatch_small(x.num_experts, x.num_tokens * x.top_k * x.num_ranks);
   } else {
-    cut_into_segments(ctas, params);
+    Status status = plan_routing(ctas, params);
+    if (!status.ok()) return status;
     plan.kernel = dispatch_large(x.num_experts);
-    plan.posted = params.sends_places ? leaves : leaves | bit(kScratch);
+    plan.posted = params.places_in_scratch ? leaves | bit(kScratch) : leaves;
   }
   set_slices(params.num_slices, params);
   params.padding = blocks_of(params.exchange.capacity);
   plan.rows = rows.folded();
-  return plan;
+  return {};
 }
 
 void set_operands(const DispatchOperands& operands, DispatchParams& params) {
@@ -241,10 +259,10 @@ void set_operands(const DispatchOperands& operands, DispatchParams& params) {
   params.expert_load = operands.expert_load;
   params.num_dropped = operands.num_dropped;
   params.num_invalid = operands.num_invalid;
-  params.routes = operands.routes;
+  params.places = operands.places;
   posted[kDestRank] = address_of(operands.dest_rank);
   posted[kDestRow] = address_of(operands.dest_row);
-  posted[kScratch] = address_of(operands.routes);
+  posted[kScratch] = address_of(operands.places);
 }
 
 // --- combine -------------------------------------------------------------------------------------
@@ -253,8 +271,9 @@ int32_t alignment_of(const CombineTypes&, const CombineOperands& operands) {
   return common_alignment(operands.expert_out, operands.sums, operands.partial_sums);
 }
 
-Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params) {
-  Plan plan = {};
+Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params,
+                 Plan& plan) {
+  plan = {};
   const bool wide = is_wide(types, alignment);
   const Exchange& x = params.exchange;
   const bool sends = sends_routes(x, types.dtype);
@@ -279,7 +298,7 @@ Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Combi
                       params.sends_routes, is_small})
                   .folded();
   plan.kernel = is_small ? combine_small(types.dtype) : combine_large(types.dtype, wide);
-  return plan;
+  return {};
 }
 
 void set_operands(const CombineOperands& operands, CombineParams& params) {
@@ -305,9 +324,9 @@ int32_t alignment_of(const CombineTransposeTypes&, const CombineTransposeOperand
   return common_alignment(operands.tokens, operands.expert_out, operands.rows);
 }
 
-Plan make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
-               CombineTransposeParams& params) {
-  Plan plan = {};
+Status make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
+                 CombineTransposeParams& params, Plan& plan) {
+  plan = {};
   const Exchange& x = params.exchange;
   const bool wide = is_wide(types, alignment);
   const int assignments = x.num_ranks * x.top_k;
@@ -324,7 +343,7 @@ Plan make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.rows, types.weights})
                   .folded();
   plan.kernel = combine_transpose(types.dtype, wide);
-  return plan;
+  return {};
 }
 
 void set_operands(const CombineTransposeOperands& operands, CombineTransposeParams& params) {

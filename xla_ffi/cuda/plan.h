@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/layout.h"
+#include "core/status.h"
 #include "cuda/kernels.h"
 #include "cuda/operands.h"
 #include "cuda/params.h"
@@ -20,7 +21,7 @@ struct Plan {
   uint32_t posted;  // buffers whose addresses the peers are told: a bit for each Address
 };
 
-// Scratch buffers that XLA gives a call. dispatch: words of `routes`; combine: rows of
+// Scratch buffers that XLA gives a call. dispatch: words of `places`; combine: rows of
 // `partial_sums`, and `flags`. Enough for any alignment of the other buffers.
 int64_t dispatch_scratch(const Layout& layout);
 struct CombineScratch {
@@ -40,12 +41,15 @@ int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operand
 int32_t alignment_of(const CombineTypes& types, const CombineOperands& operands);
 int32_t alignment_of(const CombineTransposeTypes& types, const CombineTransposeOperands& operands);
 
-// Fills what set_operands() leaves of the parameters, whose exchange but for the signature and the
-// addresses is filled already. `ctas`: of the kernel. `alignment`: alignment_of() the operands.
-Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas, DispatchParams& params);
-Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params);
-Plan make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t ctas,
-               CombineTransposeParams& params);
+// Makes the plan, and fills the parameters but for what set_operands() fills. Of their exchange
+// only the signature and the addresses are not yet there. `ctas`: of the kernel. `alignment`: what
+// alignment_of() says of the operands. An error if the engine cannot number that many assignments.
+Status make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
+                 DispatchParams& params, Plan& plan);
+Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params,
+                 Plan& plan);
+Status make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t ctas,
+                 CombineTransposeParams& params, Plan& plan);
 
 // Fills the addresses in, those that may be posted included.
 void set_operands(const DispatchOperands& operands, DispatchParams& params);

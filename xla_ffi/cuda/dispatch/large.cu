@@ -22,29 +22,25 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
   const Units units(p.slices, x.num_tokens, false);
   const Chunk chunk = units.tokens();
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
-  // The peers are told of the routes once these are cleared.
   const uint32_t leaves = leaf_addresses(p);
-  const uint32_t addresses = p.sends_places ? leaves : leaves | 1u << kScratch;
   // What needs no peer is loaded while the exchange opens.
   const SegmentIds early(p, chunk);
   if (!open(x, s, opening)) return;
   if (blockIdx.x == 0) post(x, s, leaves);
   Work work = pulling_of(p, units, tiles[0]);
-  if (!p.sends_places) prepare_routes(p, chunk, s);
+  if (p.places_in_scratch) clear_places(p, chunk, s);
   const int id = first_id(p, chunk);
   count_and_send(p, s, routing, early.segment, early.quads);
   __syncthreads();
-  if (p.sends_places) send_places(p, s, routing, chunk, id);
+  if (p.places_in_scratch && !receive_addresses(x, s, 1u << kScratch)) return;
+  send_places(p, s, routing, chunk, id);
   receive_counts(p, s, routing, early.segment, reinterpret_cast<uint32_t*>(rows));
-  if (!receive_addresses(x, s, addresses)) return;
+  if (!receive_addresses(x, s, leaves)) return;
   place_groups(p, routing);
   if (blockIdx.x == 0 && warp_id() == 0) store_num_invalid(p, s);
-  if (!p.sends_places) assign_rows(p, s, routing, chunk, id);
   __syncthreads();
   tiles.for_each(s, kWarps, [&](const Tile& tile) {
-    const bool found =
-        p.sends_places ? find_rows(p, s, routing, tile, rows) : receive_rows(p, s, tile, rows);
-    if (!found) return;
+    if (!find_rows(p, s, routing, tile, rows)) return;
     if (tile.number > 0) work = pulling_of(p, units, tile);
     pull_tile<true>(p, s, units, tile, work, rows,
                     [&](int64_t first_row) { zero_padding(p, routing, first_row); });
