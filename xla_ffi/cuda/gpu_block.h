@@ -59,9 +59,8 @@ enum Address : int {
   kMaxAddresses = kFirstLeaf + kMaxLeaves
 };
 
-// How ranks are told where a buffer is: the number of a region of the memory of its process above
-// kRegionShift bits of offset. Region 0 is all of the process's address space, for peers that share
-// it.
+// An address for other ranks: the number of a region of its process's memory, above kRegionShift
+// bits of offset. Region 0 is the whole address space of the process, for peers that share it.
 constexpr int kRegionShift = 56;
 constexpr uint32_t kFirstRegion = 1;
 constexpr uint32_t kMaxRegions = 64;  // of one process; XLA's pool grows by doubling
@@ -82,14 +81,14 @@ struct Mailbox {
   Word num_invalid[kMaxSegments];         // to itself: ids that name no expert, of each segment
 };
 
-// What one peer sends where there is more of it. Slices and routes alternate as mailboxes do.
+// The larger things that one peer sends. Slices and routes alternate as mailboxes do.
 struct Inbox {
   SentSlice slices[2][kMaxSentSlices];  // rows or partial sums
   // combine and its transpose: routes, then weights; dispatch: places.
   Word routes[2][2 * kMaxSentRoutes];
-  // Epoch of the last exchange in which the peer has stored that slice of that token's partial sum.
-  // They need not be cleared: a peer that stores those of its next exchange has this GPU's routes
-  // of that exchange, so this GPU has ended the one before.
+  // For each slice of a token: the last exchange in which the peer stored its partial sum of it.
+  // These epochs need not be cleared. A peer stores those of its next exchange only when it has
+  // this GPU's routes of that exchange. By then this GPU has ended the one before.
   uint32_t arrived[kMaxArrivals];
 };
 
@@ -147,7 +146,7 @@ enum Step : int {
   kWaitOwn
 };
 
-// What became of the process of a peer.
+// Why a peer's process is gone.
 enum Lost : uint32_t { kDied = 1, kLeft = 2 };
 
 // The first failure on one GPU, in host memory. `step` is written last.

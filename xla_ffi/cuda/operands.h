@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/operand_order.h"
 #include "cuda/params.h"
 
 namespace freeio::cuda {
@@ -48,7 +49,7 @@ struct CombineOperands {
   using Params = CombineParams;
 
   const uint32_t* device;
-  const int32_t *dest_rank, *dest_row;
+  const int32_t *dest_rank, *dest_row, *row_source;
   const void *expert_out, *weights;
   void *sums, *partial_sums;  // partial_sums: scratch
   uint32_t* flags;            // scratch
@@ -69,5 +70,24 @@ struct CombineTransposeOperands {
   const void *tokens, *expert_out, *weights;
   void *rows, *weight_grads;
 };
+
+// The buffers of a call in order: operand_order.h, and the engine's scratch buffers behind them.
+template <typename Visitor>
+void visit_buffers(const DispatchTypes& types, DispatchOperands& operands, Visitor& visitor) {
+  if (!types.routed) return visit_dispatch_along(operands, operands, visitor);
+  visit_dispatch(operands, visitor);
+  visitor.result("places", operands.places);
+}
+template <typename Visitor>
+void visit_buffers(const CombineTypes& types, CombineOperands& operands, Visitor& visitor) {
+  visit_combine(operands, operands, types.weighted, visitor);
+  visitor.result("partial_sums", operands.partial_sums);
+  visitor.result("flags", operands.flags);
+}
+template <typename Visitor>
+void visit_buffers(const CombineTransposeTypes& types, CombineTransposeOperands& operands,
+                   Visitor& visitor) {
+  visit_combine_transpose(operands, operands, types.rows, types.weights, visitor);
+}
 
 }  // namespace freeio::cuda

@@ -110,7 +110,8 @@ bool sends_routes(const Exchange& exchange, DType dtype) {
          int64_t{exchange.num_tokens} * exchange.top_k <= max_sent_routes;
 }
 
-// CTAs that only send, `slices` to each peer, where there is enough to do for them; 0: all do both.
+// How many CTAs only send, where each peer gets `slices` slices. 0: there is too little to send,
+// and all CTAs both send and receive.
 int32_t senders_of(const Exchange& exchange, int64_t slices, int32_t ctas, int receivers) {
   constexpr int64_t kLeast = 4;  // of each CTA
   return exchange.num_ranks > 1 && slices >= kLeast * ctas ? ctas / (1 + receivers) : 0;
@@ -145,8 +146,8 @@ bool cut_to_be_sent(int32_t ctas, DispatchParams& params) {
   return true;
 }
 
-// Segments of each rank's assignments: more segments mean fewer assignments to count for each CTA,
-// and more counts to add up. Both should take about the same time.
+// Segments of each rank's assignments. With more segments each CTA counts fewer assignments, but
+// adds up more counts. Both should take about the same time.
 int32_t segments_of(const Exchange& x) {
   const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
   const int64_t counts = int64_t{x.num_ranks} * x.num_experts;
@@ -156,8 +157,8 @@ int32_t segments_of(const Exchange& x) {
   return segments;
 }
 
-// How a dispatch routes by counts: the segments whose assignments are counted together, and how
-// places are told.
+// How a dispatch routes by counts: the segments whose assignments are counted together, and the
+// form of places.
 Status plan_routing(int32_t ctas, DispatchParams& params) {
   const Exchange& x = params.exchange;
   const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
@@ -224,7 +225,7 @@ Status make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
     rows.add({static_cast<int64_t>(types.leaves[i].row_type), leaf.row_bytes, leaf.access_bytes});
   }
   const Exchange& x = params.exchange;
-  // What no peer reads is not shown to them.
+  // Peers get only the addresses that they read.
   if (!types.routed) {
     plan.kernel = dispatch_along();
     plan.posted = leaves | kRoutesBits;

@@ -1,5 +1,5 @@
-// From the types of a call to its kernel: how rows are cut into slices, what is sent and what is
-// shown to the peers. Knows nothing of XLA, and no address.
+// Chooses the kernel of a call by its types, and decides how rows are cut into slices, what is
+// sent, and which addresses the peers get. Knows nothing of XLA.
 #pragma once
 
 #include <cstddef>
@@ -13,12 +13,11 @@
 
 namespace freeio::cuda {
 
-// What a launch needs beside the parameters, and what the signature and the addresses that are
-// posted depend on.
+// What a launch needs beside the parameters.
 struct Plan {
   Kernel kernel;
   uint32_t rows;    // in the signature: a digest of the row types
-  uint32_t posted;  // buffers whose addresses the peers are told: a bit for each Address
+  uint32_t posted;  // buffers whose addresses the peers get: a bit for each Address
 };
 
 // Scratch buffers that XLA gives a call. dispatch: words of `places`; combine: rows of

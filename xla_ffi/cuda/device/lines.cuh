@@ -1,6 +1,6 @@
-// Rows of small calls, as they are sent: in lines of 128 bytes, the last eight of which say that
-// the others are there. So no flag of its own follows them, and no fence waits for them, for a
-// fifteenth more bytes.
+// How small calls send rows: in lines of 128 bytes. The last eight bytes of a line say that the
+// others have arrived. So no separate flag follows a row, and no fence waits for it. The price is
+// a fifteenth more bytes.
 #pragma once
 
 #include "cuda/device/rows.cuh"
@@ -42,9 +42,10 @@ namespace freeio::cuda {
   });
 }
 
-// A slice is 60 accesses of 16 bytes in eight lines, which a warp stores as two halves: of each
-// half, every eighth lane has a flag in its second eight bytes. Its first access is in the first
-// halves of both; it has no second one.
+// A slice is 60 accesses of 16 bytes, in eight lines. A warp stores them as two halves of four
+// lines, 16 bytes for each lane and half. In both halves every eighth lane stores a flag in its
+// last eight bytes. So such a lane has one access, of which each half takes eight bytes. Other
+// lanes have two.
 struct LineSlice {
   static constexpr int kLanesOfLine = 8;
   static constexpr int kAccess = kSentAccess;
@@ -130,8 +131,9 @@ static_assert(kSentSlice == 2 * kWarpSize - kWarpSize / LineSlice::kLanesOfLine)
 constexpr int kSlicesTogether = kWarpSize / LineSlice::kLanesOfLine;
 __device__ inline int slice_of_lane() { return lane_id() / LineSlice::kLanesOfLine; }
 
-// Waits for a line of the slice that the peer sends; none: null. Whole warp, where the eight lanes
-// of slice_of_lane() have the same slice. False, for all lanes: one of them did not come.
+// Each lane waits for one line of the slice that the peer sends; null: it does not wait. Whole
+// warp. The eight lanes with the same slice_of_lane() have the same slice. False, for all lanes: a
+// line did not come.
 [[gnu::noinline]] __device__ inline bool wait_for_lines(const Exchange& x, CtaState& s, Step step,
                                                         int peer, const SentSlice* slice) {
   const int line = lane_id() % LineSlice::kLanesOfLine;

@@ -49,8 +49,8 @@ __device__ void number_assignments(const DispatchParams& p, const Routing& routi
   }
 }
 
-// Where an assignment comes, as its rank knows it before it has heard of the others: which of the
-// receiver's experts it is for, and its number among the segment's for that one.
+// What a rank knows of an assignment before it has the counts of the others: which of the
+// receiver's experts it is for, and its number among the segment's assignments to that expert.
 class Place {
  public:
   __device__ explicit Place(uint32_t word, const DispatchParams& p)

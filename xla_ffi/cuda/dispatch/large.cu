@@ -2,8 +2,8 @@
 //
 // The expert's rank pulls: it reads a token's row out of the source's tensor, once, and stores it
 // to each of its rows here. So a row crosses a link once, no rank writes into a tensor of another,
-// and nothing is staged. Counts, and what the rows of assignments follow from, go to all ranks as
-// words that carry their own flag. No data waits for a flag of its own.
+// and nothing is staged. Counts and places go to the ranks as words that carry their own flag. No
+// data waits for a flag.
 #include "core/layout.h"
 #include "cuda/device/opening.cuh"
 #include "cuda/device/shared_memory.cuh"
@@ -23,7 +23,7 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
   const Chunk chunk = units.tokens();
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
   const uint32_t leaves = leaf_addresses(p);
-  // What needs no peer is loaded while the exchange opens.
+  // These loads need no peer, so they run while the exchange opens.
   const SegmentIds early(p, chunk);
   if (!open(x, s, opening)) return;
   if (blockIdx.x == 0) post(x, s, leaves);
@@ -45,8 +45,8 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
     pull_tile<true>(p, s, units, tile, work, rows,
                     [&](int64_t first_row) { zero_padding(p, routing, first_row); });
   });
-  // Nothing has been stored to a peer but words that carry their flags, and what has been loaded
-  // from one is here: it has been stored to this rank's rows.
+  // The end publishes nothing: this rank has stored only words to its peers, which carry their own
+  // flags. All loads from peers have ended, as their values have been stored to this rank's rows.
   finish<false>(x, s);
 }
 

@@ -6,9 +6,9 @@
 
 namespace freeio::cuda {
 
-// A rank's CTAs, and with them its tokens, in a few segments. The first CTA of each counts all of
-// its assignments, the others only those of the segment that come before their own chunk: the more
-// segments, the less each counts, and the more counts all have to add up.
+// A rank's CTAs, and with them its tokens, form a few segments. The first CTA of a segment counts
+// all assignments of the segment. The other CTAs count those that come before their own chunk. With
+// more segments each CTA counts less, but all CTAs have more counts to add up.
 struct Segment {
   int number;
   bool is_led;  // by this CTA
@@ -57,9 +57,9 @@ struct SegmentIds {
       : segment(p, chunk), quads(p, segment, IdQuads::first_of(segment)) {}
 };
 
-// Counts what this CTA has to count of its segment, in `next`, and sends the counts of the whole
-// one. All threads; a barrier must follow. Then `next` has the numbers of the chunk's first
-// assignments to each expert, among those of the segment.
+// Counts this CTA's part of the segment in `next`, for each expert. The CTA that leads the segment
+// sends the counts. All threads; a barrier must follow. After it `next` is the number that the
+// chunk's first assignment to each expert has in the segment.
 __device__ inline void count_and_send(const DispatchParams& p, const CtaState& s,
                                       const Routing& routing, const Segment& segment,
                                       IdQuads quads) {

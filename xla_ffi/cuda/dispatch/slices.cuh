@@ -53,7 +53,7 @@ struct Targets {
     mask = __ballot_sync(kFullWarp, row >= 0);
   }
 
-  // Says in the handle which assignment the rows are of, once for each row.
+  // Stores in the handle whose assignment each row is. The first slice does so for its whole row.
   __device__ void write_sources(const DispatchParams& p, const Slice& slice) const {
     const Exchange& x = p.exchange;
     if (!slice.first || row < 0) return;
@@ -140,7 +140,7 @@ __device__ inline void spoil_results(const DispatchParams& p, const Team& spoile
   spoil(spoilers, p.expert_load, experts * int_bytes);
   spoil(spoilers, p.num_dropped, int_bytes);
   spoil(spoilers, p.num_invalid, int_bytes);
-  // Sizes that a matrix product can live with.
+  // A matrix product can take groups without rows, but not sizes of -1.
   if (spoilers.number != 0) return;
   for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) p.group_sizes[e] = 0;
 }

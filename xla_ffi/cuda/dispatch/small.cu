@@ -39,8 +39,8 @@ struct OutgoingSlice {
   }
 };
 
-// This CTA's units `mine`, the warp's first of which has been loaded. While one is sent, the next
-// one is on its way already. All threads.
+// Sends this CTA's units `mine`. The warp's first one has been loaded. While the warp sends a unit,
+// it loads the next one. All threads.
 __device__ void send_rows(const DispatchParams& p, const CtaState& s, const DispatchTeams& teams,
                           const Chunk& mine, OutgoingSlice slice) {
   int unit = teams.sent_unit(mine, warp_id());
@@ -88,7 +88,7 @@ struct IncomingSlice {
   }
 };
 
-// Moves the units of two pulls, of which there are `pulls`. Whole warp.
+// Moves the slices of `pull` and of the next one, if there is one among the `pulls`. Whole warp.
 __device__ void move_two(const DispatchParams& p, CtaState& s, const Tile& tile, const int* rows,
                          int pull, int pulls, int first_unit) {
   const Exchange& x = p.exchange;
@@ -127,10 +127,10 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
   const DispatchTeams teams{p.senders};
   const Team team = teams.own();
   const bool sends = !teams.has_senders() || teams.is_sender();
-  // There are few tokens, and several CTAs share one.
+  // There are few tokens, so several CTAs share one.
   const Units units(p.slices, x.num_tokens, teams);
   const Tiles tiles(units.tokens(), kTileAssignments / (x.num_ranks * x.top_k));
-  // What needs no peer is loaded while the exchange opens.
+  // These loads need no peer, so they run while the exchange opens.
   const IdPair early(p, static_cast<int>(threadIdx.x));
   const OutgoingSlice first(p, teams.sent_unit(units.chunk, warp_id()),
                             sends ? units.chunk.end : 0);
