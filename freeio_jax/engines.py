@@ -268,7 +268,7 @@ class CudaEngine(_Engine):
                 )
 
     def dispatch_scratch(self, layout, num_leaves):
-        """The words of the routes: 64 bits each, as pairs of 32."""
+        """The words of the places: 64 bits each, as pairs of 32."""
         self.check(layout, num_leaves)
         words = _native.cuda.dispatch_scratch(layout.num_ranks, layout.num_tokens, layout.top_k)
         return (((2 * words,), np.uint32),)

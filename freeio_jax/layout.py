@@ -170,10 +170,14 @@ class Layout:
 
     def group_sizes(self, expert_load):
         """Group sizes for the loads ``[..., E/R]`` of one rank: aligned, then cut at capacity."""
-        end = jnp.minimum(jnp.cumsum(round_up(expert_load, self.alignment), axis=-1), self.capacity)
-        return jnp.diff(end, axis=-1, prepend=0).astype(jnp.int32)
+        return jnp.diff(self._group_ends(expert_load), axis=-1, prepend=0).astype(jnp.int32)
 
     def group_starts(self, expert_load):
-        """First row of each group before any cut, for the loads ``[..., E/R]`` of one rank."""
-        padded = round_up(expert_load, self.alignment)
-        return jnp.cumsum(padded, axis=-1) - padded
+        """First row of each group, at most capacity, for the loads ``[..., E/R]`` of one rank."""
+        end = self._group_ends(expert_load)
+        return end - jnp.diff(end, axis=-1, prepend=0)
+
+    def _group_ends(self, expert_load):
+        """First row behind each group."""
+        rows = round_up(expert_load, self.alignment)
+        return jnp.minimum(jnp.cumsum(rows, axis=-1), self.capacity)

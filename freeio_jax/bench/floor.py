@@ -14,7 +14,7 @@ from freeio_jax.engines import ENGINES
 
 #: The exchanges that are timed, and the kernels that they are: patterns of names in a profile.
 KERNELS = {
-    "dispatch": "dispatch_(small|medium|large)_kernel",
+    "dispatch": "dispatch_(small|large)_kernel",
     "combine": "combine_(small|large)_kernel",
     "combine_transpose": "combine_transpose_kernel",
     "dispatch_along": "dispatch_along_kernel",

@@ -41,7 +41,7 @@ def machine(emulator_library, _shared_machine, rng):
 
 @pytest.fixture
 def protocol(request, machine):
-    """What calls with few assignments send, one of emulated.PROTOCOLS: parametrized indirectly."""
+    """One of emulated.PROTOCOLS: parametrized indirectly."""
     machine.set_protocol(request.param)
 
 

@@ -24,10 +24,9 @@ import numpy as np
 
 from freeio_jax.layout import dropless_capacity
 
-#: What calls with few assignments send: rows or partial sums, in lines that carry their flags;
-#: ids in dispatch, and in other operations the routes that they follow; places of assignments in
-#: dispatch; or nothing, as calls with very many.
-PROTOCOLS = ("lines", "ids", "places", "nothing")
+#: How a call exchanges its rows. "through buffers" is a large call with so many assignments that
+#: places and routes do not fit in the GPU blocks.
+PROTOCOLS = ("small", "large", "through buffers")
 
 #: The engine's own list, core/dtype.h: `Emulator` checks that.
 DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]
@@ -68,17 +67,12 @@ _Site = _struct(
     ("instance", c.c_uint32),
     ("rank", c.c_int32),
 )
-_ROUTING = ("dest_rank", "dest_row", "row_source")
-_COUNTS = ("group_sizes", "expert_load", "num_dropped", "num_invalid")
+_ROUTES = ("dest_rank", "dest_row", "row_source")
 _ROW_TYPE = [("dtype", c.c_int32), ("width", c.c_int64)]
 
 
 class _LeafType(c.Structure):
     _fields_ = (("row_bytes", c.c_int64), ("row_type", c.c_uint64))
-
-
-class _Leaf(c.Structure):
-    _fields_ = _pointers("tokens", "rows")
 
 
 _DispatchTypes = _struct(
@@ -87,24 +81,11 @@ _DispatchTypes = _struct(
     ("num_leaves", c.c_int32),
     ("leaves", _LeafType * _MAX_LEAVES),
 )
-_DispatchOperands = _struct(
-    "DispatchOperands",
-    *_pointers("device", "topk_idx", *_ROUTING, *_COUNTS, "routes"),
-    ("leaves", _Leaf * _MAX_LEAVES),
-)
 _CombineTypes = _struct("CombineTypes", ("weighted", c.c_bool), *_ROW_TYPE)
-_CombineOperands = _struct(
-    "CombineOperands",
-    *_pointers("device", "dest_rank", "dest_row", "expert_out", "weights"),
-    *_pointers("sums", "partial_sums", "flags"),
-)
 _CombineTransposeTypes = _struct(
     "CombineTransposeTypes", ("rows", c.c_bool), ("weights", c.c_bool), *_ROW_TYPE
 )
-_CombineTransposeOperands = _struct(
-    "CombineTransposeOperands",
-    *_pointers("device", *_ROUTING, "tokens", "expert_out", "weights", "rows", "weight_grads"),
-)
+_NamedBuffers = _struct("NamedBuffers", ("count", c.c_int32), *_pointers("names", "addresses"))
 _Place = _struct(
     "Place",
     ("process", c.c_int32),
@@ -322,9 +303,10 @@ class Emulator:
         self._library.engine_set_num_sms(c.c_int64(num_sms))
 
     def set_protocol(self, name):
-        """What calls with few assignments send if they can, one of PROTOCOLS; else the next one."""
-        most = [2**31 if PROTOCOLS.index(name) <= i else -1 for i in (1, 2, 0)]
-        self._library.engine_set_most_sent(*map(c.c_int64, most))
+        """One of PROTOCOLS, for calls that allow it. Other calls use the next one."""
+        slices = 2**31 if name == "small" else -1
+        routes = -1 if name == "through buffers" else 2**31
+        self._library.engine_set_most_sent(c.c_int64(routes), c.c_int64(slices))
 
     def set_epochs(self, group, epoch):
         """As if each two of the group's GPUs had made so many exchanges."""
@@ -383,26 +365,23 @@ class Emulator:
         }
         out = {name: self._new(name, shape, np.int32) for name, shape in shapes.items()}
         words, _, _ = self._scratch(group, rank, geometry)
-        routes = self._new("routes", (words,), np.uint64, scratch=True)
-        by_source = routes.array.reshape(geometry.num_ranks, -1)
+        places = self._new("places", (words,), np.uint64, scratch=True)
+        by_source = places.array.reshape(geometry.num_ranks, -1)
         for source, words in enumerate(by_source):
             # The worst that can be in the memory: words that look as if they had arrived.
             words[...] = self._epoch(group.gpus[rank], group.gpus[source]) << 32 | 1
-        types, operands, packed = self._leaves(leaves, rows, offset)
+        types, leaf_buffers, packed = self._leaves(leaves, rows, offset)
         types.routed = True
-        operands.topk_idx = self._in("topk_idx", topk_idx).address
-        operands.routes = routes.address
-        for name, buffer in out.items():
-            setattr(operands, name, buffer.address)
-        self._launch("dispatch", group, rank, geometry, types, operands, **call)
+        buffers = {"topk_idx": self._in("topk_idx", topk_idx), "places": places}
+        buffers |= out | leaf_buffers
+        self._launch("dispatch", group, rank, geometry, types, buffers, **call)
         return SimpleNamespace(rows=packed, **{name: buffer.array for name, buffer in out.items()})
 
     def dispatch_along(self, group, rank, geometry, handle, leaves, *, offset=0, **call):
         """Launches dispatch along a handle; the list of packed rows."""
-        types, operands, packed = self._leaves(leaves, capacity_of(geometry), offset)
-        for name in _ROUTING:
-            setattr(operands, name, self._in(name, getattr(handle, name)).address)
-        self._launch("dispatch", group, rank, geometry, types, operands, **call)
+        types, buffers, packed = self._leaves(leaves, capacity_of(geometry), offset)
+        buffers |= self._routes(handle)
+        self._launch("dispatch", group, rank, geometry, types, buffers, **call)
         return packed
 
     def combine(self, group, rank, geometry, handle, expert_out, weights=None, **call):
@@ -413,19 +392,19 @@ class Emulator:
         partial_sums = self._new("partial_sums", (elements,), expert_out.dtype, scratch=True)
         flags = self._new("flags", (words,), np.uint32, scratch=True)
         flags.array[...] = 1  # the worst that can be in the memory
-        operands = _CombineOperands(
-            dest_rank=self._in("dest_rank", handle.dest_rank).address,
-            dest_row=self._in("dest_row", handle.dest_row).address,
-            expert_out=self._in("expert_out", expert_out).address,
-            weights=self._weights(weights, expert_out.dtype),
-            sums=sums.address,
-            partial_sums=partial_sums.address,
-            flags=flags.address,
-        )
+        buffers = {
+            **self._routes(handle),
+            "expert_out": self._in("expert_out", expert_out),
+            "sums": sums,
+            "partial_sums": partial_sums,
+            "flags": flags,
+        }
+        if weights is not None:
+            buffers["weights"] = self._weights(weights, expert_out.dtype)
         types = _CombineTypes(
             weighted=weights is not None, dtype=_dtype_number(expert_out.dtype), width=width
         )
-        self._launch("combine", group, rank, geometry, types, operands, **call)
+        self._launch("combine", group, rank, geometry, types, buffers, **call)
         return sums.array.reshape(geometry.num_tokens, *expert_out.shape[1:])
 
     def combine_transpose(
@@ -435,26 +414,21 @@ class Emulator:
         expert outputs), or None."""
         width = int(np.prod(cotangent.shape[1:]))
         accumulator = _accumulator(cotangent.dtype)
+        buffers = {**self._routes(handle), "tokens": self._in("tokens", cotangent)}
         rows = grads = None
         if weights is not None:
             rows = self._new("rows", (capacity_of(geometry), width), cotangent.dtype)
+            buffers |= {"weights": self._weights(weights, cotangent.dtype), "rows": rows}
         if expert_out is not None:
             grads = self._new("weight_grads", handle.dest_rank.shape, accumulator)
-        operands = _CombineTransposeOperands(
-            **{name: self._in(name, getattr(handle, name)).address for name in _ROUTING},
-            tokens=self._in("tokens", cotangent).address,
-            expert_out=None if grads is None else self._in("expert_out", expert_out).address,
-            weights=self._weights(weights, cotangent.dtype),
-            rows=None if rows is None else rows.address,
-            weight_grads=None if grads is None else grads.address,
-        )
+            buffers |= {"expert_out": self._in("expert_out", expert_out), "weight_grads": grads}
         types = _CombineTransposeTypes(
             rows=rows is not None,
             weights=grads is not None,
             dtype=_dtype_number(cotangent.dtype),
             width=width,
         )
-        self._launch("combine_transpose", group, rank, geometry, types, operands, **call)
+        self._launch("combine_transpose", group, rank, geometry, types, buffers, **call)
         return (
             None if rows is None else rows.array.reshape(-1, *cotangent.shape[1:]),
             None if grads is None else grads.array,
@@ -479,10 +453,11 @@ class Emulator:
             _Buffer(what, value.shape, value.dtype, value, allocate=self.allocate, offset=offset)
         )
 
+    def _routes(self, handle):
+        return {name: self._in(name, getattr(handle, name)) for name in _ROUTES}
+
     def _weights(self, weights, dtype):
-        if weights is None:
-            return None
-        return self._in("weights", weights.astype(_accumulator(dtype))).address
+        return self._in("weights", weights.astype(_accumulator(dtype)))
 
     def _leaves(self, leaves, rows, offset):
         tokens = [self._in(f"tokens[{i}]", leaf, offset) for i, leaf in enumerate(leaves)]
@@ -491,13 +466,11 @@ class Emulator:
             for i, leaf in enumerate(leaves)
         ]
         types = _DispatchTypes(num_leaves=len(leaves))
-        operands = _DispatchOperands()
         for i, leaf in enumerate(leaves):
             types.leaves[i].row_bytes = int(np.prod(leaf.shape[1:])) * leaf.dtype.itemsize
             types.leaves[i].row_type = zlib.crc32(f"{leaf.dtype}{leaf.shape[1:]}".encode())
-            operands.leaves[i].tokens = tokens[i].address
-            operands.leaves[i].rows = packed[i].address
-        return types, operands, [buffer.array for buffer in packed]
+        buffers = {buffer.what: buffer for buffer in (*tokens, *packed)}
+        return types, buffers, [buffer.array for buffer in packed]
 
     def _site(self, group, rank, geometry, instance=1):
         """With an array that it points to, which lives as long."""
@@ -521,15 +494,18 @@ class Emulator:
         self._library.engine_scratch(c.byref(site), c.c_int64(width), elements)
         return tuple(elements)
 
-    def _launch(self, name, group, rank, geometry, types, operands, *, instance=1, device=None):
+    def _launch(self, name, group, rank, geometry, types, buffers, *, instance=1, device=None):
+        """``buffers``: by their names in xla_ffi/core/operand_order.h."""
         expected = group.mesh_device(rank)
-        operands.device = self._in(
-            "device", np.uint32(expected if device is None else device)
-        ).address
+        device = self._in("device", np.uint32(expected if device is None else device))
+        buffers = {"device": device, **buffers}
+        names = (c.c_char_p * len(buffers))(*(key.encode() for key in buffers))
+        addresses = (c.c_void_p * len(buffers))(*(buffer.address for buffer in buffers.values()))
+        named = _NamedBuffers(len(buffers), c.addressof(names), c.addressof(addresses))
         site = self._site(group, rank, geometry, instance)
         function = getattr(self._library, f"engine_{name}")
         mine, self._new_buffers = self._new_buffers, []
-        self._check(function(c.byref(site), c.byref(types), c.byref(operands)))
+        self._check(function(c.byref(site), c.byref(types), c.byref(named)))
         self._buffers += mine
         for buffer in mine:
             self._library.emulator_retire(

@@ -32,12 +32,8 @@ from operations import (
 from freeio_jax import _native
 
 all_protocols = pytest.mark.parametrize("protocol", PROTOCOLS, indirect=True)
-#: Of operations that send no rows.
-routes_or_nothing = pytest.mark.parametrize("protocol", PROTOCOLS[2:], indirect=True)
-#: That differ in combine.
-sums_routes_or_nothing = pytest.mark.parametrize(
-    "protocol", [PROTOCOLS[0], *PROTOCOLS[2:]], indirect=True
-)
+#: Of operations that have no kernel for small calls.
+large_protocols = pytest.mark.parametrize("protocol", PROTOCOLS[1:], indirect=True)
 
 
 # --- dispatch ------------------------------------------------------------------------------------
@@ -68,7 +64,7 @@ GEOMETRIES = {
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_dispatch(machine, rng, name):
-    """Rows of a part of a slice as it is sent in lines, of more than one, and that are not sent."""
+    """Rows of a part of a slice as it is sent in lines, of more than one, and of 20 bytes."""
     for width in (4, 244, 5):
         run_dispatch(machine, rng, GEOMETRIES[name], width=width)
 
@@ -81,6 +77,8 @@ def test_dispatch_of_any_routing(machine, rng, skew):
     run_dispatch(machine, rng, Geometry(2, 11, 3, 6, alignment=4), skew, width=5)
 
 
+@all_protocols
+@pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("offset", [0, 8, 2])
 def test_leaves_of_any_row_size_travel_together(machine, rng, offset):
     """Rows of 1 byte to several slices, at addresses that allow accesses of 16, 8 or 2 bytes."""
@@ -125,13 +123,31 @@ def test_leaves_of_several_slices_travel_together(machine, rng, num_sms):
     check_dispatched(out, geometry, topk_idx, leaves)
 
 
+@all_protocols
+@pytest.mark.usefixtures("protocol")
+@pytest.mark.parametrize(
+    "geometry",
+    [Geometry(2, 1, 8, 16), Geometry(1, 3, 2, 4), Geometry(4, 2, 8, 16, capacity=20)],
+    ids=str,
+)
+def test_few_tokens_with_rows_of_any_size_and_alignment(machine, rng, geometry):
+    """Accesses of 1, 2, 4 and 8 bytes; rows that end within 16 bytes, and behind a slice."""
+    sizes = [(1, 0), (6, 0), (20, 0), (24, 0), (32, 8), (16, 4), (961, 0), (974, 0), (1928, 0)]
+    for num_bytes, offset in [*sizes, (1920, 2), (960, 1)]:
+        x = random_bits(rng, (geometry.num_ranks, geometry.num_tokens, num_bytes), np.uint8)
+        topk_idx = routing(rng, geometry)
+        out = dispatch(machine, geometry, topk_idx, [x], offset=offset)
+        machine.synchronize()
+        check_dispatched(out, geometry, topk_idx, [x])
+
+
 @pytest.mark.parametrize("num_tokens", [256, 257])
 def test_the_most_rows_that_are_sent(machine, rng, num_tokens):
     """256 rows of 16 slices are just as many as a rank has room for from a peer."""
     run_dispatch(machine, rng, Geometry(2, num_tokens, 2, 4), width=16 * 240)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS[2:], indirect=True)
+@large_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("num_sms", [1, 2, 5, 9, 13])
 @pytest.mark.parametrize(
@@ -153,7 +169,7 @@ def test_ids_are_counted_in_segments(machine, rng, geometry, num_sms):
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize(("capacity", "alignment"), [(64, 8), (24, 4), (200, 1)])
 def test_groups_are_placed_as_the_layout_says(machine, rng, capacity, alignment):
-    """The kernels find starts and sizes of all groups at once, core/layout.h one by one."""
+    """The kernels add the rows of many groups up in parallel, core/layout.h one after the other."""
     geometry = Geometry(3, 12, 4, 45, capacity=capacity, alignment=alignment)
     topk_idx, out, _ = run_dispatch(machine, rng, geometry)
     for rank, result in enumerate(out):
@@ -201,7 +217,7 @@ def test_dispatch_along_a_handle(machine, rng, name):
 DTYPES = ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"]
 
 
-@sums_routes_or_nothing
+@all_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,7 +236,7 @@ def test_combine_dtypes(machine, rng, dtype, weighted):
         )
 
 
-@sums_routes_or_nothing
+@all_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_combine(machine, rng, name):
@@ -295,7 +311,7 @@ def test_the_most_sums_that_are_sent(machine, rng, num_tokens):
 # --- combine_transpose ---------------------------------------------------------------------------
 
 
-@routes_or_nothing
+@large_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("results", ["rows", "weights", "both"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -316,7 +332,7 @@ def test_combine_transpose_dtypes(machine, rng, dtype, results):
         check_transposed(grads, geometry, placement, cotangent, weights, expert_out)
 
 
-@routes_or_nothing
+@large_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_combine_transpose(machine, rng, name):

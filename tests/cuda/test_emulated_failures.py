@@ -187,7 +187,7 @@ def test_who_waits_sees_that_the_other_rank_differs(new_machine, rng, name, othe
     """Also where all threads wait for what the other rank, in another call, never sends."""
     machine = new_machine(timeout=5, num_sms=1)
     group, geometry = Group((0, 1)), Geometry(2, 512, 4, 4, capacity=4096)
-    machine.set_protocol("nothing")
+    machine.set_protocol("through buffers")
     _, out, _ = run_dispatch(machine, rng, geometry, group=group)
     machine.set_protocol(name)
     launch_dispatch(machine, group, 0, geometry)
@@ -254,11 +254,18 @@ def test_ranks_with_different_numbers_of_ctas(new_machine):
 def test_a_gpu_with_little_shared_memory(new_machine, rng):
     """Of compute capability 8.6, 8.9 or 12.0. Who does not need more does not notice."""
     machine = new_machine(shared_bytes=99 << 10)
-    machine.set_protocol("places")
+    machine.set_protocol("large")
     run_dispatch(machine, rng, SMALL)
     with pytest.raises(EngineError, match=r"num_experts=4096, needs \d+ bytes of shared memory"):
         launch_dispatch(machine, Group((0, 1)), 0, differing(num_experts=4096))
     run_dispatch(machine, rng, SMALL)
+
+
+def test_more_assignments_than_places_have_numbers_for(new_machine):
+    machine = new_machine()
+    geometry = Geometry(2, 2**17, 16, 4096, capacity=8)
+    with pytest.raises(EngineError, match=r"top_k = 2097152 assignments .* at most 2097151 where"):
+        launch_dispatch(machine, Group((0, 1)), 0, geometry)
 
 
 def test_some_multiprocessors_are_left_to_others(new_machine):

@@ -223,4 +223,26 @@ class Buffers {
   std::string error_;
 };
 
+// A visitor of operand_order.h that reads a call's buffers. Engines add leaves() to it.
+struct BufferReader {
+  Buffers& buffers;
+  DType* dtype = nullptr;    // of the call's rows; null: it is known
+  int64_t* width = nullptr;  // likewise
+
+  template <typename T>
+  void argument(const char*, T*& field) {
+    // Some fields are written in one call and read in another.
+    field = const_cast<T*>(buffers.arg_data<T>());
+  }
+  template <typename T>
+  void result(const char*, T*& field) {
+    field = buffers.ret_data<T>();
+  }
+  void rows(const char*, const void*& field) {
+    const ffi::AnyBuffer* buffer = buffers.arg();
+    if (dtype != nullptr) buffers.row_type(buffer, *dtype, *width);
+    field = buffer == nullptr ? nullptr : buffer->untyped_data();
+  }
+};
+
 }  // namespace freeio

@@ -5,12 +5,7 @@
 
 #include <cstdint>
 
-// Functions that the GPU's compiler makes for both sides.
-#ifdef __CUDACC__
-#define FREEIO_HOST_DEVICE __host__ __device__
-#else
-#define FREEIO_HOST_DEVICE
-#endif
+#include "core/host_device.h"
 
 namespace freeio {
 

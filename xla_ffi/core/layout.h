@@ -1,9 +1,11 @@
 // Geometry of one exchange and all size arithmetic: the twin of freeio_jax/layout.py.
 #pragma once
 
-#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "core/host_device.h"
 
 namespace freeio {
 
@@ -34,8 +36,23 @@ struct Layout {
   int64_t source_token(int64_t source) const { return source_assignment(source) / top_k; }
 };
 
-// Rows of one rank's groups: where each starts before any cut, and its size after alignment and
-// the cut at capacity.
+// Rows of a group with `load` assignments: a multiple of `alignment`, and at most `capacity`, which
+// is one, too. divide(n) is n / alignment; kernels pass a faster way than "/".
+template <typename Int, typename Divide>
+FREEIO_HOST_DEVICE Int aligned_rows(Int load, Int alignment, Int capacity, const Divide& divide) {
+  const Int rows = load + alignment - 1;
+  return divide(rows < capacity ? rows : capacity) * alignment;
+}
+
+// The first row behind a group. Its first row and its number of rows are at most `capacity`, so
+// sums fit, however many groups there are and whatever the alignment adds to each.
+template <typename Int>
+FREEIO_HOST_DEVICE Int row_behind(Int start, Int rows, Int capacity) {
+  const Int end = start + rows;
+  return end < capacity ? end : capacity;
+}
+
+// The groups of one rank's packed rows: the first row of each, at most capacity, and its size.
 struct Groups {
   std::vector<int64_t> starts;
   std::vector<int64_t> sizes;
@@ -45,10 +62,11 @@ struct Groups {
       : starts(layout.experts_per_rank()), sizes(layout.experts_per_rank()) {
     int64_t start = 0;
     for (size_t g = 0; g < starts.size(); ++g) {
-      const int64_t end = start + round_up(expert_load[g], layout.alignment);
+      const int64_t rows = aligned_rows<int64_t>(expert_load[g], layout.alignment, layout.capacity,
+                                                 [&](int64_t n) { return n / layout.alignment; });
       starts[g] = start;
-      sizes[g] = std::min(end, layout.capacity) - std::min(start, layout.capacity);
-      start = end;
+      start = row_behind(start, rows, layout.capacity);
+      sizes[g] = start - starts[g];
     }
   }
 };

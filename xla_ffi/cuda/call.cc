@@ -35,7 +35,7 @@ Status launch(const Kernel& kernel, uint32_t ctas, int32_t num_experts, void* pa
   cudaFuncAttributes attributes;
   if (cudaFuncGetAttributes(&attributes, kernel.function) == cudaSuccess &&
       kernel.shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) {
-    cudaGetLastError();  // which is told here
+    cudaGetLastError();  // clears the error, which this function reports
     return {Code::kInvalidArgument,
             "freeio_jax: a kernel of this call, with num_experts=" + std::to_string(num_experts) +
                 ", needs " + std::to_string(kernel.shared_bytes) +
@@ -74,18 +74,19 @@ Status Call<Operands>::prepare(int32_t alignment) {
   const uint64_t version = engine_version();
   engine_version_ = 0;
   params_ = {};
-  addresses_ = {};  // of the peers of then
+  addresses_ = {};  // peers may have changed
   Exchange& exchange = params_.exchange;
   Status status = describe(site_.layout, site_.member, exchange, connection_);
   if (!status.ok()) return status;
-  plan_ = make_plan(types_, alignment, static_cast<int32_t>(connection_.num_ctas), params_);
+  status = make_plan(types_, alignment, static_cast<int32_t>(connection_.num_ctas), params_, plan_);
+  if (!status.ok()) return status;
   sign(site_, plan_, connection_.num_ctas, exchange.signature);
   alignment_ = alignment;
   engine_version_ = version;
   return {};
 }
 
-// The peers are told of the buffers that the plan shows them.
+// Makes the addresses that the peers get ready for them.
 template <typename Operands>
 Status Call<Operands>::post_addresses() {
   if (connection_.peers == nullptr) return {};

@@ -27,10 +27,10 @@ struct CallSite {
   uint32_t instance = 0;  // custom call of the program
 };
 
-// How the processes of the host are told of this process's buffers.
+// Addresses of this process's buffers, in the form that the host's other processes understand.
 class SharedAddresses {
  public:
-  // Replaces an address by what the peers understand.
+  // Puts the address into that form.
   Status translate(Peers& peers, uint64_t& address);
 
  private:

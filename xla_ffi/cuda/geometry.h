@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <numeric>
 
-#include "core/dtype.h"
+#include "core/host_device.h"
 
 namespace freeio::cuda {
 
@@ -33,8 +33,8 @@ struct Divisor {
   }
 };
 
-// Packed rows that one warp looks through for padding, at most one for each lane. Where there are
-// few rows it is few, so that no warp has much to zero.
+// Packed rows that one warp looks through for padding at a time, at most one for each lane. Where
+// there are few rows, blocks are small, so that no warp has much to zero.
 inline int32_t block_rows(int32_t capacity) {
   constexpr int32_t kMost = 8;
   return std::clamp(capacity / 4096, 1, kMost);
@@ -62,8 +62,8 @@ constexpr int kCombineSlice = 4 * 32;
 // slice matters more.
 inline int transpose_slice(int64_t num_tokens) { return num_tokens <= 1024 ? 2 * 32 : 8 * 32; }
 
-// Slices by which each CTA of combine pushes ahead of what it sums. In that time a partial sum
-// crosses the link, and its flag is raised, which happens some pushes later.
+// How many slices a CTA of combine pushes ahead of its sums. A partial sum needs that time to cross
+// the link, and its flag is raised some pushes later.
 inline int combine_ahead(int num_ranks) { return 12 + 8 / std::max(1, num_ranks - 1); }
 
 // Accesses in a slice that is sent in lines; with their flags they are a kilobyte: lines.cuh.

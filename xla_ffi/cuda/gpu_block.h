@@ -15,10 +15,11 @@ constexpr int kMaxExperts = 4096;  // of all ranks together: what a mailbox has 
 constexpr int kMaxTopK = 32;       // one lane of a warp for each assignment of a token
 constexpr int kMaxLeaves = 16;     // arrays of one token pytree
 
-// A call with few assignments is ruled by latency. It sends its routing itself instead of where to
-// find it. The most assignments of such a call: of one rank, and of all ranks together.
-constexpr int kMaxSentAssignments = 2048;
-constexpr int kMaxSentByAll = 16384;
+// The time of a small call is mostly latency. Its ranks send each other their ids or routes, and
+// their rows or partial sums. The most assignments of such a call: of one rank, and of all ranks
+// together.
+constexpr int kMaxSmallAssignments = 2048;
+constexpr int kMaxSmallByAll = 16384;
 constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
 // Other calls count their assignments, in segments of each rank (routing_by_counts.cuh). The most
 // segments, and the most counts that a CTA looks at together.
@@ -28,8 +29,7 @@ constexpr int kMaxCounts = 8192;
 constexpr int kMaxSentRoutes = 32768;
 // The most slices of one rank's tokens for which combine keeps arrival flags in the GPU block.
 constexpr int kMaxArrivals = 32768;
-// A call with few assignments and few bytes sends its rows or partial sums, too, in lines. The most
-// slices (geometry.h) of one rank to another: 4 MiB.
+// The most slices (geometry.h) that one rank of a small call sends to another: 4 MiB.
 constexpr int kMaxSentSlices = 4096;
 
 // What two ranks must agree on before one reads the other's memory. Names for the error are in
@@ -49,7 +49,7 @@ enum Signature : int {
 
 // Buffers whose addresses one rank tells its peers. Leaves follow from kFirstLeaf.
 enum Address : int {
-  kScratch,  // dispatch: route words; combine: partial sums
+  kScratch,  // dispatch: places; combine: partial sums
   kFlags,    // combine: arrival flags of the partial sums
   kDestRank,
   kDestRow,
@@ -59,9 +59,8 @@ enum Address : int {
   kMaxAddresses = kFirstLeaf + kMaxLeaves
 };
 
-// How ranks are told where a buffer is: the number of a region of the memory of its process above
-// kRegionShift bits of offset. Region 0 is all of the process's address space, for peers that share
-// it.
+// An address for other ranks: the number of a region of its process's memory, above kRegionShift
+// bits of offset. Region 0 is the whole address space of the process, for peers that share it.
 constexpr int kRegionShift = 56;
 constexpr uint32_t kFirstRegion = 1;
 constexpr uint32_t kMaxRegions = 64;  // of one process; XLA's pool grows by doubling
@@ -82,13 +81,14 @@ struct Mailbox {
   Word num_invalid[kMaxSegments];         // to itself: ids that name no expert, of each segment
 };
 
-// What one peer sends where there is more of it. Slices and routes alternate as mailboxes do.
+// The larger things that one peer sends. Slices and routes alternate as mailboxes do.
 struct Inbox {
   SentSlice slices[2][kMaxSentSlices];  // rows or partial sums
-  Word routes[2][2 * kMaxSentRoutes];   // combine's and its transpose's: rows, then weights
-  // Epoch of the last exchange in which the peer has stored that slice of that token's partial sum.
-  // They need not be cleared: a peer that stores those of its next exchange has this GPU's routes
-  // of that exchange, so this GPU has ended the one before.
+  // combine and its transpose: routes, then weights; dispatch: places.
+  Word routes[2][2 * kMaxSentRoutes];
+  // For each slice of a token: the last exchange in which the peer stored its partial sum of it.
+  // These epochs need not be cleared. A peer stores those of its next exchange only when it has
+  // this GPU's routes of that exchange. By then this GPU has ended the one before.
   uint32_t arrived[kMaxArrivals];
 };
 
@@ -146,7 +146,7 @@ enum Step : int {
   kWaitOwn
 };
 
-// What became of the process of a peer.
+// Why a peer's process is gone.
 enum Lost : uint32_t { kDied = 1, kLeft = 2 };
 
 // The first failure on one GPU, in host memory. `step` is written last.

@@ -23,9 +23,9 @@ namespace py = pybind11;
 
 constexpr int kMaxOrdinals = 64;  // CUDA's numbers of one process's GPUs
 
-// One custom call of a program; XLA shares it among the devices that run the program.
+// One custom call of a program. XLA shares it among the devices that run the program.
 template <typename Operands>
-struct Instance {
+struct CustomCall {
   static inline ffi::TypeId id = {};
 
   // What one GPU keeps of it.
@@ -39,7 +39,7 @@ struct Instance {
   std::vector<int64_t> groups;  // mesh device indices, a group after the other, by rank
   // Number of each mesh device's GPU; -1: of another host. Empty: a mesh of one device, whichever.
   std::vector<int64_t> gpus;
-  uint32_t name;                            // of the instance in its program
+  uint32_t name;                            // of this call in its program
   typename Operands::Types types = {};      // as far as the attributes say
   std::atomic<uint64_t> generation{0};      // of the engine when it first ran; 0: it has not
   std::array<OnGpu, kMaxOrdinals> on_gpus;  // by ordinal
@@ -75,103 +75,57 @@ void read_attributes(Operation, const ffi::Dictionary& attributes, CombineTransp
   types.weights = read_flag(attributes, "weights");
 }
 
-// The buffers in the order of the custom call; what is in them goes to `types` unless that is null.
+// Reads a call's buffers into the operands, and their types where it is given some to fill.
+struct CallReader : BufferReader {
+  DispatchTypes* leaf_types = nullptr;
 
-void read_leaves(Buffers& buffers, DispatchOperands& operands, DispatchTypes* types) {
-  for (int i = 0; i < kMaxLeaves && buffers.has_arg(); ++i) {
-    const ffi::AnyBuffer* tokens = buffers.arg();
-    ffi::AnyBuffer* rows = buffers.ret();
-    if (!buffers.ok()) return;
-    operands.leaves[i] = {tokens->untyped_data(), rows->untyped_data()};
-    if (types == nullptr) continue;
-    types->leaves[i] = {Buffers::row_bytes(*tokens), Buffers::row_digest(*tokens)};
-    types->num_leaves = i + 1;
+  explicit CallReader(Buffers& of_call) : BufferReader{of_call} {}
+  CallReader(Buffers& of_call, DispatchTypes& types) : BufferReader{of_call}, leaf_types(&types) {}
+  template <typename Types>
+  CallReader(Buffers& of_call, Types& types) : BufferReader{of_call, &types.dtype, &types.width} {}
+
+  void leaves(LeafBuffers (&leaves)[kMaxLeaves]) {
+    for (int i = 0; i < kMaxLeaves && buffers.has_arg(); ++i) {
+      const ffi::AnyBuffer* tokens = buffers.arg();
+      ffi::AnyBuffer* rows = buffers.ret();
+      if (!buffers.ok()) return;
+      leaves[i] = {tokens->untyped_data(), rows->untyped_data()};
+      if (leaf_types == nullptr) continue;
+      leaf_types->leaves[i] = {Buffers::row_bytes(*tokens), Buffers::row_digest(*tokens)};
+      leaf_types->num_leaves = i + 1;
+    }
   }
-}
-
-void read(Buffers& buffers, const DispatchTypes& known, DispatchOperands& operands,
-          DispatchTypes* types) {
-  if (!known.routed) {
-    // The kernel writes to them only where it routes.
-    operands.dest_rank = const_cast<int32_t*>(buffers.arg_data<int32_t>());
-    operands.dest_row = const_cast<int32_t*>(buffers.arg_data<int32_t>());
-    operands.row_source = const_cast<int32_t*>(buffers.arg_data<int32_t>());
-    return read_leaves(buffers, operands, types);
-  }
-  operands.topk_idx = buffers.arg_data<int32_t>();
-  read_leaves(buffers, operands, types);
-  operands.dest_rank = buffers.ret_data<int32_t>();
-  operands.dest_row = buffers.ret_data<int32_t>();
-  operands.row_source = buffers.ret_data<int32_t>();
-  operands.group_sizes = buffers.ret_data<int32_t>();
-  operands.expert_load = buffers.ret_data<int32_t>();
-  operands.num_dropped = buffers.ret_data<int32_t>();
-  operands.num_invalid = buffers.ret_data<int32_t>();
-  operands.routes = buffers.ret_data<Word>();
-}
-
-// The next argument's rows.
-template <typename Types>
-const void* read_rows(Buffers& buffers, Types* types) {
-  const ffi::AnyBuffer* rows = buffers.arg();
-  if (types != nullptr) buffers.row_type(rows, types->dtype, types->width);
-  return rows == nullptr ? nullptr : rows->untyped_data();
-}
-
-void read(Buffers& buffers, const CombineTypes& known, CombineOperands& operands,
-          CombineTypes* types) {
-  operands.dest_rank = buffers.arg_data<int32_t>();
-  operands.dest_row = buffers.arg_data<int32_t>();
-  buffers.arg();  // row_source: the CPU engine's
-  operands.expert_out = read_rows(buffers, types);
-  if (known.weighted) operands.weights = buffers.arg_data<void>();
-  operands.sums = buffers.ret_data<void>();
-  operands.partial_sums = buffers.ret_data<void>();
-  operands.flags = buffers.ret_data<uint32_t>();
-}
-
-void read(Buffers& buffers, const CombineTransposeTypes& known, CombineTransposeOperands& operands,
-          CombineTransposeTypes* types) {
-  operands.dest_rank = buffers.arg_data<int32_t>();
-  operands.dest_row = buffers.arg_data<int32_t>();
-  operands.row_source = buffers.arg_data<int32_t>();
-  operands.tokens = read_rows(buffers, types);
-  if (known.weights) operands.expert_out = buffers.arg_data<void>();
-  if (known.rows) operands.weights = buffers.arg_data<void>();
-  if (known.rows) operands.rows = buffers.ret_data<void>();
-  if (known.weights) operands.weight_grads = buffers.ret_data<void>();
-}
+};
 
 template <typename Operands, Operation kOperation>
-ffi::ErrorOr<std::unique_ptr<Instance<Operands>>> instantiate(ffi::Dictionary attributes) {
+ffi::ErrorOr<std::unique_ptr<CustomCall<Operands>>> instantiate(ffi::Dictionary attributes) {
   if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
-  auto call = freeio::read_attributes(attributes);
-  if (!call.has_value()) return ffi::Unexpected(call.error());
+  auto read = freeio::read_attributes(attributes);
+  if (!read.has_value()) return ffi::Unexpected(read.error());
   auto gpus = attributes.get<ffi::Span<const int64_t>>("gpus");
   if (!gpus.has_value()) {
     return ffi::Unexpected(
         ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call lacks attribute gpus"));
   }
-  auto instance = std::make_unique<Instance<Operands>>();
-  instance->operation = kOperation;
-  instance->layout = call->layout;
-  instance->groups = std::move(call->groups);
-  instance->gpus.assign(gpus->begin(), gpus->end());
-  // Ranks pair their calls by the order in which they come; the name is compared, no more.
-  instance->name =
-      Digest(identity_of(static_cast<int64_t>(kOperation), *call, attributes)).folded();
-  read_attributes(kOperation, attributes, instance->types);
-  return instance;
+  auto call = std::make_unique<CustomCall<Operands>>();
+  call->operation = kOperation;
+  // Ranks pair their calls by the order in which they come. The name is only compared.
+  call->name = Digest(identity_of(static_cast<int64_t>(kOperation), *read, attributes)).folded();
+  call->layout = read->layout;
+  call->groups = std::move(read->groups);
+  call->gpus.assign(gpus->begin(), gpus->end());
+  read_attributes(kOperation, attributes, call->types);
+  return call;
 }
 
-// XLA calls it before every run of a program. It does not call execute() where it replays the
-// launches of an earlier run, and nobody would be told there that an exchange has failed.
+// XLA calls this before every run of a program. Where XLA replays the launches of an earlier run,
+// it does not call execute(), so a failed exchange would go unnoticed.
 template <typename Operands>
-ffi::Error initialize(Instance<Operands>* instance, ffi::RemainingArgs, ffi::RemainingRets,
+ffi::Error initialize(CustomCall<Operands>* custom_call, ffi::RemainingArgs, ffi::RemainingRets,
                       ffi::Dictionary) {
   const uint64_t now = generation();
-  uint64_t then = instance->generation;
-  if (then == 0 && instance->generation.compare_exchange_strong(then, now)) then = now;
+  uint64_t then = custom_call->generation;
+  if (then == 0 && custom_call->generation.compare_exchange_strong(then, now)) then = now;
   if (then != now) {
     return ffi::Error(
         ffi::ErrorCode::kFailedPrecondition,
@@ -179,11 +133,11 @@ ffi::Error initialize(Instance<Operands>* instance, ffi::RemainingArgs, ffi::Rem
         "captured of it names memory of then. Call jax.clear_caches(), and it will be "
         "compiled anew.");
   }
-  return to_error(state_of(instance->gpus));
+  return to_error(state_of(custom_call->gpus));
 }
 
 template <typename Operands>
-ffi::Error execute(Instance<Operands>* instance, void* stream, int32_t ordinal,
+ffi::Error execute(CustomCall<Operands>* custom_call, void* stream, int32_t ordinal,
                    ffi::Buffer<ffi::U32, 0> device, ffi::RemainingArgs args,
                    ffi::RemainingRets rets, ffi::Dictionary) {
   if (ordinal < 0 || ordinal >= kMaxOrdinals) {
@@ -192,33 +146,36 @@ ffi::Error execute(Instance<Operands>* instance, void* stream, int32_t ordinal,
                           " is beyond the engine's " + std::to_string(kMaxOrdinals) +
                           ". Leave GPUs out with CUDA_VISIBLE_DEVICES.");
   }
-  auto& [mutex, call] = instance->on_gpus[ordinal];
+  auto& [mutex, call] = custom_call->on_gpus[ordinal];
   std::lock_guard lock(mutex);
   Buffers buffers(args, rets);
   Operands operands = {};
   operands.device = device.typed_data();
   if (call != nullptr) {
-    read(buffers, instance->types, operands, nullptr);
+    CallReader reader(buffers);
+    visit_buffers(custom_call->types, operands, reader);
     return buffers.ok() ? to_error(call->run(operands, stream)) : buffers.error();
   }
-  Member member = instance->member(gpu_number(ordinal));
+  Member member = custom_call->member(gpu_number(ordinal));
   if (member.rank < 0) {
     return ffi::Error(
         ffi::ErrorCode::kInternal,
         "freeio_jax: CUDA device " + std::to_string(ordinal) + " is not in the mesh of this call.");
   }
-  auto types = instance->types;
-  read(buffers, instance->types, operands, &types);
+  auto types = custom_call->types;
+  CallReader reader(buffers, types);
+  visit_buffers(custom_call->types, operands, reader);
   if (!buffers.ok()) return buffers.error();
   call = std::make_unique<Call<Operands>>(
-      CallSite{instance->operation, instance->layout, std::move(member), instance->name}, types);
+      CallSite{custom_call->operation, custom_call->layout, std::move(member), custom_call->name},
+      types);
   return to_error(call->run(operands, stream));
 }
 
 template <typename Operands>
 auto initialize_binding() {
   return ffi::Ffi::BindInitialize()
-      .Ctx<ffi::State<Instance<Operands>>>()
+      .Ctx<ffi::State<CustomCall<Operands>>>()
       .RemainingArgs()
       .RemainingRets()
       .Attrs();
@@ -227,7 +184,7 @@ auto initialize_binding() {
 template <typename Operands>
 auto execute_binding() {
   return ffi::Ffi::Bind()
-      .Ctx<ffi::State<Instance<Operands>>>()
+      .Ctx<ffi::State<CustomCall<Operands>>>()
       .template Ctx<ffi::PlatformStream<void*>>()
       .template Ctx<ffi::DeviceOrdinal>()
       .template Arg<ffi::Buffer<ffi::U32, 0>>()
@@ -272,9 +229,9 @@ Starter& starter() {
 
 py::dict ffi_types() {
   py::dict types;
-  add_ffi_type<Instance<DispatchOperands>>("freeio_cuda_dispatch", types);
-  add_ffi_type<Instance<CombineOperands>>("freeio_cuda_combine", types);
-  add_ffi_type<Instance<CombineTransposeOperands>>("freeio_cuda_combine_transpose", types);
+  add_ffi_type<CustomCall<DispatchOperands>>("freeio_cuda_dispatch", types);
+  add_ffi_type<CustomCall<CombineOperands>>("freeio_cuda_combine", types);
+  add_ffi_type<CustomCall<CombineTransposeOperands>>("freeio_cuda_combine_transpose", types);
   return types;
 }
 

@@ -1,4 +1,4 @@
-// The CUDA engine's handlers, as XLA is told of them.
+// The CUDA engine's handlers, for registration with XLA.
 #pragma once
 
 #include <pybind11/pybind11.h>

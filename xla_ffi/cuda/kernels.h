@@ -15,7 +15,6 @@ struct Kernel {
 
 // DispatchParams. `assignments_of_all`: of all ranks together.
 Kernel dispatch_small(int num_experts, int assignments_of_all);
-Kernel dispatch_medium(int num_experts, int assignments_of_all);
 Kernel dispatch_large(int num_experts);
 Kernel dispatch_along();
 
@@ -42,8 +41,7 @@ struct ParamsTag {
 template <typename F>
 void for_each_kernel(const F& f) {
   constexpr ParamsTag<DispatchParams> kDispatch;
-  f(dispatch_small(kMaxExperts, kMaxSentByAll), kDispatch);
-  f(dispatch_medium(kMaxExperts, kMaxSentByAll), kDispatch);
+  f(dispatch_small(kMaxExperts, kMaxSmallByAll), kDispatch);
   f(dispatch_large(kMaxExperts), kDispatch);
   f(dispatch_along(), kDispatch);
   for (const DType dtype : kDTypes) {

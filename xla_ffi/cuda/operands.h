@@ -6,36 +6,37 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/operand_order.h"
 #include "cuda/params.h"
 
 namespace freeio::cuda {
 
+// One array of a token pytree.
+struct LeafType {
+  int64_t row_bytes;
+  uint64_t row_type;  // a number for element type and shape of a row, on which ranks must agree
+};
+struct LeafBuffers {
+  const void* tokens;
+  void* rows;
+};
+
 // dispatch, and dispatch along a handle.
 struct DispatchTypes {
-  struct Leaf {
-    int64_t row_bytes;
-    uint64_t row_type;  // a number for element type and shape of a row, on which ranks must agree
-  };
-
   bool routed;  // not along a handle
   int32_t num_leaves;
-  Leaf leaves[kMaxLeaves];
+  LeafType leaves[kMaxLeaves];
 };
 struct DispatchOperands {
   using Types = DispatchTypes;
   using Params = DispatchParams;
 
-  struct Leaf {
-    const void* tokens;
-    void* rows;
-  };
-
   const uint32_t* device;   // this device's index in the mesh, as XLA has it
   const int32_t* topk_idx;  // unless it is along a handle, whose arrays are then read, not written
   int32_t *dest_rank, *dest_row, *row_source;
   int32_t *group_sizes, *expert_load, *num_dropped, *num_invalid;
-  Word* routes;  // scratch
-  Leaf leaves[kMaxLeaves];
+  Word* places;  // scratch
+  LeafBuffers leaves[kMaxLeaves];
 };
 
 struct CombineTypes {
@@ -48,7 +49,7 @@ struct CombineOperands {
   using Params = CombineParams;
 
   const uint32_t* device;
-  const int32_t *dest_rank, *dest_row;
+  const int32_t *dest_rank, *dest_row, *row_source;
   const void *expert_out, *weights;
   void *sums, *partial_sums;  // partial_sums: scratch
   uint32_t* flags;            // scratch
@@ -69,5 +70,24 @@ struct CombineTransposeOperands {
   const void *tokens, *expert_out, *weights;
   void *rows, *weight_grads;
 };
+
+// The buffers of a call in order: operand_order.h, and the engine's scratch buffers behind them.
+template <typename Visitor>
+void visit_buffers(const DispatchTypes& types, DispatchOperands& operands, Visitor& visitor) {
+  if (!types.routed) return visit_dispatch_along(operands, operands, visitor);
+  visit_dispatch(operands, visitor);
+  visitor.result("places", operands.places);
+}
+template <typename Visitor>
+void visit_buffers(const CombineTypes& types, CombineOperands& operands, Visitor& visitor) {
+  visit_combine(operands, operands, types.weighted, visitor);
+  visitor.result("partial_sums", operands.partial_sums);
+  visitor.result("flags", operands.flags);
+}
+template <typename Visitor>
+void visit_buffers(const CombineTransposeTypes& types, CombineTransposeOperands& operands,
+                   Visitor& visitor) {
+  visit_combine_transpose(operands, operands, types.rows, types.weights, visitor);
+}
 
 }  // namespace freeio::cuda

@@ -9,7 +9,7 @@
 
 namespace freeio::cuda {
 
-// What every kernel is told of its exchange.
+// Parameters of every kernel: the exchange.
 struct Exchange {
   GpuBlock* gpu_block[kMaxRanks];  // by rank
   int32_t gpu[kMaxRanks];          // by rank
@@ -26,11 +26,11 @@ struct Exchange {
   int32_t capacity;
   Divisor alignment;  // divides capacity
   uint32_t signature[kSignatureWords];
-  uint64_t posted[kMaxAddresses];  // this rank's buffers, as the peers are told of them
+  uint64_t posted[kMaxAddresses];  // addresses of this rank's buffers, for the peers
 };
 
-// How the packed rows are looked through for padding: in `count` blocks of `rows`, every
-// `stride`-th.
+// How warps look for padding among the packed rows: in `count` blocks of `rows` rows. The next
+// block is `stride` blocks further.
 struct Blocks {
   int32_t rows;
   int32_t count;
@@ -38,7 +38,7 @@ struct Blocks {
 };
 
 // One array of a token pytree, cut into slices that one warp moves at a time.
-struct Leaf {
+struct SlicedLeaf {
   const std::byte* tokens;  // [T] rows, this rank's
   std::byte* rows;          // [capacity] rows, this rank's
   int64_t row_bytes;
@@ -53,7 +53,7 @@ struct DispatchParams {
   int32_t num_slices;  // of all leaves
   Divisor slices;
   Blocks padding;
-  Leaf leaves[kMaxLeaves];
+  SlicedLeaf leaves[kMaxLeaves];
   const int32_t* topk_idx;  // null: along a handle, whose arrays are then read, not written
   int32_t* dest_rank;
   int32_t* dest_row;
@@ -62,13 +62,12 @@ struct DispatchParams {
   int32_t* expert_load;
   int32_t* num_dropped;
   int32_t* num_invalid;
-  // [R, T, K]: rows here of every rank's assignments. The ranks write them, unless they send
-  // places.
-  Word* routes;
-  bool sends_places;     // of assignments
-  int32_t segment_ctas;  // CTAs that count together
+  Word* places;            // scratch, [R, T, K]: places here of every rank's assignments
+  bool places_in_scratch;  // else they are in the GPU blocks
+  int32_t place_bits;      // of a place's number; the bits above are the expert's
+  int32_t segment_ctas;    // CTAs that count together
   int32_t num_segments;
-  int32_t senders;  // where rows are sent: CTAs that only send; 0: all do both
+  int32_t senders;  // in small calls: CTAs that only send; 0: all CTAs send and receive
 };
 
 struct CombineParams {
@@ -78,17 +77,19 @@ struct CombineParams {
   const void* expert_out;
   const void* weights;  // null: ones
   void* sums;
-  void* partial_sums;  // [T, slots, width], unless sums are sent
-  uint32_t* flags;     // [T, num_slices, slots], unless routes are sent
+  void* partial_sums;  // scratch, [T, slots, width], unless sums are sent in lines
+  uint32_t* flags;     // scratch, [T, num_slices, slots], unless routes are sent
   int32_t width;
   int32_t num_slots;  // ranks other than its own in which a token can have rows
   int32_t num_slices;
   Divisor slices;
   int32_t slice_width;
-  int32_t ahead;      // slices by which pushing is ahead of summing
-  bool sends_routes;  // they are sent, and the arrival flags are the engine's
+  int32_t ahead;  // slices by which pushing is ahead of summing
+  // Routes are sent to the GPU blocks, where the arrival flags are, too. Else routes are read from
+  // the peers' handles, and `flags` is used.
+  bool sends_routes;
   // Where partial sums are sent in lines:
-  int32_t senders;  // CTAs that only send; 0: all do both
+  int32_t senders;  // CTAs that only send; 0: all CTAs send and sum
   Divisor peers;    // of each rank
 };
 
@@ -102,7 +103,7 @@ struct CombineTransposeParams {
   const void* weights;     // null without rows
   void* rows;
   void* weight_grads;
-  bool sends_routes;  // instead of showing the peers where they are
+  bool sends_routes;  // to the GPU blocks; else they are read from the peers' handles
   int32_t width;
   int32_t num_slices;
   Divisor slices;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <string>
 #include <utility>
 
 #include "core/digest.h"
@@ -11,7 +12,6 @@
 namespace freeio::cuda {
 namespace {
 
-std::atomic<int64_t> max_sent_assignments{kMaxSentAssignments};
 std::atomic<int64_t> max_sent_routes{kMaxSentRoutes};
 std::atomic<int64_t> max_sent_slices{kMaxSentSlices};
 
@@ -95,10 +95,13 @@ Blocks blocks_of(int32_t capacity) {
 constexpr uint32_t bit(int address) { return 1u << address; }
 constexpr uint32_t kRoutesBits = bit(kDestRank) | bit(kDestRow);
 
-// Whether the call has so few assignments that it sends its routing itself.
-bool sends_routing(const Exchange& exchange) {
+// Whether a call is small: it has few assignments, and few slices of rows or partial sums.
+// `of_token`: slices of each token.
+bool is_small_call(const Exchange& exchange, int64_t of_token) {
   const int64_t assignments = int64_t{exchange.num_tokens} * exchange.top_k;
-  return assignments <= max_sent_assignments && assignments * exchange.num_ranks <= kMaxSentByAll;
+  return assignments <= kMaxSmallAssignments &&
+         assignments * exchange.num_ranks <= kMaxSmallByAll &&
+         exchange.num_tokens * of_token <= max_sent_slices;
 }
 
 // Whether combine and its transpose send their routes: not too many, and weights of 32 bits.
@@ -107,20 +110,15 @@ bool sends_routes(const Exchange& exchange, DType dtype) {
          int64_t{exchange.num_tokens} * exchange.top_k <= max_sent_routes;
 }
 
-// Whether the call is small: it also sends its rows or partial sums, `of_token` slices for each
-// token.
-bool sends_slices(const Exchange& exchange, int64_t of_token) {
-  return sends_routing(exchange) && exchange.num_tokens * of_token <= max_sent_slices;
-}
-
-// CTAs that only send, `slices` to each peer, where there is enough to do for them; 0: all do both.
+// How many CTAs only send, where each peer gets `slices` slices. 0: there is too little to send,
+// and all CTAs both send and receive.
 int32_t senders_of(const Exchange& exchange, int64_t slices, int32_t ctas, int receivers) {
   constexpr int64_t kLeast = 4;  // of each CTA
   return exchange.num_ranks > 1 && slices >= kLeast * ctas ? ctas / (1 + receivers) : 0;
 }
 
 // Cuts a leaf into slices that are pulled.
-void cut_leaf(const DispatchTypes::Leaf& type, int32_t alignment, Leaf& leaf) {
+void cut_leaf(const LeafType& type, int32_t alignment, SlicedLeaf& leaf) {
   leaf.row_bytes = type.row_bytes;
   leaf.access_bytes = access_bytes(type.row_bytes, alignment);
   const auto [slices, accesses] = slices_of(leaf.row_bytes / leaf.access_bytes, kCopySlice);
@@ -128,17 +126,17 @@ void cut_leaf(const DispatchTypes::Leaf& type, int32_t alignment, Leaf& leaf) {
   leaf.slice_bytes = accesses * leaf.access_bytes;
 }
 
-// Cuts the leaves into slices that can be sent in lines, if the call sends its rows.
+// Cuts the leaves into slices that are sent in lines. False, and nothing is cut: the call is large.
 bool cut_to_be_sent(int32_t ctas, DispatchParams& params) {
+  const auto slices_of_leaf = [](const SlicedLeaf& leaf) {
+    return sent_slices_of(ceil_div(leaf.row_bytes, kSentAccess));
+  };
   int64_t of_token = 0;
+  for (int i = 0; i < params.num_leaves; ++i) of_token += slices_of_leaf(params.leaves[i]).first;
+  if (!is_small_call(params.exchange, of_token)) return false;
   for (int i = 0; i < params.num_leaves; ++i) {
-    if (params.leaves[i].access_bytes != kSentAccess) return false;
-    of_token += sent_slices_of(params.leaves[i].row_bytes / kSentAccess).first;
-  }
-  if (!sends_slices(params.exchange, of_token)) return false;
-  for (int i = 0; i < params.num_leaves; ++i) {
-    Leaf& leaf = params.leaves[i];
-    const auto [slices, accesses] = sent_slices_of(leaf.row_bytes / kSentAccess);
+    SlicedLeaf& leaf = params.leaves[i];
+    const auto [slices, accesses] = slices_of_leaf(leaf);
     leaf.num_slices = static_cast<int32_t>(slices);
     leaf.slice_bytes = accesses * kSentAccess;
   }
@@ -148,8 +146,8 @@ bool cut_to_be_sent(int32_t ctas, DispatchParams& params) {
   return true;
 }
 
-// Segments of each rank's assignments: more segments mean fewer assignments to count for each CTA,
-// and more counts to add up. Both should take about the same time.
+// Segments of each rank's assignments. With more segments each CTA counts fewer assignments, but
+// adds up more counts. Both should take about the same time.
 int32_t segments_of(const Exchange& x) {
   const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
   const int64_t counts = int64_t{x.num_ranks} * x.num_experts;
@@ -159,18 +157,33 @@ int32_t segments_of(const Exchange& x) {
   return segments;
 }
 
-// How a dispatch routes by counts.
-void cut_into_segments(int32_t ctas, DispatchParams& params) {
+// How a dispatch routes by counts: the segments whose assignments are counted together, and the
+// form of places.
+Status plan_routing(int32_t ctas, DispatchParams& params) {
   const Exchange& x = params.exchange;
-  params.sends_places = int64_t{x.num_tokens} * x.top_k <= max_sent_routes;
+  const int64_t assignments = int64_t{x.num_tokens} * x.top_k;
+  const int64_t experts = x.num_experts / x.num_ranks;
+  params.place_bits = 0;
+  while (assignments >> params.place_bits != 0) ++params.place_bits;
+  if (x.num_ranks > 1 && experts << params.place_bits > int64_t{1} << 32) {
+    int64_t most = 1;
+    while (experts * 2 * most <= int64_t{1} << 32) most *= 2;
+    return {Code::kInvalidArgument,
+            "freeio_jax: dispatch has num_tokens * top_k = " + std::to_string(assignments) +
+                " assignments of one rank, and the CUDA engine takes at most " +
+                std::to_string(most - 1) + " where num_experts=" + std::to_string(x.num_experts) +
+                " are on " + std::to_string(x.num_ranks) +
+                " ranks. Pass fewer tokens per call, or use more ranks."};
+  }
+  params.places_in_scratch = assignments > max_sent_routes;
   params.segment_ctas = static_cast<int32_t>(ceil_div(ctas, segments_of(x)));
   params.num_segments = static_cast<int32_t>(ceil_div(ctas, params.segment_ctas));
+  return {};
 }
 
 }  // namespace
 
-void set_most_sent(int64_t assignments, int64_t routes, int64_t slices) {
-  max_sent_assignments = std::min<int64_t>(assignments, kMaxSentAssignments);
+void set_most_sent(int64_t routes, int64_t slices) {
   max_sent_routes = std::min<int64_t>(routes, kMaxSentRoutes);
   max_sent_slices = std::min<int64_t>(slices, kMaxSentSlices);
   outdate_calls();
@@ -191,47 +204,43 @@ CombineScratch combine_scratch(const Layout& layout, int64_t width) {
 int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operands) {
   int32_t alignment = kMaxAccess;
   for (int i = 0; i < types.num_leaves; ++i) {
-    const DispatchOperands::Leaf& leaf = operands.leaves[i];
+    const LeafBuffers& leaf = operands.leaves[i];
     alignment = std::min(alignment, common_alignment(leaf.tokens, leaf.rows));
   }
   return alignment;
 }
 
-Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
-               DispatchParams& params) {
-  Plan plan = {};
+Status make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
+                 DispatchParams& params, Plan& plan) {
+  plan = {};
   Digest rows;
   uint32_t leaves = 0;
   params.num_leaves = types.num_leaves;
   params.num_slices = 0;
   for (int i = 0; i < types.num_leaves; ++i) {
-    Leaf& leaf = params.leaves[i];
+    SlicedLeaf& leaf = params.leaves[i];
     cut_leaf(types.leaves[i], alignment, leaf);
     params.num_slices += leaf.num_slices;
     leaves |= bit(kFirstLeaf + i);
     rows.add({static_cast<int64_t>(types.leaves[i].row_type), leaf.row_bytes, leaf.access_bytes});
   }
   const Exchange& x = params.exchange;
-  const auto all_assignments = static_cast<int>(
-      std::min<int64_t>(int64_t{x.num_tokens} * x.top_k * x.num_ranks, kMaxSentByAll));
-  // What no peer reads is not shown to them.
+  // Peers get only the addresses that they read.
   if (!types.routed) {
     plan.kernel = dispatch_along();
     plan.posted = leaves | kRoutesBits;
   } else if (cut_to_be_sent(ctas, params)) {
-    plan.kernel = dispatch_small(x.num_experts, all_assignments);
-  } else if (sends_routing(x)) {
-    plan.kernel = dispatch_medium(x.num_experts, all_assignments);
-    plan.posted = leaves;
+    plan.kernel = dispatch_small(x.num_experts, x.num_tokens * x.top_k * x.num_ranks);
   } else {
-    cut_into_segments(ctas, params);
+    Status status = plan_routing(ctas, params);
+    if (!status.ok()) return status;
     plan.kernel = dispatch_large(x.num_experts);
-    plan.posted = params.sends_places ? leaves : leaves | bit(kScratch);
+    plan.posted = params.places_in_scratch ? leaves | bit(kScratch) : leaves;
   }
   set_slices(params.num_slices, params);
   params.padding = blocks_of(params.exchange.capacity);
   plan.rows = rows.folded();
-  return plan;
+  return {};
 }
 
 void set_operands(const DispatchOperands& operands, DispatchParams& params) {
@@ -251,10 +260,10 @@ void set_operands(const DispatchOperands& operands, DispatchParams& params) {
   params.expert_load = operands.expert_load;
   params.num_dropped = operands.num_dropped;
   params.num_invalid = operands.num_invalid;
-  params.routes = operands.routes;
+  params.places = operands.places;
   posted[kDestRank] = address_of(operands.dest_rank);
   posted[kDestRow] = address_of(operands.dest_row);
-  posted[kScratch] = address_of(operands.routes);
+  posted[kScratch] = address_of(operands.places);
 }
 
 // --- combine -------------------------------------------------------------------------------------
@@ -263,8 +272,9 @@ int32_t alignment_of(const CombineTypes&, const CombineOperands& operands) {
   return common_alignment(operands.expert_out, operands.sums, operands.partial_sums);
 }
 
-Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params) {
-  Plan plan = {};
+Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params,
+                 Plan& plan) {
+  plan = {};
   const bool wide = is_wide(types, alignment);
   const Exchange& x = params.exchange;
   const bool sends = sends_routes(x, types.dtype);
@@ -272,7 +282,7 @@ Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Combi
   const int64_t accesses = types.width / pack;
   const auto sent = sent_slices_of(accesses);
   const bool is_small =
-      sends && pack * bytes_of(types.dtype) == kSentAccess && sends_slices(x, sent.first);
+      sends && pack * bytes_of(types.dtype) == kSentAccess && is_small_call(x, sent.first);
   cut_rows(types, wide, is_small ? sent : slices_of(accesses, kCombineSlice), params);
   params.sends_routes =
       is_small || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
@@ -289,7 +299,7 @@ Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Combi
                       params.sends_routes, is_small})
                   .folded();
   plan.kernel = is_small ? combine_small(types.dtype) : combine_large(types.dtype, wide);
-  return plan;
+  return {};
 }
 
 void set_operands(const CombineOperands& operands, CombineParams& params) {
@@ -315,9 +325,9 @@ int32_t alignment_of(const CombineTransposeTypes&, const CombineTransposeOperand
   return common_alignment(operands.tokens, operands.expert_out, operands.rows);
 }
 
-Plan make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
-               CombineTransposeParams& params) {
-  Plan plan = {};
+Status make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
+                 CombineTransposeParams& params, Plan& plan) {
+  plan = {};
   const Exchange& x = params.exchange;
   const bool wide = is_wide(types, alignment);
   const int assignments = x.num_ranks * x.top_k;
@@ -334,7 +344,7 @@ Plan make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.rows, types.weights})
                   .folded();
   plan.kernel = combine_transpose(types.dtype, wide);
-  return plan;
+  return {};
 }
 
 void set_operands(const CombineTransposeOperands& operands, CombineTransposeParams& params) {

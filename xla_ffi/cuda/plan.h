@@ -1,26 +1,26 @@
-// From the types of a call to its kernel: how rows are cut into slices, what is sent and what is
-// shown to the peers. Knows nothing of XLA, and no address.
+// Chooses the kernel of a call by its types, and decides how rows are cut into slices, what is
+// sent, and which addresses the peers get. Knows nothing of XLA.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "core/layout.h"
+#include "core/status.h"
 #include "cuda/kernels.h"
 #include "cuda/operands.h"
 #include "cuda/params.h"
 
 namespace freeio::cuda {
 
-// What a launch needs beside the parameters, and what the signature and the addresses that are
-// posted depend on.
+// What a launch needs beside the parameters.
 struct Plan {
   Kernel kernel;
   uint32_t rows;    // in the signature: a digest of the row types
-  uint32_t posted;  // buffers whose addresses the peers are told: a bit for each Address
+  uint32_t posted;  // buffers whose addresses the peers get: a bit for each Address
 };
 
-// Scratch buffers that XLA gives a call. dispatch: words of `routes`; combine: rows of
+// Scratch buffers that XLA gives a call. dispatch: words of `places`; combine: rows of
 // `partial_sums`, and `flags`. Enough for any alignment of the other buffers.
 int64_t dispatch_scratch(const Layout& layout);
 struct CombineScratch {
@@ -29,24 +29,26 @@ struct CombineScratch {
 };
 CombineScratch combine_scratch(const Layout& layout, int64_t width);
 
-// The most that is sent of one rank. `assignments`: up to here dispatch sends ids. `routes`: up to
-// here combine and its transpose send routes, and dispatch sends the places of its assignments.
-// `slices`: up to here a call that may send ids sends its rows or partial sums, too. The defaults,
-// and the largest values, are kMaxSentAssignments, kMaxSentRoutes and kMaxSentSlices. For tests:
-// all ranks must have the same.
-void set_most_sent(int64_t assignments, int64_t routes, int64_t slices);
+// Lowers the bounds on what one rank sends through the GPU blocks of its peers. Up to `routes`
+// assignments, combine and its transpose send routes, and dispatch sends places. Up to `slices`
+// slices, a call with few assignments is small. The defaults and the largest values are
+// kMaxSentRoutes and kMaxSentSlices. Only tests call this. All ranks must have the same bounds.
+void set_most_sent(int64_t routes, int64_t slices);
 
 // The largest power of two, up to 16, that divides the addresses of all rows of the call.
 int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operands);
 int32_t alignment_of(const CombineTypes& types, const CombineOperands& operands);
 int32_t alignment_of(const CombineTransposeTypes& types, const CombineTransposeOperands& operands);
 
-// Fills what set_operands() leaves of the parameters, whose exchange but for the signature and the
-// addresses is filled already. `ctas`: of the kernel. `alignment`: alignment_of() the operands.
-Plan make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas, DispatchParams& params);
-Plan make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params);
-Plan make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t ctas,
-               CombineTransposeParams& params);
+// Makes the plan, and fills the parameters but for what set_operands() fills. Of their exchange
+// only the signature and the addresses are not yet there. `ctas`: of the kernel. `alignment`: what
+// alignment_of() says of the operands. An error if the engine cannot number that many assignments.
+Status make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
+                 DispatchParams& params, Plan& plan);
+Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params,
+                 Plan& plan);
+Status make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t ctas,
+                 CombineTransposeParams& params, Plan& plan);
 
 // Fills the addresses in, those that may be posted included.
 void set_operands(const DispatchOperands& operands, DispatchParams& params);

@@ -25,7 +25,14 @@
 using namespace freeio;
 using namespace freeio::cuda;
 
-// One rank's call, but for its types and operands. As in emulated.py.
+// The buffers of one rank's call, each by its name in operand_order.h. As in emulated.py.
+struct NamedBuffers {
+  int32_t count;
+  const char* const* names;
+  void* const* addresses;
+};
+
+// One rank's call, but for its types and buffers. As in emulated.py.
 struct Site {
   int64_t num_ranks, num_tokens, top_k, num_experts, capacity, alignment;
   const int32_t* gpus;  // by rank: their numbers
@@ -81,11 +88,45 @@ Layout layout_of(const Site& site) {
           site.num_experts, site.capacity,   site.alignment};
 }
 
+// A visitor of operand_order.h that takes each buffer's address by name.
+struct ByName {
+  const std::map<std::string, void*>& addresses;
+  int32_t num_leaves = 0;
+
+  template <typename T>
+  void argument(const std::string& name, T*& field) {
+    field = static_cast<T*>(addresses.at(name));
+  }
+  template <typename T>
+  void result(const std::string& name, T*& field) {
+    argument(name, field);
+  }
+  void rows(const std::string& name, const void*& field) { argument(name, field); }
+  void leaves(LeafBuffers (&leaves)[kMaxLeaves]) {
+    for (int i = 0; i < num_leaves; ++i) {
+      const std::string number = "[" + std::to_string(i) + "]";
+      leaves[i] = {addresses.at("tokens" + number), addresses.at("rows" + number)};
+    }
+  }
+};
+
+int32_t num_leaves_of(const DispatchTypes& types) { return types.num_leaves; }
+template <typename Types>
+int32_t num_leaves_of(const Types&) {
+  return 0;
+}
+
 // Runs the call on the rank's GPU. It is kept, as XLA keeps a custom call: the next run of an equal
 // one is not its first.
 template <typename Operands>
 const char* run_call(Operation operation, const Site& site, const typename Operands::Types& types,
-                     const Operands& operands) {
+                     const NamedBuffers& buffers) {
+  std::map<std::string, void*> addresses;
+  for (int i = 0; i < buffers.count; ++i) addresses[buffers.names[i]] = buffers.addresses[i];
+  Operands operands = {};
+  operands.device = static_cast<const uint32_t*>(addresses.at("device"));
+  ByName by_name{addresses, num_leaves_of(types)};
+  visit_buffers(types, operands, by_name);
   static std::map<std::vector<int64_t>, Call<Operands>> calls;
   const Layout layout = layout_of(site);
   Member member{{site.gpus, site.gpus + site.num_ranks}, site.rank, site.mesh_device};
@@ -135,8 +176,8 @@ EMULATOR_API const char* emulator_synchronize() { return text(emulator::synchron
 
 EMULATOR_API void engine_set_timeout(double seconds) { set_timeout(seconds); }
 EMULATOR_API void engine_set_num_sms(int64_t num_sms) { set_num_sms(num_sms); }
-EMULATOR_API void engine_set_most_sent(int64_t assignments, int64_t routes, int64_t slices) {
-  set_most_sent(assignments, routes, slices);
+EMULATOR_API void engine_set_most_sent(int64_t routes, int64_t slices) {
+  set_most_sent(routes, slices);
 }
 // As if each two of these GPUs, all of this process, had made so many exchanges.
 EMULATOR_API const char* engine_set_epochs(const int32_t* gpus, int count, uint32_t epoch) {
@@ -208,27 +249,25 @@ EMULATOR_API int64_t engine_bytes_of(const char* name) {
   static const std::map<std::string, size_t> bytes = {
       {"Site", sizeof(Site)},
       {"Place", sizeof(Place)},
+      {"NamedBuffers", sizeof(NamedBuffers)},
       {"DispatchTypes", sizeof(DispatchTypes)},
-      {"DispatchOperands", sizeof(DispatchOperands)},
       {"CombineTypes", sizeof(CombineTypes)},
-      {"CombineOperands", sizeof(CombineOperands)},
       {"CombineTransposeTypes", sizeof(CombineTransposeTypes)},
-      {"CombineTransposeOperands", sizeof(CombineTransposeOperands)},
   };
   return static_cast<int64_t>(bytes.at(name));
 }
 
 EMULATOR_API const char* engine_dispatch(const Site* site, const DispatchTypes* types,
-                                         const DispatchOperands* operands) {
-  return run_call(types->routed ? Operation::kDispatch : Operation::kDispatchAlong, *site, *types,
-                  *operands);
+                                         const NamedBuffers* buffers) {
+  return run_call<DispatchOperands>(
+      types->routed ? Operation::kDispatch : Operation::kDispatchAlong, *site, *types, *buffers);
 }
 EMULATOR_API const char* engine_combine(const Site* site, const CombineTypes* types,
-                                        const CombineOperands* operands) {
-  return run_call(Operation::kCombine, *site, *types, *operands);
+                                        const NamedBuffers* buffers) {
+  return run_call<CombineOperands>(Operation::kCombine, *site, *types, *buffers);
 }
 EMULATOR_API const char* engine_combine_transpose(const Site* site,
                                                   const CombineTransposeTypes* types,
-                                                  const CombineTransposeOperands* operands) {
-  return run_call(Operation::kCombineTranspose, *site, *types, *operands);
+                                                  const NamedBuffers* buffers) {
+  return run_call<CombineTransposeOperands>(Operation::kCombineTranspose, *site, *types, *buffers);
 }

@@ -5,10 +5,10 @@
 
 namespace freeio::cuda {
 
-// A flag must not be seen before what it stands for. A thread that makes sure of that waits until
-// all that was stored before has arrived: microseconds where the link is busy. So one warp of the
-// CTA does only this, each time for everything that the other warps have stored meanwhile, and
-// these go on. In shared memory.
+// A peer must not see a flag before the data that it stands for. To ensure this, a thread waits
+// until everything stored before has arrived. That takes microseconds where the link is busy. So
+// one warp of the CTA does only this, each time for all that the other warps have stored meanwhile.
+// The others go on. In shared memory.
 class Announcer {
  public:
   // All threads; a barrier must follow.

@@ -16,8 +16,8 @@
 namespace freeio::cuda {
 namespace {
 
-// Clears the arrival flags; then the peers learn where everything is. A CTA clears the flags that
-// it will read itself, so it need not wait for other CTAs.
+// Clears the arrival flags in scratch. When all CTAs have done so, the peers get the addresses. A
+// CTA clears the flags that it will read itself, so it need not wait for other CTAs.
 __device__ void prepare_slots(const CombineParams& p, const Chunk& units, CtaState& s) {
   const Exchange& x = p.exchange;
   if (x.num_ranks == 1) return;
@@ -35,8 +35,8 @@ __device__ void prepare_slots(const CombineParams& p, const Chunk& units, CtaSta
   }
 }
 
-// The routes of the tile, and at the first one where the peers' slots are. False, for all threads:
-// they did not come.
+// Gets the routes of the tile, and with the first tile the addresses of the peers' slots. False,
+// for all threads: they did not come.
 template <typename Accumulator>
 __device__ bool receive_routes(const CombineParams& p, CtaState& s, const Tile& tile,
                                RouteTile<Accumulator>& routes) {
@@ -44,7 +44,7 @@ __device__ bool receive_routes(const CombineParams& p, CtaState& s, const Tile& 
   routes.begin(x, tile);
   routes.take(x, s, tile, p.dest_rank, p.dest_row, p.weights, p.sends_routes);
   if (tile.number > 0) return !__syncthreads_or(has_failed(s));
-  // Where flags had to be cleared, the slots' addresses come later than the others.
+  // The address of the flags comes with that of the slots, when both are ready.
   const uint32_t flags = p.sends_routes ? 0 : 1u << kFlags;
   return receive_addresses(x, s, 1u << kScratch | flags);
 }
@@ -55,7 +55,7 @@ __device__ void exchange(const CombineParams& p, CtaState& s, Announcer& announc
   const Exchange& x = p.exchange;
   const Opening opening(x);
   const Units units(p.slices, x.num_tokens, true);
-  // What needs no peer is loaded while the exchange opens.
+  // These loads need no peer, so they run while the exchange opens.
   const Chunk sent(p.sends_routes ? x.num_tokens * x.top_k : 0);
   const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
                              p.dest_row, p.weights);

@@ -25,9 +25,9 @@ __device__ inline int slot_of(int rank, uint32_t ranks, int own_rank) {
   return __popc(ranks & ~(1u << own_rank) & ((1u << rank) - 1));
 }
 
-// A tile's work, as one warp does it: item by item, each a sum of some rows' slices. The next rows
-// are on their way to shared memory meanwhile, so that no register waits for one, and the memory is
-// busy also while warps wait for the link.
+// A tile's work, as one warp does it. Each item is a sum of slices of some rows. Meanwhile the next
+// rows are on their way to shared memory. So no register waits for a row, and the memory is busy
+// also while warps wait for the link.
 template <typename Element, int kCount>
 struct PushingWarp {
   using Accumulator = typename Element::Accumulator;

@@ -1,9 +1,8 @@
-// combine of small calls, which latency rules: as in large.cu, but partial sums go to the token's
-// rank in lines (lines.cuh), into its GPU block, and nobody waits for the others' end.
+// combine of small calls, whose time is mostly latency. As in large.cu, but partial sums go to the
+// token's rank in lines (lines.cuh), into its GPU block, and no rank waits for the end of another.
 //
-// A warp loads the rows of a sum together, into its registers: with few slices for each warp there
-// is nothing to prepare while it waits, and the instructions that it would take are what time goes
-// into.
+// A warp loads all rows of a sum into its registers at once. It has so few slices that there is
+// nothing to prepare while it waits, and preparing would take more instructions.
 #include "cuda/device/elements.cuh"
 #include "cuda/device/end.cuh"
 #include "cuda/device/lines.cuh"
@@ -19,8 +18,8 @@ namespace {
 constexpr int kTileAssignments = 2048;  // of all ranks, whose routes are in shared memory
 constexpr int kColumns = 2;             // accesses of one lane to a slice
 constexpr int kRowsTogether = 4;        // that a warp waits for at once
-// How often a warp that waits loads whole lines: once they have come, they are in its registers.
-// After that it looks at their flags only, and at the clock.
+// How often a waiting warp loads whole lines, which are in its registers as soon as they have come.
+// After that it looks only at their flags, and at the clock.
 constexpr int kEagerPolls = 32;
 
 // A tile's work, as one warp does it.
@@ -31,13 +30,13 @@ struct SendingWarp {
   using Sums = Accumulator[kColumns][kCount];
 
   // One slice of a token.
-  struct Slice {
+  struct SumSlice {
     int unit;
     int token;
     int begin;  // in the row
     int end;
 
-    __device__ Slice(const CombineParams& p, int number)
+    __device__ SumSlice(const CombineParams& p, int number)
         : unit(number), token(p.slices.quotient(unit)) {
       begin = (unit - token * p.num_slices) * p.slice_width;
       end = min(begin + p.slice_width, p.width);
@@ -53,15 +52,15 @@ struct SendingWarp {
   const Tile& tile;
   const Chunk units;
 
-  // All that goes to the peers, and then what comes from them: what waits is behind what others
-  // wait for.
+  // First everything that goes to the peers, then what comes from them. So no warp waits before it
+  // has sent what others wait for.
   __device__ void run(bool sends, bool sums) const {
     const int sent = sends ? units.size() * (x.num_ranks - 1) : 0;
     const int items = sent + (sums ? units.size() : 0);
     for (int item = warp_id(); item < items; item = next_item(s)) {
       const bool is_sent = item < sent;
       const int rank = is_sent ? rank_of_turn(x, p.peers.remainder(item)) : x.rank;
-      const Slice slice(p, units.begin + (is_sent ? p.peers.quotient(item) : item - sent));
+      const SumSlice slice(p, units.begin + (is_sent ? p.peers.quotient(item) : item - sent));
       const auto of_token = routes.of(rank, slice.token - tile.begin);
       if (is_sent && of_token.on(x.rank) == 0) continue;
       const LineSlice partial = sum_of_rows(of_token, slice);
@@ -76,7 +75,7 @@ struct SendingWarp {
  private:
   // Of the token's rows here, weighted.
   __device__ LineSlice sum_of_rows(const TokenRoutes<Accumulator>& of_token,
-                                   const Slice& slice) const {
+                                   const SumSlice& slice) const {
     const auto* const all_rows = static_cast<const Element*>(p.expert_out);
     Sums sums = {};
     for (uint32_t rest = of_token.on(x.rank); rest != 0;) {
@@ -110,7 +109,7 @@ struct SendingWarp {
   }
 
   // All partial sums of one of this rank's tokens, its own among them, in order of rank.
-  __device__ void store_sum(const TokenRoutes<Accumulator>& of_token, const Slice& slice,
+  __device__ void store_sum(const TokenRoutes<Accumulator>& of_token, const SumSlice& slice,
                             const LineSlice& own) const {
     const uint32_t ranks =
         __reduce_or_sync(kFullWarp, of_token.rank >= 0 ? 1u << of_token.rank : 0u);
@@ -184,7 +183,7 @@ __device__ void exchange(const CombineParams& p, CtaState& s, void* shared_memor
   const bool sends = !teams.has_senders() || teams.is_sender();
   const bool sums = !teams.has_senders() || !teams.is_sender();
   const Units units(p.slices, x.num_tokens, teams);
-  // What needs no peer is loaded while the exchange opens.
+  // These loads need no peer, so they run while the exchange opens.
   const Chunk sent(x.num_tokens * x.top_k);
   const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
                              p.dest_row, p.weights);
@@ -199,7 +198,7 @@ __device__ void exchange(const CombineParams& p, CtaState& s, void* shared_memor
   tiles.for_each(s, kWarps, [&](const Tile& tile) {
     if (!ready) return;
     routes.begin(x, tile);
-    // Those that only sum need no other's.
+    // A CTA that only sums needs no routes of peers.
     routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights, sends);
     ready = tile.number == 0 ? receive_addresses(x, s, 0) : !__syncthreads_or(has_failed(s));
     if (!ready) return;

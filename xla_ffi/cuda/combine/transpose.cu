@@ -186,7 +186,7 @@ __device__ void exchange(const CombineTransposeParams& p, CtaState& s, void* sha
   const Exchange& x = p.exchange;
   const Opening opening(x);
   const Chunk chunk(x.num_tokens);
-  // What needs no peer is loaded while the exchange opens.
+  // These loads need no peer, so they run while the exchange opens.
   const Chunk sent(p.sends_routes ? x.num_tokens * x.top_k : 0);
   const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
                              p.dest_row, p.weights);

@@ -6,10 +6,10 @@
 
 namespace freeio::cuda {
 
-// Says, once in each kernel, that this CTA reads its peers' buffers no more. (What combine stores
-// later has arrival flags of its own, and the rank that receives it waits for all of them.) CTA 0
-// waits until all CTAs of all ranks have said so, and closes the exchange. One warp. `kPublishes`:
-// a peer that sees this also sees what the CTA has stored to it.
+// Says, once in each kernel, that this CTA no longer reads its peers' buffers. (combine still
+// stores to them. Its stores have arrival flags, and the receiving rank waits for all of these.)
+// CTA 0 waits until all CTAs of all ranks have said so, and closes the exchange. One warp.
+// `kPublishes`: a peer that sees this also sees everything that the CTA has stored to it.
 template <bool kPublishes>
 __device__ void conclude(const Exchange& x, CtaState& s) {
   GpuBlock& block = self(x);
@@ -47,8 +47,8 @@ __device__ void finish(const Exchange& x, CtaState& s) {
   if (warp_id() == 0) conclude<kPublishes>(x, s);
 }
 
-// Beginning and end of an exchange in which no rank's kernel touches a buffer of another rank, or
-// needs to know that one has ended: it ends by itself. Begin: all threads.
+// Beginning and end of an exchange in which no kernel touches a buffer of another rank. Such a
+// kernel need not know whether the other ranks have ended. Begin: all threads.
 __device__ inline void begin_alone(const Exchange& x) {
   if (threadIdx.x == 0) count_around_device(&self(x).num_opened_ctas, gridDim.x - 1);
 }
@@ -64,8 +64,8 @@ __device__ inline void finish_alone(const Exchange& x, CtaState& s) {
   if (__all_sync(kFullWarp, opened) && rank < x.num_ranks) block.epoch[x.gpu[rank]] = s.epoch[rank];
 }
 
-// Fills a failed exchange's result with ones: NaN, or -1, which nobody takes for data, and later
-// calls not for a row. The spoilers share it out. All threads.
+// Sets all bits of a failed exchange's result: it becomes NaN or -1, which cannot be taken for
+// data, nor by a later call for a row. The spoilers share the work. All threads.
 __device__ inline void spoil(const Team& spoilers, void* result, int64_t bytes) {
   if (result == nullptr) return;
   auto* words = static_cast<uint32_t*>(result);
@@ -78,8 +78,8 @@ __device__ inline void spoil(const Team& spoilers, void* result, int64_t bytes) 
   if (begin < bytes % static_cast<int64_t>(sizeof(uint32_t))) rest[begin] = 0xff;
 }
 
-// This CTA knows of the failure. Waits until no CTA stores to the results any more, and returns the
-// CTAs that spoil them. One thread.
+// For a CTA that knows of the failure. Waits until no CTA stores to the results any more, and
+// returns the CTAs that spoil them. One thread.
 [[gnu::noinline]] __device__ inline Team await_spoiling(const Exchange& x) {
   GpuBlock& block = self(x);
   // An earlier kernel failed: all CTAs know.
@@ -87,8 +87,8 @@ __device__ inline void spoil(const Team& spoilers, void* result, int64_t bytes) 
   const uint32_t number = atomicAdd(&block.num_failing_ctas, 1u);
   fence_system();
   count_around_device(&block.num_leaving_ctas, gridDim.x - 1);
-  // A CTA that does not know ends as always, and one that waits hears of it: both in bounded time.
-  // This wait is bounded again, in case one of them is lost.
+  // All other CTAs come to their end in bounded time: they do not notice the failure, or they wait
+  // and then hear of it. This wait is bounded, too, in case a CTA is lost.
   const volatile HostBlock& host = *x.host;
   const uint64_t begin = nanoseconds();
   bool all = false;
@@ -100,14 +100,14 @@ __device__ inline void spoil(const Team& spoilers, void* result, int64_t bytes) 
   }
   fence_system();
   const uint32_t failing = load_relaxed_device(&block.num_failing_ctas);
-  // What the others have stored last is on its way.
+  // The last stores of the others may still be on their way.
   sleep_microseconds<100>();
   atomicExch(&block.are_results_spoiled, 1u);
   return all ? Team{static_cast<int>(number), static_cast<int>(failing)} : Team::all();
 }
 
-// Last phase of every kernel. Where the exchange has failed, all CTAs that know call
-// spoil_results(spoilers), when no other one stores results any more. All threads.
+// Last phase of every kernel. If the exchange has failed, all CTAs that know of it call
+// spoil_results(spoilers), once no other CTA stores results. All threads.
 template <typename Spoil>
 [[gnu::noinline]] __device__ void leave_failed(const Exchange& x, CtaState& s,
                                                const Spoil& spoil_results) {

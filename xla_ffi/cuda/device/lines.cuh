@@ -1,15 +1,51 @@
-// Rows of small calls, as they are sent: in lines of 128 bytes, the last eight of which say that
-// the others are there. So no flag of its own follows them, and no fence waits for them, for a
-// fifteenth more bytes.
+// How small calls send rows: in lines of 128 bytes. The last eight bytes of a line say that the
+// others have arrived. So no separate flag follows a row, and no fence waits for it. The price is
+// a fifteenth more bytes.
 #pragma once
 
+#include "cuda/device/rows.cuh"
 #include "cuda/device/waits.cuh"
 
 namespace freeio::cuda {
 
-// A slice is 60 accesses of 16 bytes in eight lines, which a warp stores as two halves: of each
-// half, every eighth lane has a flag in its second eight bytes. Its first access is in the first
-// halves of both; it has no second one.
+// One lane's 16 bytes of a slice, in memory that allows narrower accesses only. The row ends after
+// `bytes`, perhaps earlier than these; what is beyond is zero in the slice. Few rows are such, and
+// the others must not pay for them: these functions are not inlined.
+[[gnu::noinline]] __device__ inline uint4 load_in_parts(const std::byte* from, int bytes,
+                                                        int access_bytes) {
+  uint4 value = {};
+  with_access(access_bytes, [&](auto access) {
+    constexpr int kParts = sizeof(value) / sizeof(access);
+    decltype(access) parts[kParts] = {};
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if (i * static_cast<int>(sizeof(access)) < bytes) {
+        parts[i] = reinterpret_cast<const decltype(access)*>(from)[i];
+      }
+    }
+    memcpy(&value, parts, sizeof(value));
+  });
+  return value;
+}
+[[gnu::noinline]] __device__ inline void store_in_parts(uint4 value, std::byte* to, int bytes,
+                                                        int access_bytes) {
+  with_access(access_bytes, [&](auto access) {
+    constexpr int kParts = sizeof(value) / sizeof(access);
+    decltype(access) parts[kParts];
+    memcpy(parts, &value, sizeof(value));
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if (i * static_cast<int>(sizeof(access)) < bytes) {
+        reinterpret_cast<decltype(access)*>(to)[i] = parts[i];
+      }
+    }
+  });
+}
+
+// A slice is 60 accesses of 16 bytes, in eight lines. A warp stores them as two halves of four
+// lines, 16 bytes for each lane and half. In both halves every eighth lane stores a flag in its
+// last eight bytes. So such a lane has one access, of which each half takes eight bytes. Other
+// lanes have two.
 struct LineSlice {
   static constexpr int kLanesOfLine = 8;
   static constexpr int kAccess = kSentAccess;
@@ -25,25 +61,34 @@ struct LineSlice {
     return has_flag() ? kNone : kWarpSize + lane_id() - lane_id() / kLanesOfLine;
   }
 
-  __device__ void load(const std::byte* from, int bytes) {
+  // Of a row in memory that allows accesses of `access_bytes`.
+  __device__ void load(const std::byte* from, int bytes, int access_bytes) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (place(i) * kAccess < bytes) {
-        accesses[i] = reinterpret_cast<const uint4*>(from)[place(i)];
-      }
+      const int offset = place(i) * kAccess;
+      if (offset >= bytes) continue;
+      accesses[i] = access_bytes == kAccess
+                        ? *reinterpret_cast<const uint4*>(from + offset)
+                        : load_in_parts(from + offset, bytes - offset, access_bytes);
     }
   }
 
   // To the rows that `row` names in the lanes of `mask`. Whole warp.
-  __device__ void store(std::byte* rows, int64_t row_bytes, int bytes, int row,
+  __device__ void store(std::byte* rows, int64_t row_bytes, int bytes, int access_bytes, int row,
                         uint32_t mask) const {
 #pragma unroll 1
     for (; mask != 0; mask &= mask - 1) {
       const int64_t to = __shfl_sync(kFullWarp, row, __ffs(static_cast<int>(mask)) - 1);
-      auto* target = reinterpret_cast<uint4*>(rows + to * row_bytes);
+      std::byte* const target = rows + to * row_bytes;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (place(i) * kAccess < bytes) target[place(i)] = accesses[i];
+        const int offset = place(i) * kAccess;
+        if (offset >= bytes) continue;
+        if (access_bytes == kAccess) {
+          *reinterpret_cast<uint4*>(target + offset) = accesses[i];
+        } else {
+          store_in_parts(accesses[i], target + offset, bytes - offset, access_bytes);
+        }
       }
     }
   }
@@ -86,8 +131,9 @@ static_assert(kSentSlice == 2 * kWarpSize - kWarpSize / LineSlice::kLanesOfLine)
 constexpr int kSlicesTogether = kWarpSize / LineSlice::kLanesOfLine;
 __device__ inline int slice_of_lane() { return lane_id() / LineSlice::kLanesOfLine; }
 
-// Waits for a line of the slice that the peer sends; none: null. Whole warp, where the eight lanes
-// of slice_of_lane() have the same slice. False, for all lanes: one of them did not come.
+// Each lane waits for one line of the slice that the peer sends; null: it does not wait. Whole
+// warp. The eight lanes with the same slice_of_lane() have the same slice. False, for all lanes: a
+// line did not come.
 [[gnu::noinline]] __device__ inline bool wait_for_lines(const Exchange& x, CtaState& s, Step step,
                                                         int peer, const SentSlice* slice) {
   const int line = lane_id() % LineSlice::kLanesOfLine;

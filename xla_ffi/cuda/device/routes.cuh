@@ -6,7 +6,7 @@
 
 namespace freeio::cuda {
 
-// Where they are read from, unless they are sent.
+// Addresses of the routes, where they are read from the peers' handles.
 constexpr uint32_t kRouteSlots = 1u << kDestRank | 1u << kDestRow | 1u << kWeights;
 
 // The routes of one token, in the lanes of a warp: lane k has assignment k.
@@ -59,8 +59,9 @@ struct SentAssignment {
   }
 };
 
-// The routes of this rank's assignments `mine` to all peers, and their weights, unless these are
-// ones, to those that have their rows. All threads; `first` is the thread's first of them.
+// Sends the routes of this rank's assignments `mine` to all peers. Weights go only to the peer that
+// has the row; where there are none, all are ones. All threads; `first` is the thread's first
+// assignment.
 __device__ inline void send_routes(const Exchange& x, const CtaState& s, const Chunk& mine,
                                    SentAssignment first, const int32_t* dest_rank,
                                    const int32_t* dest_row, const void* weights) {
@@ -100,7 +101,7 @@ struct RouteTile {
     per_rank = tile.size() * top_k;
   }
 
-  // By one of the two below; receive() may fail. All threads; a barrier must follow.
+  // Gets the routes, sent or not. It may fail if they are sent. All threads; a barrier must follow.
   __device__ void take(const Exchange& x, CtaState& s, const Tile& tile, const int32_t* dest_rank,
                        const int32_t* dest_row, const void* weight, bool are_sent) {
     if (are_sent) {
@@ -110,7 +111,8 @@ struct RouteTile {
     }
   }
 
-  // Reads them all at once, the peers' over the link. All threads; a barrier must follow.
+  // Reads the routes from the handles, those of peers over the link. All threads; a barrier must
+  // follow.
   __device__ void fetch(const Exchange& x, const CtaState& s, const Tile& tile,
                         const int32_t* dest_rank, const int32_t* dest_row, const void* weight) {
     const int64_t begin = static_cast<int64_t>(tile.begin) * top_k;
@@ -126,8 +128,8 @@ struct RouteTile {
     }
   }
 
-  // Takes the peers' from what they have sent (send_routes()), unless only this rank's own are
-  // wanted. All threads; a barrier must follow.
+  // Takes the routes that the peers sent (send_routes()); without `peers`, only this rank's own.
+  // All threads; a barrier must follow.
   __device__ void receive(const Exchange& x, CtaState& s, const Tile& tile,
                           const int32_t* dest_rank, const int32_t* dest_row, const void* weight,
                           bool peers) {

@@ -4,11 +4,12 @@
 #include <climits>
 
 #include "cuda/device/cta.cuh"
+#include "cuda/params.h"
 
 namespace freeio::cuda {
 
-// Tokens [begin, end) are this CTA's, the `index`-th of `count` that share them. The last ones have
-// one more where they cannot be shared evenly: the first has other things to do.
+// Tokens [begin, end): the share of the `index`-th of `count` CTAs. Where shares cannot be equal,
+// the last CTAs have one token more, because the first CTA has other things to do.
 struct Chunk {
   int begin;
   int end;
@@ -32,9 +33,9 @@ struct Chunk {
   }
 };
 
-// A kernel's CTAs where some of them send and the others receive, as a CTA whose stores wait for
-// the link can do nothing else meanwhile: its loads, and what it does in shared memory, queue up
-// behind them. The chunk of one that sends is shared out among `kReceivers`, on all ranks alike.
+// Which CTAs of a kernel send and which receive. While the stores of a CTA wait for the link, its
+// loads and its accesses to shared memory queue up behind them. So some CTAs only send. Each chunk
+// of a sender is the work of `kReceivers` receivers. This is the same on all ranks.
 template <int kReceivers>
 struct Teams {
   int senders;  // the last CTAs; 0: all CTAs do both
@@ -59,8 +60,8 @@ struct Teams {
     return Chunk(units, team.number / kReceivers, senders)
         .part(team.number % kReceivers, kReceivers);
   }
-  // The n-th unit that this CTA sends of its chunk; at or beyond the chunk's end: none. All
-  // receivers get theirs in the same time.
+  // The n-th unit that this CTA sends of its chunk; at or beyond the chunk's end: none. The units
+  // alternate among the receivers, so that all of them are busy.
   __device__ int sent_unit(const Chunk& chunk, int n) const {
     if (!has_senders()) return chunk.begin + n;
     const Chunk part = chunk.part(n % kReceivers, kReceivers);
@@ -109,8 +110,9 @@ struct Tiles {
   }
 };
 
-// A slice of a token is a unit, and this CTA's are those of its tokens; or all tokens' units are
-// shared out, so that one token is the work of several CTAs where there are few.
+// A unit is a slice of a token. Either the tokens are shared out among the CTAs, each with all of
+// its units. Or the units are shared out, so that several CTAs share a token where there are few
+// tokens.
 struct Units {
   const Divisor& per_token;
   Chunk chunk;
@@ -145,15 +147,15 @@ struct Units {
   }
 };
 
-// The order in which a rank serves the ranks: the peers from the next one on, so that they do not
-// all begin with the same one, and then the rank itself, so that the link never waits.
+// The order in which a rank serves the ranks. It begins with the next rank, so that not all ranks
+// begin with the same one. It comes last itself, so that the link never waits.
 __device__ inline int rank_of_turn(const Exchange& x, int turn) {
   const int rank = x.rank + 1 + turn;
   return rank < x.num_ranks ? rank : rank - x.num_ranks;
 }
 
-// The tile's work is taken in order, item by item: warp w begins with item w and goes on with this.
-// The same in all lanes; past all items once the exchange has failed.
+// The warp's next item of the tile's work. Warps take items in order; warp w begins with item w.
+// The result is the same in all lanes. It is beyond all items once the exchange has failed.
 __device__ inline int next_item(CtaState& s) {
   int item = INT_MAX;
   if (lane_id() == 0 && !has_failed(s)) item = static_cast<int>(atomicAdd(&s.next_item, 1u));

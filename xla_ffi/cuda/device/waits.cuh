@@ -7,7 +7,7 @@
 
 namespace freeio::cuda {
 
-// Functions for what hardly ever happens are not inlined: that makes calls with few tokens faster.
+// Functions for rare events are not inlined. This makes small calls faster.
 
 // Ends the exchange with an error: records it, if it is this GPU's first, and tells the peers.
 [[gnu::noinline]] __device__ inline void fail(const Exchange& x, CtaState& s, Step step, int peer,
@@ -32,12 +32,12 @@ namespace freeio::cuda {
   }
 }
 
-// Copies what the host tells waiting threads to this GPU's memory. Of all threads that call it, one
-// does so, once a tick of about a millisecond: a load from the host's memory takes a microsecond,
-// and loads of one address queue up. Where a peer is late, thousands of threads wait.
+// Copies the host's news for waiting threads to this GPU's memory. Only one of the threads that
+// call this does so, once in a tick of about a millisecond. A load from the host's memory takes a
+// microsecond, loads of one address queue up, and thousands of threads may wait for a late peer.
 //
-// That thread also shows the host for whom it has waited since `begin`, if that is long ago. At its
-// end a wait becomes a failure, which tells more.
+// That thread also shows the host for which peer it has waited since `begin`, if that is long ago.
+// A wait that is over its time becomes a failure, which says more.
 __device__ inline void look_at_host(const Exchange& x, uint64_t now, uint64_t begin, Step step,
                                     int peer) {
   GpuBlock& block = self(x);
@@ -59,8 +59,8 @@ __device__ inline void look_at_host(const Exchange& x, uint64_t now, uint64_t be
   }
 }
 
-// Whether a wait for the peer may go on, and since when it lasts: `begin` if that is not 0. 0: the
-// time is up, a rank has given up, or the peer's process is there no more.
+// Whether a wait for the peer may go on. Returns when the wait began: `begin`, or now if that is 0.
+// Returns 0 if the time is up, a rank has given up, or the peer's process is gone.
 __device__ __forceinline__ uint64_t may_wait(const Exchange& x, CtaState& s, Step step, int peer,
                                              uint64_t begin) {
   if (load_relaxed_device(&self(x).failed) != 0) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ uint64_t may_wait(const Exchange& x, CtaState& s, Ste
   return begin;
 }
 
-// Whether the peer is known to run something else. Then the exchange ends with that error.
+// Whether this GPU knows that the peer runs another call. Then the exchange ends with that error.
 __device__ inline bool differs(const Exchange& x, CtaState& s, int peer) {
   const Mailbox& box = mailbox_from(x, s, peer);
 #pragma unroll 1
@@ -107,8 +107,9 @@ __device__ inline bool differs(const Exchange& x, CtaState& s, int peer) {
   return differs(x, s, peer) ? 0 : may_wait(x, s, step, peer, begin);
 }
 
-// The one wait: polls `ready` until it holds. False: see may_wait(). `kInLoop`: of a loop that
-// needs all registers, of which a call would take some; the signatures have been compared there.
+// The one wait: polls `ready` until it holds. False: see may_wait(). `kInLoop`: for a loop that
+// needs all registers, so that it cannot call functions. There the signatures have been compared
+// already.
 template <bool kInLoop = false, typename Ready>
 __device__ bool wait_until(const Exchange& x, CtaState& s, Step step, int peer,
                            const Ready& ready) {

@@ -1,4 +1,4 @@
-// dispatch along a handle: as large.cu, but the rows of assignments are known, and each rank reads
+// dispatch along a handle: as large.cu, but handles know the rows of assignments. Each rank reads
 // those of the others out of their handles.
 #include "cuda/device/opening.cuh"
 #include "cuda/device/shared_memory.cuh"
@@ -48,8 +48,8 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
     pull_tile<false>(p, s, units, tile, work, rows,
                      [&](int64_t first_row) { zero_padding(p, first_row); });
   });
-  // Nothing has been stored to a peer but words that carry their flags, and what has been loaded
-  // from one is here: it has been stored to this rank's rows.
+  // The end publishes nothing: this rank has stored only words to its peers, which carry their own
+  // flags. All loads from peers have ended, as their values have been stored to this rank's rows.
   finish<false>(x, s);
 }
 

@@ -1,10 +1,18 @@
-// From the counts of all ranks to the rows of assignments, by way of places or told by their ranks.
+// From the counts of all ranks to the rows of assignments, by way of places. These lie in the GPU
+// block, or in a scratch buffer of XLA's where there are too many for it. A place in the GPU block
+// is sent at once. One in scratch is sent after the peer has cleared the buffer and told where it
+// is.
 #pragma once
 
+#include "cuda/device/opening.cuh"
 #include "cuda/device/waits.cuh"
 #include "cuda/dispatch/groups.cuh"
 
 namespace freeio::cuda {
+
+__device__ inline int64_t num_assignments(const Exchange& x) {
+  return static_cast<int64_t>(x.num_tokens) * x.top_k;
+}
 
 // This thread's first id of the chunk.
 __device__ inline int first_id(const DispatchParams& p, const Chunk& chunk) {
@@ -41,23 +49,60 @@ __device__ void number_assignments(const DispatchParams& p, const Routing& routi
   }
 }
 
-// Where an assignment comes, as its rank knows it before it has heard of the others: which of the
-// receiver's experts it is for, and its number among the segment's for that one.
+// What a rank knows of an assignment before it has the counts of the others: which of the
+// receiver's experts it is for, and its number among the segment's assignments to that expert.
 class Place {
  public:
-  __device__ explicit Place(uint32_t word) : word_(word) {}
-  __device__ Place(int expert, uint32_t number)
-      : word_(static_cast<uint32_t>(expert + 1) * kMaxSentRoutes + number) {}
-  __device__ static Place none() { return Place(0); }
+  __device__ explicit Place(uint32_t word, const DispatchParams& p)
+      : word_(word), bits_(p.place_bits) {}
+  __device__ Place(int expert, uint32_t number, const DispatchParams& p)
+      : word_(static_cast<uint32_t>(expert) << p.place_bits | (number + 1)), bits_(p.place_bits) {}
+  // Of an assignment that is not the receiver's.
+  static constexpr uint32_t kNone = 0;
+
   __device__ uint32_t word() const { return word_; }
-  __device__ bool is_none() const { return word_ == 0; }
-  __device__ int expert() const { return static_cast<int>(word_ / kMaxSentRoutes) - 1; }
-  __device__ uint32_t number() const { return word_ % kMaxSentRoutes; }
+  __device__ bool is_none() const { return word_ == kNone; }
+  __device__ int expert() const { return static_cast<int>(word_ >> bits_); }
+  __device__ uint32_t number() const { return (word_ & ((1u << bits_) - 1)) - 1; }
 
  private:
-  static_assert(uint64_t{kMaxExperts + 1} * kMaxSentRoutes <= uint64_t{1} << 32);
   uint32_t word_;
+  int bits_;
 };
+
+// Where the places of this rank's assignments lie on the peer, and the peer's here.
+__device__ inline Word* places_to(const DispatchParams& p, const CtaState& s, int rank) {
+  const Exchange& x = p.exchange;
+  return p.places_in_scratch ? s.buffer<Word>(rank, kScratch) + x.rank * num_assignments(x)
+                             : inbox_to(x, rank).routes[turn(s, rank)];
+}
+__device__ inline const Word* places_from(const DispatchParams& p, const CtaState& s, int rank) {
+  const Exchange& x = p.exchange;
+  return p.places_in_scratch ? p.places + rank * num_assignments(x)
+                             : inbox_from(x, rank).routes[turn(s, rank)];
+}
+
+// Marks the places in scratch that this CTA will read as "not arrived", as XLA's buffer may hold
+// anything, words of an earlier call included. When all CTAs have done so, the peers learn where
+// the buffer is. All threads.
+__device__ inline void clear_places(const DispatchParams& p, const Chunk& chunk, CtaState& s) {
+  const Exchange& x = p.exchange;
+  if (x.num_ranks == 1) return;
+  const int end = chunk.end * x.top_k;
+  for (int rank = 0; rank < x.num_ranks; ++rank) {
+    if (rank == x.rank) continue;
+    Word* const words = p.places + rank * num_assignments(x);
+    for (int a = chunk.begin * x.top_k + static_cast<int>(threadIdx.x); a < end; a += kThreads) {
+      words[a] = 0;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 &&
+      add_acquire_release_device(&self(x).num_prepared_ctas, 1) == gridDim.x - 1) {
+    fence_system();
+    post_address(x, s, kScratch);
+  }
+}
 
 // Sends the places of the chunk's assignments, and leaves their numbers in the handle. All threads;
 // `id` is the thread's first.
@@ -68,10 +113,9 @@ __device__ inline void send_places(const DispatchParams& p, const CtaState& s,
     const int dest = its_id < 0 ? -1 : x.local_experts.quotient(its_id);
     for (int rank = 0; rank < x.num_ranks; ++rank) {
       if (rank == x.rank) continue;
-      const Place place =
-          rank == dest ? Place(x.local_experts.remainder(its_id), number) : Place::none();
-      store_word(&inbox_to(x, rank).routes[turn(s, rank)][a],
-                 make_word(s.epoch[rank], place.word()));
+      const uint32_t place =
+          rank == dest ? Place(x.local_experts.remainder(its_id), number, p).word() : Place::kNone;
+      store_word(&places_to(p, s, rank)[a], make_word(s.epoch[rank], place));
     }
     p.dest_row[a] = static_cast<int>(number);
   });
@@ -103,57 +147,16 @@ __device__ inline bool find_rows(const DispatchParams& p, CtaState& s, const Rou
       p.dest_row[a] = row;
       if (dest != x.rank) row = -1;
     } else {
-      const Word* address = &inbox_from(x, rank).routes[turn(s, rank)][a];
+      const Word* address = &places_from(p, s, rank)[a];
       Word word = load_word(address);
       if (!wait_word(x, s, kWaitRoutes, rank, address, word)) break;
-      if (const Place place(value_of(word)); !place.is_none()) {
+      if (const Place place(value_of(word), p); !place.is_none()) {
         const int expert = place.expert();
         const uint32_t earlier = routing.earlier[rank * (x.num_experts / x.num_ranks) + expert];
         row = row_or_none(x, routing.start[expert] + earlier, place.number());
       }
     }
     rows[i] = row;
-  }
-  return !__syncthreads_or(has_failed(s));
-}
-
-// Gives the chunk's assignments their rows, and tells the ranks. All threads; `id` is the thread's
-// first.
-__device__ inline void assign_rows(const DispatchParams& p, const CtaState& s,
-                                   const Routing& routing, const Chunk& chunk, int id) {
-  const Exchange& x = p.exchange;
-  const int64_t num_assignments = static_cast<int64_t>(x.num_tokens) * x.top_k;
-  number_assignments(p, routing, chunk, id, [&](int a, int its_id, uint32_t number) {
-    const int row = its_id < 0 ? -1 : row_or_none(x, routing.first[its_id], number);
-    const int dest = row < 0 ? -1 : x.local_experts.quotient(its_id);
-    for (int rank = 0; rank < x.num_ranks; ++rank) {
-      if (rank == x.rank) continue;
-      store_word(s.buffer<Word>(rank, kScratch) + x.rank * num_assignments + a,
-                 make_word(s.epoch[rank], dest == rank ? static_cast<uint32_t>(row) + 1 : 0));
-    }
-    p.dest_rank[a] = dest;
-    p.dest_row[a] = row;
-  });
-}
-
-// Rows here of the tile's assignments, of all ranks, as their ranks have told them: [R, tokens, K]
-// in shared memory; -1: none. False, for all threads: they did not come.
-__device__ inline bool receive_rows(const DispatchParams& p, CtaState& s, const Tile& tile,
-                                    int* rows) {
-  const Exchange& x = p.exchange;
-  const int per_rank = tile.size() * x.top_k;
-  const int64_t first = static_cast<int64_t>(tile.begin) * x.top_k;
-  for (int i = static_cast<int>(threadIdx.x); i < per_rank * x.num_ranks; i += kThreads) {
-    const int rank = i / per_rank;
-    const int64_t a = first + i % per_rank;
-    if (rank == x.rank) {
-      rows[i] = p.dest_rank[a] == x.rank ? p.dest_row[a] : -1;
-      continue;
-    }
-    const Word* address = p.routes + rank * static_cast<int64_t>(x.num_tokens) * x.top_k + a;
-    Word word = load_word(address);
-    if (!wait_word(x, s, kWaitRoutes, rank, address, word)) break;
-    rows[i] = static_cast<int>(value_of(word)) - 1;
   }
   return !__syncthreads_or(has_failed(s));
 }

@@ -37,20 +37,21 @@ inline size_t routing_bytes(int num_experts) {
   return sizeof(uint32_t) * round_up(kArraysOverExperts * int64_t{num_experts}, 4);
 }
 
-// Sums that stop at `most`, to this lane's and its own.
-__device__ inline uint32_t sum_up_to_lane(uint32_t value, uint32_t most) {
+// Rows of this lane's groups and of those in the lanes before it, at most `capacity`.
+__device__ inline uint32_t sum_up_to_lane(uint32_t rows, uint32_t capacity) {
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullWarp, value, distance);
-    if (lane_id() >= distance) value = min(value + other, most);
+    const uint32_t before = __shfl_up_sync(kFullWarp, rows, distance);
+    if (lane_id() >= distance) rows = row_behind(before, rows, capacity);
   }
-  return value;
+  return rows;
 }
 
-// Rows of a group with alignment, at most capacity, which is a multiple of it.
-__device__ inline uint32_t aligned_rows(const Exchange& x, uint32_t load) {
-  const uint32_t most = min(load + x.alignment.divisor - 1, static_cast<uint32_t>(x.capacity));
-  return x.alignment.quotient(static_cast<int>(most)) * x.alignment.divisor;
+// Rows of a group with `load` assignments.
+__device__ inline uint32_t rows_of_group(const Exchange& x, uint32_t load) {
+  return aligned_rows<uint32_t>(
+      load, x.alignment.divisor, static_cast<uint32_t>(x.capacity),
+      [&](uint32_t n) { return x.alignment.quotient(static_cast<int>(n)); });
 }
 
 // What the caller learns of this rank's groups. One warp.
@@ -61,8 +62,9 @@ __device__ inline void store_group_sizes(const DispatchParams& p, const Routing&
 #pragma unroll 1
   for (int group = lane_id(); group < experts; group += kWarpSize) {
     const uint32_t load = routing.load[x.rank * experts + group];
-    const uint32_t room = static_cast<uint32_t>(x.capacity) - routing.start[group];
-    const uint32_t size = min(aligned_rows(x, load), room);
+    const uint32_t start = routing.start[group];
+    const uint32_t size =
+        row_behind(start, rows_of_group(x, load), static_cast<uint32_t>(x.capacity)) - start;
     p.expert_load[group] = static_cast<int>(load);
     p.group_sizes[group] = static_cast<int>(size);
     dropped += load > size ? static_cast<int>(load - size) : 0;
@@ -71,10 +73,10 @@ __device__ inline void store_group_sizes(const DispatchParams& p, const Routing&
   if (lane_id() == 0) *p.num_dropped = dropped;
 }
 
-// First rows of the groups: one warp for each rank's experts, of which each lane has some in a row.
-// (All warps together, over blocks of experts, need less time by themselves, but make more accesses
-// to shared memory, each of which waits behind what else the multiprocessor has on its way.) Row
-// numbers stop at capacity, past which nothing is stored, so they fit whatever the alignment adds.
+// First rows of the groups. One warp does this for the experts of one rank: each lane takes a few
+// neighbouring experts. (All warps together would need less time by themselves. But they would make
+// more accesses to shared memory, and each access waits behind whatever else the multiprocessor has
+// on its way.)
 __device__ inline void place_groups(const DispatchParams& p, const Routing& routing) {
   constexpr int kPerLane = 4;
   const Exchange& x = p.exchange;
@@ -90,10 +92,10 @@ __device__ inline void place_groups(const DispatchParams& p, const Routing& rout
       uint32_t sum = 0;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        rows[i] = first + i < experts ? aligned_rows(x, routing.load[first_expert + i]) : 0;
-        sum = min(sum + rows[i], capacity);
+        rows[i] = first + i < experts ? rows_of_group(x, routing.load[first_expert + i]) : 0;
+        sum = row_behind(sum, rows[i], capacity);
       }
-      const uint32_t end = min(begin + sum_up_to_lane(sum, capacity), capacity);
+      const uint32_t end = row_behind(begin, sum_up_to_lane(sum, capacity), capacity);
       uint32_t row = __shfl_up_sync(kFullWarp, end, 1);
       if (lane_id() == 0) row = begin;
       begin = __shfl_sync(kFullWarp, end, kWarpSize - 1);
@@ -103,7 +105,7 @@ __device__ inline void place_groups(const DispatchParams& p, const Routing& rout
           routing.first[first_expert + i] += row;
           if (rank == x.rank) routing.start[first + i] = row;
         }
-        row = min(row + rows[i], capacity);
+        row = row_behind(row, rows[i], capacity);
       }
     }
   }

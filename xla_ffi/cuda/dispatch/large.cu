@@ -2,8 +2,8 @@
 //
 // The expert's rank pulls: it reads a token's row out of the source's tensor, once, and stores it
 // to each of its rows here. So a row crosses a link once, no rank writes into a tensor of another,
-// and nothing is staged. Counts, and what the rows of assignments follow from, go to all ranks as
-// words that carry their own flag. No data waits for a flag of its own.
+// and nothing is staged. Counts and places go to the ranks as words that carry their own flag. No
+// data waits for a flag.
 #include "core/layout.h"
 #include "cuda/device/opening.cuh"
 #include "cuda/device/shared_memory.cuh"
@@ -22,35 +22,31 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
   const Units units(p.slices, x.num_tokens, false);
   const Chunk chunk = units.tokens();
   const Tiles tiles(chunk, kTileAssignments / (x.num_ranks * x.top_k));
-  // The peers are told of the routes once these are cleared.
   const uint32_t leaves = leaf_addresses(p);
-  const uint32_t addresses = p.sends_places ? leaves : leaves | 1u << kScratch;
-  // What needs no peer is loaded while the exchange opens.
+  // These loads need no peer, so they run while the exchange opens.
   const SegmentIds early(p, chunk);
   if (!open(x, s, opening)) return;
   if (blockIdx.x == 0) post(x, s, leaves);
   Work work = pulling_of(p, units, tiles[0]);
-  if (!p.sends_places) prepare_routes(p, chunk, s);
+  if (p.places_in_scratch) clear_places(p, chunk, s);
   const int id = first_id(p, chunk);
   count_and_send(p, s, routing, early.segment, early.quads);
   __syncthreads();
-  if (p.sends_places) send_places(p, s, routing, chunk, id);
+  if (p.places_in_scratch && !receive_addresses(x, s, 1u << kScratch)) return;
+  send_places(p, s, routing, chunk, id);
   receive_counts(p, s, routing, early.segment, reinterpret_cast<uint32_t*>(rows));
-  if (!receive_addresses(x, s, addresses)) return;
+  if (!receive_addresses(x, s, leaves)) return;
   place_groups(p, routing);
   if (blockIdx.x == 0 && warp_id() == 0) store_num_invalid(p, s);
-  if (!p.sends_places) assign_rows(p, s, routing, chunk, id);
   __syncthreads();
   tiles.for_each(s, kWarps, [&](const Tile& tile) {
-    const bool found =
-        p.sends_places ? find_rows(p, s, routing, tile, rows) : receive_rows(p, s, tile, rows);
-    if (!found) return;
+    if (!find_rows(p, s, routing, tile, rows)) return;
     if (tile.number > 0) work = pulling_of(p, units, tile);
     pull_tile<true>(p, s, units, tile, work, rows,
                     [&](int64_t first_row) { zero_padding(p, routing, first_row); });
   });
-  // Nothing has been stored to a peer but words that carry their flags, and what has been loaded
-  // from one is here: it has been stored to this rank's rows.
+  // The end publishes nothing: this rank has stored only words to its peers, which carry their own
+  // flags. All loads from peers have ended, as their values have been stored to this rank's rows.
   finish<false>(x, s);
 }
 

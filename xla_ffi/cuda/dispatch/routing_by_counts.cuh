@@ -1,17 +1,14 @@
-// Routing by counts. Each rank tells all ranks how many rows it has for each expert. Before it
-// knows their counts it also tells the peers the place of each of its assignments among its own,
-// from which they find its row. Where there is no room for all places, it tells them the rows
-// instead, once these are known.
+// Routing by counts. Each rank tells all ranks how many rows it has for each expert.
 #pragma once
 
-#include "cuda/device/opening.cuh"
+#include "cuda/device/waits.cuh"
 #include "cuda/dispatch/groups.cuh"
 
 namespace freeio::cuda {
 
-// A rank's CTAs, and with them its tokens, in a few segments. The first CTA of each counts all of
-// its assignments, the others only those of the segment that come before their own chunk: the more
-// segments, the less each counts, and the more counts all have to add up.
+// A rank's CTAs, and with them its tokens, form a few segments. The first CTA of a segment counts
+// all assignments of the segment. The other CTAs count those that come before their own chunk. With
+// more segments each CTA counts less, but all CTAs have more counts to add up.
 struct Segment {
   int number;
   bool is_led;  // by this CTA
@@ -30,28 +27,6 @@ struct Segment {
     end = (is_led ? Chunk(x.num_tokens, last, ctas).end : chunk.begin) * x.top_k;
   }
 };
-
-// Route words start as "not arrived": XLA's buffer may hold anything, an old call's words too. A
-// CTA clears the words that it will read itself, so it need not wait for other CTAs.
-__device__ inline void prepare_routes(const DispatchParams& p, const Chunk& chunk, CtaState& s) {
-  const Exchange& x = p.exchange;
-  if (x.num_ranks == 1) return;
-  const int64_t of_rank = static_cast<int64_t>(x.num_tokens) * x.top_k;
-  for (int rank = 0; rank < x.num_ranks; ++rank) {
-    if (rank == x.rank) continue;
-    Word* words = p.routes + rank * of_rank;
-    const int end = chunk.end * x.top_k;
-    for (int a = chunk.begin * x.top_k + static_cast<int>(threadIdx.x); a < end; a += kThreads) {
-      words[a] = 0;
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x == 0 &&
-      add_acquire_release_device(&self(x).num_prepared_ctas, 1) == gridDim.x - 1) {
-    fence_system();
-    post_address(x, s, kScratch);
-  }
-}
 
 // Some of a segment's ids, four at a time.
 struct IdQuads {
@@ -82,9 +57,9 @@ struct SegmentIds {
       : segment(p, chunk), quads(p, segment, IdQuads::first_of(segment)) {}
 };
 
-// Counts what this CTA has to count of its segment, in `next`, and sends the counts of the whole
-// one. All threads; a barrier must follow. Then `next` has the numbers of the chunk's first
-// assignments to each expert, among those of the segment.
+// Counts this CTA's part of the segment in `next`, for each expert. The CTA that leads the segment
+// sends the counts. All threads; a barrier must follow. After it `next` is the number that the
+// chunk's first assignment to each expert has in the segment.
 __device__ inline void count_and_send(const DispatchParams& p, const CtaState& s,
                                       const Routing& routing, const Segment& segment,
                                       IdQuads quads) {

@@ -1,6 +1,6 @@
-// Routing by ids, for calls with few assignments: each rank sends its ids to all others, and every
-// CTA finds the rows of all ranks' assignments to its tokens by itself: more work in each CTA than
-// routing by counts, but nothing is counted before the ids leave, and the rows can leave with them.
+// Routing by ids, for small calls. Each rank sends its ids to all others. Every CTA finds the rows
+// of all ranks' assignments to its tokens by itself. This is more work for each CTA than routing by
+// counts. But nothing is counted before the ids leave, so the rows can leave with them.
 #pragma once
 
 #include "cuda/device/waits.cuh"

@@ -28,7 +28,7 @@ struct Slice {
     int slice = unit - token * p.num_slices;
     first = slice == 0;
     while (slice >= p.leaves[leaf].num_slices) slice -= p.leaves[leaf++].num_slices;
-    const Leaf& it = p.leaves[leaf];
+    const SlicedLeaf& it = p.leaves[leaf];
     offset = static_cast<int64_t>(slice) * it.slice_bytes;
     bytes = static_cast<int>(min(static_cast<int64_t>(it.slice_bytes), it.row_bytes - offset));
   }
@@ -53,7 +53,7 @@ struct Targets {
     mask = __ballot_sync(kFullWarp, row >= 0);
   }
 
-  // Says in the handle which assignment the rows are of, once for each row.
+  // Stores in the handle whose assignment each row is. The first slice does so for its whole row.
   __device__ void write_sources(const DispatchParams& p, const Slice& slice) const {
     const Exchange& x = p.exchange;
     if (!slice.first || row < 0) return;
@@ -70,7 +70,7 @@ __device__ void pull_slice(const DispatchParams& p, const CtaState& s, const Til
   const Targets targets(p, tile, rows, slice);
   if (kRouted) targets.write_sources(p, slice);
   if (targets.mask == 0) return;
-  const Leaf& leaf = p.leaves[slice.leaf];
+  const SlicedLeaf& leaf = p.leaves[slice.leaf];
   const std::byte* const tokens =
       rank == p.exchange.rank ? leaf.tokens : s.buffer<std::byte>(rank, kFirstLeaf + slice.leaf);
   with_access(leaf.access_bytes, [&](auto access) {
@@ -85,7 +85,7 @@ __device__ inline void zero_rows(const DispatchParams& p, int64_t first_row, uin
   for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
     const int64_t row = first_row + __ffs(static_cast<int>(rest)) - 1;
     for (int i = 0; i < p.num_leaves; ++i) {
-      const Leaf& leaf = p.leaves[i];
+      const SlicedLeaf& leaf = p.leaves[i];
       with_access(leaf.access_bytes, [&](auto access) {
         zero_bytes<decltype(access)>(leaf.rows + row * leaf.row_bytes, leaf.row_bytes);
       });
@@ -140,7 +140,7 @@ __device__ inline void spoil_results(const DispatchParams& p, const Team& spoile
   spoil(spoilers, p.expert_load, experts * int_bytes);
   spoil(spoilers, p.num_dropped, int_bytes);
   spoil(spoilers, p.num_invalid, int_bytes);
-  // Sizes that a matrix product can live with.
+  // A matrix product can take groups without rows, but not sizes of -1.
   if (spoilers.number != 0) return;
   for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) p.group_sizes[e] = 0;
 }

@@ -1,6 +1,6 @@
-// dispatch of small calls, which latency rules: they do not wait until they know where rows go. The
-// token's rank sends each row, once to each rank that needs it, in lines (lines.cuh) to the GPU
-// block there, together with the ids. Nobody waits for the others' end.
+// dispatch of small calls, whose time is mostly latency. No rank waits until it knows where rows
+// go. The token's rank sends each row once to each rank that needs it, in lines (lines.cuh), to the
+// GPU block there. The ids travel at the same time. No rank waits for the end of another.
 #include "cuda/device/lines.cuh"
 #include "cuda/device/opening.cuh"
 #include "cuda/device/shared_memory.cuh"
@@ -21,7 +21,8 @@ struct OutgoingSlice {
   __device__ OutgoingSlice(const DispatchParams& p, int unit, int end) {
     if (unit >= end) return;
     const Slice slice(p, p.exchange.rank, unit);
-    data.load(slice.in(p.leaves[slice.leaf].tokens, p), slice.bytes);
+    const SlicedLeaf& leaf = p.leaves[slice.leaf];
+    data.load(slice.in(leaf.tokens, p), slice.bytes, leaf.access_bytes);
     if (lane_id() < p.exchange.top_k) id = p.topk_idx[slice.token * p.exchange.top_k + lane_id()];
   }
 
@@ -38,8 +39,8 @@ struct OutgoingSlice {
   }
 };
 
-// This CTA's units `mine`, the warp's first of which has been loaded. While one is sent, the next
-// one is on its way already. All threads.
+// Sends this CTA's units `mine`. The warp's first one has been loaded. While the warp sends a unit,
+// it loads the next one. All threads.
 __device__ void send_rows(const DispatchParams& p, const CtaState& s, const DispatchTeams& teams,
                           const Chunk& mine, OutgoingSlice slice) {
   int unit = teams.sent_unit(mine, warp_id());
@@ -65,7 +66,8 @@ struct IncomingSlice {
     targets.write_sources(p, slice);
     if (targets.mask == 0) return;
     if (rank == p.exchange.rank) {
-      data.load(slice.in(p.leaves[slice.leaf].tokens, p), slice.bytes);
+      const SlicedLeaf& leaf = p.leaves[slice.leaf];
+      data.load(slice.in(leaf.tokens, p), slice.bytes, leaf.access_bytes);
     } else {
       sent = &slices_from(p.exchange, s, rank)[unit];
       start();
@@ -80,12 +82,13 @@ struct IncomingSlice {
   }
   __device__ void store(const DispatchParams& p) {
     if (sent != nullptr) data.take();
-    const Leaf& leaf = p.leaves[slice.leaf];
-    data.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, targets.row, targets.mask);
+    const SlicedLeaf& leaf = p.leaves[slice.leaf];
+    data.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, leaf.access_bytes,
+               targets.row, targets.mask);
   }
 };
 
-// Moves the units of two pulls, of which there are `pulls`. Whole warp.
+// Moves the slices of `pull` and of the next one, if there is one among the `pulls`. Whole warp.
 __device__ void move_two(const DispatchParams& p, CtaState& s, const Tile& tile, const int* rows,
                          int pull, int pulls, int first_unit) {
   const Exchange& x = p.exchange;
@@ -124,10 +127,10 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
   const DispatchTeams teams{p.senders};
   const Team team = teams.own();
   const bool sends = !teams.has_senders() || teams.is_sender();
-  // There are few tokens, and several CTAs share one.
+  // There are few tokens, so several CTAs share one.
   const Units units(p.slices, x.num_tokens, teams);
   const Tiles tiles(units.tokens(), kTileAssignments / (x.num_ranks * x.top_k));
-  // What needs no peer is loaded while the exchange opens.
+  // These loads need no peer, so they run while the exchange opens.
   const IdPair early(p, static_cast<int>(threadIdx.x));
   const OutgoingSlice first(p, teams.sent_unit(units.chunk, warp_id()),
                             sends ? units.chunk.end : 0);
