@@ -45,6 +45,20 @@ def pytest_ignore_collect(collection_path):
     return True if pod_run.is_pod() and pod_run.is_left_out(collection_path) else None
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_make_scheduler(config, log):
+    """Each worker gets a share of the tests, in order; one that has finished takes from another's.
+
+    Tests of one file share compiled programs and fixtures. xdist's default deals them out to all
+    workers, and each of these compiles the programs for itself.
+    """
+    if config.getvalue("dist") != "load":  # what `-n` alone means
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 def pytest_report_header(config):
     import jax
 
