@@ -1,6 +1,6 @@
 """Eight CPU devices by default, a seed for every random test, and a bound on every test's time.
 
-In a pod (see pod.py) every process runs every test.
+In a pod (see pod_run.py) every process runs every test.
 """
 
 import os
@@ -32,17 +32,31 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)  # once the terminal reporter is there
 def pytest_configure(config):
-    import pod
+    import pod_run
 
-    if pod.is_pod():
-        pod.join(config)
+    if pod_run.is_pod():
+        pod_run.join(config)
 
 
 def pytest_ignore_collect(collection_path):
     """Tests that start processes of their own do so once, not in every process of a pod."""
-    import pod
+    import pod_run
 
-    return True if pod.is_pod() and collection_path.name in pod.NOT_ON_PODS else None
+    return True if pod_run.is_pod() and pod_run.is_left_out(collection_path) else None
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_make_scheduler(config, log):
+    """Each worker gets a share of the tests, in order; one that has finished takes from another's.
+
+    Tests of one file share compiled programs and fixtures. xdist's default deals them out to all
+    workers, and each of these compiles the programs for itself.
+    """
+    if config.getvalue("dist") != "load":  # what `-n` alone means
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_report_header(config):

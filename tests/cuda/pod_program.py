@@ -1,7 +1,7 @@
-"""One process of a pod of emulated GPUs: what test_emulated_pods.py starts.
+"""One process of a pod of emulated GPUs: what test_emulated_pods.py forks.
 
-Its place in the pod comes on standard input. All processes draw the same random numbers, so each
-knows what all ranks do, launches what its own GPUs do, and checks what they return.
+All processes draw the same random numbers, so each knows what all ranks do, launches what its own
+GPUs do, and checks what they return.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
+import traceback
 
 import numpy as np
+import oracle
+from emulated import PROTOCOLS, Emulator, EngineError, Group, Place, capacity_of
+from helpers import Geometry, assert_bitwise, routing, values
+from test_emulated_memory import Driver
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
-import oracle  # noqa: E402
-from emulated import PROTOCOLS, Emulator, EngineError, Group, Place, capacity_of  # noqa: E402
-from helpers import Geometry, assert_bitwise, routing, values  # noqa: E402
-from test_emulated_memory import Driver  # noqa: E402
+#: The process that has imported this module.
+IMPORTED_IN = os.getpid()
 
 POOL_BYTES = 2 << 20
 
@@ -243,11 +242,10 @@ def leaves(process):
             print(f"ERROR {error}")
 
 
-def main():
-    told = json.loads(sys.stdin.readline())
+def run(told, sockets):
     place = Place(
         told["process"],
-        tuple(tuple(peer) for peer in told["peers"]),
+        tuple((peer, pid, sockets[peer].fileno()) for peer, pid in told["peers"]),
         tuple(tuple(gpu) for gpu in told["gpus"]),
     )
     rng = np.random.default_rng(told["seed"])
@@ -264,8 +262,21 @@ def main():
     print("FINISHED", flush=True)
     # Its peers may still read what is its: it stays until it is told that they are done.
     sys.stdin.readline()
-    c.CDLL(None)._exit(0)
 
 
-if __name__ == "__main__":
-    main()
+def main(test, sockets):
+    """``test``: a socket to the test; it says what to do, and reads what is printed.
+
+    ``sockets``: one to each other process of the pod.
+    """
+    sys.stdin, sys.stdout = test.makefile("r"), test.makefile("w")
+    status = 1
+    try:
+        assert os.getppid() == IMPORTED_IN, "this process has imported again what is imported once"
+        run(json.loads(sys.stdin.readline()), sockets)
+        status = 0
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
+    sys.stdout.flush()
+    # Without the end of an interpreter, which would take the memory from under the peers.
+    c.CDLL(None)._exit(status)

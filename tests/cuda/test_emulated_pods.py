@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing.forkserver
+import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import pod_program
 import pytest
 
-PROGRAM = Path(__file__).with_name("pod_program.py")
+HERE = Path(__file__).parent
 TIMEOUT = 2.0
 
 
 class Pod:
     """Processes that run one scenario, and what they print."""
 
-    def __init__(self, library, scenario, gpus_of, seed, timeout=60.0):
+    def __init__(self, context, library, scenario, gpus_of, seed, timeout=60.0):
         count = len(gpus_of)
         sockets = {
             pair: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -38,24 +39,25 @@ class Pod:
                 if process in pair
             }
 
+        talks = [socket.socketpair() for _ in range(count)]
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(PROGRAM)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                pass_fds=[end.fileno() for end in sockets_of(process).values()],
-            )
+            context.Process(target=pod_program.main, args=(talks[process][1], sockets_of(process)))
             for process in range(count)
         ]
+        for process in self.processes:
+            process.start()
+        for end in itertools.chain(*sockets.values(), (theirs for _, theirs in talks)):
+            end.close()
+        self._talks = [ours.makefile("rw") for ours, _ in talks]
+        self._sockets = [ours for ours, _ in talks]
         gpus = [(p, ordinal) for p, number in enumerate(gpus_of) for ordinal in range(number)]
-        for process, started in enumerate(self.processes):
+        for process, talk in enumerate(self._talks):
             told = {
                 "process": process,
                 "peers": [
-                    (peer, self.processes[peer].pid, end.fileno())
-                    for peer, end in sockets_of(process).items()
+                    (peer, started.pid)
+                    for peer, started in enumerate(self.processes)
+                    if peer != process
                 ],
                 "gpus": gpus,
                 "library": str(library),
@@ -63,10 +65,8 @@ class Pod:
                 "seed": seed,
                 "timeout": timeout,
             }
-            started.stdin.write(json.dumps(told) + "\n")
-            started.stdin.flush()
-        for end in itertools.chain(*sockets.values()):
-            end.close()
+            talk.write(json.dumps(told) + "\n")
+            talk.flush()
 
     def run(self, *, waits=False):
         """What each process printed, once all have finished or died.
@@ -75,24 +75,28 @@ class Pod:
         """
         try:
             if waits:
-                for process in self.processes:
-                    self._until(process, "WAITING")
-                for process in self.processes:
-                    process.stdin.write("\n")
-                    process.stdin.flush()
-            printed = [self._until(process, "FINISHED") for process in self.processes]
+                for talk in self._talks:
+                    self._until(talk, "WAITING")
+                for talk in self._talks:
+                    talk.write("\n")
+                    talk.flush()
+            printed = [self._until(talk, "FINISHED") for talk in self._talks]
+            for end in self._sockets:
+                end.shutdown(socket.SHUT_WR)
             for process in self.processes:
-                _, errors = process.communicate(timeout=60)
-                assert process.returncode in (0, -signal.SIGKILL), errors
+                process.join(60)
+                assert process.exitcode in (0, -signal.SIGKILL), printed
             return printed
         finally:
             for process in self.processes:
                 process.kill()
+            for end in (*self._talks, *self._sockets):
+                end.close()
 
     @staticmethod
-    def _until(process, word):
+    def _until(talk, word):
         lines = []
-        for line in process.stdout:
+        for line in talk:
             if line == f"{word}\n":
                 return lines
             lines.append(line.rstrip())
@@ -102,10 +106,23 @@ class Pod:
         return f"process {process} (pid {self.processes[process].pid})"
 
 
+@pytest.fixture(scope="session")
+def forks():
+    """Forks processes from one that has imported what they run, as the imports take seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pod_program"])
+    with pytest.MonkeyPatch.context() as patch:
+        # Not every Python gives that process the path of this one.
+        path = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 @pytest.fixture
-def pod(emulator_library, rng):
+def pod(emulator_library, forks, rng):
     def make(scenario, gpus_of, **options):
-        return Pod(emulator_library, scenario, gpus_of, int(rng.integers(2**31)), **options)
+        return Pod(forks, emulator_library, scenario, gpus_of, int(rng.integers(2**31)), **options)
 
     return make
 

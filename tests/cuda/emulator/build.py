@@ -24,12 +24,12 @@ ENGINE = HERE.parents[2] / "xla_ffi"
 LEFT_OUT = {"handlers.cc", "module.cc"}
 BEFORE_KERNELS, AFTER_KERNELS = HERE / "shared_begin.cc", HERE / "shared_end.cc"
 
-# The machine's headers come first: some stand for the engine's own.
 FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"),
     *("-Wall", "-Wextra", "-Werror", "-ffp-contract=off"),
-    *(f"-I{HERE}", f"-I{HERE / 'include'}", f"-I{ENGINE}"),
 ]
+# The machine's headers come first: some stand for the engine's own.
+INCLUDES = [f"-I{HERE}", f"-I{HERE / 'include'}", f"-I{ENGINE}"]
 KERNEL_FLAGS = ["-include", "device.h", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 #: Libraries of other states of the sources, which other trees may be using.
 KEEP_SECONDS = 7 * 24 * 3600
@@ -67,10 +67,11 @@ def _commands(compiler, folder):
     # In the order of linking.
     for source, flags in [(BEFORE_KERNELS, []), *kernels, (AFTER_KERNELS, []), *rest]:
         target = str(folder / f"{source.parent.name}_{source.name}.o")
-        yield [compiler, *FLAGS, *flags, "-c", str(source), "-o", target], target
+        yield [compiler, *FLAGS, *INCLUDES, *flags, "-c", str(source), "-o", target], target
 
 
 def _key(compiler):
+    """Names the state of the sources, wherever they lie: copies of a tree share one library."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version + repr((FLAGS, KERNEL_FLAGS, os.uname().machine)).encode())
     for folder in (ENGINE, HERE):

@@ -1,6 +1,6 @@
 """Many small exchanges among processes, none of which may hold more at the end than at the start.
 
-    python -m freeio_jax.launch -n 4 tests/load.py --calls 1000000
+    python -m freeio_jax.launch -n 4 tests/pod/load.py --calls 1000000
 
 Prints what process 0 holds as it goes, and fails where any process has grown.
 """

@@ -1,4 +1,4 @@
-"""The tests on a pod: one run, one report, whichever process fails. See pod.py."""
+"""The tests on a pod: one run, one report, whichever process fails. See ../pod_run.py."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 EVERYWHERE = """
     import os
@@ -34,8 +34,8 @@ def tests(tmp_path):
     """A function that makes a folder of tests like this one, with the given sources in it."""
 
     def make(*sources):
-        for name in ("conftest.py", "pod.py"):
-            shutil.copy(HERE / name, tmp_path)
+        for name in ("conftest.py", "pod_run.py"):
+            shutil.copy(TESTS / name, tmp_path)
         (tmp_path / "pytest.ini").write_text("[pytest]\n")
         (tmp_path / "test_it.py").write_text("\n".join(map(textwrap.dedent, sources)))
         return [*("-m", "pytest", "-p", "no:cacheprovider", str(tmp_path / "test_it.py"))]
@@ -111,7 +111,7 @@ def test_a_hang_shows_every_process(tests):
         """
     done = launch(tests(EVERYWHERE, hangs), "--grace=1")
     assert done.returncode != 0
-    for rank, where in ((0, r"pod.py.* in _read"), (1, r"test_it.py.* in test_hangs_in_one")):
+    for rank, where in ((0, r"pod_run.py.* in _read"), (1, r"test_it.py.* in test_hangs_in_one")):
         assert f"[{rank}] process {rank} (pid " in done.stderr, done.stderr
         assert re.search(rf"\[{rank}\] .*{where}", done.stderr), done.stderr
 

@@ -128,17 +128,10 @@ def main():
             kill_myself()
         make_step(mesh)()
         return
-    odd = {
-        "other shape": {"num_tokens": 6},
-        "other dtype": {"dtype": np.float16},
-        "other dtype as wide": {"dtype": np.float16},
-        "other capacity": {"capacity": 12},
-    }
-    if culprit and FAULT in odd:
-        report("FAULT")
-        make_step(mesh, **odd[FAULT])()
+    if FAULT == "other programs":
+        run_other_programs(mesh, culprit)
         return
-    step = make_step(mesh, dtype=jnp.bfloat16 if FAULT == "other dtype as wide" else np.float32)
+    step = make_step(mesh)
     step()
     if FAULT == "killed between":
         if culprit:
@@ -157,9 +150,6 @@ def main():
     elif FAULT == "fewer calls" and culprit:
         report("FAULT")
         time.sleep(100)
-    elif FAULT == "other program" and culprit:
-        report("FAULT")
-        make_other_program(mesh)()
     elif FAULT == "killed at some time" and culprit:
         threading.Timer(float(sys.argv[2]), kill_myself).start()
     elif FAULT in GARBAGE and culprit:
@@ -172,6 +162,36 @@ def main():
         time.sleep(100)
     for _ in range(3 if FAULT != "killed at some time" else 1_000_000):
         step()
+
+
+def run_other_programs(mesh, culprit):
+    """One after the other; each ends in an error, and the next one finds the processes as new."""
+    ours = {
+        "other dtype as wide": {"dtype": jnp.bfloat16},
+    }
+    theirs = {
+        "other shape": {"num_tokens": 6},
+        "other dtype": {"dtype": np.float16},
+        "other dtype as wide": {"dtype": np.float16},
+        "other capacity": {"capacity": 12},
+    }
+    for name in sys.argv[2:]:
+        distributed.global_state.client.wait_at_barrier(name, 60_000)
+        if not culprit:
+            step = make_step(mesh, **ours.get(name, {}))
+        elif name in theirs:
+            step = make_step(mesh, **theirs[name])
+        else:
+            step = make_other_program(mesh)
+        start = time.monotonic()
+        try:
+            step()
+        except Exception as error:
+            seconds = time.monotonic() - start
+            report(f"{name} AFTER {seconds:.2f} s {' '.join(str(error).split())}")
+        else:
+            raise AssertionError(f"{name}: no error")
+    make_step(mesh)()
 
 
 def make_other_program(mesh):

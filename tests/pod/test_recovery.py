@@ -106,44 +106,46 @@ tokens, topk_idx = (whole(np.concatenate([s.data for s in a.addressable_shards] 
 
 
 @pytest.mark.parametrize("form", PROGRAMS)
-@pytest.mark.parametrize("first", [True, False], ids=["in its first run", "later"])
-def test_a_rank_that_was_too_late_can_go_on(form, first, tmp_path):
-    """All ranks of the run that was given up get an error, and the next one is right."""
+def test_a_rank_that_was_too_late_can_go_on(form, tmp_path):
+    """All ranks of the run that was given up get an error, and the next one is right.
+
+    The rank is late twice: in the first run of the program, and in a later one.
+    """
     status, lines = run(
         tmp_path,
         PROGRAMS[form]
         + textwrap.dedent(
             """
             fio.config(timeout=600)
-            if sys.argv[1] != "True":
-                for _ in range(2):
-                    assert right(step(tokens, topk_idx))
             compiled = step.lower(tokens, topk_idx).compile()
-            barrier("compiled")
-            fio.config(timeout=1.5)
-            if me == 1:
-                time.sleep(2.5)
-            start = time.monotonic()
-            say("error", error_of(compiled))
-            assert me != 1 or time.monotonic() - start < 1.4
-            barrier("all are back")
-            fio.config(timeout=60)
-            for _ in range(3):
-                assert right(compiled(tokens, topk_idx))
-            say("recovered")
+            for when in ("in its first run", "later"):
+                barrier(f"all can start {when}")
+                fio.config(timeout=1.5)
+                if me == 1:
+                    time.sleep(2.5)
+                start = time.monotonic()
+                say("error", error_of(compiled))
+                assert me != 1 or time.monotonic() - start < 1.4
+                barrier(f"all are back {when}")
+                fio.config(timeout=60)
+                for _ in range(3):
+                    assert right(compiled(tokens, topk_idx))
             """
         ),
-        first,
         processes=2,
         devices_per_process=2,
     )
     assert status == 0, "\n".join(str(line) for one in lines for line in one)
-    (early,), (late,) = said(lines, "error")
-    assert "waited 1.5 s for" in early and "Process 1 (pid" in early, early
-    assert "reported by process 0" in late, late
+    early, late = said(lines, "error")
+    assert len(early) == len(late) == 2, lines
+    for message in early:
+        assert "waited 1.5 s for" in message and "Process 1 (pid" in message, message
+    for message in late:
+        assert "reported by process 0" in message, message
 
 
 TWO_AXES = """
+from functools import partial
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 sharding = NamedSharding(mesh, P(("data", "model")))
 tokens, topk_idx = (
@@ -156,22 +158,22 @@ def wait(x):
     if slow:
         time.sleep(2.5)
     return x
-def layer(x, i, step):
+def layer(axes, x, i, step):
     late = jax.lax.axis_index(("data", "model")) == 3
     x = lax.cond(late, lambda x: jax.pure_callback(wait, x, x), lambda x: x, x)
     x = x + step
-    for axis in sys.argv[1:]:
+    for axis in axes:
         x = exchange_along(axis, x, i)
     return x - step
-layer = jax.shard_map(layer, mesh=mesh, in_specs=(P(("data", "model")),) * 2 + (P(),),
-                      out_specs=P(("data", "model")), check_vma=False)
-step = jax.jit(layer)
+def make(*axes):
+    return jax.jit(jax.shard_map(
+        partial(layer, axes), mesh=mesh, in_specs=(P(("data", "model")),) * 2 + (P(),),
+        out_specs=P(("data", "model")), check_vma=False))
 """
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("axes", [("data", "model"), ("model", "data")], ids="-".join)
-def test_a_late_rank_ends_the_run_in_all_its_groups(axes, processes, tmp_path):
+def test_a_late_rank_ends_the_run_in_all_its_groups(processes, tmp_path):
     """Along the second axis, too, which some ranks have come to, and others have not.
 
     All ranks make as many calls. Each adds another number, so that calls of two of them differ.
@@ -181,26 +183,28 @@ def test_a_late_rank_ends_the_run_in_all_its_groups(axes, processes, tmp_path):
         TWO_AXES
         + textwrap.dedent(
             """
-            fio.config(timeout=600)
-            assert right(step(tokens, topk_idx, 0))
-            barrier("warm")
-            fio.config(timeout=1.5)
-            slow = True
-            say("error", error_of(lambda *_: step(tokens, topk_idx, 1)))
-            barrier("all are back")
-            slow = False
-            fio.config(timeout=20)
-            for n in range(3):
-                assert right(step(tokens, topk_idx, 100 * n))
-            say("recovered")
+            for axes in (("data", "model"), ("model", "data")):
+                step = make(*axes)
+                fio.config(timeout=600)
+                assert right(step(tokens, topk_idx, 0))
+                barrier(f"warm along {axes}")
+                fio.config(timeout=1.5)
+                slow = True
+                say("error", error_of(lambda *_: step(tokens, topk_idx, 1)))
+                barrier(f"all are back from {axes}")
+                slow = False
+                fio.config(timeout=20)
+                for n in range(3):
+                    assert right(step(tokens, topk_idx, 100 * n))
             """
         ),
-        *axes,
         processes=processes,
         devices_per_process=4 // processes,
     )
     assert status == 0, "\n".join(str(line) for one in lines for line in one)
-    assert all("waited 1.5 s for" in message for (message,) in said(lines, "error")), lines
+    for messages in said(lines, "error"):
+        assert len(messages) == 2, lines
+        assert all("waited 1.5 s for" in message for message in messages), lines
 
 
 def test_ranks_that_give_up_again_and_again_meet_again(tmp_path):
@@ -310,30 +314,26 @@ def test_another_shape_in_one_process_is_told_at_once(tmp_path):
 
 
 ORDER = """
-def make(scale):
-    def step(x, topk_idx):
-        {body}
-    return program(step)
-x1, x3 = make(1.0), make(3.0)
-"""
-BODIES = {
-    "one call": "return exchange(scale * x, topk_idx)",
-    "a call that is made three times": """
+def once(scale):
+    def one_call(x, topk_idx):
+        return exchange(scale * x, topk_idx)
+    return program(one_call)
+def three_times(scale):
+    def three_calls(x, topk_idx):
         part = jax.jit(lambda x: exchange(scale * x, topk_idx))
         return (part(x) + part(2 * x) + part(4 * x)) / 7
-""",
-}
+    return program(three_calls)
+"""
 
 
-@pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("how", ["pool", "threads", "again", "loaded"])
-def test_programs_of_one_name_made_in_another_order(how, body, tmp_path):
+def test_programs_of_one_name_made_in_another_order(how, tmp_path):
     """Names of exchanges do not depend on what else a process has compiled, or when."""
     if how == "loaded" and jax.__version_info__ < (0, 12):
         pytest.skip("this JAX loads on threads of a pool: docs/transformations.md has the remedy")
     status, lines = run(
         tmp_path,
-        ORDER.format(body=BODIES[body])
+        ORDER
         + textwrap.dedent(
             """
             import threading
@@ -341,31 +341,33 @@ def test_programs_of_one_name_made_in_another_order(how, body, tmp_path):
             how = sys.argv[1]
             fio.config(timeout=20)
             lower = lambda f: f.lower(tokens, topk_idx)
-            if me == 0:
-                lowered = [lower(f) for f in (x1, x3)]
-                compiled = [l.compile() for l in lowered]
-            elif how == "pool":
-                lowered = [lower(f) for f in (x1, x3)]
-                compiled = [l.compile() for l in reversed(lowered)][::-1]
-            elif how == "threads":
-                compiled = [None, None]
-                def make_one(n, f):
-                    compiled[n] = lower(f).compile()
-                threads = [
-                    threading.Thread(target=make_one, args=a) for a in ((1, x3), (0, x1))]
-                [t.start() for t in threads]
-                [t.join() for t in threads]
-            elif how == "again":
-                for f in (x3, x1, x3):
-                    lower(f).compile({"xla_embed_ir_in_executable": True})
-                compiled = [lower(f).compile() for f in (x1, x3)]
-            else:
-                stored = [serialize_executable.serialize(lower(f).compile()) for f in (x1, x3)]
-                compiled = [serialize_executable.deserialize_and_load(*s) for s in stored]
-            barrier("compiled")
-            for _ in range(2):
-                assert right(compiled[0](tokens, topk_idx), 1.0)
-                assert right(compiled[1](tokens, topk_idx), 3.0)
+            for make in (once, three_times):
+                x1, x3 = make(1.0), make(3.0)
+                if me == 0:
+                    lowered = [lower(f) for f in (x1, x3)]
+                    compiled = [l.compile() for l in lowered]
+                elif how == "pool":
+                    lowered = [lower(f) for f in (x1, x3)]
+                    compiled = [l.compile() for l in reversed(lowered)][::-1]
+                elif how == "threads":
+                    compiled = [None, None]
+                    def make_one(n, f):
+                        compiled[n] = lower(f).compile()
+                    threads = [
+                        threading.Thread(target=make_one, args=a) for a in ((1, x3), (0, x1))]
+                    [t.start() for t in threads]
+                    [t.join() for t in threads]
+                elif how == "again":
+                    for f in (x3, x1, x3):
+                        lower(f).compile({"xla_embed_ir_in_executable": True})
+                    compiled = [lower(f).compile() for f in (x1, x3)]
+                else:
+                    stored = [serialize_executable.serialize(lower(f).compile()) for f in (x1, x3)]
+                    compiled = [serialize_executable.deserialize_and_load(*s) for s in stored]
+                barrier(f"{make.__name__} compiled")
+                for _ in range(2):
+                    assert right(compiled[0](tokens, topk_idx), 1.0)
+                    assert right(compiled[1](tokens, topk_idx), 3.0)
             say("right")
             """
         ),
@@ -385,19 +387,29 @@ if me == 1:
 """
 
 
-@pytest.mark.parametrize("end", ["sys.exit(0)", "fio.shutdown(); os._exit(0)", "os._exit(0)"])
-def test_a_forked_child_that_ends_does_no_harm(end, tmp_path):
+def test_a_forked_child_that_ends_does_no_harm(tmp_path):
+    """However it ends, and also where another one has ended before."""
+    ends = {
+        "as a program": "sys.exit(0)",
+        "after a shutdown": "fio.shutdown(); os._exit(0)",
+        "at once": "os._exit(0)",
+    }
     status, lines = run(
         tmp_path,
-        FORK.format(child=end)
-        + textwrap.dedent(
-            """
+        f"""
+        fio.config(timeout=60)
+        step = program(exchange)
+        assert right(step(tokens, topk_idx))
+        for name, end in {ends}.items():
+            if me == 1:
+                child = os.fork()
+                if child == 0:
+                    exec(end)
                 os.waitpid(child, 0)
-            barrier("the child has ended")
+            barrier(f"a child has ended {{name}}")
             for _ in range(2):
                 assert right(step(tokens, topk_idx))
-            """
-        ),
+        """,
     )
     assert status == 0, "\n".join(str(line) for one in lines for line in one)
 
