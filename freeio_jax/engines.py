@@ -30,16 +30,26 @@ def _register(native, registry: str) -> None:
 
 
 class _Modules(threading.local):
-    """The module that a thread lowers, and how many calls in it were lowered so far."""
+    """The module that a thread lowers: its calls so far, and the GPUs that they are on."""
 
     key: object = None
-    calls: int = 0
 
-    def next_call(self, key: object) -> int:
-        if key is not self.key:
-            self.key, self.calls = key, 0
+    def _enter(self, module_context) -> None:
+        # Each module has an iterator of its own; contexts within a module share it.
+        if module_context.channel_iterator is not self.key:
+            self.key, self.calls, self.gpus = module_context.channel_iterator, 0, set()
+
+    def next_call(self, module_context) -> int:
+        self._enter(module_context)
         self.calls += 1
         return self.calls - 1
+
+    def is_first_on(self, module_context, gpus: tuple[int, ...]) -> bool:
+        """Whether it has not been asked before about these GPUs and this module."""
+        self._enter(module_context)
+        is_first = gpus not in self.gpus
+        self.gpus.add(gpus)
+        return is_first
 
 
 _with_exchanges: set[str] = set()  # names of the modules in which a call was lowered
@@ -106,9 +116,15 @@ class _Engine:
         """
         name = module_context.module.operation.attributes["sym_name"].value
         _with_exchanges.add(name)
-        # Each module has an iterator of its own; contexts within a module share it.
-        call = self._modules.next_call(module_context.channel_iterator)
-        return {"module": name, "call": np.int64(call)}
+        return {"module": name, "call": np.int64(self._modules.next_call(module_context))}
+
+    def program_check(self, module_context):
+        """Attributes of the custom call ``freeio_check`` that a module needs beside its others.
+
+        XLA asks it before each run whether the engine has failed. None where the engine has no such
+        call, or the module has one already.
+        """
+        return None
 
 
 class CpuEngine(_Engine):
@@ -229,10 +245,21 @@ class CudaEngine(_Engine):
             watch.tell()
 
     def attributes(self, module_context):
-        """Also the number of each mesh device's GPU; kernels check that they run on that GPU.
+        """Also the number of each mesh device's GPU; kernels check that they run on that GPU."""
+        gpus = self._gpus_of_mesh(module_context)
+        return {"gpus": np.asarray(gpus, np.int64), **super().attributes(module_context)}
 
-        A mesh without devices is taken to have JAX's, in their order. If it is a mesh of one
-        device, this may be any GPU, and the attribute is empty.
+    def program_check(self, module_context):
+        gpus = self._gpus_of_mesh(module_context)
+        if not self._modules.is_first_on(module_context, tuple(gpus)):
+            return None
+        return {"gpus": np.asarray(gpus, np.int64)}
+
+    def _gpus_of_mesh(self, module_context) -> list[int]:
+        """The number of each mesh device's GPU.
+
+        A mesh without devices is taken to have JAX's, in their order. The one device
+        of a mesh may be any GPU, and there is no number then.
         """
         mesh = module_context.axis_context.mesh
         if not isinstance(mesh, jax.sharding.Mesh) and not (known := get_concrete_mesh()).empty:
@@ -250,8 +277,7 @@ class CudaEngine(_Engine):
                 )
         # -1 is a GPU of another host, whose processes check it. A group that spans hosts is refused
         # when it is called.
-        gpus = [numbers.get(device, -1) for device in devices]
-        return {"gpus": np.asarray(gpus, np.int64), **super().attributes(module_context)}
+        return [numbers.get(device, -1) for device in devices]
 
     def check(self, layout, num_leaves=1):
         """Raises ValueError where the kernels do not take a layout, with their bound."""

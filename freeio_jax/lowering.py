@@ -30,7 +30,9 @@ def register(primitive: core.Primitive, lowering: Callable) -> None:
     """
     mlir.register_lowering(primitive, _lower_without_engine)
     for platform, engine in ENGINES.items():
-        mlir.register_lowering(primitive, partial(lowering, engine=engine), platform=platform)
+        rule = partial(lowering, engine=engine)
+        # Equal calls are lowered one by one: each has its number in the module.
+        mlir.register_lowering(primitive, rule, platform=platform, cacheable=False)
         if engine.needs_devices:
             dispatch.prim_requires_devices_during_lowering.add(primitive)
 
@@ -74,6 +76,11 @@ def lower(ctx, *operands, axes, layout, engine, scratch=(), **attributes):
             for operand, aval in zip(operands, avals_in, strict=True)
         ]
         avals_in, avals_out = map(_not_empty, avals_in), map(_not_empty, avals_out)
+    if (check := engine.program_check(ctx.module_context)) is not None:
+        # It has no results. XLA keeps it because of its side effect.
+        jax.ffi.ffi_lowering("freeio_check", has_side_effect=True)(
+            ctx.replace(avals_in=[], avals_out=[]), **check
+        )
     results = jax.ffi.ffi_lowering(target)(
         ctx.replace(avals_in=[_INDEX, *avals_in], avals_out=[*avals_out]),
         _device_index(ctx),

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+import freeio_jax as fio
 from freeio_jax import engines, runtime, watch
 from freeio_jax.layout import Layout
 
@@ -186,9 +188,36 @@ def test_scratch_has_a_word_for_each_assignment_and_a_row_for_each_partial_sum()
 def test_failures_are_looked_for_before_every_run():
     """XLA replays captured launches without a call of `execute`, but not without `initialize`."""
     targets = engines._native.cuda.ffi_targets()
+    assert set(targets.pop("freeio_check")) == {"instantiate", "initialize", "execute"}
     assert len(targets) == 4
+    # It costs the host's time, so once for a program is enough.
     for stages in targets.values():
-        assert set(stages) == {"instantiate", "initialize", "execute"}
+        assert set(stages) == {"instantiate", "execute"}
+
+
+@needs_cuda_part
+def test_a_program_has_one_call_that_looks_for_failures(monkeypatch):
+    monkeypatch.setattr(engines.ENGINES["cuda"], "start", lambda: None)
+    devices = np.asarray(jax.devices("cpu")[:2])
+    mesh = jax.sharding.Mesh(devices, ("expert",))
+
+    def layers(x, topk_idx):
+        def layer(x, _):
+            out = fio.dispatch(x, topk_idx, num_experts=4, axis_name="expert")
+            return fio.combine(out.tokens, out.handle), None
+
+        return jax.lax.scan(layer, layer(x, None)[0], length=3)[0]
+
+    spec = jax.sharding.PartitionSpec("expert")
+    layers = jax.shard_map(layers, mesh=mesh, in_specs=spec, out_specs=spec)
+    args = np.ones((4, 3), np.float32), np.zeros((4, 1), np.int32)
+    for _ in range(2):  # another module has its own
+        lowered = jax.jit(lambda *args: layers(*args)).trace(*args)
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@freeio_dispatch(") == text.count("@freeio_combine(") == 2
+        (check,) = (line for line in text.splitlines() if "@freeio_check(" in line)
+        assert "has_side_effect = true" in check  # else XLA would drop it
+        assert "gpus = dense<" in check
 
 
 WATCHED_PROGRAM = """

@@ -32,23 +32,27 @@ pybind11::dict ffi_type(const char* name) {
   return types;
 }
 
-// The stages of one operation's custom call.
+// The stages of a custom call.
 struct Stages {
   XLA_FFI_Handler* instantiate;
   XLA_FFI_Handler* execute;
   XLA_FFI_Handler* initialize = nullptr;  // null: there is nothing to do before each run
 };
 
+inline pybind11::dict handlers_of(const Stages& stages) {
+  pybind11::dict handlers;
+  handlers["instantiate"] = capsule(stages.instantiate);
+  handlers["execute"] = capsule(stages.execute);
+  if (stages.initialize != nullptr) handlers["initialize"] = capsule(stages.initialize);
+  return handlers;
+}
+
 // {target: handlers}, as the lowering names the targets: freeio_ and the operation.
 inline pybind11::dict ffi_targets_of(const Stages& dispatch, const Stages& dispatch_along,
                                      const Stages& combine, const Stages& combine_transpose) {
   pybind11::dict targets;
   const auto add = [&](Operation operation, const Stages& stages) {
-    pybind11::dict handlers;
-    handlers["instantiate"] = capsule(stages.instantiate);
-    handlers["execute"] = capsule(stages.execute);
-    if (stages.initialize != nullptr) handlers["initialize"] = capsule(stages.initialize);
-    targets[(std::string("freeio_") + name_of(operation)).c_str()] = handlers;
+    targets[(std::string("freeio_") + name_of(operation)).c_str()] = handlers_of(stages);
   };
   add(Operation::kDispatch, dispatch);
   add(Operation::kDispatchAlong, dispatch_along);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/buffers.h"
+#include "core/operand_order.h"
 #include "core/registration.h"
 #include "core/starter.h"
 #include "cpu/instance_name.h"
@@ -61,72 +62,47 @@ ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) 
   return std::make_unique<Instance>(call->layout, std::move(call->groups), named);
 }
 
-Routes read_routes(Buffers& buffers) {
-  Routes routes;
-  routes.dest_rank = buffers.arg_data<int32_t>();
-  routes.dest_row = buffers.arg_data<int32_t>();
-  routes.row_source = buffers.arg_data<int32_t>();
-  return routes;
-}
-
-// The remaining arguments as token arrays, each with its result.
-std::vector<Leaf> read_leaves(Buffers& buffers) {
-  std::vector<Leaf> leaves;
-  while (buffers.has_arg()) {
-    const ffi::AnyBuffer* tokens = buffers.arg();
-    ffi::AnyBuffer* rows = buffers.ret();
-    if (!buffers.ok()) break;
-    leaves.push_back({static_cast<const std::byte*>(tokens->untyped_data()),
-                      static_cast<std::byte*>(rows->untyped_data()), Buffers::row_bytes(*tokens),
-                      Buffers::row_text(*tokens)});
+// Reads a call's buffers into the operands.
+struct CallReader : BufferReader {
+  // Token arrays, each with its result, up to the last argument.
+  void leaves(std::vector<Leaf>& leaves) const {
+    while (buffers.has_arg()) {
+      const ffi::AnyBuffer* tokens = buffers.arg();
+      ffi::AnyBuffer* rows = buffers.ret();
+      if (!buffers.ok()) break;
+      leaves.push_back({static_cast<const std::byte*>(tokens->untyped_data()),
+                        static_cast<std::byte*>(rows->untyped_data()), Buffers::row_bytes(*tokens),
+                        Buffers::row_text(*tokens)});
+    }
   }
-  return leaves;
-}
+};
 
 Dispatch read_dispatch(Buffers& buffers, ffi::Dictionary) {
-  Dispatch op;
-  op.topk_idx = buffers.arg_data<int32_t>();
-  op.leaves = read_leaves(buffers);
-  op.dest_rank = buffers.ret_data<int32_t>();
-  op.dest_row = buffers.ret_data<int32_t>();
-  op.row_source = buffers.ret_data<int32_t>();
-  op.group_sizes = buffers.ret_data<int32_t>();
-  op.expert_load = buffers.ret_data<int32_t>();
-  op.num_dropped = buffers.ret_data<int32_t>();
-  op.num_invalid = buffers.ret_data<int32_t>();
+  Dispatch op = {};
+  CallReader reader{{buffers}};
+  visit_dispatch(op, reader);
   return op;
 }
 
 DispatchAlong read_dispatch_along(Buffers& buffers, ffi::Dictionary) {
-  DispatchAlong op;
-  op.routes = read_routes(buffers);
-  op.leaves = read_leaves(buffers);
+  DispatchAlong op = {};
+  CallReader reader{{buffers}};
+  visit_dispatch_along(op.routes, op, reader);
   return op;
 }
 
 Combine read_combine(Buffers& buffers, ffi::Dictionary attributes) {
   Combine op = {};
-  op.routes = read_routes(buffers);
-  const ffi::AnyBuffer* expert_out = buffers.arg();
-  buffers.row_type(expert_out, op.dtype, op.width);
-  if (expert_out != nullptr) op.expert_out = expert_out->untyped_data();
-  if (read_flag(attributes, "weighted")) op.weights = buffers.arg_data<void>();
-  op.sums = buffers.ret_data<void>();
+  CallReader reader{{buffers, &op.dtype, &op.width}};
+  visit_combine(op.routes, op, read_flag(attributes, "weighted"), reader);
   return op;
 }
 
 CombineTranspose read_combine_transpose(Buffers& buffers, ffi::Dictionary attributes) {
   CombineTranspose op = {};
-  op.routes = read_routes(buffers);
-  const ffi::AnyBuffer* tokens = buffers.arg();
-  buffers.row_type(tokens, op.dtype, op.width);
-  if (tokens != nullptr) op.tokens = tokens->untyped_data();
-  const bool with_rows = read_flag(attributes, "rows");
-  const bool with_weights = read_flag(attributes, "weights");
-  if (with_weights) op.expert_out = buffers.arg_data<void>();
-  if (with_rows) op.weights = buffers.arg_data<void>();
-  if (with_rows) op.rows = buffers.ret_data<void>();
-  if (with_weights) op.weight_grads = buffers.ret_data<void>();
+  CallReader reader{{buffers, &op.dtype, &op.width}};
+  visit_combine_transpose(op.routes, op, read_flag(attributes, "rows"),
+                          read_flag(attributes, "weights"), reader);
   return op;
 }
 

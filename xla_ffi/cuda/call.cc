@@ -1,11 +1,6 @@
 #include "cuda/call.h"
 
-#include <cuda_runtime_api.h>
-
-#include <string>
-
 #include "cuda/current_device.h"
-#include "cuda/kernels.h"
 
 namespace freeio::cuda {
 namespace {
@@ -23,27 +18,6 @@ void sign(const CallSite& site, const Plan& plan, uint32_t ctas,
   signature[kAlignment] = static_cast<uint32_t>(layout.alignment);
   signature[kGrid] = ctas;
   signature[kRows] = plan.rows;
-}
-
-Status launch(const Kernel& kernel, uint32_t ctas, int32_t num_experts, void* params,
-              void* stream) {
-  void* arguments[] = {params};
-  const cudaError_t error =
-      cudaLaunchKernel(kernel.function, dim3(ctas), dim3(static_cast<unsigned>(threads_per_cta())),
-                       arguments, kernel.shared_bytes, static_cast<cudaStream_t>(stream));
-  if (error == cudaSuccess) return {};
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, kernel.function) == cudaSuccess &&
-      kernel.shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) {
-    cudaGetLastError();  // clears the error, which this function reports
-    return {Code::kInvalidArgument,
-            "freeio_jax: a kernel of this call, with num_experts=" + std::to_string(num_experts) +
-                ", needs " + std::to_string(kernel.shared_bytes) +
-                " bytes of shared memory, and this GPU has " +
-                std::to_string(attributes.maxDynamicSharedSizeBytes) +
-                " for it. Use a GPU that has more (A100, H100, B200), or fewer experts."};
-  }
-  return cuda_status(error, "cudaLaunchKernel");
 }
 
 }  // namespace
@@ -80,6 +54,8 @@ Status Call<Operands>::prepare(int32_t alignment) {
   if (!status.ok()) return status;
   status = make_plan(types_, alignment, static_cast<int32_t>(connection_.num_ctas), params_, plan_);
   if (!status.ok()) return status;
+  status = LoadedKernel::load(plan_.kernel, kernel_);
+  if (!status.ok()) return status;
   sign(site_, plan_, connection_.num_ctas, exchange.signature);
   alignment_ = alignment;
   engine_version_ = version;
@@ -110,7 +86,7 @@ Status Call<Operands>::run(const Operands& operands, void* stream) {
   set_operands(operands, params_);
   Status status = post_addresses();
   if (!status.ok()) return status;
-  return launch(plan_.kernel, connection_.num_ctas, params_.exchange.num_experts, &params_, stream);
+  return kernel_.launch(connection_.num_ctas, params_.exchange.num_experts, &params_, stream);
 }
 
 template class Call<DispatchOperands>;

@@ -13,6 +13,7 @@
 #include "core/operations.h"
 #include "core/status.h"
 #include "cuda/gpus.h"
+#include "cuda/launch.h"
 #include "cuda/operands.h"
 #include "cuda/peers.h"
 #include "cuda/plan.h"
@@ -61,6 +62,7 @@ class Call {
 
   Connection connection_;
   Plan plan_ = {};
+  LoadedKernel kernel_;
   typename Operands::Params params_ = {};
   SharedAddresses addresses_;
 };

@@ -41,7 +41,6 @@ struct CustomCall {
   std::vector<int64_t> gpus;
   uint32_t name;                            // of this call in its program
   typename Operands::Types types = {};      // as far as the attributes say
-  std::atomic<uint64_t> generation{0};      // of the engine when it first ran; 0: it has not
   std::array<OnGpu, kMaxOrdinals> on_gpus;  // by ordinal
 
   // The member that runs on the GPU; the rank is -1 if none does.
@@ -97,43 +96,31 @@ struct CallReader : BufferReader {
   }
 };
 
-template <typename Operands, Operation kOperation>
-ffi::ErrorOr<std::unique_ptr<CustomCall<Operands>>> instantiate(ffi::Dictionary attributes) {
-  if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
-  auto read = freeio::read_attributes(attributes);
-  if (!read.has_value()) return ffi::Unexpected(read.error());
+ffi::ErrorOr<std::vector<int64_t>> read_gpus(const ffi::Dictionary& attributes) {
   auto gpus = attributes.get<ffi::Span<const int64_t>>("gpus");
   if (!gpus.has_value()) {
     return ffi::Unexpected(
         ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call lacks attribute gpus"));
   }
+  return std::vector<int64_t>(gpus->begin(), gpus->end());
+}
+
+template <typename Operands, Operation kOperation>
+ffi::ErrorOr<std::unique_ptr<CustomCall<Operands>>> instantiate(ffi::Dictionary attributes) {
+  if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
+  auto read = freeio::read_attributes(attributes);
+  if (!read.has_value()) return ffi::Unexpected(read.error());
+  auto gpus = read_gpus(attributes);
+  if (!gpus.has_value()) return ffi::Unexpected(gpus.error());
   auto call = std::make_unique<CustomCall<Operands>>();
   call->operation = kOperation;
   // Ranks pair their calls by the order in which they come. The name is only compared.
   call->name = Digest(identity_of(static_cast<int64_t>(kOperation), *read, attributes)).folded();
   call->layout = read->layout;
   call->groups = std::move(read->groups);
-  call->gpus.assign(gpus->begin(), gpus->end());
+  call->gpus = std::move(*gpus);
   read_attributes(kOperation, attributes, call->types);
   return call;
-}
-
-// XLA calls this before every run of a program. Where XLA replays the launches of an earlier run,
-// it does not call execute(), so a failed exchange would go unnoticed.
-template <typename Operands>
-ffi::Error initialize(CustomCall<Operands>* custom_call, ffi::RemainingArgs, ffi::RemainingRets,
-                      ffi::Dictionary) {
-  const uint64_t now = generation();
-  uint64_t then = custom_call->generation;
-  if (then == 0 && custom_call->generation.compare_exchange_strong(then, now)) then = now;
-  if (then != now) {
-    return ffi::Error(
-        ffi::ErrorCode::kFailedPrecondition,
-        "freeio_jax: this program ran before freeio_jax.shutdown(), and what XLA has "
-        "captured of it names memory of then. Call jax.clear_caches(), and it will be "
-        "compiled anew.");
-  }
-  return to_error(state_of(custom_call->gpus));
 }
 
 template <typename Operands>
@@ -173,15 +160,6 @@ ffi::Error execute(CustomCall<Operands>* custom_call, void* stream, int32_t ordi
 }
 
 template <typename Operands>
-auto initialize_binding() {
-  return ffi::Ffi::BindInitialize()
-      .Ctx<ffi::State<CustomCall<Operands>>>()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attrs();
-}
-
-template <typename Operands>
 auto execute_binding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::State<CustomCall<Operands>>>()
@@ -204,13 +182,6 @@ XLA_FFI_DEFINE_HANDLER(kMakeCombineTranspose,
                        (instantiate<CombineTransposeOperands, Operation::kCombineTranspose>),
                        ffi::Ffi::BindInstantiate().Attrs());
 
-XLA_FFI_DEFINE_HANDLER(kInitializeDispatch, initialize<DispatchOperands>,
-                       initialize_binding<DispatchOperands>());
-XLA_FFI_DEFINE_HANDLER(kInitializeCombine, initialize<CombineOperands>,
-                       initialize_binding<CombineOperands>());
-XLA_FFI_DEFINE_HANDLER(kInitializeCombineTranspose, initialize<CombineTransposeOperands>,
-                       initialize_binding<CombineTransposeOperands>());
-
 // The kernels advance their own state: a captured launch can be replayed as it is.
 XLA_FFI_DEFINE_HANDLER(kDispatch, execute<DispatchOperands>, execute_binding<DispatchOperands>(),
                        {ffi::Traits::kCmdBufferCompatible});
@@ -218,6 +189,52 @@ XLA_FFI_DEFINE_HANDLER(kCombine, execute<CombineOperands>, execute_binding<Combi
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCombineTranspose, execute<CombineTransposeOperands>,
                        execute_binding<CombineTransposeOperands>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+// --- freeio_check --------------------------------------------------------------------------------
+//
+// Where XLA replays the launches of an earlier run, it calls no execute(), and a failed exchange
+// would go unnoticed. But it calls initialize() of each custom call before every run, for about a
+// microsecond of the host's time. So a program has one custom call for that alone, which launches
+// nothing.
+
+struct ProgramCheck {
+  static inline ffi::TypeId id = {};
+
+  std::vector<int64_t> gpus;            // as CustomCall::gpus
+  std::atomic<uint64_t> generation{0};  // of the engine when the program first ran; 0: it has not
+};
+
+ffi::ErrorOr<std::unique_ptr<ProgramCheck>> instantiate_check(ffi::Dictionary attributes) {
+  if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
+  auto gpus = read_gpus(attributes);
+  if (!gpus.has_value()) return ffi::Unexpected(gpus.error());
+  auto check = std::make_unique<ProgramCheck>();
+  check->gpus = std::move(*gpus);
+  return check;
+}
+
+ffi::Error check_before_run(ProgramCheck* check, ffi::Dictionary) {
+  const uint64_t now = generation();
+  uint64_t then = check->generation;
+  if (then == 0 && check->generation.compare_exchange_strong(then, now)) then = now;
+  if (then != now) {
+    return ffi::Error(
+        ffi::ErrorCode::kFailedPrecondition,
+        "freeio_jax: this program ran before freeio_jax.shutdown(), and what XLA has "
+        "captured of it names memory of then. Call jax.clear_caches(), and it will be "
+        "compiled anew.");
+  }
+  return to_error(state_of(check->gpus));
+}
+
+ffi::Error launch_nothing(ProgramCheck*, ffi::Dictionary) { return ffi::Error::Success(); }
+
+XLA_FFI_DEFINE_HANDLER(kMakeCheck, instantiate_check, ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kCheckBeforeRun, check_before_run,
+                       ffi::Ffi::BindInitialize().Ctx<ffi::State<ProgramCheck>>().Attrs());
+XLA_FFI_DEFINE_HANDLER(kCheck, launch_nothing,
+                       ffi::Ffi::Bind().Ctx<ffi::State<ProgramCheck>>().Attrs(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
@@ -232,14 +249,16 @@ py::dict ffi_types() {
   add_ffi_type<CustomCall<DispatchOperands>>("freeio_cuda_dispatch", types);
   add_ffi_type<CustomCall<CombineOperands>>("freeio_cuda_combine", types);
   add_ffi_type<CustomCall<CombineTransposeOperands>>("freeio_cuda_combine_transpose", types);
+  add_ffi_type<ProgramCheck>("freeio_cuda_check", types);
   return types;
 }
 
 py::dict ffi_targets() {
-  return ffi_targets_of({kMakeDispatch, kDispatch, kInitializeDispatch},
-                        {kMakeDispatchAlong, kDispatch, kInitializeDispatch},
-                        {kMakeCombine, kCombine, kInitializeCombine},
-                        {kMakeCombineTranspose, kCombineTranspose, kInitializeCombineTranspose});
+  py::dict targets =
+      ffi_targets_of({kMakeDispatch, kDispatch}, {kMakeDispatchAlong, kDispatch},
+                     {kMakeCombine, kCombine}, {kMakeCombineTranspose, kCombineTranspose});
+  targets["freeio_check"] = handlers_of({kMakeCheck, kCheck, kCheckBeforeRun});
+  return targets;
 }
 
 }  // namespace freeio::cuda

@@ -3,6 +3,7 @@
 #include "driver.h"
 
 #include <cuda.h>
+#include <cuda_runtime_api.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -84,6 +85,7 @@ void* find_driver_function(const char* name) {
     #function, reinterpret_cast<void*>(&function) \
   }
   static const std::map<std::string, void*> functions = {
+      EMULATOR_ENTRY(cuLaunchKernel),
       EMULATOR_ENTRY(cuGetErrorString),
       EMULATOR_ENTRY(cuMemGetAllocationGranularity),
       EMULATOR_ENTRY(cuMemCreate),
@@ -296,6 +298,15 @@ CUresult cuMemGetAddressRange(CUdeviceptr* base, size_t* bytes, CUdeviceptr addr
   if (base != nullptr) *base = found->first;
   if (bytes != nullptr) *bytes = found->second.bytes;
   return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned, unsigned, unsigned block_x,
+                        unsigned, unsigned, unsigned shared_bytes, CUstream stream,
+                        void** arguments, void**) {
+  const cudaError_t error =
+      cudaLaunchKernel(function, dim3(grid_x), dim3(block_x), arguments, shared_bytes, stream);
+  cudaGetLastError();  // the driver keeps no error
+  return static_cast<CUresult>(error);
 }
 
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr address) {

@@ -276,6 +276,12 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   return cudaSuccess;
 }
 
+// A kernel's function is the address of its symbol.
+cudaError_t cudaGetFuncBySymbol(cudaFunction_t* function, const void* symbol) {
+  *function = static_cast<cudaFunction_t>(const_cast<void*>(symbol));
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* found) {

@@ -1,4 +1,5 @@
-// The part of the CUDA driver that the engine uses to share memory between processes.
+// The part of the CUDA driver that the engine uses: to share memory between processes, and to
+// launch kernels.
 #pragma once
 
 #include <stddef.h>
@@ -13,6 +14,10 @@ enum CUresult {
   CUDA_ERROR_NOT_SUPPORTED = 801,
 };
 
+struct CUfunc_st;
+using CUfunction = CUfunc_st*;
+struct CUstream_st;
+using CUstream = CUstream_st*;
 using CUdeviceptr = unsigned long long;
 using CUmemGenericAllocationHandle = unsigned long long;
 
@@ -72,4 +77,7 @@ CUresult cuMemUnmap(CUdeviceptr address, size_t bytes);
 CUresult cuMemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc* access,
                         size_t count);
 CUresult cuMemGetAddressRange(CUdeviceptr* base, size_t* bytes, CUdeviceptr address);
+CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                        unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+                        CUstream stream, void** arguments, void** extra);
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr address);

@@ -47,6 +47,8 @@ enum cudaDriverEntryPointQueryResult {
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
+struct CUfunc_st;
+using cudaFunction_t = CUfunc_st*;
 
 struct dim3 {
   unsigned x, y, z;
@@ -86,6 +88,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function);
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value);
+cudaError_t cudaGetFuncBySymbol(cudaFunction_t* function, const void* symbol);
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
                              size_t shared_bytes, cudaStream_t stream);
 
