@@ -69,7 +69,7 @@ compiled = layer_and_gradients.lower(*args).compile()
 where = FOLDER / f"executable{jax.process_index()}"
 where.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
 allow = export.DisabledSafetyCheck.custom_call
-checks = [allow(f"freeio_{name}") for name in ("dispatch", "combine", "combine_transpose")]
+checks = [allow(f"freeio_{name}") for name in ("dispatch", "combine", "combine_transpose", "check")]
 exported = export.export(layer_and_gradients, disabled_checks=checks)(*args)
 (FOLDER / f"exported{jax.process_index()}").write_bytes(exported.serialize())
 show(compiled(*args))
@@ -172,5 +172,6 @@ def test_the_processes_of_a_pod_run_it(tmp_path):
 def test_the_documented_checks_are_those_of_all_calls():
     (snippet,) = re.findall(r"for name in (\(.*?\))", PAGE.read_text(), re.DOTALL)
     documented = {f"freeio_{name}" for name in re.findall(r'"(\w+)"', snippet)}
-    for engine in engines.ENGINES.values():
-        assert set(engine.native.ffi_targets()) == documented
+    for platform, engine in engines.ENGINES.items():
+        only_on_gpus = set() if platform == "cuda" else {"freeio_check"}
+        assert set(engine.native.ffi_targets()) == documented - only_on_gpus
