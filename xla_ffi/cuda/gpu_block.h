@@ -31,6 +31,9 @@ constexpr int kMaxSentRoutes = 32768;
 constexpr int kMaxArrivals = 32768;
 // The most slices (geometry.h) that one rank of a small call sends to another: 4 MiB.
 constexpr int kMaxSentSlices = 4096;
+// The most slices of rows that are not accessed 16 bytes at a time. With more slices the stores
+// take longer than a large call's opening.
+constexpr int kMaxSlicesInParts = 1024;
 
 // What two ranks must agree on before one reads the other's memory. Names for the error are in
 // failure.cc, in this order.

@@ -13,8 +13,9 @@ struct Kernel {
   size_t shared_bytes = 0;
 };
 
-// DispatchParams. `assignments_of_all`: of all ranks together.
-Kernel dispatch_small(int num_experts, int assignments_of_all);
+// DispatchParams. `assignments_of_all`: of all ranks together. `in_parts`: for rows that cannot all
+// be accessed 16 bytes at a time.
+Kernel dispatch_small(int num_experts, int assignments_of_all, bool in_parts);
 Kernel dispatch_large(int num_experts);
 Kernel dispatch_along();
 
@@ -41,7 +42,9 @@ struct ParamsTag {
 template <typename F>
 void for_each_kernel(const F& f) {
   constexpr ParamsTag<DispatchParams> kDispatch;
-  f(dispatch_small(kMaxExperts, kMaxSmallByAll), kDispatch);
+  for (const bool in_parts : {false, true}) {
+    f(dispatch_small(kMaxExperts, kMaxSmallByAll, in_parts), kDispatch);
+  }
   f(dispatch_large(kMaxExperts), kDispatch);
   f(dispatch_along(), kDispatch);
   for (const DType dtype : kDTypes) {

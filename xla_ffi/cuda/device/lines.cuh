@@ -8,39 +8,49 @@
 
 namespace freeio::cuda {
 
-// One lane's 16 bytes of a slice, in memory that allows narrower accesses only. The row ends after
-// `bytes`, perhaps earlier than these; what is beyond is zero in the slice. Few rows are such, and
-// the others must not pay for them: these functions are not inlined.
-[[gnu::noinline]] __device__ inline uint4 load_in_parts(const std::byte* from, int bytes,
-                                                        int access_bytes) {
-  uint4 value = {};
-  with_access(access_bytes, [&](auto access) {
-    constexpr int kParts = sizeof(value) / sizeof(access);
-    decltype(access) parts[kParts] = {};
+// How a lane accesses 16 bytes of a row that ends after `bytes`, perhaps earlier than these.
+
+// Of a row whose size and place are multiples of 16 bytes.
+struct InWhole {
+  __device__ static uint4 load(const std::byte* from, int, int) {
+    return *reinterpret_cast<const uint4*>(from);
+  }
+  __device__ static void store(uint4 value, std::byte* to, int, int) {
+    *reinterpret_cast<uint4*>(to) = value;
+  }
+};
+
+// Of any row, by accesses of `access_bytes`. What is beyond the row is zero in the slice.
+struct InParts {
+  __device__ static uint4 load(const std::byte* from, int bytes, int access_bytes) {
+    uint4 value = {};
+    with_access(access_bytes, [&](auto access) {
+      constexpr int kParts = sizeof(value) / sizeof(access);
+      decltype(access) parts[kParts] = {};
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      if (i * static_cast<int>(sizeof(access)) < bytes) {
-        parts[i] = reinterpret_cast<const decltype(access)*>(from)[i];
+      for (int i = 0; i < kParts; ++i) {
+        if (i * static_cast<int>(sizeof(access)) < bytes) {
+          parts[i] = reinterpret_cast<const decltype(access)*>(from)[i];
+        }
       }
-    }
-    memcpy(&value, parts, sizeof(value));
-  });
-  return value;
-}
-[[gnu::noinline]] __device__ inline void store_in_parts(uint4 value, std::byte* to, int bytes,
-                                                        int access_bytes) {
-  with_access(access_bytes, [&](auto access) {
-    constexpr int kParts = sizeof(value) / sizeof(access);
-    decltype(access) parts[kParts];
-    memcpy(parts, &value, sizeof(value));
+      memcpy(&value, parts, sizeof(value));
+    });
+    return value;
+  }
+  __device__ static void store(uint4 value, std::byte* to, int bytes, int access_bytes) {
+    with_access(access_bytes, [&](auto access) {
+      constexpr int kParts = sizeof(value) / sizeof(access);
+      decltype(access) parts[kParts];
+      memcpy(parts, &value, sizeof(value));
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      if (i * static_cast<int>(sizeof(access)) < bytes) {
-        reinterpret_cast<decltype(access)*>(to)[i] = parts[i];
+      for (int i = 0; i < kParts; ++i) {
+        if (i * static_cast<int>(sizeof(access)) < bytes) {
+          reinterpret_cast<decltype(access)*>(to)[i] = parts[i];
+        }
       }
-    }
-  });
-}
+    });
+  }
+};
 
 // A slice is 60 accesses of 16 bytes, in eight lines. A warp stores them as two halves of four
 // lines, 16 bytes for each lane and half. In both halves every eighth lane stores a flag in its
@@ -61,19 +71,19 @@ struct LineSlice {
     return has_flag() ? kNone : kWarpSize + lane_id() - lane_id() / kLanesOfLine;
   }
 
-  // Of a row in memory that allows accesses of `access_bytes`.
+  // Of a row that `Access` can access.
+  template <typename Access>
   __device__ void load(const std::byte* from, int bytes, int access_bytes) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int offset = place(i) * kAccess;
       if (offset >= bytes) continue;
-      accesses[i] = access_bytes == kAccess
-                        ? *reinterpret_cast<const uint4*>(from + offset)
-                        : load_in_parts(from + offset, bytes - offset, access_bytes);
+      accesses[i] = Access::load(from + offset, bytes - offset, access_bytes);
     }
   }
 
   // To the rows that `row` names in the lanes of `mask`. Whole warp.
+  template <typename Access>
   __device__ void store(std::byte* rows, int64_t row_bytes, int bytes, int access_bytes, int row,
                         uint32_t mask) const {
 #pragma unroll 1
@@ -84,11 +94,7 @@ struct LineSlice {
       for (int i = 0; i < 2; ++i) {
         const int offset = place(i) * kAccess;
         if (offset >= bytes) continue;
-        if (access_bytes == kAccess) {
-          *reinterpret_cast<uint4*>(target + offset) = accesses[i];
-        } else {
-          store_in_parts(accesses[i], target + offset, bytes - offset, access_bytes);
-        }
+        Access::store(accesses[i], target + offset, bytes - offset, access_bytes);
       }
     }
   }

@@ -1,6 +1,8 @@
 // dispatch of small calls, whose time is mostly latency. No rank waits until it knows where rows
 // go. The token's rank sends each row once to each rank that needs it, in lines (lines.cuh), to the
 // GPU block there. The ids travel at the same time. No rank waits for the end of another.
+//
+// There are two kernels: one for rows that are accessed 16 bytes at a time, and one for all others.
 #include "cuda/device/lines.cuh"
 #include "cuda/device/opening.cuh"
 #include "cuda/device/shared_memory.cuh"
@@ -14,6 +16,7 @@ namespace {
 using DispatchTeams = Teams<kDispatchReceivers>;
 
 // A slice of this rank's tokens on its way to the peers that need it.
+template <typename Access>
 struct OutgoingSlice {
   LineSlice data;
   int id = -1;  // of the token's assignment, in the lanes
@@ -22,7 +25,7 @@ struct OutgoingSlice {
     if (unit >= end) return;
     const Slice slice(p, p.exchange.rank, unit);
     const SlicedLeaf& leaf = p.leaves[slice.leaf];
-    data.load(slice.in(leaf.tokens, p), slice.bytes, leaf.access_bytes);
+    data.template load<Access>(slice.in(leaf.tokens, p), slice.bytes, leaf.access_bytes);
     if (lane_id() < p.exchange.top_k) id = p.topk_idx[slice.token * p.exchange.top_k + lane_id()];
   }
 
@@ -41,12 +44,13 @@ struct OutgoingSlice {
 
 // Sends this CTA's units `mine`. The warp's first one has been loaded. While the warp sends a unit,
 // it loads the next one. All threads.
+template <typename Access>
 __device__ void send_rows(const DispatchParams& p, const CtaState& s, const DispatchTeams& teams,
-                          const Chunk& mine, OutgoingSlice slice) {
+                          const Chunk& mine, OutgoingSlice<Access> slice) {
   int unit = teams.sent_unit(mine, warp_id());
   for (int n = warp_id(); n < teams.count_sent(mine); n += kWarps) {
     const int next_unit = teams.sent_unit(mine, n + kWarps);
-    const OutgoingSlice next(p, next_unit, mine.end);
+    const OutgoingSlice<Access> next(p, next_unit, mine.end);
     slice.send(p, s, unit);
     slice = next;
     unit = next_unit;
@@ -54,6 +58,7 @@ __device__ void send_rows(const DispatchParams& p, const CtaState& s, const Disp
 }
 
 // A slice of some rank's tokens on its way to its rows here.
+template <typename Access>
 struct IncomingSlice {
   LineSlice data;
   Slice slice;
@@ -67,7 +72,7 @@ struct IncomingSlice {
     if (targets.mask == 0) return;
     if (rank == p.exchange.rank) {
       const SlicedLeaf& leaf = p.leaves[slice.leaf];
-      data.load(slice.in(leaf.tokens, p), slice.bytes, leaf.access_bytes);
+      data.template load<Access>(slice.in(leaf.tokens, p), slice.bytes, leaf.access_bytes);
     } else {
       sent = &slices_from(p.exchange, s, rank)[unit];
       start();
@@ -83,22 +88,23 @@ struct IncomingSlice {
   __device__ void store(const DispatchParams& p) {
     if (sent != nullptr) data.take();
     const SlicedLeaf& leaf = p.leaves[slice.leaf];
-    data.store(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, leaf.access_bytes,
-               targets.row, targets.mask);
+    data.template store<Access>(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes,
+                                leaf.access_bytes, targets.row, targets.mask);
   }
 };
 
 // Moves the slices of `pull` and of the next one, if there is one among the `pulls`. Whole warp.
+template <typename Access>
 __device__ void move_two(const DispatchParams& p, CtaState& s, const Tile& tile, const int* rows,
                          int pull, int pulls, int first_unit) {
   const Exchange& x = p.exchange;
   const auto slice_of = [&](int i) {
     // This rank's own first: the others' are on their way.
-    return IncomingSlice(p, s, tile, rows, source_rank(x, i + x.num_ranks - 1),
-                         first_unit + x.ranks.quotient(i));
+    return IncomingSlice<Access>(p, s, tile, rows, source_rank(x, i + x.num_ranks - 1),
+                                 first_unit + x.ranks.quotient(i));
   };
-  IncomingSlice a = slice_of(pull);
-  IncomingSlice b = slice_of(min(pull + 1, pulls - 1));
+  IncomingSlice<Access> a = slice_of(pull);
+  IncomingSlice<Access> b = slice_of(min(pull + 1, pulls - 1));
   if (pull + 1 == pulls) b.targets.mask = 0;
   while (!__all_sync(kFullWarp, a.is_here(s) && b.is_here(s))) {
     const int which = slice_of_lane();
@@ -119,6 +125,7 @@ __device__ Work work_of(const DispatchParams& p, const Units& units, const Tile&
   return Work(tile, (pulls + 1) / 2, true, p.padding, team);
 }
 
+template <typename Access>
 __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
   const Exchange& x = p.exchange;
   const Opening opening(x);
@@ -132,8 +139,8 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
   const Tiles tiles(units.tokens(), kTileAssignments / (x.num_ranks * x.top_k));
   // These loads need no peer, so they run while the exchange opens.
   const IdPair early(p, static_cast<int>(threadIdx.x));
-  const OutgoingSlice first(p, teams.sent_unit(units.chunk, warp_id()),
-                            sends ? units.chunk.end : 0);
+  const OutgoingSlice<Access> first(p, teams.sent_unit(units.chunk, warp_id()),
+                                    sends ? units.chunk.end : 0);
   if (!open(x, s, opening)) return;
   begin_alone(x);
   if (teams.is_left_over()) return;
@@ -153,26 +160,28 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
     const Chunk mine = units.of(tile);
     const int pulls = mine.size() * x.num_ranks;
     const auto move_pair = [&](int pair) {
-      move_two(p, s, tile, rows, 2 * pair, pulls, mine.begin);
+      move_two<Access>(p, s, tile, rows, 2 * pair, pulls, mine.begin);
     };
     run_work(work, s, move_pair, [&](int64_t first_row) { zero_padding(p, routing, first_row); });
   });
   finish_alone(x, s);
 }
 
+template <typename Access>
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch_small_kernel(const __grid_constant__ DispatchParams p) {
   __shared__ CtaState s;
-  exchange(p, s, dynamic_shared_memory<int>());
+  exchange<Access>(p, s, dynamic_shared_memory<int>());
   leave(p.exchange, s, [&](const Team& spoilers) { spoil_results(p, spoilers); });
 }
 
 }  // namespace
 
-Kernel dispatch_small(int num_experts, int assignments_of_all) {
-  return {reinterpret_cast<const void*>(&dispatch_small_kernel),
-          sizeof(int) * kTileAssignments + routing_bytes(num_experts) +
-              all_ids_bytes(assignments_of_all)};
+Kernel dispatch_small(int num_experts, int assignments_of_all, bool in_parts) {
+  const auto kernel = in_parts ? &dispatch_small_kernel<InParts> : &dispatch_small_kernel<InWhole>;
+  return {reinterpret_cast<const void*>(kernel), sizeof(int) * kTileAssignments +
+                                                     routing_bytes(num_experts) +
+                                                     all_ids_bytes(assignments_of_all)};
 }
 
 }  // namespace freeio::cuda
