@@ -20,7 +20,14 @@ def operations(compiled):
     """Opcodes of all instructions, and the targets of the custom calls."""
     text = compiled.as_text()
     opcodes = re.findall(r"^ +(?:ROOT )?%\S+ = (?:\(.*?\)|\S+) ([a-z][a-z-]*)\(", text, re.M)
-    return opcodes, re.findall(r'custom_call_target="([^"]+)"', text)
+    targets = re.findall(r'custom_call_target="([^"]+)"', text)
+    # On GPUs a program has one more call, which does nothing when the program runs.
+    checks = targets.count("freeio_check")
+    assert checks <= 1
+    for _ in range(checks):
+        opcodes.remove("custom-call")
+        targets.remove("freeio_check")
+    return opcodes, targets
 
 
 def test_a_layer_is_two_custom_calls():
@@ -95,7 +102,7 @@ def test_buffers_without_elements_stay_out_of_the_calls(num_tokens, width, capac
     tokens = jnp.ones((2 * num_tokens, width))
     topk_idx = jnp.zeros((2 * num_tokens, 2), jnp.int32)
     text = run.lower(tokens, topk_idx, topk_idx * 0.5).as_text()
-    calls = [line for line in text.splitlines() if "@freeio_" in line]
+    calls = re.findall(r".*@freeio_(?!check\().*", text)
     # Without tokens or rows there is nothing to do but the routing; without width, but that and the
     # weights' gradient, which is zero.
     assert len(calls) == (2 if num_tokens and capacity else 1)
