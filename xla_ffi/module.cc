@@ -32,11 +32,11 @@ namespace py = pybind11;
 
 namespace {
 
-using Member = std::tuple<int, int, uint64_t, uint64_t, int>;
+using MemberTuple = std::tuple<int, int, uint64_t, uint64_t, int>;
 
 // The CPU engine is a guest before anything can come for it. The CUDA engine is admitted when its
 // GPUs are ready.
-void join_pod(int process, const std::vector<Member>& members, std::vector<int> elsewhere,
+void join_pod(int process, const std::vector<MemberTuple>& members, std::vector<int> elsewhere,
               bool read_memory) {
   std::vector<freeio::pod::Pod::Member> pod_members;
   std::map<int, freeio::cpu::RemoteControlBlock> control_blocks;

@@ -18,7 +18,7 @@ namespace {
 
 constexpr std::chrono::seconds kIdleThreadLife{10};
 
-// Below this, waking a second thread costs more than it saves (a wake-up takes some 10 us).
+// With fewer bytes a second thread costs more than it saves. (To wake one takes some 10 us.)
 constexpr int64_t kMinParallelBytes = 256 << 10;
 
 class ThreadCache {
@@ -41,7 +41,7 @@ class ThreadCache {
         serve();
       }).detach();
     } catch (const std::system_error&) {
-      // No thread to be had: better a continuation on this one than none.
+      // The system gives no more threads, so the task runs on this one.
       (*shared)();
     }
   }
@@ -91,13 +91,14 @@ class IeeeFloatingPoint {
   std::fenv_t saved_;
 };
 
-// Shared with helpers that may start after all is done: they find no index left and let go.
+// Shared by the caller and its helpers. A helper may start after all calls have ended. Then it
+// finds no index that is left.
 struct ParallelWork {
   ParallelWork(int64_t size, const std::function<void(int64_t)>& function)
       : count(size), fn(function) {}
 
   const int64_t count;
-  const std::function<void(int64_t)>& fn;  // the caller's; used only for claimed indices
+  const std::function<void(int64_t)>& fn;  // valid until all indices are done
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::condition_variable all_done;

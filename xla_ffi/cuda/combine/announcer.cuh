@@ -1,4 +1,4 @@
-// Flags on the peers, raised for all warps of a CTA.
+// How a CTA raises flags on the peers when its data has arrived there.
 #pragma once
 
 #include "cuda/device/waits.cuh"
@@ -14,7 +14,7 @@ class Announcer {
   // All threads; a barrier must follow.
   __device__ void begin() {
     if (threadIdx.x < kEntries) entries_[threadIdx.x].flag = 0;
-    if (threadIdx.x == 0) added_ = 0;
+    if (threadIdx.x == 0) num_added_ = 0;
   }
 
   // The flag gets this value once all that this warp has stored by now has arrived. Whole warp.
@@ -65,7 +65,7 @@ class Announcer {
   };
 
   __device__ void add(uint64_t flag, uint32_t value) {
-    Entry& entry = entries_[atomicAdd(&added_, 1u) % kEntries];
+    Entry& entry = entries_[atomicAdd(&num_added_, 1u) % kEntries];
     // The entry becomes free soon: the warp that takes it waits for nobody.
     while (load_acquire_block(&entry.flag) != 0) {
     }
@@ -74,7 +74,7 @@ class Announcer {
   }
 
   Entry entries_[kEntries];
-  uint32_t added_;
+  uint32_t num_added_;
 };
 
 }  // namespace freeio::cuda

@@ -48,7 +48,8 @@ __device__ inline bool open(const Exchange& x, CtaState& s, const Opening& loade
   return false;
 }
 
-// Tells every peer where this rank's buffer is. One thread; the buffer is ready for its use.
+// Posts the address of one of this rank's buffers to every peer. The buffer must be ready for the
+// peers. One thread.
 __device__ inline void post_address(const Exchange& x, const CtaState& s, int slot) {
   const uint64_t address = x.posted[slot];
 #pragma unroll 1
@@ -60,9 +61,9 @@ __device__ inline void post_address(const Exchange& x, const CtaState& s, int sl
   }
 }
 
-// Tells every peer what this rank is about to run, and where the buffers in `slots` are (one bit
-// for each), all of them ready for its use. All threads of one CTA, one for each word; the last
-// ones, so that the first can send something else before.
+// Posts to every peer the signature, and the addresses of the buffers in `slots` (one bit for
+// each). The buffers must be ready for the peers. All threads of one CTA. The last threads send a
+// word each, so that the first ones can send something else before.
 __device__ inline void post(const Exchange& x, const CtaState& s, uint32_t slots) {
   constexpr int kWords = kSignatureWords + 2 * kMaxAddresses;
   for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < kWords * x.num_ranks;
@@ -83,7 +84,7 @@ __device__ inline void post(const Exchange& x, const CtaState& s, uint32_t slots
   }
 }
 
-// Where this GPU sees what `rank` has posted.
+// The address here of what `rank` has posted.
 __device__ inline uint64_t to_local_address(const Exchange& x, const CtaState& s, int rank,
                                             uint64_t posted) {
   const auto region = static_cast<uint32_t>(posted >> kRegionShift);
@@ -95,9 +96,10 @@ __device__ inline uint64_t to_local_address(const Exchange& x, const CtaState& s
 }
 
 // Waits for the peers' signatures, compares them, and takes the addresses of `slots` (one bit for
-// each). All threads; the last ones do it, so that the first can wait for something else before.
-// After it, what the peers' programs had computed before this exchange may be read if there was an
-// address to wait for. False, for all threads: this or an earlier wait of the CTA has failed.
+// each). All threads. The last threads wait for a word each, so that the first ones can wait for
+// something else before. If it has waited for an address, the CTA may then read everything that the
+// peers' programs had computed before this exchange. False, for all threads: this or an earlier
+// wait of the CTA has failed.
 __device__ inline bool receive_addresses(const Exchange& x, CtaState& s, uint32_t slots) {
   constexpr int kWords = kSignatureWords + kMaxAddresses;
   for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < kWords * x.num_ranks;
@@ -107,8 +109,8 @@ __device__ inline bool receive_addresses(const Exchange& x, CtaState& s, uint32_
     if (rank == x.rank) continue;
     const Mailbox& box = mailbox_from(x, s, rank);
     if (word < kSignatureWords) {
-      // A peer that has posted all this and then given up has its buffers no more. Partner: the
-      // store in fail().
+      // A peer may have posted all this and given up afterwards. Then XLA may have reused its
+      // buffers. Partner: the store in fail().
       const uint32_t aborted = load_relaxed_device(&self(x).has_given_up[x.gpu[rank]]);
       Word found = load_word(&box.signature[word]);
       if (aborted != 0) {

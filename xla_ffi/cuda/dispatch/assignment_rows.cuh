@@ -1,7 +1,7 @@
 // From the counts of all ranks to the rows of assignments, by way of places. These lie in the GPU
 // block, or in a scratch buffer of XLA's where there are too many for it. A place in the GPU block
 // is sent at once. One in scratch is sent after the peer has cleared the buffer and told where it
-// is.
+// lies.
 #pragma once
 
 #include "cuda/device/opening.cuh"
