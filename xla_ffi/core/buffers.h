@@ -232,7 +232,7 @@ struct BufferReader {
 
   template <typename T>
   void argument(const char*, T*& field) {
-    // Some fields are written in one call and read in another.
+    // Some fields are results of one operation and arguments of another, so they are not const.
     field = const_cast<T*>(buffers.arg_data<T>());
   }
   template <typename T>

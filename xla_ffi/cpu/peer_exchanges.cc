@@ -231,7 +231,7 @@ void PeerExchanges::compare_programs(const RunName& run, AfterUnlock& after) {
                         describe(letter.posted.layout, letter.posted.operands) +
                         ". All ranks of the expert axis must run the same program.",
                     after);
-      return true;  // the mail of that run is gone
+      return true;  // the failure has dropped the mail of that run
     }
     return false;
   });

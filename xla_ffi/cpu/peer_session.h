@@ -31,7 +31,7 @@ class PeerSession final : public Session,
               std::function<void()> forget);
 
   std::function<void()> arrive(int64_t rank, Operands&& operands, Done&& done) override;
-  bool all_arrived() const override { return false; }  // `forget` says so
+  bool all_arrived() const override { return false; }  // `forget` is called instead
   Clock::time_point due() const override { return patience_.due(); }
   bool look() override;
 

@@ -73,7 +73,7 @@ constexpr uint32_t kMaxRegions = 64;  // of one process; XLA's pool grows by dou
 // bytes are stored and loaded as one, so no fence and no second store stand between value and flag.
 using Word = uint64_t;
 
-// A slice of a row, as it is sent: lines.cuh.
+// A slice of a row with the flags of its lines: lines.cuh.
 struct alignas(128) SentSlice {
   unsigned char bytes[1024];
 };
@@ -82,10 +82,11 @@ struct Mailbox {
   Word signature[kSignatureWords];
   Word address[kMaxAddresses][2];         // low half, high half
   alignas(16) Word routing[kMaxExperts];  // counts for each segment and expert, or ids
-  Word num_invalid[kMaxSegments];         // to itself: ids that name no expert, of each segment
+  Word num_invalid[kMaxSegments];         // from the GPU itself: invalid ids of each segment
 };
 
-// The larger things that one peer sends. Slices and routes alternate as mailboxes do.
+// The larger data of one peer. Even and odd exchanges use different slices and routes, as they use
+// different mailboxes.
 struct Inbox {
   SentSlice slices[2][kMaxSentSlices];  // rows or partial sums
   // combine and its transpose: routes, then weights; dispatch: places.
@@ -97,15 +98,14 @@ struct Inbox {
   uint32_t arrival_epochs[kMaxArrivals];
 };
 
-// Arrays over peers are indexed by the peer's GPU number, on which all processes of the host agree:
-// groups differ from program to program, these numbers do not.
+// The index of arrays over peers is the peer's GPU number. It is the same in all processes of the
+// host and in all programs, while ranks differ from group to group.
 struct GpuBlock {
   // Written by peers. Even and odd exchanges with a peer use different mailboxes. A peer starts
   // exchange n+2 only after it has this GPU's words of n+1. This GPU sends these after all its CTAs
   // have ended exchange n. So no CTA still reads words that the peer overwrites.
   Mailbox mailbox[kMaxRanks][2];
-  uint32_t
-      num_finished_ctas[kMaxRanks];  // of the peer, in all exchanges: they access this GPU no more
+  uint32_t num_finished_ctas[kMaxRanks];  // of the peer, in all exchanges: they need us no more
   uint32_t has_given_up[kMaxRanks];  // not 0: the peer has, and its memory must not be accessed
 
   // Written by this GPU's process, before the peer makes a call that uses the region: the address
@@ -118,9 +118,9 @@ struct GpuBlock {
   uint32_t num_prepared_ctas;          // of the running kernel: their scratch is cleared
   uint32_t num_opened_ctas;            // of the running kernel: they know the epochs; 0: all do
   uint32_t num_leaving_ctas;           // of the running kernel: they are at its end; 0: all are
-  uint32_t failed;                     // not 0: an exchange failed, and no further one is run
-  uint32_t num_failing_ctas;           // of the failed exchange: they know of the failure
-  uint32_t are_results_spoiled;        // not 0: the failed exchange's results are no data
+  uint32_t has_failed;           // not 0: an exchange failed, and the engine runs no more here
+  uint32_t num_failing_ctas;     // of the failed exchange: they know of the failure
+  uint32_t are_results_spoiled;  // not 0: the results of the failed exchange are overwritten
 
   // A thread that waits copies these from the host block now and then.
   uint32_t last_look;            // when, in ticks of look_at_host()

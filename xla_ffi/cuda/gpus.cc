@@ -29,8 +29,7 @@ struct Engine {
   // Of pods that this process has left. Calls that were prepared before may still read them.
   std::vector<std::unique_ptr<Peers>> old_peers;
   std::vector<std::unique_ptr<HostBlock, FreeHost>> old_hosts;
-  std::vector<std::string>
-      unreported_failures;  // failures on GPUs that the engine had before leave()
+  std::vector<std::string> unreported_failures;  // on GPUs that the engine had before leave()
   bool is_started = false;
   std::atomic<uint64_t> generation{0};
   std::atomic<uint64_t> version{1};

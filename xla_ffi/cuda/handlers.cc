@@ -64,13 +64,13 @@ struct CustomCall {
 };
 
 // Fills what the attributes say about the types.
-void read_attributes(Operation operation, const ffi::Dictionary&, DispatchTypes& types) {
+void read_flags(Operation operation, const ffi::Dictionary&, DispatchTypes& types) {
   types.routed = operation == Operation::kDispatch;
 }
-void read_attributes(Operation, const ffi::Dictionary& attributes, CombineTypes& types) {
+void read_flags(Operation, const ffi::Dictionary& attributes, CombineTypes& types) {
   types.weighted = read_flag(attributes, "weighted");
 }
-void read_attributes(Operation, const ffi::Dictionary& attributes, CombineTransposeTypes& types) {
+void read_flags(Operation, const ffi::Dictionary& attributes, CombineTransposeTypes& types) {
   types.rows = read_flag(attributes, "rows");
   types.weights = read_flag(attributes, "weights");
 }
@@ -109,7 +109,7 @@ ffi::ErrorOr<std::vector<int64_t>> read_gpus(const ffi::Dictionary& attributes) 
 template <typename Operands, Operation kOperation>
 ffi::ErrorOr<std::unique_ptr<CustomCall<Operands>>> instantiate(ffi::Dictionary attributes) {
   if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
-  auto read = freeio::read_attributes(attributes);
+  auto read = read_attributes(attributes);
   if (!read.has_value()) return ffi::Unexpected(read.error());
   auto gpus = read_gpus(attributes);
   if (!gpus.has_value()) return ffi::Unexpected(gpus.error());
@@ -121,7 +121,7 @@ ffi::ErrorOr<std::unique_ptr<CustomCall<Operands>>> instantiate(ffi::Dictionary 
   call->layout = read->layout;
   call->groups = std::move(read->groups);
   call->gpus = std::move(*gpus);
-  read_attributes(kOperation, attributes, call->types);
+  read_flags(kOperation, attributes, call->types);
   return call;
 }
 

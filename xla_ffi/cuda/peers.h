@@ -109,13 +109,12 @@ class Peers final : public pod::Guest {
   // Guards all below.
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::set<int> others_;  // processes that still take part
-  std::map<int, std::string>
-      departures_;                 // by process: that it does not take part any more, and why
-  std::map<int, Mapping> blocks_;  // by GPU
-  std::list<Region> regions_;      // of this process
-  std::list<Mapping> mappings_;    // of the peers' regions
-  std::string failure_;            // why a GPU block could not be mapped; empty: none failed
+  std::set<int> others_;                   // processes that still take part
+  std::map<int, std::string> departures_;  // by process: a sentence that says how it left
+  std::map<int, Mapping> blocks_;          // by GPU
+  std::list<Region> regions_;              // of this process
+  std::list<Mapping> mappings_;            // of the peers' regions
+  std::string failure_;  // why a GPU block could not be mapped; empty: none failed
 };
 
 }  // namespace freeio::cuda

@@ -116,8 +116,8 @@ int32_t num_leaves_of(const Types&) {
   return 0;
 }
 
-// Runs the call on the rank's GPU. It is kept, as XLA keeps a custom call: the next run of an equal
-// one is not its first.
+// Runs the call on the rank's GPU, and keeps its Call, as XLA keeps a custom call. So a later run
+// of an equal call is not its first run.
 template <typename Operands>
 const char* run_call(Operation operation, const Site& site, const typename Operands::Types& types,
                      const NamedBuffers& buffers) {
@@ -151,8 +151,8 @@ EMULATOR_API void emulator_set_shared_bytes(int64_t bytes) {
 }
 EMULATOR_API void emulator_set_seed(uint64_t seed) { emulator::set_seed(seed); }
 EMULATOR_API void emulator_set_real_time(int real) { emulator::set_real_time(real != 0); }
-// Once what was launched on the GPU has run: copies the buffer, and fills it with garbage if it is
-// `dead` from then on.
+// Copies the buffer when everything that was launched on the GPU has run. `dead`: then also fills
+// it with garbage.
 EMULATOR_API void emulator_retire(int gpu, void* buffer, size_t bytes, void* copy, int dead) {
   emulator::Launch retire;
   retire.gpu = gpu;

@@ -93,13 +93,13 @@ struct PushingWarp {
   const int items;
   R* const ring;  // this lane's of [kStages, kColumns, kWarpSize]
 
-  int next_one;             // item to look at
-  Task fetched;             // whose rows are being fetched
-  Columns columns;          // this lane's of its slice
-  uint32_t mask = 0;        // of its rows that are yet to be fetched
-  bool unfinished = false;  // its last row has not been fetched
-  int stage = 0;            // of the next row to sum, and then of the next one to fetch
-  Task tasks;               // of the stages, by lane
+  int next_one;           // item to look at
+  Task fetched;           // whose rows are being fetched
+  Columns columns;        // this lane's of its slice
+  uint32_t mask = 0;      // of its rows that are yet to be fetched
+  bool has_task = false;  // its last task has not been fetched
+  int stage = 0;          // of the next row to sum, and then of the next one to fetch
+  Task tasks;             // of the stages, by lane
 
   __device__ PushingWarp(const CombineParams& params, CtaState& state,
                          const RouteTile<Accumulator>& tile_routes, const Tile& whole,
@@ -140,20 +140,20 @@ struct PushingWarp {
   }
 
  private:
-  // Starts copying the next row to the stage, which has been summed, and goes to the next stage.
+  // Starts to copy the next row to the stage, whose row has been summed. Goes to the next stage.
   __device__ void fetch() {
-    if (!unfinished) take_item();
+    if (!has_task) take_item();
     Task task = fetched;
-    if (unfinished) {
+    if (has_task) {
       if (mask != 0) {
         task.take_row(__ffs(static_cast<int>(mask)) - 1);
         copy_row(routes.rows[task.assignment()]);
         mask &= mask - 1;
       }
-      unfinished = mask != 0;
-      if (!unfinished) task.bits |= Task::kLast;
+      has_task = mask != 0;
+      if (!has_task) task.bits |= Task::kLast;
     }
-    // Also where nothing was started: the groups are counted.
+    // A group is needed also if no copy was started, because wait_for_copies() counts groups.
     commit_copies();
     if (lane_id() == stage) tasks = task;
     stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -184,7 +184,7 @@ struct PushingWarp {
       if (pushes && mask == 0) continue;
       fetched = Task(units.begin + unit, first, rank);
       columns = Columns(p, fetched.unit);
-      unfinished = true;
+      has_task = true;
       return;
     }
   }

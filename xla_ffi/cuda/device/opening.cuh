@@ -14,7 +14,7 @@ struct Opening {
   __device__ explicit Opening(const Exchange& x) {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < x.num_ranks) value = self(x).epoch[x.gpu[thread]];
-    if (thread == kWarpSize) value = load_relaxed_device(&self(x).failed);
+    if (thread == kWarpSize) value = load_relaxed_device(&self(x).has_failed);
     if (thread == 2 * kWarpSize) value = *x.device;
     if (const int rank = thread - 3 * kWarpSize; rank >= 0 && rank < x.num_ranks) {
       value = load_word(&self(x).region_base[x.gpu[rank]][kFirstRegion]);
@@ -31,7 +31,7 @@ __device__ inline bool open(const Exchange& x, CtaState& s, const Opening& loade
   // Never 0: what was never written must not count as arrived. Even after odd.
   if (thread < x.num_ranks) s.epoch[thread] = value + 1 == 0 ? 2 : value + 1;
   if (thread == kWarpSize) {
-    s.failed = value;
+    s.has_failed = value;
     wrong = value != 0;
   }
   if (thread == 2 * kWarpSize) {
@@ -42,7 +42,7 @@ __device__ inline bool open(const Exchange& x, CtaState& s, const Opening& loade
     s.first_region[rank] = loaded.value;
   }
   if (!__syncthreads_or(wrong)) return true;
-  if (thread == 0 && s.failed == 0) {
+  if (thread == 0 && s.has_failed == 0) {
     fail(x, s, kWrongDevice, x.rank, 0, x.expected_device, s.device);
   }
   return false;

@@ -13,8 +13,8 @@ namespace freeio::cuda {
 [[gnu::noinline]] __device__ inline void fail(const Exchange& x, CtaState& s, Step step, int peer,
                                               int word = 0, uint32_t expected = 0,
                                               uint32_t found = 0) {
-  s.failed = 1;
-  if (atomicExch(&self(x).failed, 1u) != 0) return;
+  s.has_failed = 1;
+  if (atomicExch(&self(x).has_failed, 1u) != 0) return;
   Failure& failure = x.host->failure;
   failure.rank = x.rank;
   failure.peer = peer;
@@ -65,8 +65,8 @@ __device__ inline void look_at_host(const Exchange& x, uint64_t now, uint64_t be
 // Returns 0 if the time is up, a rank has given up, or the peer's process is gone.
 __device__ __forceinline__ uint64_t may_wait(const Exchange& x, CtaState& s, Step step, int peer,
                                              uint64_t begin) {
-  if (load_relaxed_device(&self(x).failed) != 0) {
-    s.failed = 1;
+  if (load_relaxed_device(&self(x).has_failed) != 0) {
+    s.has_failed = 1;
     return 0;
   }
   // Partner: the store in fail().

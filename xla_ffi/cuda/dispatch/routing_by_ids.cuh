@@ -10,7 +10,7 @@ namespace freeio::cuda {
 
 // The ids of all ranks' assignments, in the order of packed rows, in dynamic shared memory.
 struct AllIds {
-  static constexpr int kNone = 0xffff;  // "no expert", and ids that are none
+  static constexpr int kNone = 0xffff;  // "no expert", also for invalid ids
   static constexpr int kPerLane = 8;    // ids that a lane looks at together
 
   uint16_t* ids;
@@ -186,7 +186,7 @@ __device__ inline void find_rows(const DispatchParams& p, const Routing& routing
   const Exchange& x = p.exchange;
   const int tile_assignments = tile.size() * x.top_k;
   const int end = all.per_rank * x.num_ranks;
-  // Of numbers below 2^13, halfway to the next one: far enough from where rounding matters.
+  // i is below 2^13, and i + 0.5 is far enough from a multiple that rounding does not matter.
   const float of_rank = 1.0f / static_cast<float>(tile_assignments);
   uint32_t wanted = warp_id();  // of all, modulo the number of warps, relative to this one
 #pragma unroll 1
