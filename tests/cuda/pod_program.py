@@ -262,7 +262,7 @@ def leaves_after_a_failure(process):
 def leaves(process):
     process.layer()
     assert process.machine.mapped_bytes > 0
-    wait_for_all()  # who leaves too early ends the others' exchange
+    wait_for_all()  # a process that leaves too early ends the exchange of the others
     process.machine.leave()
     assert process.machine.mapped_bytes == 0
     for call in (lambda: process.machine.check_state(process.group), process.layer):
@@ -290,7 +290,7 @@ def run(told, sockets):
     process = Process(machine, place, rng, sockets)
     globals()[told["scenario"]](process)
     print("FINISHED", flush=True)
-    # Its peers may still read what is its: it stays until it is told that they are done.
+    # The peers may still read its memory. So it stays until the test says that they are done.
     sys.stdin.readline()
 
 

@@ -17,7 +17,7 @@ class Waiting {
   virtual bool look() = 0;
 };
 
-// Begins and ends to look at `item`.
+// watch() has the thread look at `item` when it is due. stop_watching() ends that.
 void watch(const std::shared_ptr<Waiting>& item);
 void stop_watching(const std::shared_ptr<Waiting>& item);
 

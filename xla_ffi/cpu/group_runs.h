@@ -13,7 +13,7 @@ namespace freeio::cpu {
 struct Run {
   bool has_begun_here = false;
   std::map<std::pair<uint64_t, int64_t>, int64_t> calls;  // made here, by attributes and ordinal
-  // Why this process or a peer has given the run up. OK: none has. After it the run has no
+  // Why this process or a peer has given the run up. OK: none has. After a failure the run has no
   // exchanges.
   Status failure;
 };

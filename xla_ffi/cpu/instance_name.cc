@@ -22,7 +22,7 @@ namespace {
 
 struct Instances {
   std::mutex mutex;
-  std::map<std::thread::id, std::shared_ptr<ModuleInstances>> of_thread;  // that may be open
+  std::map<std::thread::id, std::shared_ptr<ModuleInstances>> of_thread;  // the last ones
   std::set<uint64_t> attributes;                                          // of all
 };
 

@@ -105,7 +105,7 @@ struct GpuBlock {
   // exchange n+2 only after it has this GPU's words of n+1. This GPU sends these after all its CTAs
   // have ended exchange n. So no CTA still reads words that the peer overwrites.
   Mailbox mailbox[kMaxRanks][2];
-  uint32_t num_finished_ctas[kMaxRanks];  // of the peer, in all exchanges: they need us no more
+  uint32_t num_finished_ctas[kMaxRanks];  // of the peer, in all exchanges; done with this GPU
   uint32_t has_given_up[kMaxRanks];  // not 0: the peer has, and its memory must not be accessed
 
   // Written by this GPU's process, before the peer makes a call that uses the region: the address
