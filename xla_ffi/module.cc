@@ -32,11 +32,11 @@ namespace py = pybind11;
 
 namespace {
 
-using Member = std::tuple<int, int, uint64_t, uint64_t, int>;
+using MemberTuple = std::tuple<int, int, uint64_t, uint64_t, int>;
 
-// The CPU engine is a guest before anything can come for it. The CUDA engine is admitted when its
-// GPUs are ready.
-void join_pod(int process, const std::vector<Member>& members, std::vector<int> elsewhere,
+// The CPU engine becomes a guest before a message for it can come. The CUDA engine becomes one when
+// its GPUs are ready.
+void join_pod(int process, const std::vector<MemberTuple>& members, std::vector<int> elsewhere,
               bool read_memory) {
   std::vector<freeio::pod::Pod::Member> pod_members;
   std::map<int, freeio::cpu::RemoteControlBlock> control_blocks;
@@ -85,12 +85,12 @@ PYBIND11_MODULE(_native, module) {
       py::arg("num_sms"));
   module.def(
       "compilation_ended", &freeio::cpu::compilation_ended, py::arg("seconds"),
-      "A module with exchanges was compiled, or loaded from the compilation cache, which took "
-      "so long.");
+      "Call this when a module with exchanges has been compiled, or loaded from the compilation "
+      "cache. seconds: the time that this took.");
   module.def("set_patience", &freeio::set_patience, py::arg("seconds"),
-             "After how long a wait is told for the first time.");
+             "After how many seconds the log reports a wait for the first time.");
   module.def("take_note", &freeio::cpu::take_note,
-             "The oldest thing to say in the log that was not taken before; empty: nothing.");
+             "Returns and removes the oldest message of the CPU engine for the log; empty: none.");
   module.def("allow_peers_to_read", &freeio::cpu::allow_peers_to_read);
   module.def(
       "control_block",
@@ -98,11 +98,11 @@ PYBIND11_MODULE(_native, module) {
         const auto& block = freeio::cpu::control_block();
         return py::make_tuple(reinterpret_cast<uint64_t>(&block), block.nonce);
       },
-      "Address and nonce of what peers read of this process.");
+      "Address and nonce of the control block, which peers read in this process.");
   module.def("join_pod", &join_pod, py::arg("process"), py::arg("members"), py::arg("elsewhere"),
              py::arg("read_memory"),
-             "members: (process, pid, control address, nonce, connected socket), the sockets' "
-             "owner from now on.");
+             "members: (process, pid, address and nonce of its control block, connected socket) of "
+             "each other process. The pod owns the sockets from now on.");
   module.def(
       "leave_pod",
       [] {

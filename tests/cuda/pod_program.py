@@ -11,6 +11,7 @@ import ctypes as c
 import json
 import os
 import signal
+import struct
 import sys
 import time
 import traceback
@@ -25,6 +26,12 @@ from test_emulated_memory import Driver
 IMPORTED_IN = os.getpid()
 
 POOL_BYTES = 2 << 20
+
+#: Its number, `Channel` in core/channels.h.
+CUDA_CHANNEL = struct.pack("=I", 1)
+
+#: `Peers::Message` in cuda/peers.cc: kind, GPU, region, bytes.
+MESSAGE = struct.Struct("@iiIQ")
 
 
 class Pool:
@@ -51,8 +58,8 @@ class Pool:
 class Process:
     """This process's part of exchanges among all GPUs."""
 
-    def __init__(self, machine, place, rng):
-        self.machine, self.place, self.rng = machine, place, rng
+    def __init__(self, machine, place, rng, sockets):
+        self.machine, self.place, self.rng, self.sockets = machine, place, rng, sockets
         self.mine = sorted(place.ordinals())
         self.group = Group(tuple(range(len(place.gpus))))
 
@@ -207,6 +214,29 @@ def killed(process):
             print(f"ERROR after {time.monotonic() - begin:.2f} s: {error}")
 
 
+def _sends(process, text):
+    """Process 1 sends process 0 ``text`` on the CUDA engine's channel, and makes no more calls."""
+    process.layer()
+    if process.place.process == 1:
+        process.sockets[0].send(CUDA_CHANNEL + text)
+        return
+    with contextlib.suppress(AssertionError):
+        process.layer()
+    print(f"FAILURE {process.machine.take_failure()}")
+
+
+def sends_too_short_a_message(process):
+    _sends(process, b"garbage")
+
+
+def sends_a_message_of_no_kind(process):
+    _sends(process, MESSAGE.pack(77, 0, 0, 0))
+
+
+def sends_a_block_of_a_gpu_of_another(process):
+    _sends(process, MESSAGE.pack(0, 0, 0, 0))
+
+
 def stays_away(process):
     process.layer()
     if process.place.process == 1:
@@ -232,7 +262,7 @@ def leaves_after_a_failure(process):
 def leaves(process):
     process.layer()
     assert process.machine.mapped_bytes > 0
-    wait_for_all()  # who leaves too early ends the others' exchange
+    wait_for_all()  # a process that leaves too early ends the exchange of the others
     process.machine.leave()
     assert process.machine.mapped_bytes == 0
     for call in (lambda: process.machine.check_state(process.group), process.layer):
@@ -257,10 +287,10 @@ def run(told, sockets):
         place=place,
     )
     machine.allocate = Pool(machine).allocate
-    process = Process(machine, place, rng)
+    process = Process(machine, place, rng, sockets)
     globals()[told["scenario"]](process)
     print("FINISHED", flush=True)
-    # Its peers may still read what is its: it stays until it is told that they are done.
+    # The peers may still read its memory. So it stays until the test says that they are done.
     sys.stdin.readline()
 
 

@@ -179,6 +179,21 @@ def test_a_killed_process_is_noticed_at_once(pod):
         assert float(error.split()[2]) < 30
 
 
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "sends_too_short_a_message",
+        "sends_a_message_of_no_kind",
+        "sends_a_block_of_a_gpu_of_another",
+    ],
+)
+def test_garbage_instead_of_a_message(pod, scenario):
+    running = pod(scenario, (1, 1))
+    (failure,), _ = running.run()
+    who = f"rank 1 of {running.who(1)}"
+    assert f"{who} sent bytes that are no message of this engine" in failure, failure
+
+
 def test_a_process_that_stays_away_is_named(pod):
     running = pod("stays_away", (1, 1), timeout=TIMEOUT)
     (failure,), _ = running.run()

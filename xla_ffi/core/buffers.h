@@ -73,8 +73,8 @@ inline bool read_flag(const ffi::Dictionary& attributes, const char* name) {
   return value.has_value() && *value != 0;
 }
 
-// What all calls of a program have in common: the module's name, and the mesh's devices where they
-// are known.
+// What all calls of a module have in common: the module's name, and the mesh's devices if they are
+// known.
 inline std::vector<int64_t> module_of(const ffi::Dictionary& attributes) {
   std::vector<int64_t> values;
   if (const auto devices = attributes.get<ffi::Span<const int64_t>>("devices");
@@ -87,7 +87,7 @@ inline std::vector<int64_t> module_of(const ffi::Dictionary& attributes) {
   return values;
 }
 
-// What those along one mesh axis have in common: the groups, too.
+// What all calls of a module along one mesh axis have in common: also the groups.
 inline std::vector<int64_t> program_of(const CallAttributes& call,
                                        const ffi::Dictionary& attributes) {
   std::vector<int64_t> values = {call.layout.num_ranks, static_cast<int64_t>(call.groups.size())};
@@ -97,7 +97,7 @@ inline std::vector<int64_t> program_of(const CallAttributes& call,
   return values;
 }
 
-// All that tells the calls of an operation apart.
+// All attributes by which two calls of a program can differ.
 inline std::vector<int64_t> identity_of(int64_t operation, const CallAttributes& call,
                                         const ffi::Dictionary& attributes) {
   const Layout& layout = call.layout;
@@ -133,7 +133,7 @@ inline std::optional<DType> sum_dtype(ffi::DataType type) {
   }
 }
 
-// The buffers of one call, read in order. Remembers the first thing that was not as expected.
+// Reads the buffers of one call in order. Keeps the first error.
 class Buffers {
  public:
   Buffers(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets)
@@ -226,12 +226,13 @@ class Buffers {
 // A visitor of operand_order.h that reads a call's buffers. Engines add leaves() to it.
 struct BufferReader {
   Buffers& buffers;
-  DType* dtype = nullptr;    // of the call's rows; null: it is known
-  int64_t* width = nullptr;  // likewise
+  // Where to store the element type and width of the call's rows; null: they are known.
+  DType* dtype = nullptr;
+  int64_t* width = nullptr;
 
   template <typename T>
   void argument(const char*, T*& field) {
-    // Some fields are written in one call and read in another.
+    // Some fields are results of one operation and arguments of another, so they are not const.
     field = const_cast<T*>(buffers.arg_data<T>());
   }
   template <typename T>

@@ -1,5 +1,5 @@
-// The channels between the processes of a host. On each of them one engine talks with its like in
-// the other processes.
+// The channels between the processes of a host. On each channel one engine exchanges messages with
+// the same engine in the other processes.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// A short name for a list of numbers: equal lists have equal ones.
+// A digest of a list of numbers. Equal lists have equal digests.
 #pragma once
 
 #include <cstdint>

@@ -21,7 +21,7 @@ FREEIO_HOST_DEVICE inline float float_of(uint32_t bits) {
   return value;
 }
 
-// What lies beyond the largest finite value.
+// How a float type represents values beyond the largest finite one.
 enum class Overflow { kInfinity, kNan };
 
 // A float of 1 + kExponent + kMantissa bits, round to nearest even. kInfinity: the largest exponent
@@ -119,6 +119,8 @@ constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32,    DType::kBFloat
 // As NumPy and ml_dtypes name them.
 constexpr const char* kDTypeNames[] = {"float64", "float32",     "bfloat16",
                                        "float16", "float8_e5m2", "float8_e4m3fn"};
+
+inline const char* name_of(DType dtype) { return kDTypeNames[static_cast<int>(dtype)]; }
 
 template <typename Element>
 struct ElementTag {

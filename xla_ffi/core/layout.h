@@ -37,15 +37,15 @@ struct Layout {
 };
 
 // Rows of a group with `load` assignments: a multiple of `alignment`, and at most `capacity`, which
-// is one, too. divide(n) is n / alignment; kernels pass a faster way than "/".
+// is also a multiple of it. divide(n) is n / alignment; kernels pass a faster function than "/".
 template <typename Int, typename Divide>
 FREEIO_HOST_DEVICE Int aligned_rows(Int load, Int alignment, Int capacity, const Divide& divide) {
   const Int rows = load + alignment - 1;
   return divide(rows < capacity ? rows : capacity) * alignment;
 }
 
-// The first row behind a group. Its first row and its number of rows are at most `capacity`, so
-// sums fit, however many groups there are and whatever the alignment adds to each.
+// The first row behind a group. A group's first row and its number of rows are at most `capacity`.
+// So their sum fits in Int, for any number of groups and any alignment.
 template <typename Int>
 FREEIO_HOST_DEVICE Int row_behind(Int start, Int rows, Int capacity) {
   const Int end = start + rows;

@@ -7,15 +7,15 @@
 //   argument(name, field)  a buffer that the operation reads
 //   rows(name, field)      likewise: the rows whose element type and width are those of the call
 //   result(name, field)    a buffer that the operation writes
-//   leaves(field)          a token pytree's arrays, each an argument and a result. They are the
-//   last
-//                          arguments, and the first results.
+//   leaves(field)          a token pytree's arrays, each an argument and a result: the last
+//                          arguments, and the first results
 #pragma once
 
 namespace freeio {
 
-// The handle of an earlier dispatch. A struct of operands has its three arrays itself, or in a
-// field, so it is an argument of its own below.
+// The handle of an earlier dispatch. Some structs of operands have its three arrays as fields, and
+// others have one field with all of them. So the functions below take `routes` as an argument of
+// its own.
 template <typename Routes, typename Visitor>
 void visit_routes(Routes& routes, Visitor& visitor) {
   visitor.argument("dest_rank", routes.dest_rank);

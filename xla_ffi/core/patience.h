@@ -1,4 +1,4 @@
-// How long a wait for peers may last, and when the log tells of it.
+// How long a wait for peers may last, and when the log reports it.
 #pragma once
 
 #include <chrono>
@@ -7,12 +7,12 @@ namespace freeio {
 
 using Clock = std::chrono::steady_clock;
 
-// Seconds after which the log tells of a wait for the first time. It tells again whenever the wait
-// has become twice as long. Holds for waits that begin from now on.
+// After how many seconds the log reports a wait for the first time. The log reports it again
+// whenever the wait has become twice as long. Applies to waits that begin from now on.
 void set_patience(double seconds);
 double patience_in_seconds();
 
-// When the log is to tell of a wait that begins now, and when the wait is to end.
+// The times at which the log reports a wait that begins now, and the time at which the wait ends.
 class Patience {
  public:
   explicit Patience(double timeout);
@@ -20,8 +20,8 @@ class Patience {
   double timeout() const { return timeout_; }
   Clock::time_point due() const { return due_; }
   bool at_end() const { return due_ >= end_; }
-  double waited() const;  // seconds, when it is due
-  void extend();          // to the next time at which it is due
+  double waited() const;  // how many seconds the wait has lasted at due()
+  void extend();          // moves due() to the next report, or to the end
 
  private:
   const double timeout_;

@@ -15,7 +15,7 @@ pybind11::capsule capsule(T* pointer) {
   return pybind11::capsule(reinterpret_cast<void*>(pointer));
 }
 
-// Adds a state type of an engine to {name: registration}.
+// Adds to `types` the registration of the state that an engine keeps for a custom call.
 template <typename Instance>
 void add_ffi_type(const char* name, pybind11::dict& types) {
   static constexpr ffi::TypeInfo kInfo = ffi::MakeTypeInfo<Instance>();
@@ -24,7 +24,7 @@ void add_ffi_type(const char* name, pybind11::dict& types) {
   type["type_info"] = capsule(const_cast<ffi::TypeInfo*>(&kInfo));
   types[name] = type;
 }
-// {name: registration} of an engine's one state type.
+// {name: registration} for an engine with one type of state.
 template <typename Instance>
 pybind11::dict ffi_type(const char* name) {
   pybind11::dict types;
@@ -32,11 +32,11 @@ pybind11::dict ffi_type(const char* name) {
   return types;
 }
 
-// The stages of a custom call.
+// The handlers of a custom call, by stage.
 struct Stages {
   XLA_FFI_Handler* instantiate;
   XLA_FFI_Handler* execute;
-  XLA_FFI_Handler* initialize = nullptr;  // null: there is nothing to do before each run
+  XLA_FFI_Handler* initialize = nullptr;  // before each run; null: none
 };
 
 inline pybind11::dict handlers_of(const Stages& stages) {
@@ -47,7 +47,8 @@ inline pybind11::dict handlers_of(const Stages& stages) {
   return handlers;
 }
 
-// {target: handlers}, as the lowering names the targets: freeio_ and the operation.
+// {target: handlers} for all operations. A target is called freeio_ and the name of the operation,
+// as in the lowering.
 inline pybind11::dict ffi_targets_of(const Stages& dispatch, const Stages& dispatch_along,
                                      const Stages& combine, const Stages& combine_transpose) {
   pybind11::dict targets;

@@ -1,4 +1,4 @@
-// Starts an engine, which is Python's affair, where no call was lowered in this process.
+// Has Python start an engine in a process that has lowered no call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,24 +11,26 @@
 
 namespace freeio {
 
-// Python starts an engine when it lowers a call. A process that loads a program which another one
-// compiled lowers nothing: there the first instance has it started.
+// Python starts an engine when it lowers a call. A process lowers nothing if it loads a program
+// that another process compiled. There the first custom-call instance has the engine started.
 class Starter {
  public:
   void add_to(pybind11::module_& module) {
     module.def(
         "set_starter",
-        // Lives as long as the process: the interpreter may be gone before the engine is.
+        // Never deleted, because the interpreter may end before the engine does.
         [this](pybind11::function start) { start_ = new pybind11::function(std::move(start)); },
-        pybind11::arg("start"), "What to call before the first instance; raises where it cannot.");
+        pybind11::arg("start"),
+        "The function to call before the first instance. It raises an error if it cannot start the "
+        "engine.");
     module.def(
-        "set_started", [this] { started_ = true; },
-        "The engine is ready: nothing is to be called.");
+        "set_started", [this] { is_ready_ = true; },
+        "The engine is ready, so the starter need not be called.");
   }
 
-  // On the thread that has XLA make an instance, which JAX has let go of the GIL.
+  // Called on the thread on which XLA makes an instance. JAX has released the GIL there.
   ffi::Error ensure() {
-    if (started_) return ffi::Error::Success();
+    if (is_ready_) return ffi::Error::Success();
     pybind11::gil_scoped_acquire gil;
     try {
       (*start_)();
@@ -41,7 +43,7 @@ class Starter {
 
  private:
   pybind11::function* start_ = nullptr;
-  std::atomic<bool> started_{false};
+  std::atomic<bool> is_ready_{false};
 };
 
 }  // namespace freeio

@@ -1,4 +1,4 @@
-// How an exchange ended, free of any framework.
+// Success, or an error with its message. Knows nothing of XLA, Python or CUDA.
 #pragma once
 
 #include <string>

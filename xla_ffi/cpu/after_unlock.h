@@ -1,4 +1,4 @@
-// Things to do once a lock is released: they would take it again, or take long.
+// Actions that must wait until a lock is released, because they take that lock or take long.
 #pragma once
 
 #include <functional>
@@ -7,8 +7,8 @@
 
 namespace freeio::cpu {
 
-// Declared before the guard of the lock, so that it is destroyed after it. Then it does everything,
-// in order, also where an exception has ended the block.
+// Runs its actions, in order, when it is destroyed. Declare it before the guard of the lock, so
+// that it is destroyed after the guard, also if an exception ends the block.
 class AfterUnlock {
  public:
   AfterUnlock() = default;

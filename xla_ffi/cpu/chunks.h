@@ -14,7 +14,8 @@ namespace freeio::cpu {
 // get tasks.
 inline constexpr int64_t kTaskBytes = 512 << 10;
 
-// Cuts [0, size) of every rank of this process into chunks of about kTaskBytes, numbered through.
+// Cuts [0, size), for every rank of this process, into chunks of about kTaskBytes. All chunks have
+// one numbering.
 struct Chunks {
   std::vector<int64_t> ranks;
   int64_t size;
@@ -54,6 +55,7 @@ void parallel_for_both(const Chunks& a, const First& first, const Chunks& b, con
   });
 }
 
+// Whether all ranks are in this process.
 inline bool all_here(const Homes& homes) {
   return std::all_of(homes.begin(), homes.end(), [](auto* home) { return home == nullptr; });
 }

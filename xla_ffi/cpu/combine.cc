@@ -1,3 +1,4 @@
+// combine: each process sums the weighted expert rows of its own ranks' tokens.
 #include <algorithm>
 #include <vector>
 

@@ -1,3 +1,4 @@
+// combine_transpose: the gradients of combine by the rows and by the weights.
 #include <vector>
 
 #include "core/dtype.h"

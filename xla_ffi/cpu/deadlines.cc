@@ -14,9 +14,9 @@ class Deadlines {
  public:
   void add(const std::shared_ptr<Waiting>& item) {
     std::lock_guard lock(mutex_);
-    if (!started_) {
+    if (!has_thread_) {
       std::thread([this] { serve(); }).detach();
-      started_ = true;
+      has_thread_ = true;
     }
     const bool earliest = waiting_.empty() || item->due() < (*waiting_.begin())->due();
     waiting_.insert(item);
@@ -65,7 +65,7 @@ class Deadlines {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::set<std::shared_ptr<Waiting>, ByTime> waiting_;
-  bool started_ = false;
+  bool has_thread_ = false;
 };
 
 // Lives until the process ends, as its thread does.

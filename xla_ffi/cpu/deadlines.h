@@ -1,4 +1,4 @@
-// One thread looks at everything that waits, when it is time to tell the log of it or to give up.
+// One thread that looks at every wait when it is time to report it in the log, or to give up.
 #pragma once
 
 #include <memory>
@@ -10,13 +10,14 @@ namespace freeio::cpu {
 class Waiting {
  public:
   virtual ~Waiting() = default;
-  // Changes in look() only.
+  // When to look. Only look() may change this.
   virtual Clock::time_point due() const = 0;
-  // Called when it is due, on the one thread, which it must not block. True: look again.
+  // Called at due() on the one thread, which it must not block. True: call it again at the new
+  // due().
   virtual bool look() = 0;
 };
 
-// Looks at `item` when it is due, unless it was removed before.
+// watch() has the thread look at `item` when it is due. stop_watching() ends that.
 void watch(const std::shared_ptr<Waiting>& item);
 void stop_watching(const std::shared_ptr<Waiting>& item);
 

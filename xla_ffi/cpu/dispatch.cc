@@ -1,3 +1,5 @@
+// dispatch, and dispatch along a handle: finds the row of every assignment, and moves token rows
+// there.
 #include <algorithm>
 #include <cstring>
 #include <list>
@@ -75,8 +77,8 @@ void route(const Layout& layout, const std::vector<const Dispatch*>& ranks) {
   const int64_t experts = layout.experts_per_rank();
   const int64_t routing_bytes = num_ranks * (layout.num_assignments() * 3 + layout.capacity) * 4;
 
-  // counts[source][expert], then turned in place into the next free row of that source's block
-  // within the expert's group: rows of one expert are ordered by source rank.
+  // next[source][expert]: first the number of assignments, then the next free row of the source's
+  // part of the expert's group. The rows of one expert are ordered by source rank.
   std::vector<std::vector<int64_t>> next(num_ranks, std::vector<int64_t>(layout.num_experts));
   parallel_for(num_ranks, routing_bytes, [&](int64_t rank) {
     const Dispatch& op = *ranks[rank];
@@ -129,7 +131,7 @@ void route(const Layout& layout, const std::vector<const Dispatch*>& ranks) {
   });
 }
 
-// The routing outputs of a rank of another process. They are computed here too, and then dropped.
+// The routing outputs of a rank of another process. They are needed here only during the exchange.
 struct RemoteRouting {
   std::vector<int32_t> topk_idx, dest_rank, dest_row, row_source, group_sizes, expert_load;
   int32_t num_dropped = 0;
@@ -161,8 +163,8 @@ struct RemoteRouting {
 }  // namespace
 
 void exchange(const Layout& layout, std::vector<const Dispatch*> ranks, const Homes& homes) {
-  // Routing is small and a function of all ranks' ids alone: every process computes all of it, and
-  // nothing is left to agree on.
+  // Routing depends only on the ids of all ranks, and is little work. So every process computes all
+  // of it, and the processes need not exchange results.
   std::list<RemoteRouting> remote;
   for (size_t rank = 0; rank < ranks.size(); ++rank) {
     if (homes[rank] == nullptr) continue;

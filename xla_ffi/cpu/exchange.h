@@ -1,6 +1,6 @@
-// The exchanges themselves: all ranks' operands are known, and rows go straight from the sender's
-// tensor to their final row in the receiver's. Ranks of other processes are read, never written:
-// each process fills the results of its own ranks.
+// The exchanges, once the operands of all ranks are known. A row goes straight from the sender's
+// tensor to its final place in the receiver's. Each process fills the results of its own ranks. It
+// reads the memory of other processes, and never writes it.
 #pragma once
 
 #include <vector>
@@ -11,7 +11,7 @@
 
 namespace freeio::cpu {
 
-// Where each rank's operands are: null for this process, whose ranks' results are to be filled.
+// The process that has each rank's operands; null: this process, which fills the rank's results.
 using Homes = std::vector<const PeerMemory*>;
 
 // One exchange, with the operands by rank. Each throws std::runtime_error where a peer's memory
@@ -23,7 +23,7 @@ void exchange(const Layout& layout, const std::vector<const Combine*>& ranks, co
 void exchange(const Layout& layout, const std::vector<const CombineTranspose*>& ranks,
               const Homes& homes);
 
-// The same for operands of whatever operation; `ranks` holds the same alternative for each.
+// The same for operands of any operation. All of `ranks` hold the same alternative.
 inline void run_exchange(const Layout& layout, const std::vector<Operands>& ranks,
                          const Homes& homes) {
   std::visit(

@@ -10,8 +10,8 @@
 
 namespace freeio::cpu {
 
-// The expert rows of the assignments of tokens [begin, end) of one rank: where they lie, or a copy
-// of those that lie in another process.
+// The expert rows of the assignments of tokens [begin, end) of one rank. Rows of this process are
+// used in place; rows of other processes are copied.
 class ExpertRows {
  public:
   template <typename Op>

@@ -19,14 +19,14 @@
 namespace freeio::cpu {
 namespace {
 
-// One custom-call instance; XLA shares it among the devices that run the program.
+// One custom-call instance. XLA shares it among the devices that run the program.
 struct Instance {
   static inline ffi::TypeId id = {};
-  const std::shared_ptr<InstanceBlock> block;
+  const std::shared_ptr<ModuleInstances> module_instances;
   Rendezvous rendezvous;
 
   Instance(const Layout& layout, std::vector<int64_t> groups, const NamedInstance& named)
-      : block(named.block), rendezvous(layout, std::move(groups), named.name) {}
+      : module_instances(named.instances), rendezvous(layout, std::move(groups), named.name) {}
 };
 
 Starter& starter() {
@@ -34,19 +34,19 @@ Starter& starter() {
   return instance;
 }
 
-// Once the interpreter's main thread goes on with Python code, it has come back from XLA, and the
-// module that it was making is complete. JAX does not tell of one that is loaded by
-// deserialize_and_load, as it does of those that it compiles. This needs no GIL.
-void complete_when_python_goes_on(const std::shared_ptr<InstanceBlock>& block) {
+// When the interpreter's main thread goes on with Python code, it has returned from XLA, and the
+// module that XLA made there is complete. (JAX reports the end of a compilation, but not of
+// deserialize_and_load.) This needs no GIL.
+void complete_when_python_goes_on(const std::shared_ptr<ModuleInstances>& module_instances) {
   if (syscall(SYS_gettid) != getpid()) return;  // Python calls back on the main thread alone
-  auto kept = std::make_unique<std::shared_ptr<InstanceBlock>>(block);
+  auto kept = std::make_unique<std::shared_ptr<ModuleInstances>>(module_instances);
   const auto complete = [](void* argument) {
-    const std::unique_ptr<std::shared_ptr<InstanceBlock>> made(
-        static_cast<std::shared_ptr<InstanceBlock>*>(argument));
+    const std::unique_ptr<std::shared_ptr<ModuleInstances>> made(
+        static_cast<std::shared_ptr<ModuleInstances>*>(argument));
     module_is_complete(**made);
     return 0;
   };
-  // It fails where very many calls are pending. Then the module's first run completes it.
+  // This fails if very many calls are pending. Then the module counts as complete at its first run.
   if (Py_AddPendingCall(complete, kept.get()) == 0) (void)kept.release();
 }
 
@@ -58,7 +58,7 @@ ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) 
   const NamedInstance named =
       name_instance(module_of(attributes), program_of(*call, attributes),
                     identity_of(static_cast<int64_t>(kOperation), *call, attributes));
-  if (named.is_first) complete_when_python_goes_on(named.block);
+  if (named.is_first) complete_when_python_goes_on(named.instances);
   return std::make_unique<Instance>(call->layout, std::move(call->groups), named);
 }
 
@@ -119,7 +119,7 @@ ffi::Future execute(Instance* instance, ffi::RunId run, ffi::Buffer<ffi::U32, 0>
     promise.SetError(buffers.error());
     return future;
   }
-  module_is_complete(*instance->block);
+  module_is_complete(*instance->module_instances);
   instance->rendezvous.arrive(run.run_id, *device.typed_data(), std::move(operands),
                               [promise](const Status& status) mutable {
                                 if (status.ok()) {

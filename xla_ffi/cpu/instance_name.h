@@ -1,16 +1,15 @@
 // Names of custom-call instances that all processes of a program agree on.
 //
-// An instance is named by its operation and attributes. Among these are the module's name and the
-// call's number in its module, which tell most instances apart. The others come from one call: of a
-// function that is jitted once and called three times, or of a loop that XLA unrolls. XLA makes
-// them in an order that equal modules have in common, so they are counted. The count is no
-// attribute: XLA alone knows it.
+// The name of an instance is made of its operation and attributes. Among these are the module's
+// name and the call's number in its module, which tell most instances apart. Instances with equal
+// attributes come from one call: of a function that is jitted once and called three times, or of a
+// loop that XLA unrolls. XLA makes them in an order that is the same for equal modules. So they are
+// counted as XLA makes them.
 //
-// XLA does not say which module an instance is of. It makes those of one module one after another,
-// on one thread, while its compilation or loading goes on. So they are counted for each thread, and
-// counted anew when the module is known to be complete: when its compilation has ended, when one of
-// its instances runs, or when the thread goes on with Python code (which is seen on the main thread
-// alone).
+// XLA does not say to which module an instance belongs. But it makes all instances of a module one
+// after another, on one thread, while it compiles or loads the module. So they are counted for each
+// thread. The count begins anew when the module is known to be complete: when its compilation has
+// ended, when one of its instances runs, or when the main thread goes on with Python code.
 #pragma once
 
 #include <chrono>
@@ -23,29 +22,31 @@ namespace freeio::cpu {
 // A custom-call instance as all processes of a program name it.
 struct InstanceName {
   uint64_t module = 0;      // hash of the module's name
-  uint64_t program = 0;     // hash of that and of the groups
+  uint64_t program = 0;     // hash of the module's name and of the groups
   uint64_t attributes = 0;  // hash of the operation and all its attributes
-  int64_t ordinal = 0;      // among the instances of one module that have these, as XLA makes them
+  int64_t ordinal =
+      0;  // among the instances of the module with equal attributes, as XLA makes them
 };
 
 // The instances of one module, as far as XLA has made them.
-class InstanceBlock;
+class ModuleInstances;
 
 struct NamedInstance {
   InstanceName name;
-  std::shared_ptr<InstanceBlock> block;
-  bool is_first;  // of its block
+  std::shared_ptr<ModuleInstances> instances;
+  bool is_first;  // of its module
 };
 
-// Called when XLA makes an instance. `module`: all that the instances of one module have in common,
-// `program`: and those of its groups. `attributes`: all that tells its calls apart.
+// Called when XLA makes an instance. `module`: what all instances of one module have in common.
+// `program`: what those of one module and its groups have in common. `attributes`: what tells the
+// calls of a program apart.
 NamedInstance name_instance(const std::vector<int64_t>& module, const std::vector<int64_t>& program,
                             const std::vector<int64_t>& attributes);
 
-// XLA makes no more instances of the block's module.
-void module_is_complete(InstanceBlock& block);
+// XLA will make no more instances of this module.
+void module_is_complete(ModuleInstances& module_instances);
 
-// A compilation has ended that took `seconds`, on whatever thread.
+// A compilation on some thread has ended. It took `seconds`.
 void compilation_ended(double seconds);
 
 // Whether this process has ever had an instance with these attributes.

@@ -19,22 +19,22 @@ LocalSession::LocalSession(const Layout& layout, std::vector<int64_t> devices)
 
 std::function<void()> LocalSession::arrive(int64_t rank, Operands&& operands, Done&& done) {
   std::lock_guard lock(mutex_);
-  ++arrived_;
+  ++num_arrived_;
   if (!failure_.ok()) return [done = std::move(done), status = failure_] { done(status); };
   operands_[rank] = std::move(operands);
   done_[rank] = std::move(done);
-  running_ = arrived_ == layout_.num_ranks;
-  if (running_) {
-    if (arrived_ > 1) stop_watching(shared_from_this());
+  is_running_ = num_arrived_ == layout_.num_ranks;
+  if (is_running_) {
+    if (num_arrived_ > 1) stop_watching(shared_from_this());
     return [self = shared_from_this(), rank] { self->run(rank); };
   }
-  if (arrived_ == 1) watch(shared_from_this());
+  if (num_arrived_ == 1) watch(shared_from_this());
   return nullptr;
 }
 
 bool LocalSession::all_arrived() const {
   std::lock_guard lock(mutex_);
-  return arrived_ == layout_.num_ranks;
+  return num_arrived_ == layout_.num_ranks;
 }
 
 // All ranks have called. No other thread touches the session any more.
@@ -48,7 +48,7 @@ void LocalSession::run(int64_t last_rank) {
   } catch (const std::exception& error) {
     status = {Code::kInternal, std::string("freeio_jax: the exchange failed: ") + error.what()};
   }
-  // This rank last: its `done` goes on with the device's program, on this thread.
+  // The last rank comes last, because its `done` continues the device's program on this thread.
   for (size_t rank = 0; rank < done_.size(); ++rank) {
     if (static_cast<int64_t>(rank) == last_rank) continue;
     run_on_own_thread([done = std::move(done_[rank]), status] { done(status); });
@@ -56,12 +56,13 @@ void LocalSession::run(int64_t last_rank) {
   done_[last_rank](status);
 }
 
-// Tells the log who waits. At the time-out it fails the ranks that wait, and those that come later.
+// Reports in the log which ranks wait. At the time-out all ranks that wait get an error, and so do
+// ranks that come later.
 bool LocalSession::look() {
   std::vector<Done> waiting;
   {
     std::lock_guard lock(mutex_);
-    if (running_ || !failure_.ok()) return false;
+    if (is_running_ || !failure_.ok()) return false;
     if (!patience_.at_end()) {
       note(who_waits_for_whom(waits_on(patience_)));
       patience_.extend();

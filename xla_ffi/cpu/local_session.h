@@ -32,8 +32,8 @@ class LocalSession final : public Session,
   const std::vector<int64_t> devices_;
   Patience patience_;
   mutable std::mutex mutex_;
-  int64_t arrived_ = 0;
-  bool running_ = false;
+  int64_t num_arrived_ = 0;
+  bool is_running_ = false;
   Status failure_;
   std::vector<std::optional<Operands>> operands_;
   std::vector<Done> done_;

@@ -1,4 +1,4 @@
-// Calls that ranks of other processes have posted, for exchanges that nobody here has begun.
+// Calls that ranks of other processes have posted for exchanges that no rank here has begun.
 #pragma once
 
 #include <deque>

@@ -8,12 +8,12 @@
 namespace freeio::cpu {
 namespace {
 
-// Of notes that nobody takes, the newest are kept.
+// Only the newest notes are kept if Python does not take them.
 constexpr size_t kMaxNotes = 256;
 
 struct Notes {
   std::mutex mutex;
-  std::deque<std::string> untold;
+  std::deque<std::string> texts;
 };
 
 // Lives until the process ends: threads may still wait then.
@@ -26,15 +26,15 @@ Notes& notes() {
 
 void note(std::string text) {
   std::lock_guard lock(notes().mutex);
-  if (notes().untold.size() == kMaxNotes) notes().untold.pop_front();
-  notes().untold.push_back(std::move(text));
+  if (notes().texts.size() == kMaxNotes) notes().texts.pop_front();
+  notes().texts.push_back(std::move(text));
 }
 
 std::string take_note() {
   std::lock_guard lock(notes().mutex);
-  if (notes().untold.empty()) return "";
-  std::string text = std::move(notes().untold.front());
-  notes().untold.pop_front();
+  if (notes().texts.empty()) return "";
+  std::string text = std::move(notes().texts.front());
+  notes().texts.pop_front();
   return text;
 }
 

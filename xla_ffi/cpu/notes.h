@@ -1,14 +1,14 @@
-// What the CPU engine tells the log while calls wait.
+// Messages of the CPU engine for the log, about calls that wait.
 #pragma once
 
 #include <string>
 
 namespace freeio::cpu {
 
-// From any thread; does not wait for Python.
+// Adds a note. Any thread may call it. It does not wait for Python.
 void note(std::string text);
 
-// The oldest note that was not taken before; empty: there is none.
+// Returns and removes the oldest note; empty: there is none.
 std::string take_note();
 
 }  // namespace freeio::cpu

@@ -1,4 +1,4 @@
-// What each operation reads and writes, as one rank of an exchange hands it over.
+// The operands and results of each operation, for one rank of an exchange.
 #pragma once
 
 #include <cstddef>

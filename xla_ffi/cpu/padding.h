@@ -1,4 +1,4 @@
-// Rows of a packed tensor that no assignment fills.
+// Zeros the rows of packed tensors that no assignment fills.
 #pragma once
 
 #include <cstdint>

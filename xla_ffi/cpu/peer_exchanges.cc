@@ -153,7 +153,7 @@ void PeerExchanges::deliver(int process, Message&& message, AfterUnlock& after) 
       run_failed_at(process, run, message.text, after);
       return;
     case Message::Kind::kRetracted:
-      // Others of the group say the same. It has no runs here.
+      // All processes of the group may send this. The group has no runs here.
       if (mail_.retract(message.name, process)) runs_of(run).forget_unless_ours(run.number);
       return;
   }
@@ -176,8 +176,8 @@ std::vector<std::shared_ptr<PeerSession>> PeerExchanges::open_sessions() const {
 
 void PeerExchanges::remove(const CallName& name) { sessions_.erase(name); }
 
-// The peers must not wait for this process in that run: XLA ends a device's program with the first
-// call of it that fails. They hear of it once.
+// XLA ends a device's program with the first call that fails. So the peers must not wait for this
+// process in that run. They get one message about it.
 void PeerExchanges::run_failed(const RunName& name, const Status& why,
                                const std::vector<int>& audience) {
   Run& run = runs_of(name).at(name.number);
@@ -196,7 +196,8 @@ void PeerExchanges::run_failed_at(int process, const RunName& name, const std::s
   GroupRuns& runs = runs_of(name);
   if (runs.is_over(name.number)) return;
   const Status why = {Code::kUnavailable, text + " [reported by " + who(process) + "]"};
-  // Before the sessions: what one process has told all need not be told again.
+  // This is set before the sessions fail, so that they do not send the failure again: the process
+  // that reported it has sent it to all.
   Run& run = runs.at(name.number);
   if (run.failure.ok()) run.failure = why;
   mail_.drop(name, {name.program, name.group, name.number + 1});
@@ -210,8 +211,8 @@ void PeerExchanges::succeeded(const RunName& name) {
   mail_.drop({name.program, name.group, first}, {name.program, name.group, end});
 }
 
-// A peer that makes a call of this run of which the program here has no like runs another program.
-// XLA makes all instances of a program before it runs.
+// A peer runs another program if it makes a call in this run that the program here does not have.
+// (XLA makes all instances of a program before it runs the program.)
 void PeerExchanges::compare_programs(const RunName& run, AfterUnlock& after) {
   const Run* const known = runs_of(run).find(run.number);
   if (known == nullptr || !known->has_begun_here) return;
@@ -230,7 +231,7 @@ void PeerExchanges::compare_programs(const RunName& run, AfterUnlock& after) {
                         describe(letter.posted.layout, letter.posted.operands) +
                         ". All ranks of the expert axis must run the same program.",
                     after);
-      return true;  // the mail of that run is gone
+      return true;  // the failure has dropped the mail of that run
     }
     return false;
   });

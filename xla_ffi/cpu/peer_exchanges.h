@@ -1,10 +1,10 @@
 // The exchanges of this process's ranks with ranks of the other processes of the host.
 //
-// Each process posts its ranks' calls (the addresses of their operands) to the others. When the
-// calls of all ranks of a group are known, each process fills the results of its own ranks, reading
-// rows straight from the others' tensors, and says so. It gives its buffers back to XLA only when
-// all others have said so, or after announcing that it does not wait any longer: a peer that reads
-// on looks for that announcement before it believes what it has read.
+// Each process posts the calls of its ranks (the addresses of their operands) to the others. When
+// it has the calls of all ranks of a group, it reads rows straight from the others' tensors, fills
+// the results of its own ranks, and tells the others that it is done. It returns its buffers to XLA
+// when all others are done. A process that stops waiting earlier first says so in its control
+// block. A peer looks there after it has read rows, and uses them only if that process still waits.
 #pragma once
 
 #include <cstdint>
@@ -33,45 +33,50 @@
 
 namespace freeio::cpu {
 
-// Which process has each rank of a group of one instance. It is not known before the first
-// exchange, whose calls are posted to all processes. Later calls go to the group's processes alone.
+// Which process has each rank of a group, for one instance. This is not known before the first
+// exchange. So the calls of the first exchange are posted to all processes, and later calls only to
+// the group's processes.
 struct GroupProcesses {
   std::vector<int> of_rank;  // empty: not known yet. Guarded by the mutex of PeerExchanges
 };
 
 class PeerSession;
 
-// Locks are taken in this order: that of a Rendezvous, then the mutex here, then those of the pod's
-// links, of the deadlines and of the instances' names. No other lock is taken under the last three.
+// Locks are taken in this order: first that of a Rendezvous, then the mutex of PeerExchanges, then
+// the locks of the pod's links, of the deadlines, and of the instances' names. No lock is taken
+// while one of the last three is held.
 class PeerExchanges final : public pod::Guest {
  public:
-  // `control_blocks`: of each of the pod's other processes.
+  // `control_blocks`: of the pod's other processes, by number.
   PeerExchanges(pod::Pod& pod, const std::map<int, RemoteControlBlock>& control_blocks);
 
-  // Throws std::runtime_error where the memory of another process cannot be read. Without this call
-  // the first exchange finds out.
+  // Throws std::runtime_error if the memory of another process cannot be read. Without this call
+  // the first exchange would fail.
   void try_to_read() const;
 
-  // Of the pod that this process joined last; null before it joined one. Never freed, as the pod.
+  // Those of the pod that this process joined last; null: it has joined none. Never freed, like the
+  // pod.
   static PeerExchanges* current();
   static void make_current(std::unique_ptr<PeerExchanges> exchanges);
 
+  // Whether all ranks of the group are known to be in this process.
   bool is_local(const GroupProcesses& group);
 
-  // The next exchange of an instance and a group, which is not known to be in this process alone,
-  // in what XLA calls `run` here. `forget` is called when the exchange is complete, before any of
-  // its ranks is told.
+  // Begins the next exchange of an instance and a group in a run. `run`: XLA's id in this process.
+  // `forget` is called when the exchange is complete, before the `done` of any of its ranks.
   std::shared_ptr<Session> open(const InstanceName& name, int64_t group, int64_t run,
                                 const Layout& layout, std::vector<int64_t> devices,
                                 std::shared_ptr<GroupProcesses> processes,
                                 std::function<void()> forget);
 
-  // The groups of an instance's ranks, one after the other, as mesh device indices.
+  // Adds the groups of an instance. `groups`: mesh device indices, a group after the other, by
+  // rank.
   void add_groups(const InstanceName& name, int64_t num_ranks, const std::vector<int64_t>& groups);
 
-  // A call of a mesh device has failed in what XLA calls `run` here, which ends the device's
-  // program. Called before XLA knows. The peers of the device's other groups must not wait for it
-  // in that run, nor take calls of its next run for calls of that one.
+  // A call of a mesh device has failed in a run, which will end the device's program. Called before
+  // XLA gets the error. After it, the peers in the device's other groups do not wait for the device
+  // in that run, and do not take calls of its next run for calls of that run. `run`: XLA's id in
+  // this process.
   void device_failed(uint64_t module, int64_t run, int64_t device, const Status& why);
 
   void received(int process, std::string_view text, pod::UniqueFd file) override;
@@ -83,14 +88,14 @@ class PeerExchanges final : public pod::Guest {
 
   struct Peer {
     PeerMemory memory;
-    std::optional<pod::Departure> departure;  // none: it takes part
+    std::optional<pod::Departure> departure;  // empty: it takes part
   };
   struct ProgramGroups {
     int64_t num_ranks;
     std::vector<int64_t> devices;
   };
 
-  // All below: with the mutex locked.
+  // The mutex must be locked for all below.
   void deliver(int process, Message&& message, AfterUnlock& after);
   void send(int process, const Message& message);
   std::shared_ptr<PeerSession> find(const CallName& name) const;
@@ -106,21 +111,21 @@ class PeerExchanges final : public pod::Guest {
 
   // For messages to users.
   std::string who(int process) const { return pod_.who(process); }
-  std::string elsewhere_note() const;  // what to say where a rank may be on another host
+  std::string elsewhere_note() const;  // for ranks that may be on another host
   std::string waiting_in(int process, const std::string& here) const;
 
   pod::Pod& pod_;
   const int process_;
 
-  // Guards all below, what changes in the sessions, and every GroupProcesses. It is held while
-  // messages are sent, which keeps them in the order of what happened here. It is not held while
-  // `forget` or a rank's `done` is called.
+  // Guards all below, the state of all sessions, and every GroupProcesses. It is held while
+  // messages are sent, so that they leave in the order of the events here. It is not held while
+  // `forget` or the `done` of a rank is called.
   std::mutex mutex_;
   bool has_left_ = false;
-  std::map<int, Peer> peers_;  // by process: always the same ones, whose memory needs no lock
+  std::map<int, Peer> peers_;  // by process. The keys never change; `memory` needs no lock
   std::map<uint64_t, std::map<uint64_t, ProgramGroups>> groups_;  // by module and program
   std::map<std::pair<uint64_t, int64_t>, GroupRuns> runs_;        // by program and group
-  std::map<CallName, std::shared_ptr<PeerSession>> sessions_;     // whose exchange is not over
+  std::map<CallName, std::shared_ptr<PeerSession>> sessions_;     // those that are not over
   Mail mail_;
 };
 

@@ -17,10 +17,11 @@
 namespace freeio::cpu {
 namespace {
 
-// Bytes that are read faster than another entry of the request is looked up (0.6 us, 5 GB/s).
+// To read this many bytes that are not wanted takes less time than another entry of the request
+// (0.6 us, at 5 GB/s).
 constexpr size_t kWorthReadingOver = 3 << 10;
 
-// Bounds the detour through memory of our own that rows read together take.
+// Bytes of rows that are read together: they go through a buffer, whose size this bounds.
 constexpr size_t kMaxTogether = 1 << 20;
 
 // The kernel's IOV_MAX.
@@ -77,7 +78,7 @@ void PeerMemory::read(const std::vector<Span>& spans) const {
       local.push_back({spans[i].local, spans[i].bytes});
       remote.push_back({const_cast<void*>(spans[i].remote), spans[i].bytes});
     }
-    // The kernel may move less than asked for; go on behind what it has moved.
+    // The kernel may read less than the request. Then the next request begins after that.
     size_t next = 0;
     while (next < local.size()) {
       const ssize_t moved = process_vm_readv(process_.pid, &local[next], local.size() - next,

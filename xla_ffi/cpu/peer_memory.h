@@ -1,5 +1,5 @@
-// The memory of other processes of this host, read by cross-memory attach: no segment that could
-// run full or stay behind, and no copy that the owner would have to make.
+// Reads the memory of other processes of this host by cross-memory attach. This needs no shared
+// segment, which could run full or stay behind, and no copy by the owner.
 #pragma once
 
 #include <atomic>
@@ -13,25 +13,25 @@
 
 namespace freeio::cpu {
 
-// What a process shows of itself at a fixed address, for as long as it lives.
+// What the peers of a process read of its state. It is at the same address until the process ends.
 struct ControlBlock {
-  uint64_t nonce = 0;                 // random: tells the process from a later one with its number
-  std::atomic<uint64_t> give_ups{0};  // exchanges whose buffers were released before all had read
+  uint64_t nonce = 0;                 // random, so that a later process with the same pid differs
+  std::atomic<uint64_t> give_ups{0};  // exchanges whose buffers XLA got before all peers were done
 };
 
-// This process's own.
+// That of this process.
 ControlBlock& control_block();
 
-// Where another process shows its own.
+// The control block of another process.
 struct RemoteControlBlock {
   uint64_t address;
   uint64_t nonce;
 };
 
-// Has the kernel let processes of this user read this one, where Yama restricts that to parents.
+// Asks the kernel to let all processes of this user read this one, if Yama allows only its parents.
 void allow_peers_to_read();
 
-// The memory of a peer could not be read; says whose, and why.
+// The memory of a peer could not be read. The text says which peer, and why.
 class ReadError : public std::runtime_error {
  public:
   ReadError(const pod::Process& process, int error);
@@ -55,10 +55,11 @@ class PeerMemory {
     size_t bytes;
   };
 
-  // Throws ReadError where the kernel refuses or the addresses are not the peer's.
+  // Throws ReadError if the kernel refuses, or if the peer has no memory at these addresses.
   void read(const std::vector<Span>& spans) const;
 
-  // The peer's control_block().give_ups now. Throws where it is another process by now.
+  // The present give_ups of the peer's control block. Throws ReadError if the peer has ended, also
+  // if another process has its pid now.
   uint64_t give_ups() const;
 
   const pod::Process& process() const { return process_; }
@@ -68,8 +69,8 @@ class PeerMemory {
   RemoteControlBlock control_block_;
 };
 
-// Rows wanted from peers. Reading one costs about 0.6 us beside its bytes, so neighbours and rows
-// wanted twice are read together.
+// Rows to read from peers. Each entry of a request costs about 0.6 us in addition to its bytes. So
+// neighbouring rows are read together, and a row that is wanted twice is read once.
 class Gather {
  public:
   void add(const PeerMemory& peer, const void* remote, void* local, size_t bytes) {

@@ -123,7 +123,7 @@ bool PeerSession::begin_if_complete() {
   return true;
 }
 
-// All ranks are known, and their operands stay as they are until end().
+// The calls of all ranks are known, and do not change until end().
 void PeerSession::run() {
   Status status;
   try {
@@ -146,7 +146,7 @@ void PeerSession::run() {
   std::lock_guard lock(exchanges_.mutex_);
   state_ = State::kPeersReading;
   if (!failure_.ok()) {
-    end(failure_, after);  // while this ran
+    end(failure_, after);  // it failed while this ran
   } else if (!status.ok()) {
     fail(status.code, status.message, after);
   } else {
@@ -178,16 +178,16 @@ void PeerSession::exchange() {
   try {
     run_exchange(layout_, operands, homes);
   } catch (const ReadError& error) {
-    // The rows of a peer that gave up may be gone, and then that is the reason.
+    // A peer that gave up may have freed its rows. Then the error must name that reason.
     if (!error.peer_ended()) check_that_nobody_gave_up(homes);
     throw;
   }
   check_that_nobody_gave_up(homes);
 }
 
-// A peer that gives up says why before it does, or it has seen what this process will see, too. The
-// reason names the culprit, and may be on its way. The wait is bounded: the peer may have failed in
-// another exchange.
+// A peer that gives up sends its reason first, or its reason is an event that this process will
+// notice, too. The reason names the process that caused it, and may still be on its way. This wait
+// is bounded, because the peer may have failed in another exchange.
 void PeerSession::await_reason() {
   for (int milliseconds = 0; milliseconds < 200; ++milliseconds) {
     {
@@ -223,8 +223,8 @@ void PeerSession::end(const Status& status, AfterUnlock& after) {
     after.add(forget_);
     exchanges_.succeeded(name_.run);
   } else {
-    // Before any buffer goes back to XLA. Partner: check_that_nobody_gave_up() in the peers, which
-    // look at this after they have read.
+    // This comes before XLA gets any buffer back. Partner: check_that_nobody_gave_up() in the
+    // peers, which read this after they have read rows.
     control_block().give_ups.fetch_add(1);
   }
   for (Rank& rank : ranks_) {
@@ -241,7 +241,7 @@ void PeerSession::fail(Code code, const std::string& text, AfterUnlock& after) {
   if (!failure_.ok() || state_ == State::kOver) return;
   failure_ = {code, text};
   exchanges_.run_failed(name_.run, failure_, audience());
-  // While it runs, run() ends it: the buffers are in use.
+  // While run() uses the buffers, the session must not end. run() ends it afterwards.
   if (state_ != State::kRunning) end(failure_, after);
 }
 
@@ -251,13 +251,13 @@ void PeerSession::peer_done(int process, AfterUnlock& after) {
 }
 
 void PeerSession::peer_failed(int process, const std::string& text, AfterUnlock& after) {
-  // A peer that has read all does not matter to this exchange any more.
+  // A peer that was done before cannot make this exchange fail.
   if (silent_.insert(process).second) fail(Code::kUnavailable, text, after);
 }
 
 void PeerSession::peer_gone(int process, pod::Departure how, AfterUnlock& after) {
   const bool involved = peers_of_group().count(process) > 0;
-  // Before the first exchange of a group anybody may have its ranks.
+  // Before the first exchange of a group is complete, any process may have its ranks.
   const bool unknown = how != pod::Departure::kOrderly && to_all_ && state_ == State::kGathering;
   if (state_ != State::kOver && awaits(process) && (involved || unknown)) {
     fail(Code::kUnavailable,
@@ -277,7 +277,7 @@ bool PeerSession::look() {
   std::lock_guard lock(exchanges_.mutex_);
   if (state_ == State::kOver || !failure_.ok()) return false;
   if (!patience_.at_end()) {
-    // While it runs, it reads and waits for nobody.
+    // While it runs, it reads rows, and waits for no process.
     if (state_ != State::kRunning) note(who_waits_for_whom(waits_on(patience_)));
     patience_.extend();
     return true;

@@ -1,5 +1,5 @@
 // An exchange whose ranks are in several processes, or may be. peer_exchanges.h says how they
-// exchange rows, and its mutex guards all that changes here.
+// exchange rows. The mutex of PeerExchanges guards the state of a session.
 #pragma once
 
 #include <cstdint>
@@ -31,28 +31,28 @@ class PeerSession final : public Session,
               std::function<void()> forget);
 
   std::function<void()> arrive(int64_t rank, Operands&& operands, Done&& done) override;
-  bool all_arrived() const override { return false; }  // `forget` says so
+  bool all_arrived() const override { return false; }  // `forget` is called instead
   Clock::time_point due() const override { return patience_.due(); }
   bool look() override;
 
-  // All below: with that mutex locked. What must wait until it is not goes to `after`.
+  // That mutex must be locked for all below. Actions that need it unlocked go to `after`.
 
-  // A peer's rank has called, and nobody knew.
+  // Whether the session waits for this rank, and for this process. If so, arrived() adds the call.
   bool lacks(int64_t rank, int process) const;
   void arrived(Letter&& letter, AfterUnlock& after);
 
-  // A peer has read all that it wants, or has given the run up. It is not waited for any more.
+  // Whether the session waits for this process. It does not after the process is done, has given
+  // the run up, or is gone.
   bool awaits(int process) const { return silent_.count(process) == 0; }
   void peer_done(int process, AfterUnlock& after);
   void peer_failed(int process, const std::string& text, AfterUnlock& after);
 
-  // A peer does not take part any more.
   void peer_gone(int process, pod::Departure how, AfterUnlock& after);
 
   void fail(Code code, const std::string& text, AfterUnlock& after);
 
   const CallName& call_name() const { return name_; }
-  std::string description() const;  // of this process's call, once it has made it
+  std::string description() const;  // of a call of this process; empty: it has made none
 
  private:
   struct Rank {
@@ -64,12 +64,12 @@ class PeerSession final : public Session,
   enum class State {
     kGathering,     // some ranks have not called
     kRunning,       // this process fills the results of its ranks
-    kPeersReading,  // it has done so, and peers may still read from its ranks
+    kPeersReading,  // the results are complete, and peers may still read from its ranks
     kOver,
   };
 
   std::set<int> peers_of_group() const;  // processes, as far as known
-  std::vector<int> audience() const;     // processes to tell of this exchange
+  std::vector<int> audience() const;     // processes that get the messages about this exchange
   void post(int64_t rank);
   void notice_who_is_gone(AfterUnlock& after);
   bool begin_if_complete();
@@ -92,12 +92,12 @@ class PeerSession final : public Session,
   const std::shared_ptr<GroupProcesses> processes_;
   const std::function<void()> forget_;
   Patience patience_;
-  const bool to_all_;  // calls are posted to all processes: those of the group were not known
+  const bool to_all_;  // posts calls to all processes: those of the group are not known
   State state_ = State::kGathering;
   bool is_posted_ = false;  // peers know of this exchange
   Status failure_;
   std::vector<Rank> ranks_;
-  std::set<int> silent_;  // peers that say nothing of this exchange any more
+  std::set<int> silent_;  // processes that will send no more messages about this exchange
 };
 
 }  // namespace freeio::cpu

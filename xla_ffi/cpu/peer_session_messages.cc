@@ -1,4 +1,4 @@
-// What a session between processes says of itself in errors and in the log.
+// The texts of a session between processes, for errors and the log.
 #include <cstdint>
 #include <set>
 #include <sstream>
@@ -16,7 +16,7 @@ std::string PeerSession::name() const {
   return "freeio_jax";
 }
 
-// ", which has rank 2 (mesh device 2)," as far as known.
+// ", which has rank 2 (mesh device 2),"; empty: no rank of the process is known.
 std::string PeerSession::ranks_of(int process) const {
   std::vector<int64_t> ranks;
   for (size_t r = 0; r < ranks_.size(); ++r) {

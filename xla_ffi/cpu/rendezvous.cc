@@ -19,9 +19,10 @@ Rendezvous::Rendezvous(const Layout& layout, std::vector<int64_t> groups, const 
   }
 }
 
-// XLA destroys the instance after its last call has returned, on whatever thread; taking the lock
-// orders the members' destruction after what the calls wrote under it. (XLA orders them too, but
-// where a race detector that sees only this engine cannot know of it. The same holds above.)
+// XLA destroys the instance on any thread, after its last call has returned. The lock orders the
+// destruction of the members after what the calls wrote under it. (XLA orders these, too. But a
+// race detector that sees only this engine does not know that. The same holds for the lock in the
+// constructor.)
 Rendezvous::~Rendezvous() { std::lock_guard lock(mutex_); }
 
 std::shared_ptr<Session> Rendezvous::open_session(int64_t run, int64_t group, int64_t number) {
@@ -39,7 +40,7 @@ void Rendezvous::forget(int64_t run, int64_t group, int64_t number) {
   std::lock_guard lock(mutex_);
   const auto calls = runs_.find({run, group});
   calls->second.open.erase(number);
-  // With all ranks at the same number of calls the run's counts can start anew.
+  // All ranks have made equally many calls here, so their counts can begin anew.
   if (calls->second.open.empty()) runs_.erase(calls);
 }
 

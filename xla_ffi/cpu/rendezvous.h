@@ -1,10 +1,10 @@
 // Pairs the calls of the ranks of one exchange, without blocking any thread.
 //
-// XLA:CPU runs independent calls of one program concurrently and lets devices be several calls
-// apart, so equal attributes do not make two calls partners. Partners are the n-th calls, within
-// one run of the program, of one custom-call instance by the ranks of one group. In this process
-// the instance is the Rendezvous object itself: XLA makes one per instance and shares it among its
-// devices. Between processes it has a name (InstanceName).
+// XLA:CPU runs independent calls of one program concurrently, and devices may be several calls
+// apart. So two calls with equal attributes need not belong together. The calls of one exchange are
+// the n-th calls of one custom-call instance, in one run of the program, by the ranks of one group.
+// In this process a Rendezvous object stands for the instance: XLA makes one for each, and shares
+// it among the devices. Between processes an instance has a name (InstanceName).
 #pragma once
 
 #include <cstdint>

@@ -11,24 +11,6 @@ namespace {
 
 std::atomic<double> timeout_seconds{600.0};
 
-const char* name_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return "float64";
-    case DType::kFloat32:
-      return "float32";
-    case DType::kBFloat16:
-      return "bfloat16";
-    case DType::kFloat16:
-      return "float16";
-    case DType::kFloat8E5M2:
-      return "float8_e5m2";
-    case DType::kFloat8E4M3FN:
-      return "float8_e4m3fn";
-  }
-  return "?";
-}
-
 }  // namespace
 
 void set_timeout(double seconds) { timeout_seconds = seconds; }

@@ -13,7 +13,7 @@
 
 namespace freeio::cpu {
 
-// Seconds that a rank waits for its peers, for exchanges that begin from now on.
+// How many seconds a rank waits for its peers. Applies to exchanges that begin from now on.
 void set_timeout(double seconds);
 double timeout_in_seconds();
 
@@ -31,17 +31,19 @@ class Session {
   virtual bool all_arrived() const = 0;
 };
 
-// "dispatch(num_tokens=4, ...)": all in which the ranks of one exchange must agree.
+// "dispatch(num_tokens=4, ...)". It contains everything in which the ranks of one exchange must
+// agree.
 std::string describe(const Layout& layout, const Operands& operands);
 
-// The middle of a sentence that begins with the rank that waits and ends with those it waits for:
-// " has waited 30 s (it gives up after 600 s) for ", and " waited 600 s for " once it gave up.
+// The middle of a sentence that begins with a rank that waits, and ends with the ranks for which it
+// waits. " has waited 30 s (it gives up after 600 s) for ", or " waited 600 s for " at the
+// time-out.
 std::string waits_on(const Patience& patience);
 std::string has_waited(const Patience& patience);
-// The end of the message of a rank that gave up.
+// The end of the error at the time-out.
 std::string more_time();
 
-// "3" or "ranks 3, 4 (mesh devices 5, 6)".
+// "rank 3 (mesh device 5)", or "ranks 3, 4 (mesh devices 5, 6)". `devices`: by rank.
 std::string list_of_ranks(const std::vector<int64_t>& ranks, const std::vector<int64_t>& devices);
 
 }  // namespace freeio::cpu

@@ -18,7 +18,7 @@ namespace {
 
 constexpr std::chrono::seconds kIdleThreadLife{10};
 
-// Below this, waking a second thread costs more than it saves (a wake-up takes some 10 us).
+// With fewer bytes a second thread costs more than it saves. (To wake one takes some 10 us.)
 constexpr int64_t kMinParallelBytes = 256 << 10;
 
 class ThreadCache {
@@ -26,8 +26,8 @@ class ThreadCache {
   void run(std::function<void()> task) {
     {
       std::lock_guard lock(mutex_);
-      if (idle_ > 0) {
-        --idle_;
+      if (num_idle_ > 0) {
+        --num_idle_;
         tasks_.push_back(std::move(task));
         work_.notify_one();
         return;
@@ -41,7 +41,7 @@ class ThreadCache {
         serve();
       }).detach();
     } catch (const std::system_error&) {
-      // No thread to be had: better a continuation on this one than none.
+      // The system gives no more threads, so the task runs on this one.
       (*shared)();
     }
   }
@@ -50,10 +50,10 @@ class ThreadCache {
   void serve() {
     std::unique_lock lock(mutex_);
     while (true) {
-      ++idle_;
+      ++num_idle_;
       work_.wait_for(lock, kIdleThreadLife, [this] { return !tasks_.empty(); });
       if (tasks_.empty()) {
-        --idle_;
+        --num_idle_;
         return;
       }
       std::function<void()> task = std::move(tasks_.front());
@@ -67,8 +67,8 @@ class ThreadCache {
 
   std::mutex mutex_;
   std::condition_variable work_;
-  std::deque<std::function<void()>> tasks_;  // each already has a thread that was woken for it
-  int idle_ = 0;                             // waiting threads without a task
+  std::deque<std::function<void()>> tasks_;  // for each of them a thread has been woken
+  int num_idle_ = 0;                         // threads that wait for a task
 };
 
 // Lives until the process ends: its threads are detached and may outlast static destructors.
@@ -91,40 +91,41 @@ class IeeeFloatingPoint {
   std::fenv_t saved_;
 };
 
-// Shared with helpers that may start after all is done: they find no index left and let go.
+// Shared by the caller and its helpers. A helper may start after all calls have ended. Then it
+// finds no index that is left.
 struct ParallelWork {
   ParallelWork(int64_t size, const std::function<void(int64_t)>& function)
       : count(size), fn(function) {}
 
   const int64_t count;
-  const std::function<void(int64_t)>& fn;  // the caller's; used only for claimed indices
+  const std::function<void(int64_t)>& fn;  // valid until all indices are done
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::condition_variable all_done;
-  int64_t done = 0;
+  int64_t num_done = 0;
   std::exception_ptr error;  // the first that `fn` threw
 
   void take_part() {
     const IeeeFloatingPoint ieee;
-    int64_t finished = 0;
+    int64_t num_ended = 0;
     std::exception_ptr thrown;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++finished) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++num_ended) {
       try {
         if (!thrown) fn(i);
       } catch (...) {
         thrown = std::current_exception();
       }
     }
-    if (finished == 0) return;
+    if (num_ended == 0) return;
     std::lock_guard lock(mutex);
     if (thrown && !error) error = thrown;
-    done += finished;
-    if (done == count) all_done.notify_all();
+    num_done += num_ended;
+    if (num_done == count) all_done.notify_all();
   }
 
   void wait() {
     std::unique_lock lock(mutex);
-    all_done.wait(lock, [this] { return done == count; });
+    all_done.wait(lock, [this] { return num_done == count; });
     if (error) std::rethrow_exception(error);
   }
 };

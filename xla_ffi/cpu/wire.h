@@ -1,5 +1,5 @@
-// What the CPU engines of a host's processes tell each other about a call, as bytes. Both ends are
-// the same program on the same host, so numbers travel as they lie in memory.
+// The messages between the CPU engines of a host's processes, and how they become bytes. Both ends
+// are the same program on the same host, so numbers travel as they lie in memory.
 #pragma once
 
 #include <cstdint>
@@ -12,19 +12,19 @@
 
 namespace freeio::cpu {
 
-// One rank's call, as its process posts it.
+// The call of one rank, which its process posts to the others.
 struct Posted {
   Layout layout;
   Operands operands;      // addresses in the process that posts them
-  uint64_t give_ups = 0;  // of that process, by then
+  uint64_t give_ups = 0;  // of that process, when it posted this
 };
 
 struct Message {
   enum class Kind : int32_t {
     kArrived,    // `rank` has made its call: `posted`
-    kDone,       // the sender has read all it wanted of this exchange
-    kFailed,     // the sender has given up all that it has not done of the run: `text`
-    kRetracted,  // the receiver has no part in this exchange after all
+    kDone,       // the sender has read all rows that it needs for this exchange
+    kFailed,     // the sender gives up all exchanges of the run that are not complete: `text`
+    kRetracted,  // the receiver has no rank in this exchange, and can drop the call
   };
   Kind kind = Kind::kArrived;
   CallName name;
@@ -35,7 +35,7 @@ struct Message {
 
 std::string encode(const Message& message);
 
-// Throws std::runtime_error where the bytes are no message.
+// Throws std::runtime_error if the bytes are no message.
 Message decode(std::string_view bytes);
 
 }  // namespace freeio::cpu

@@ -5,7 +5,8 @@
 namespace freeio::cuda {
 namespace {
 
-// What the peers' signatures are compared with.
+// Fills the signature. The kernels of all ranks compare theirs, so that ranks which make different
+// calls get an error instead of each other's rows.
 void sign(const CallSite& site, const Plan& plan, uint32_t ctas,
           uint32_t (&signature)[kSignatureWords]) {
   const Layout& layout = site.layout;
@@ -25,11 +26,11 @@ void sign(const CallSite& site, const Plan& plan, uint32_t ctas,
 Status SharedAddresses::translate(Peers& peers, uint64_t& address) {
   RelaxedCapture relaxed;  // XLA may be capturing the launch that this is for
   const auto* const pointer = reinterpret_cast<const void*>(address);
-  // XLA may have given a region back and got another one at the same place.
-  uint64_t identity = 0;
-  if (identity_of(pointer, identity).ok()) {
+  // XLA may have freed a region and then got another one at the same addresses.
+  uint64_t allocation_id = 0;
+  if (allocation_id_of(pointer, allocation_id).ok()) {
     for (const SharedRegion& region : regions_) {
-      if (!region.contains(address, identity)) continue;
+      if (!region.contains(address, allocation_id)) continue;
       address = region.shared_address(address);
       return {};
     }
@@ -44,13 +45,13 @@ Status SharedAddresses::translate(Peers& peers, uint64_t& address) {
 
 template <typename Operands>
 Status Call<Operands>::prepare(int32_t alignment) {
-  // Read first: a change that comes after it makes the next run prepare again.
+  // This is read before everything else. So the next run prepares again if something changes now.
   const uint64_t version = engine_version();
   engine_version_ = 0;
   params_ = {};
-  addresses_ = {};  // peers may have changed
+  addresses_ = {};  // the regions that it knows may be those of an earlier pod
   Exchange& exchange = params_.exchange;
-  Status status = describe(site_.layout, site_.member, exchange, connection_);
+  Status status = find_group(site_.layout, site_.member, exchange, connection_);
   if (!status.ok()) return status;
   status = make_plan(types_, alignment, static_cast<int32_t>(connection_.num_ctas), params_, plan_);
   if (!status.ok()) return status;
@@ -62,7 +63,7 @@ Status Call<Operands>::prepare(int32_t alignment) {
   return {};
 }
 
-// Makes the addresses that the peers get ready for them.
+// Turns the addresses that the peers get into a form that other processes understand.
 template <typename Operands>
 Status Call<Operands>::post_addresses() {
   if (connection_.peers == nullptr) return {};

@@ -1,8 +1,8 @@
 // A custom call as one GPU runs it.
 //
-// What does not depend on the run is found once: the group's GPUs, the kernel, how rows are cut,
-// the signature. A run fills in the addresses of its buffers and launches. It allocates nothing,
-// and no two GPUs share a lock for it.
+// The first run prepares everything that does not depend on the run: the group's GPUs, the kernel,
+// how rows are cut, the signature. Later runs only fill in the addresses of their buffers and
+// launch. They allocate no memory, and take no lock that another GPU uses.
 #pragma once
 
 #include <cstdint>
@@ -20,25 +20,26 @@
 
 namespace freeio::cuda {
 
-// Which call it is, and whose.
+// Which call of a program this is, and which member of a group makes it.
 struct CallSite {
   Operation operation = Operation::kDispatch;
   Layout layout;
-  Member member;
-  uint32_t instance = 0;  // custom call of the program
+  GroupMember member;
+  uint32_t instance = 0;  // a digest of the custom call and its program
 };
 
-// Addresses of this process's buffers, in the form that the host's other processes understand.
+// Turns addresses of this process's buffers into addresses for the peers: a region's number and an
+// offset (gpu_block.h).
 class SharedAddresses {
  public:
-  // Puts the address into that form.
+  // Replaces the address. Waits for the peers if they have not mapped its region yet.
   Status translate(Peers& peers, uint64_t& address);
 
  private:
-  std::vector<SharedRegion> regions_;  // that the peers have mapped: one, or a few
+  std::vector<SharedRegion> regions_;  // that all peers have mapped: mostly one
 };
 
-// Not to be used by two threads at once.
+// Two threads must not use it at the same time.
 template <typename Operands>
 class Call {
  public:
@@ -46,8 +47,8 @@ class Call {
 
   Call(CallSite site, const Types& types) : site_(std::move(site)), types_(types) {}
 
-  // Launches the kernel on this member's GPU, which is the current one. `stream` is a cudaStream_t.
-  // An error if this or an earlier exchange on the GPU has failed.
+  // Launches the kernel on this member's GPU, which must be the calling thread's. `stream` is a
+  // cudaStream_t. An error if an earlier exchange on the GPU has failed.
   Status run(const Operands& operands, void* stream);
 
  private:
@@ -56,8 +57,8 @@ class Call {
 
   const CallSite site_;
   const Types types_;
-  // What the rest was prepared for.
-  uint64_t engine_version_ = 0;  // 0: nothing
+  // The engine's version and the operands' alignment for which all below was prepared.
+  uint64_t engine_version_ = 0;  // 0: it was not prepared
   int32_t alignment_ = 0;
 
   Connection connection_;

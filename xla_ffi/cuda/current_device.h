@@ -1,5 +1,5 @@
-// What all host code of the engine needs of CUDA's runtime: its errors, the thread's GPU, and peace
-// with the stream captures of others.
+// What all host code of the engine needs around calls of CUDA's runtime: errors as Status, the
+// calling thread's GPU, and calls that do not disturb XLA's stream captures.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -35,9 +35,10 @@ class CurrentDevice {
   cudaError_t error_;
 };
 
-// For a scope, lets the calling thread make calls that CUDA else refuses while a stream is
-// captured: XLA may do that on any thread, this one too, and such a call would also spoil the
-// capture. For calls that have nothing to do with what is captured, so not for launches.
+// For a scope, lets the calling thread make calls that CUDA otherwise refuses while a stream is
+// captured. XLA may capture a stream on any thread, this one included, and a refused call would
+// also spoil the capture. This is for calls that have nothing to do with the capture, so not for
+// launches.
 class RelaxedCapture {
  public:
   RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -46,7 +47,8 @@ class RelaxedCapture {
   RelaxedCapture& operator=(const RelaxedCapture&) = delete;
 
  private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // inside the scope: the former one
+  cudaStreamCaptureMode mode_ =
+      cudaStreamCaptureModeRelaxed;  // in the scope: the thread's mode outside
 };
 
 }  // namespace freeio::cuda

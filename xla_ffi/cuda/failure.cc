@@ -19,13 +19,14 @@ constexpr const char* kSignatureNames[kSignatureWords] = {"the operation",
                                                           "the number of CTAs",
                                                           "the dtypes or shapes of a row"};
 
-// The value of a signature's word; empty: it is a mere digest, and tells nobody anything.
+// The value of a word of a signature; empty: it is a digest, which says nothing to a user.
 std::string text_of_word(int word, uint32_t value) {
   if (word == kInstance || word == kRows) return "";
   if (word == kOp && value < std::size(kOperationNames)) return kOperationNames[value];
   return std::to_string(value);
 }
 
+// What a rank waits for at this step.
 const char* text_of(int step) {
   switch (step) {
     case kWaitSignature:
@@ -43,6 +44,17 @@ const char* text_of(int step) {
       return "partial sums";
     default:
       return "the end of the call";
+  }
+}
+
+const char* text_of_loss(uint32_t why) {
+  switch (why) {
+    case kDied:
+      return " ended";
+    case kLeft:
+      return " left (freeio_jax.shutdown(), or the end of its program)";
+    default:
+      return " sent bytes that are no message of this engine";
   }
 }
 
@@ -78,10 +90,7 @@ Status to_status(const Failure& failure, double timeout, const std::string& peer
       break;
     case kPeerLost:
       code = Code::kUnavailable;
-      text << ": " << peer
-           << (failure.found == kDied ? " ended"
-                                      : " left (freeio_jax.shutdown(), or the end of its program)")
-           << " while it was waited for.";
+      text << ": " << peer << text_of_loss(failure.found) << " while it was waited for.";
       break;
     default:
       code = Code::kDeadlineExceeded;

@@ -1,4 +1,4 @@
-// What users are told of a failed exchange.
+// Messages to users about failed exchanges and long waits.
 #pragma once
 
 #include <string>
@@ -8,14 +8,15 @@
 
 namespace freeio::cuda {
 
-// `timeout`: seconds that were waited. `peer_process`: which process has the peer, where that is
-// another one. The engine on the GPU runs no exchange after a failure, and the text says so.
+// The error of a failed exchange. `timeout`: for how many seconds a rank waits. `peer_process`: the
+// process of the peer if it is not this one; else empty. The text also says that the engine makes
+// no further exchange on this GPU.
 Status to_status(const Failure& failure, double timeout, const std::string& peer_process);
 
-// Seconds that it has lasted, rounded down.
+// How many seconds the wait has lasted, rounded down.
 int seconds_of(const Wait& wait);
 
-// What the log says of a wait that goes on, and ends after `timeout` seconds.
+// What the log says of a wait that goes on. It ends after `timeout` seconds.
 std::string to_note(const Wait& wait, double timeout, const std::string& peer_process);
 
 }  // namespace freeio::cuda

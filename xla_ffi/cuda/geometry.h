@@ -33,7 +33,7 @@ struct Divisor {
   }
 };
 
-// Packed rows that one warp looks through for padding at a time, at most one for each lane. Where
+// Packed rows of a block, among which one warp looks for padding. At most one for each lane. If
 // there are few rows, blocks are small, so that no warp has much to zero.
 inline int32_t block_rows(int32_t capacity) {
   constexpr int32_t kMost = 8;
@@ -47,8 +47,8 @@ inline int32_t spreading_stride(int32_t blocks) {
   return stride;
 }
 
-// Elements that one lane takes at a time where rows and buffers are aligned for it: 16 bytes, but
-// no more sums than registers hold.
+// Elements that one lane takes at a time if rows and buffers are aligned for it: 16 bytes. Elements
+// of one byte: 8, because more sums would not fit in registers.
 constexpr int wide_pack(int element_bytes) { return element_bytes == 1 ? 8 : 16 / element_bytes; }
 
 // Slices of a row, in accesses of one lane. In a copy, all accesses of a slice are in flight
@@ -62,8 +62,8 @@ constexpr int kCombineSlice = 4 * 32;
 // slice matters more.
 inline int transpose_slice(int64_t num_tokens) { return num_tokens <= 1024 ? 2 * 32 : 8 * 32; }
 
-// How many slices a CTA of combine pushes ahead of its sums. A partial sum needs that time to cross
-// the link, and its flag is raised some pushes later.
+// By how many slices the pushes of a CTA of combine are ahead of its sums. Meanwhile a partial sum
+// crosses the link, and its flag, which is raised some pushes later, follows.
 inline int combine_ahead(int num_ranks) { return 12 + 8 / std::max(1, num_ranks - 1); }
 
 // Accesses in a slice that is sent in lines; with their flags they are a kilobyte: lines.cuh.

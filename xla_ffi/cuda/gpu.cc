@@ -25,7 +25,8 @@ Status load_kernels(int ordinal) {
                          "cudaFuncGetAttributes (the engine's kernels do not fit this GPU: it was "
                          "built for other architectures?)");
     if (!status.ok()) return;
-    // What the most experts need, some GPUs have not: a call that needs it is told.
+    // Some GPUs have less shared memory than a kernel needs for the most experts. A call that needs
+    // more than there is gets an error when it is launched.
     const int most = of_gpu - static_cast<int>(attributes.sharedSizeBytes);
     const auto bytes = static_cast<int>(kernel.shared_bytes);
     status = cuda_status(
@@ -54,7 +55,7 @@ Status allocate_block(int ordinal, const std::vector<int>& shared_by, BlockMemor
   return status;
 }
 
-// `num_gpus`: of all processes. `shared_by`: all GPUs of this process, by ordinal, where other
+// `num_gpus`: of all processes. `shared_by`: the ordinals of all GPUs of this process if other
 // processes take part; else none.
 Status make_gpu(int ordinal, int num_gpus, const std::vector<int>& shared_by, uint64_t timeout_ns,
                 Gpu& gpu) {
@@ -78,8 +79,9 @@ Status make_gpu(int ordinal, int num_gpus, const std::vector<int>& shared_by, ui
   return load_kernels(ordinal);
 }
 
-// Whether a GPU accesses another one's memory as the kernels need it: with atomics, and so that
-// what a warp stores to a line arrives as one.
+// Whether a GPU can access the memory of another one in the way that the kernels need. They need
+// atomics, and lines that arrive as a whole. The driver tells only of the atomics. NVLink has
+// them, and also carries lines as a whole.
 cudaError_t find_link(int from, int to, bool& found) {
   int access = 0, atomics = 0;
   cudaError_t error = cudaDeviceCanAccessPeer(&access, from, to);
@@ -128,7 +130,7 @@ Status make_gpus(const std::map<int, int>& ordinals, int num_gpus, bool shared, 
   for (const auto& [number, ordinal] : ordinals) {
     Gpu gpu;
     Status status;
-    // Before the GPU block is mapped: the driver asks for it.
+    // Peer access is enabled before the GPU block is mapped, as the driver demands.
     for (const auto& [peer_number, peer] : gpus) {
       if (status.ok()) status = connect(ordinal, peer.ordinal);
       if (status.ok()) status = connect(peer.ordinal, ordinal);

@@ -12,6 +12,7 @@
 
 namespace freeio::cuda {
 
+// Deleters of what cudaMalloc() and cudaHostAlloc() gave.
 struct FreeDevice {
   void operator()(void* pointer) const;
 };
@@ -19,7 +20,8 @@ struct FreeHost {
   void operator()(void* pointer) const;
 };
 
-// Memory of a GPU block: of this process alone, or to be shared with others.
+// Memory of a GPU block. Where other processes take part it is `allocation`, which they can map,
+// and `mapping`. Else it is `own`.
 struct BlockMemory {
   std::unique_ptr<void, FreeDevice> own;
   Allocation allocation;
@@ -37,14 +39,14 @@ struct Gpu {
   BlockMemory block;
   std::unique_ptr<HostBlock, FreeHost> host;
   int num_sms = 0;
-  bool told = false;     // the failure, if there is one
-  Wait last_wait{};      // the one that was looked at last
-  double next_note = 0;  // after so many seconds of a wait the log tells of it
+  bool is_failure_reported = false;  // take_failure() has returned it
+  Wait last_wait{};                  // what take_note() read last
+  double next_note = 0;              // seconds; take_note() reports a wait that has lasted longer
 };
 
-// Makes the blocks of this process's GPUs (ordinals by number), lets each GPU access the others'
-// memory, and loads every kernel on each. `num_gpus`: of all processes. `shared`: whether other
-// processes take part.
+// Makes the blocks of this process's GPUs, lets each GPU access the memory of the others, and loads
+// every kernel on each. `ordinals`: CUDA's, by GPU number. `num_gpus`: of all processes. `shared`:
+// whether other processes take part.
 Status make_gpus(const std::map<int, int>& ordinals, int num_gpus, bool shared, uint64_t timeout_ns,
                  std::map<int, Gpu>& gpus);
 

@@ -1,8 +1,8 @@
-// What the GPUs of an exchange share: the block of each, which its peers write to, and how large it
-// is.
+// The memory that the GPUs of an exchange share: a GPU block on each GPU, which its peers write to,
+// and a host block for each GPU.
 //
-// A GPU block lives in its GPU's memory, is mapped by all peers, and is all the device memory that
-// the engine owns. Its size depends on neither tokens nor row widths.
+// A GPU block lies in its GPU's memory, and all peers map it. It is the only device memory that the
+// engine owns. Its size depends on neither tokens nor row widths.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 namespace freeio::cuda {
 
 constexpr int kMaxRanks = 16;      // of one group, and GPUs of one host
-constexpr int kMaxExperts = 4096;  // of all ranks together: what a mailbox has room for
+constexpr int kMaxExperts = 4096;  // of all ranks together; a mailbox has room for these
 constexpr int kMaxTopK = 32;       // one lane of a warp for each assignment of a token
 constexpr int kMaxLeaves = 16;     // arrays of one token pytree
 
@@ -35,11 +35,11 @@ constexpr int kMaxSentSlices = 4096;
 // take longer than a large call's opening.
 constexpr int kMaxSlicesInParts = 1024;
 
-// What two ranks must agree on before one reads the other's memory. Names for the error are in
-// failure.cc, in this order.
+// In these words two ranks must agree before one reads the other's memory. failure.cc has their
+// names in this order.
 enum Signature : int {
   kOp,
-  kInstance,  // custom call of the program, by its attributes
+  kInstance,  // a digest of the custom call and its program
   kNumTokens,
   kTopK,
   kNumExperts,
@@ -50,7 +50,7 @@ enum Signature : int {
   kSignatureWords
 };
 
-// Buffers whose addresses one rank tells its peers. Leaves follow from kFirstLeaf.
+// Buffers whose addresses a rank posts to its peers. From kFirstLeaf on: the leaves.
 enum Address : int {
   kScratch,  // dispatch: places; combine: partial sums
   kFlags,    // combine: arrival flags of the partial sums
@@ -62,8 +62,9 @@ enum Address : int {
   kMaxAddresses = kFirstLeaf + kMaxLeaves
 };
 
-// An address for other ranks: the number of a region of its process's memory, above kRegionShift
-// bits of offset. Region 0 is the whole address space of the process, for peers that share it.
+// An address for other ranks has two parts. The lower kRegionShift bits are an offset in a region
+// of the process's memory, and the bits above are the region's number. Region 0 is the whole
+// address space of the process, for ranks that are in the same process.
 constexpr int kRegionShift = 56;
 constexpr uint32_t kFirstRegion = 1;
 constexpr uint32_t kMaxRegions = 64;  // of one process; XLA's pool grows by doubling
@@ -72,7 +73,7 @@ constexpr uint32_t kMaxRegions = 64;  // of one process; XLA's pool grows by dou
 // bytes are stored and loaded as one, so no fence and no second store stand between value and flag.
 using Word = uint64_t;
 
-// A slice of a row, as it is sent: lines.cuh.
+// A slice of a row with the flags of its lines: lines.cuh.
 struct alignas(128) SentSlice {
   unsigned char bytes[1024];
 };
@@ -81,31 +82,34 @@ struct Mailbox {
   Word signature[kSignatureWords];
   Word address[kMaxAddresses][2];         // low half, high half
   alignas(16) Word routing[kMaxExperts];  // counts for each segment and expert, or ids
-  Word num_invalid[kMaxSegments];         // to itself: ids that name no expert, of each segment
+  Word num_invalid[kMaxSegments];         // from the GPU itself: invalid ids of each segment
 };
 
-// The larger things that one peer sends. Slices and routes alternate as mailboxes do.
+// The larger data of one peer. Even and odd exchanges use different slices and routes, as they use
+// different mailboxes.
 struct Inbox {
   SentSlice slices[2][kMaxSentSlices];  // rows or partial sums
   // combine and its transpose: routes, then weights; dispatch: places.
   Word routes[2][2 * kMaxSentRoutes];
-  // For each slice of a token: the last exchange in which the peer stored its partial sum of it.
-  // These epochs need not be cleared. A peer stores those of its next exchange only when it has
-  // this GPU's routes of that exchange. By then this GPU has ended the one before.
-  uint32_t arrived[kMaxArrivals];
+  // For each slice of this rank's tokens: the epoch of the last exchange in which the peer stored
+  // its partial sum of the slice. These need not be cleared. A peer stores epochs of its next
+  // exchange only after it has this GPU's routes of that exchange. By then this GPU has ended the
+  // exchange before.
+  uint32_t arrival_epochs[kMaxArrivals];
 };
 
-// Arrays over peers are indexed by the peer's GPU number, on which all processes of the host agree:
-// groups differ from program to program, these numbers do not.
+// The index of arrays over peers is the peer's GPU number. It is the same in all processes of the
+// host and in all programs, while ranks differ from group to group.
 struct GpuBlock {
-  // Written by peers. Even and odd exchanges with a peer alternate between two mailboxes. A peer
-  // starts exchange n+2 only after this GPU's words of n+1 arrived there, and these are sent after
-  // all CTAs here have ended exchange n. So nobody still reads what the peer overwrites.
+  // Written by peers. Even and odd exchanges with a peer use different mailboxes. A peer starts
+  // exchange n+2 only after it has this GPU's words of n+1. This GPU sends these after all its CTAs
+  // have ended exchange n. So no CTA still reads words that the peer overwrites.
   Mailbox mailbox[kMaxRanks][2];
-  uint32_t num_finished_ctas[kMaxRanks];  // of the peer, in all exchanges: they are done with us
-  uint32_t has_given_up[kMaxRanks];       // not 0: the peer has, and its memory must not be touched
+  uint32_t num_finished_ctas[kMaxRanks];  // of the peer, in all exchanges; done with this GPU
+  uint32_t has_given_up[kMaxRanks];  // not 0: the peer has, and its memory must not be accessed
 
-  // Written by this GPU's process, before it lets a peer use the region: where this GPU sees it.
+  // Written by this GPU's process, before the peer makes a call that uses the region: the address
+  // at which this GPU sees the region.
   uint64_t region_base[kMaxRanks][kMaxRegions];
 
   // Written by this GPU.
@@ -114,20 +118,20 @@ struct GpuBlock {
   uint32_t num_prepared_ctas;          // of the running kernel: their scratch is cleared
   uint32_t num_opened_ctas;            // of the running kernel: they know the epochs; 0: all do
   uint32_t num_leaving_ctas;           // of the running kernel: they are at its end; 0: all are
-  uint32_t failed;                     // not 0: an exchange failed, and no further one is run
-  uint32_t num_failing_ctas;           // of the failed exchange: they know of the failure
-  uint32_t are_results_spoiled;        // not 0: the failed exchange's results are no data
+  uint32_t has_failed;           // not 0: an exchange failed, and the engine runs no more here
+  uint32_t num_failing_ctas;     // of the failed exchange: they know of the failure
+  uint32_t are_results_spoiled;  // not 0: the results of the failed exchange are overwritten
 
-  // Copied from the host block by one of the threads that wait, once in a while.
-  uint32_t last_look;        // when, in ticks of look_at_host()
-  uint32_t lost[kMaxRanks];  // not 0: the peer's process is there no more
-  uint64_t timeout_ns;       // 0: not copied yet
+  // A thread that waits copies these from the host block now and then.
+  uint32_t last_look;            // when, in ticks of look_at_host()
+  uint32_t why_gone[kMaxRanks];  // a WhyGone; 0: the peer's process takes part
+  uint64_t timeout_ns;           // 0: not copied yet
 
-  // Written by peers. There is memory for as many as there are GPUs: gpu_block_bytes().
+  // Written by peers. Only the first ones exist, one for each GPU of the host: gpu_block_bytes().
   Inbox inbox[kMaxRanks];
 };
 
-// Bytes of a GPU block where `num_gpus` GPUs exchange rows.
+// Bytes of a GPU block if the host has `num_gpus` GPUs that exchange rows.
 inline size_t gpu_block_bytes(int num_gpus) {
   return sizeof(GpuBlock) - (kMaxRanks - num_gpus) * sizeof(Inbox);
 }
@@ -149,8 +153,8 @@ enum Step : int {
   kWaitOwn
 };
 
-// Why a peer's process is gone.
-enum Lost : uint32_t { kDied = 1, kLeft = 2 };
+// Why a peer's process does not take part any more.
+enum WhyGone : uint32_t { kDied = 1, kLeft = 2, kSentGarbage = 3 };
 
 // The first failure on one GPU, in host memory. `step` is written last.
 struct Failure {
@@ -165,10 +169,10 @@ struct Failure {
   int32_t step;
 };
 
-// A wait that lasts, as its GPU shows it to the host: that of one of the threads that wait. The
-// peer may be waiting itself.
+// A long wait, which its GPU shows to the host. It is the wait of one of the threads that wait. The
+// peer may be waiting, too.
 struct Wait {
-  uint32_t ticks;       // of 2^kWaitTick ns, so far; 0: nobody has waited that long yet
+  uint32_t ticks;       // of 2^kWaitTick ns, so far; 0: no thread has waited that long
   uint8_t op_and_step;  // step << 4 | op
   uint8_t rank;
   uint8_t peer;
@@ -181,8 +185,8 @@ constexpr int kWaitTick = 30;
 struct HostBlock {
   Failure failure;
   uint64_t timeout_ns;
-  uint32_t lost[kMaxRanks];  // 0: the GPU's process is there
-  uint64_t wait;             // a Wait
+  uint32_t why_gone[kMaxRanks];  // a WhyGone; 0: the GPU's process takes part
+  uint64_t wait;                 // a Wait
 };
 
 }  // namespace freeio::cuda

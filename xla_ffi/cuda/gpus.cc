@@ -22,15 +22,15 @@ namespace {
 
 struct Engine {
   std::mutex mutex;
-  // Of this process's GPUs, by number; may be read without the mutex.
+  // Host blocks of this process's GPUs, by GPU number. May be read without the mutex.
   std::atomic<HostBlock*> hosts[kMaxRanks] = {};
   std::map<int, Gpu> gpus;       // by GPU number
   std::unique_ptr<Peers> peers;  // null: no other processes
-  // Of pods that this process has left: calls of that time may still read them.
-  std::vector<std::unique_ptr<Peers>> left_peers;
-  std::vector<std::unique_ptr<HostBlock, FreeHost>> left_hosts;
-  std::vector<std::string> untold;  // failures of GPUs that are gone since
-  bool started = false;
+  // Of pods that this process has left. Calls that were prepared before may still read them.
+  std::vector<std::unique_ptr<Peers>> old_peers;
+  std::vector<std::unique_ptr<HostBlock, FreeHost>> old_hosts;
+  std::vector<std::string> unreported_failures;  // on GPUs that the engine had before leave()
+  bool is_started = false;
   std::atomic<uint64_t> generation{0};
   std::atomic<uint64_t> version{1};
   std::atomic<uint64_t> timeout_ns{600'000'000'000};
@@ -45,10 +45,10 @@ Engine& engine() {
   return *instance;
 }
 
-// CTAs of a kernel: one for each multiprocessor, so that all run at once, but not many more
-// than share a token. Unless all are asked for, some multiprocessors are left for other kernels
-// that wait for their peers, NCCL's for instance: where each of two such kernels holds a GPU that
-// the other one needs, neither ends.
+// The number of CTAs of a kernel. At most one for each multiprocessor, because all must run at
+// once, and about as many as can share the tokens' work. Unless the user asks for more, some
+// multiprocessors stay free for other kernels that wait for their peers, as NCCL's do. If two such
+// kernels each filled a GPU that the other one needs, neither would end.
 uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
   constexpr int64_t kLeast = 16;
   constexpr int64_t kSpare = 4;
@@ -67,13 +67,13 @@ Status locked_failure_of(const HostBlock& host) {
                    peers != nullptr ? peers->who(host.failure.peer_gpu) : "");
 }
 
-// With the engine locked. A failure on any GPU that was not returned before; empty: there is none.
+// With the engine locked. The error of a failure that it has not returned before; empty: none.
 std::string new_failure() {
   for (auto& [number, gpu] : engine().gpus) {
-    if (gpu.told) continue;
+    if (gpu.is_failure_reported) continue;
     const Status status = locked_failure_of(*gpu.host);
-    gpu.told = !status.ok();
-    if (gpu.told) return status.message;
+    gpu.is_failure_reported = !status.ok();
+    if (gpu.is_failure_reported) return status.message;
   }
   return "";
 }
@@ -89,12 +89,13 @@ Status not_connected(int64_t gpu) {
 void take_gpus(std::map<int, Gpu> gpus) {
   engine().gpus = std::move(gpus);
   for (const auto& [number, gpu] : engine().gpus) engine().hosts[number] = gpu.host.get();
-  engine().started = true;
+  engine().is_started = true;
   ++engine().generation;
   outdate_calls();
 }
 
-// Whether the GPUs of this process among these, of which there is one, have had no failure.
+// Whether at least one of these GPUs is in this process, and none that is has had a failure. Empty:
+// all GPUs of this process.
 bool are_fine(const std::vector<int64_t>& gpus) {
   bool has_own = false;
   bool fine = true;
@@ -112,7 +113,7 @@ bool are_fine(const std::vector<int64_t>& gpus) {
 
 void set_timeout(double seconds) {
   std::lock_guard lock(engine().mutex);
-  // Not 0, which the kernels take for "not known yet".
+  // At least 1: in a GPU block 0 means "not copied from the host yet".
   engine().timeout_ns = std::max<uint64_t>(1, static_cast<uint64_t>(std::min(seconds, 1e9) * 1e9));
   for (auto& [number, gpu] : engine().gpus) {
     *const_cast<volatile uint64_t*>(&gpu.host->timeout_ns) = engine().timeout_ns;
@@ -137,9 +138,9 @@ void set_num_sms(int64_t num_sms) {
   outdate_calls();
 }
 
-Memory memory() {
+MemoryUse memory_use() {
   std::lock_guard lock(engine().mutex);
-  Memory memory;
+  MemoryUse memory;
   for (const auto& [number, gpu] : engine().gpus) {
     memory.owned_bytes = std::max(memory.owned_bytes, static_cast<int64_t>(gpu.block.bytes));
   }
@@ -152,7 +153,7 @@ Memory memory() {
 Status start(const std::vector<int>& ordinals) {
   RelaxedCapture relaxed;
   std::lock_guard lock(engine().mutex);
-  if (engine().started) return {};
+  if (engine().is_started) return {};
   std::map<int, int> numbers;
   for (const int ordinal : ordinals) numbers[static_cast<int>(numbers.size())] = ordinal;
   std::map<int, Gpu> gpus;
@@ -187,7 +188,7 @@ Status join(pod::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
     take_gpus(std::move(gpus));
     engine().peers = std::move(peers);
   }
-  // Not locked: another thread is told of a peer that dies meanwhile.
+  // The engine is not locked meanwhile, so that other threads can read its state.
   return connecting->connect(engine().timeout());
 }
 
@@ -197,21 +198,21 @@ Status leave() {
   if (engine().peers == nullptr) return {};
   for (const auto& [number, gpu] : engine().gpus) {
     CurrentDevice current(gpu.ordinal);
-    // Kernels that wait for peers end, at the latest, with the time-out.
+    // This ends: a kernel waits for its peers until the time-out at most.
     Status status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     if (!status.ok()) return status;
   }
   for (std::string failure = new_failure(); !failure.empty(); failure = new_failure()) {
-    engine().untold.push_back(std::move(failure));
+    engine().unreported_failures.push_back(std::move(failure));
   }
   engine().peers->release();
-  engine().left_peers.push_back(std::move(engine().peers));
+  engine().old_peers.push_back(std::move(engine().peers));
   for (auto& [number, gpu] : engine().gpus) {
     engine().hosts[number] = nullptr;
-    engine().left_hosts.push_back(std::move(gpu.host));
+    engine().old_hosts.push_back(std::move(gpu.host));
   }
   engine().gpus.clear();
-  engine().started = false;
+  engine().is_started = false;
   outdate_calls();
   return {};
 }
@@ -235,14 +236,14 @@ Status state_of(const std::vector<int64_t>& gpus) {
     has_own = true;
     const HostBlock& host = *own->second.host;
     Status status = locked_failure_of(host);
-    // Rather the cause than that a peer gave up because of it.
+    // The cause is more useful than the error of a rank whose peer gave up because of it.
     if (!status.ok() && (state.ok() || host.failure.step != kPeerGaveUp)) state = std::move(status);
   }
   return has_own ? state : not_connected(missing);
 }
 
-Status describe(const Layout& layout, const Member& member, Exchange& exchange,
-                Connection& connection) {
+Status find_group(const Layout& layout, const GroupMember& member, Exchange& exchange,
+                  Connection& connection) {
   std::lock_guard lock(engine().mutex);
   connection = {};
   Peers* const peers = engine().peers.get();
@@ -284,9 +285,9 @@ Status describe(const Layout& layout, const Member& member, Exchange& exchange,
 
 std::string take_failure() {
   std::lock_guard lock(engine().mutex);
-  if (!engine().untold.empty()) {
-    std::string failure = std::move(engine().untold.back());
-    engine().untold.pop_back();
+  if (!engine().unreported_failures.empty()) {
+    std::string failure = std::move(engine().unreported_failures.back());
+    engine().unreported_failures.pop_back();
     return failure;
   }
   return new_failure();
@@ -298,7 +299,7 @@ std::string take_note() {
     const uint64_t word = *const_cast<const volatile uint64_t*>(&gpu.host->wait);
     Wait wait;
     std::memcpy(&wait, &word, sizeof(wait));
-    // One that is shorter is another one.
+    // A wait that is shorter than the last one is a new wait.
     if (wait.ticks < gpu.last_wait.ticks || gpu.next_note == 0) {
       gpu.next_note = patience_in_seconds();
     }

@@ -1,4 +1,4 @@
-// The engine's state in this process: its GPUs, its settings, and what has failed.
+// The engine's state in this process: its GPUs, its settings, and its failures.
 #pragma once
 
 #include <cstdint>
@@ -14,15 +14,16 @@ namespace freeio::cuda {
 
 class Peers;
 
-// Seconds that a kernel waits for a peer; holds for kernels that already wait, too.
+// How many seconds a kernel waits for a peer. Also changes the waits that have begun.
 void set_timeout(double seconds);
 
 // Multiprocessors that a kernel may use; 0: the default.
 void set_num_sms(int64_t num_sms);
 
-// Makes the GPU blocks of these GPUs (CUDA ordinals; their numbers are their places here), lets
-// each access the others' memory, and loads every kernel on each: lazy loading would wait for
-// kernels that wait for their peers. For a program of one process. Once started: nothing.
+// Starts the engine for a program of one process. Makes the GPU blocks of these GPUs, lets each GPU
+// access the memory of the others, and loads every kernel on each. (A kernel that CUDA loads lazily
+// waits for the kernels that run, and these may wait for it.) `ordinals`: CUDA's; a GPU's number is
+// its index in this list. Does nothing if the engine has GPUs already.
 Status start(const std::vector<int>& ordinals);
 
 // A GPU of this host that takes part in a program of several processes.
@@ -32,73 +33,75 @@ struct PodGpu {
   int ordinal;  // CUDA's, in that process
 };
 
-// The same for a program of several processes; all of them must call it. Waits until the GPU
-// blocks of all are mapped by all, at most as long as for an exchange.
+// Starts the engine for a program of several processes. All of them must call it. Waits until every
+// process has mapped the GPU blocks of all others, at most as long as an exchange waits.
 Status join(pod::Pod& pod, int process, const std::vector<PodGpu>& gpus);
 
-// The counterpart of join(): waits for the kernels that run, and unmaps what the peers have shown.
-// Failures that take_failure() has not returned by then are kept for it.
+// The counterpart of join(). Waits for the kernels that run, and unmaps the memory of the peers.
+// take_failure() still returns failures that it has not returned before.
 Status leave();
 
-// Which start() or join() the GPUs' memory is of: 1, 2, ... Launches that XLA captured under an
-// earlier one name memory that is there no more.
+// The number of the start() or join() that made the present GPU blocks: 1, 2, ... A launch that XLA
+// captured in an earlier generation has addresses of blocks that no longer exist.
 uint64_t generation();
 
 // Bytes of device memory.
-struct Memory {
+struct MemoryUse {
   int64_t owned_bytes = 0;   // by the engine, on each GPU
-  int64_t mapped_bytes = 0;  // of other processes
+  int64_t mapped_bytes = 0;  // that other processes own
 };
-Memory memory();
+MemoryUse memory_use();
 
 // The number of this process's GPU with this ordinal; -1: the engine does not have it.
 int gpu_number(int ordinal);
 
-// A group's exchange as its member on one GPU sees it.
-struct Member {
-  std::vector<int> gpus;  // of the group, by rank
-  int rank;
-  uint32_t mesh_device;  // this member's index in the mesh
+// One member of a group of GPUs that exchange rows.
+struct GroupMember {
+  std::vector<int> gpus;  // numbers of the group's GPUs, by rank
+  int rank;               // of this member
+  uint32_t mesh_device;   // index in the mesh of this member's device
 };
 
-// What a call of the group needs of its own GPU, and of this process.
+// What a member needs to know of its own GPU and process.
 struct Connection {
-  const HostBlock* host = nullptr;  // stays good until the process ends
-  Peers* peers = nullptr;           // that are told of the buffers; null: none in other processes
-  uint32_t num_ctas = 0;            // of its kernels
+  const HostBlock* host = nullptr;  // of its GPU; valid until the process ends
+  Peers* peers = nullptr;           // null: all GPUs of the group are in this process
+  uint32_t num_ctas = 0;            // of a kernel
 };
 
-// Changes whenever what describe() says may have changed. Never 0.
+// Changes whenever the results of find_group() or make_plan() may have changed. Never 0.
 uint64_t engine_version();
 
-// Makes all calls ask again what they have asked before.
+// Changes engine_version(), so that every call prepares itself again before its next run.
 void outdate_calls();
 
-// Fills all of `exchange` but the signature, the device and what is posted.
-Status describe(const Layout& layout, const Member& member, Exchange& exchange,
-                Connection& connection);
+// Finds the GPUs of a group. Fills `exchange` except for the signature, `device` and `posted`.
+Status find_group(const Layout& layout, const GroupMember& member, Exchange& exchange,
+                  Connection& connection);
 
-// Seconds that are waited for a peer.
+// How many seconds an exchange waits for a peer.
 double timeout();
 
-// Whether an exchange has failed on the GPU, and what its users are told of it.
+// Whether an exchange has failed on the GPU of this host block.
 inline bool has_failure(const HostBlock& host) {
   return static_cast<const volatile Failure&>(host.failure).step != kNone;
 }
+// The error that its users get. OK: no exchange has failed.
 Status failure_of(const HostBlock& host);
 
-// Whether GPUs (numbers; below 0: of other hosts; none: any of this process's) can make an
-// exchange, as far as this process knows: an error if one has failed on any of those that are its
-// own, or if none of them is. All GPUs of a program are asked about at once, so that XLA stops it
-// on all or on none. Calls nothing of CUDA, and locks nothing where there is no error.
+// Whether these GPUs can make an exchange, as far as this process knows. An error if an exchange
+// has failed on any of them that is in this process, or if none of them is in this process. Called
+// with all GPUs of a program, so that XLA stops the program on all of them or on none. Without an
+// error it calls nothing of CUDA and takes no lock. `gpus`: numbers; -1: a GPU of another host.
+// Empty: all GPUs of this process.
 Status state_of(const std::vector<int64_t>& gpus);
 
-// What became of an exchange on one of this process's GPUs that failed, once for each GPU; empty:
-// nothing new. Later calls there, and state_of(), return the same as an error.
+// The error of an exchange that has failed on one of this process's GPUs. Returns it once for each
+// GPU; empty: there is nothing new. Later calls on that GPU, and state_of(), return the same error.
 std::string take_failure();
 
-// Who waits for whom on one of this process's GPUs, once a wait has lasted
-// patience_in_seconds() and whenever it has become twice as long; empty: nothing new.
+// Which rank waits for which on one of this process's GPUs. Reports a wait that has lasted
+// patience_in_seconds(), and again whenever it has become twice as long. Empty: nothing new.
 std::string take_note();
 
 }  // namespace freeio::cuda

@@ -21,14 +21,14 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr int kMaxOrdinals = 64;  // CUDA's numbers of one process's GPUs
+constexpr int kMaxOrdinals = 64;  // a process may see more GPUs than take part in a pod
 
 // One custom call of a program. XLA shares it among the devices that run the program.
 template <typename Operands>
 struct CustomCall {
   static inline ffi::TypeId id = {};
 
-  // What one GPU keeps of it.
+  // The call as one GPU runs it.
   struct OnGpu {
     std::mutex mutex;  // XLA may run the program twice at once
     std::unique_ptr<Call<Operands>> call;
@@ -37,15 +37,16 @@ struct CustomCall {
   Operation operation;
   Layout layout;
   std::vector<int64_t> groups;  // mesh device indices, a group after the other, by rank
-  // Number of each mesh device's GPU; -1: of another host. Empty: a mesh of one device, whichever.
+  // GPU number of each mesh device; -1: the device is on another host. Empty: the mesh has one
+  // device, and that may be any GPU.
   std::vector<int64_t> gpus;
-  uint32_t name;                            // of this call in its program
-  typename Operands::Types types = {};      // as far as the attributes say
-  std::array<OnGpu, kMaxOrdinals> on_gpus;  // by ordinal
+  uint32_t name;                            // a digest of this call and its program
+  typename Operands::Types types = {};      // only what the attributes say
+  std::array<OnGpu, kMaxOrdinals> on_gpus;  // by CUDA ordinal
 
-  // The member that runs on the GPU; the rank is -1 if none does.
-  Member member(int gpu) const {
-    Member found{{}, -1, 0};
+  // The member of a group that runs on the GPU. Its rank is -1 if there is none.
+  GroupMember member(int gpu) const {
+    GroupMember found{{}, -1, 0};
     if (gpu < 0) return found;
     if (gpus.empty()) return {{gpu}, 0, static_cast<uint32_t>(groups.front())};
     for (size_t i = 0; i < groups.size(); ++i) {
@@ -62,19 +63,19 @@ struct CustomCall {
   }
 };
 
-// What the attributes say of the types.
-void read_attributes(Operation operation, const ffi::Dictionary&, DispatchTypes& types) {
+// Fills what the attributes say about the types.
+void read_flags(Operation operation, const ffi::Dictionary&, DispatchTypes& types) {
   types.routed = operation == Operation::kDispatch;
 }
-void read_attributes(Operation, const ffi::Dictionary& attributes, CombineTypes& types) {
+void read_flags(Operation, const ffi::Dictionary& attributes, CombineTypes& types) {
   types.weighted = read_flag(attributes, "weighted");
 }
-void read_attributes(Operation, const ffi::Dictionary& attributes, CombineTransposeTypes& types) {
+void read_flags(Operation, const ffi::Dictionary& attributes, CombineTransposeTypes& types) {
   types.rows = read_flag(attributes, "rows");
   types.weights = read_flag(attributes, "weights");
 }
 
-// Reads a call's buffers into the operands, and their types where it is given some to fill.
+// Reads the buffers of a call into its operands. Given `types`, it also fills these.
 struct CallReader : BufferReader {
   DispatchTypes* leaf_types = nullptr;
 
@@ -108,18 +109,19 @@ ffi::ErrorOr<std::vector<int64_t>> read_gpus(const ffi::Dictionary& attributes) 
 template <typename Operands, Operation kOperation>
 ffi::ErrorOr<std::unique_ptr<CustomCall<Operands>>> instantiate(ffi::Dictionary attributes) {
   if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
-  auto read = freeio::read_attributes(attributes);
+  auto read = read_attributes(attributes);
   if (!read.has_value()) return ffi::Unexpected(read.error());
   auto gpus = read_gpus(attributes);
   if (!gpus.has_value()) return ffi::Unexpected(gpus.error());
   auto call = std::make_unique<CustomCall<Operands>>();
   call->operation = kOperation;
-  // Ranks pair their calls by the order in which they come. The name is only compared.
+  // The ranks' n-th calls belong together. Their names are compared, to find ranks that make
+  // different calls.
   call->name = Digest(identity_of(static_cast<int64_t>(kOperation), *read, attributes)).folded();
   call->layout = read->layout;
   call->groups = std::move(read->groups);
   call->gpus = std::move(*gpus);
-  read_attributes(kOperation, attributes, call->types);
+  read_flags(kOperation, attributes, call->types);
   return call;
 }
 
@@ -143,7 +145,7 @@ ffi::Error execute(CustomCall<Operands>* custom_call, void* stream, int32_t ordi
     visit_buffers(custom_call->types, operands, reader);
     return buffers.ok() ? to_error(call->run(operands, stream)) : buffers.error();
   }
-  Member member = custom_call->member(gpu_number(ordinal));
+  GroupMember member = custom_call->member(gpu_number(ordinal));
   if (member.rank < 0) {
     return ffi::Error(
         ffi::ErrorCode::kInternal,
@@ -182,7 +184,7 @@ XLA_FFI_DEFINE_HANDLER(kMakeCombineTranspose,
                        (instantiate<CombineTransposeOperands, Operation::kCombineTranspose>),
                        ffi::Ffi::BindInstantiate().Attrs());
 
-// The kernels advance their own state: a captured launch can be replayed as it is.
+// XLA may capture the launches and replay them: the kernels themselves advance the epochs.
 XLA_FFI_DEFINE_HANDLER(kDispatch, execute<DispatchOperands>, execute_binding<DispatchOperands>(),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCombine, execute<CombineOperands>, execute_binding<CombineOperands>(),
@@ -193,16 +195,16 @@ XLA_FFI_DEFINE_HANDLER(kCombineTranspose, execute<CombineTransposeOperands>,
 
 // --- freeio_check --------------------------------------------------------------------------------
 //
-// Where XLA replays the launches of an earlier run, it calls no execute(), and a failed exchange
-// would go unnoticed. But it calls initialize() of each custom call before every run, for about a
-// microsecond of the host's time. So a program has one custom call for that alone, which launches
-// nothing.
+// XLA does not call execute() when it replays launches that it captured in an earlier run, so a
+// failed exchange would go unnoticed. But XLA calls the initialize stage of a custom call before
+// every run. Each such call takes about a microsecond of the host's time. So a program has one
+// custom call, freeio_check, that has this stage and launches nothing.
 
 struct ProgramCheck {
   static inline ffi::TypeId id = {};
 
   std::vector<int64_t> gpus;            // as CustomCall::gpus
-  std::atomic<uint64_t> generation{0};  // of the engine when the program first ran; 0: it has not
+  std::atomic<uint64_t> generation{0};  // of the engine in the first run; 0: there was no run
 };
 
 ffi::ErrorOr<std::unique_ptr<ProgramCheck>> instantiate_check(ffi::Dictionary attributes) {
@@ -228,13 +230,12 @@ ffi::Error check_before_run(ProgramCheck* check, ffi::Dictionary) {
   return to_error(state_of(check->gpus));
 }
 
-ffi::Error launch_nothing(ProgramCheck*, ffi::Dictionary) { return ffi::Error::Success(); }
+ffi::Error do_nothing(ProgramCheck*, ffi::Dictionary) { return ffi::Error::Success(); }
 
 XLA_FFI_DEFINE_HANDLER(kMakeCheck, instantiate_check, ffi::Ffi::BindInstantiate().Attrs());
 XLA_FFI_DEFINE_HANDLER(kCheckBeforeRun, check_before_run,
                        ffi::Ffi::BindInitialize().Ctx<ffi::State<ProgramCheck>>().Attrs());
-XLA_FFI_DEFINE_HANDLER(kCheck, launch_nothing,
-                       ffi::Ffi::Bind().Ctx<ffi::State<ProgramCheck>>().Attrs(),
+XLA_FFI_DEFINE_HANDLER(kCheck, do_nothing, ffi::Ffi::Bind().Ctx<ffi::State<ProgramCheck>>().Attrs(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

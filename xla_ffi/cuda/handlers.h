@@ -7,10 +7,11 @@
 
 namespace freeio::cuda {
 
-// What starts the engine where no call was lowered in this process.
+// Starts the engine in a process that has lowered no call.
 Starter& starter();
 
-// {name: registration} of the states of custom calls, and {target: handlers}.
+// What jax.ffi registers: {name: registration} for the types of the states that XLA keeps for
+// custom calls, and {target: {stage: handler}}.
 pybind11::dict ffi_types();
 pybind11::dict ffi_targets();
 

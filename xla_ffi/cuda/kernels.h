@@ -1,4 +1,4 @@
-// The kernels, as the host launches them. Each takes its parameter struct by value.
+// The list of kernels, for the host. Each kernel takes its parameter struct by value.
 #pragma once
 
 #include <cstddef>
@@ -37,8 +37,8 @@ struct ParamsTag {
   using Type = Params;
 };
 
-// Calls f(kernel, tag of its parameters) for every kernel, with the most shared memory that any
-// call asks for.
+// Calls f(kernel, tag of its parameters) for every kernel, with the most shared memory that a call
+// can need.
 template <typename F>
 void for_each_kernel(const F& f) {
   constexpr ParamsTag<DispatchParams> kDispatch;

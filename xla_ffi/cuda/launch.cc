@@ -12,7 +12,7 @@ namespace {
 
 using Launch = decltype(&cuLaunchKernel);
 
-// Null where the driver has no such function.
+// The driver's cuLaunchKernel; null: the driver does not have it.
 Launch driver_launch() {
   static const Launch found = [] {
     constexpr unsigned kVersion = 11020;

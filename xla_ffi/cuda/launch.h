@@ -1,5 +1,5 @@
-// Launches a kernel through the driver. The runtime would look the kernel up in each launch, for
-// about a microsecond of the host's time.
+// Launches a kernel through CUDA's driver. CUDA's runtime would look the kernel up in each launch,
+// which takes about a microsecond of the host's time.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,11 @@ namespace freeio::cuda {
 // A kernel as the driver knows it on one GPU.
 class LoadedKernel {
  public:
-  // On the calling thread's GPU.
+  // Finds the kernel on the calling thread's GPU.
   static Status load(const Kernel& kernel, LoadedKernel& loaded);
 
-  // On `stream`, a cudaStream_t of that GPU. `params`: the kernel's only parameter. `num_experts`
-  // is for the error.
+  // Launches it on `stream`, a cudaStream_t of that GPU. `params` points to the kernel's only
+  // parameter. `num_experts` appears in the error message.
   Status launch(uint32_t ctas, int32_t num_experts, void* params, void* stream) const;
 
  private:

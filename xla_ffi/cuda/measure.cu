@@ -6,12 +6,13 @@
 #include <string>
 
 #include "cuda/device/memory_order.cuh"
+#include "cuda/gpu.h"
 #include "cuda/measure.h"
 
 namespace freeio::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kCopyThreads = 1024;
 constexpr int kRounds = 10;
 
 void check(cudaError_t error) {
@@ -20,9 +21,6 @@ void check(cudaError_t error) {
   }
 }
 
-struct FreeDevice {
-  void operator()(void* pointer) const { cudaFree(pointer); }
-};
 struct DestroyEvent {
   void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
 };
@@ -43,7 +41,7 @@ Event make_event() {
   return Event(event);
 }
 
-// What one GPU copies: from its memory to each peer's, or the other way round.
+// What one GPU copies: from its own memory to that of each peer, or from theirs to its own.
 struct Copies {
   static constexpr int kMaxPeers = 15;
   const uint4* from[kMaxPeers];
@@ -52,12 +50,12 @@ struct Copies {
   int64_t count;  // for each peer
 };
 
-__global__ void __launch_bounds__(kThreads, 1) nothing_kernel() {}
+__global__ void __launch_bounds__(kCopyThreads, 1) empty_kernel() {}
 
-// All peers at once: every CTA goes from one to the next with each of its pieces.
+// Copies for all peers at once: the pieces of a CTA alternate among the peers.
 __global__ void copy_kernel(const __grid_constant__ Copies copies) {
   constexpr int kUnroll = 4;
-  constexpr int64_t kPiece = kThreads * kUnroll;
+  constexpr int64_t kPiece = kCopyThreads * kUnroll;
   const int64_t pieces = (copies.count + kPiece - 1) / kPiece * copies.num_peers;
   for (int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const auto peer = static_cast<int>(piece % copies.num_peers);
@@ -67,16 +65,16 @@ __global__ void copy_kernel(const __grid_constant__ Copies copies) {
     uint4 values[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (base + u * kThreads < copies.count) values[u] = from[base + u * kThreads];
+      if (base + u * kCopyThreads < copies.count) values[u] = from[base + u * kCopyThreads];
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (base + u * kThreads < copies.count) to[base + u * kThreads] = values[u];
+      if (base + u * kCopyThreads < copies.count) to[base + u * kCopyThreads] = values[u];
     }
   }
 }
 
-// Throws one flag to and fro. Ends by itself if the other side never answers.
+// Sends a flag back and forth between two GPUs. Returns if the other GPU never answers.
 __global__ void ping_pong_kernel(uint32_t* mine, uint32_t* theirs, bool first, int rounds) {
   for (int round = 1; round <= rounds; ++round) {
     // Partner: the load on the other GPU.
@@ -138,7 +136,7 @@ double link_bandwidth(const std::vector<int>& ordinals, int64_t bytes, int ctas,
         copies.to[copies.num_peers++] = pull ? own : remote;
       }
       for (int round = 0; round < kRounds; ++round) {
-        copy_kernel<<<ctas, kThreads>>>(copies);
+        copy_kernel<<<ctas, kCopyThreads>>>(copies);
         check(cudaGetLastError());
       }
       check(cudaEventRecord(ends[i].get()));
@@ -190,8 +188,9 @@ double flag_trip(int from, int to) {
   return milliseconds * 1e-3 / (2 * kTrips);
 }
 
-const char* launch_nothing(int64_t ctas, void* stream) {
-  nothing_kernel<<<static_cast<unsigned>(ctas), kThreads, 0, static_cast<cudaStream_t>(stream)>>>();
+const char* launch_empty_kernel(int64_t ctas, void* stream) {
+  empty_kernel<<<static_cast<unsigned>(ctas), kCopyThreads, 0,
+                 static_cast<cudaStream_t>(stream)>>>();
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -9,7 +9,7 @@
 namespace freeio::cuda {
 namespace {
 
-// The driver's functions, by name. All or none: they came together, with CUDA 11.
+// The functions of the driver. `status` is an error if one of them is missing.
 struct Driver {
   decltype(&cuGetErrorString) get_error_string = nullptr;
   decltype(&cuMemGetAllocationGranularity) get_granularity = nullptr;
@@ -66,7 +66,7 @@ const Driver& driver() {
   return instance;
 }
 
-Status to_status(CUresult result, const char* call) {
+Status driver_status(CUresult result, const char* call) {
   if (result == CUDA_SUCCESS) return {};
   const char* text = nullptr;
   if (driver().get_error_string(result, &text) != CUDA_SUCCESS) text = nullptr;
@@ -86,33 +86,33 @@ CUmemAllocationProp shared_memory_on(int ordinal) {
 }  // namespace
 
 Allocation::Allocation(Allocation&& other) noexcept
-    : handle_(other.handle_), held_(std::exchange(other.held_, false)) {}
+    : handle_(other.handle_), is_held_(std::exchange(other.is_held_, false)) {}
 
 Allocation& Allocation::operator=(Allocation&& other) noexcept {
   std::swap(handle_, other.handle_);
-  std::swap(held_, other.held_);
+  std::swap(is_held_, other.is_held_);
   return *this;
 }
 
 Allocation::~Allocation() {
-  if (held_) driver().release(handle_);
+  if (is_held_) driver().release(handle_);
 }
 
 Status Allocation::create(int ordinal, size_t& bytes, Allocation& made) {
   if (!driver().status.ok()) return driver().status;
   const CUmemAllocationProp properties = shared_memory_on(ordinal);
   size_t granularity = 0;
-  Status status = to_status(
+  Status status = driver_status(
       driver().get_granularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
       "cuMemGetAllocationGranularity");
   if (!status.ok()) return status;
   bytes = (bytes + granularity - 1) / granularity * granularity;
   CUmemGenericAllocationHandle handle = 0;
-  status = to_status(driver().create(&handle, bytes, &properties, 0),
-                     "cuMemCreate of memory for several processes");
+  status = driver_status(driver().create(&handle, bytes, &properties, 0),
+                         "cuMemCreate of memory for several processes");
   if (!status.ok()) return status;
   made.handle_ = handle;
-  made.held_ = true;
+  made.is_held_ = true;
   return {};
 }
 
@@ -120,30 +120,30 @@ Status Allocation::import(const pod::UniqueFd& file, Allocation& made) {
   if (!driver().status.ok()) return driver().status;
   CUmemGenericAllocationHandle handle = 0;
   // The driver takes the descriptor itself where it expects a pointer.
-  Status status = to_status(
+  Status status = driver_status(
       driver().import_handle(&handle, reinterpret_cast<void*>(static_cast<uintptr_t>(file.get())),
                              CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
       "cuMemImportFromShareableHandle");
   if (!status.ok()) return status;
   made.handle_ = handle;
-  made.held_ = true;
+  made.is_held_ = true;
   return {};
 }
 
 Status Allocation::behind(const void* pointer, Allocation& found) {
   if (!driver().status.ok()) return driver().status;
   CUmemGenericAllocationHandle handle = 0;
-  Status status = to_status(driver().retain(&handle, const_cast<void*>(pointer)),
-                            "cuMemRetainAllocationHandle");
+  Status status = driver_status(driver().retain(&handle, const_cast<void*>(pointer)),
+                                "cuMemRetainAllocationHandle");
   if (!status.ok()) return status;
   found.handle_ = handle;
-  found.held_ = true;
+  found.is_held_ = true;
   return {};
 }
 
 Status Allocation::export_to(pod::UniqueFd& file) const {
   int descriptor = -1;
-  Status status = to_status(
+  Status status = driver_status(
       driver().export_handle(&descriptor, handle_, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
       "cuMemExportToShareableHandle");
   if (status.ok()) file = pod::UniqueFd(descriptor);
@@ -153,17 +153,17 @@ Status Allocation::export_to(pod::UniqueFd& file) const {
 Mapping::Mapping(Mapping&& other) noexcept
     : base_(std::exchange(other.base_, 0)),
       bytes_(other.bytes_),
-      mapped_(std::exchange(other.mapped_, false)) {}
+      is_mapped_(std::exchange(other.is_mapped_, false)) {}
 
 Mapping& Mapping::operator=(Mapping&& other) noexcept {
   std::swap(base_, other.base_);
   std::swap(bytes_, other.bytes_);
-  std::swap(mapped_, other.mapped_);
+  std::swap(is_mapped_, other.is_mapped_);
   return *this;
 }
 
 Mapping::~Mapping() {
-  if (mapped_) driver().unmap(base_, bytes_);
+  if (is_mapped_) driver().unmap(base_, bytes_);
   if (base_ != 0) driver().free(base_, bytes_);
 }
 
@@ -171,14 +171,14 @@ Status Mapping::make(const Allocation& allocation, size_t bytes, const std::vect
                      Mapping& made) {
   Mapping mapping;
   CUdeviceptr base = 0;
-  Status status =
-      to_status(driver().reserve(&base, bytes, 0, 0, 0), "cuMemAddressReserve for a peer's memory");
+  Status status = driver_status(driver().reserve(&base, bytes, 0, 0, 0),
+                                "cuMemAddressReserve for a peer's memory");
   if (!status.ok()) return status;
   mapping.base_ = base;
   mapping.bytes_ = bytes;
-  status = to_status(driver().map(base, bytes, 0, allocation.handle(), 0), "cuMemMap");
+  status = driver_status(driver().map(base, bytes, 0, allocation.handle(), 0), "cuMemMap");
   if (!status.ok()) return status;
-  mapping.mapped_ = true;
+  mapping.is_mapped_ = true;
   std::vector<CUmemAccessDesc> access;
   for (const int ordinal : ordinals) {
     CUmemAccessDesc one = {};
@@ -187,8 +187,8 @@ Status Mapping::make(const Allocation& allocation, size_t bytes, const std::vect
     one.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
     access.push_back(one);
   }
-  status = to_status(driver().set_access(base, bytes, access.data(), access.size()),
-                     "cuMemSetAccess (can these GPUs reach each other's memory?)");
+  status = driver_status(driver().set_access(base, bytes, access.data(), access.size()),
+                         "cuMemSetAccess (can these GPUs reach each other's memory?)");
   if (status.ok()) made = std::move(mapping);
   return status;
 }
@@ -197,19 +197,19 @@ Status range_of(const void* pointer, AddressRange& range) {
   if (!driver().status.ok()) return driver().status;
   CUdeviceptr base = 0;
   Status status =
-      to_status(driver().get_range(&base, &range.bytes, reinterpret_cast<CUdeviceptr>(pointer)),
-                "cuMemGetAddressRange");
+      driver_status(driver().get_range(&base, &range.bytes, reinterpret_cast<CUdeviceptr>(pointer)),
+                    "cuMemGetAddressRange");
   range.base = base;
   return status;
 }
 
-Status identity_of(const void* pointer, uint64_t& identity) {
+Status allocation_id_of(const void* pointer, uint64_t& allocation_id) {
   if (!driver().status.ok()) return driver().status;
   unsigned long long id = 0;
-  Status status = to_status(driver().get_attribute(&id, CU_POINTER_ATTRIBUTE_BUFFER_ID,
-                                                   reinterpret_cast<CUdeviceptr>(pointer)),
-                            "cuPointerGetAttribute(BUFFER_ID)");
-  identity = id;
+  Status status = driver_status(driver().get_attribute(&id, CU_POINTER_ATTRIBUTE_BUFFER_ID,
+                                                       reinterpret_cast<CUdeviceptr>(pointer)),
+                                "cuPointerGetAttribute(BUFFER_ID)");
+  allocation_id = id;
   return status;
 }
 

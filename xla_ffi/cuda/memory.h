@@ -1,7 +1,7 @@
 // Device memory that processes share: physical allocations, their export as file descriptors, and
 // mappings of them.
 //
-// CUDA's runtime has no such functions; the driver's are looked up when first needed.
+// CUDA's runtime has no functions for this. Those of the driver are looked up at their first use.
 #pragma once
 
 #include <cstddef>
@@ -13,8 +13,8 @@
 
 namespace freeio::cuda {
 
-// Holds a physical allocation. It lives as long as somebody, in any process, holds it or has it
-// mapped.
+// Holds a physical allocation of device memory. The memory is freed when no process holds it or has
+// it mapped any more.
 class Allocation {
  public:
   Allocation() = default;
@@ -24,22 +24,23 @@ class Allocation {
 
   uint64_t handle() const { return handle_; }
 
-  // New memory on a GPU, that other processes can map. `bytes` is rounded up to what the driver
-  // gives out.
+  // Allocates memory on a GPU that other processes can map. Rounds `bytes` up to the driver's
+  // granularity.
   static Status create(int ordinal, size_t& bytes, Allocation& made);
-  // What a peer has exported.
+  // The allocation that another process has exported as `file`.
   static Status import(const pod::UniqueFd& file, Allocation& made);
-  // What is mapped at `pointer`. An error where that memory cannot be shared.
+  // The allocation that is mapped at `pointer`. An error if that memory cannot be shared.
   static Status behind(const void* pointer, Allocation& found);
 
+  // Makes a file descriptor for it, which another process can import.
   Status export_to(pod::UniqueFd& file) const;
 
  private:
   uint64_t handle_ = 0;
-  bool held_ = false;
+  bool is_held_ = false;
 };
 
-// An allocation in this process's address space.
+// A range of this process's addresses where an allocation is mapped.
 class Mapping {
  public:
   Mapping() = default;
@@ -50,25 +51,26 @@ class Mapping {
   void* base() const { return reinterpret_cast<void*>(base_); }
   size_t bytes() const { return bytes_; }
 
-  // Maps all of `allocation` for reading and writing by the GPUs `ordinals`. No kernel may use the
-  // mapping when it is destroyed.
+  // Maps all of `allocation`, so that the GPUs `ordinals` can read and write it. No kernel may use
+  // the mapping any more when it is destroyed.
   static Status make(const Allocation& allocation, size_t bytes, const std::vector<int>& ordinals,
                      Mapping& made);
 
  private:
   uint64_t base_ = 0;
   size_t bytes_ = 0;
-  bool mapped_ = false;
+  bool is_mapped_ = false;
 };
 
-// The allocation that a pointer lies in, as mapped here.
+// The addresses here of the allocation that a pointer lies in.
 struct AddressRange {
   uint64_t base = 0;
   size_t bytes = 0;
 };
 Status range_of(const void* pointer, AddressRange& range);
 
-// A number that no other allocation of this process ever has.
-Status identity_of(const void* pointer, uint64_t& identity);
+// The driver's number for the allocation that a pointer lies in. A later allocation at the same
+// addresses has another number.
+Status allocation_id_of(const void* pointer, uint64_t& allocation_id);
 
 }  // namespace freeio::cuda

@@ -23,7 +23,8 @@ namespace {
 
 namespace py = pybind11;
 
-// Only looks for the library: initializing CUDA would be felt by a process that forks later.
+// Only looks for the library. A process that has initialized CUDA can no longer fork and use CUDA
+// in the child.
 bool has_driver() {
   void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
   if (driver == nullptr) return false;
@@ -71,7 +72,7 @@ void add_module(py::module_& native) {
   module.def(
       "memory",
       [] {
-        const Memory bytes = memory();
+        const MemoryUse bytes = memory_use();
         return py::make_tuple(bytes.owned_bytes, bytes.mapped_bytes);
       },
       "Bytes of device memory that the engine owns on each GPU, and that it has mapped of other "
@@ -79,7 +80,7 @@ void add_module(py::module_& native) {
   module.def(
       "start", [](const std::vector<int>& ordinals) { raise_unless_ok(start(ordinals)); },
       py::arg("ordinals"), py::call_guard<py::gil_scoped_release>(),
-      "Prepares the GPUs of the one process that there is, by CUDA ordinal.");
+      "Prepares this process's GPUs, by CUDA ordinal, for a program of one process.");
   module.def(
       "join",
       [](int process, const std::vector<std::tuple<int, int, int>>& gpus) {
@@ -96,12 +97,13 @@ void add_module(py::module_& native) {
       "gpus: (number, process, CUDA ordinal) of all.");
   module.def(
       "leave", [] { raise_unless_ok(leave()); }, py::call_guard<py::gil_scoped_release>(),
-      "Parts from the other processes' GPUs.");
-  // Waits while leave() does, and must not keep Python from running meanwhile.
+      "Ends the connection with the GPUs of other processes.");
+  // take_failure() waits while leave() holds the engine's lock. Python must be able to run
+  // meanwhile.
   module.def("take_failure", &take_failure, py::call_guard<py::gil_scoped_release>(),
-             "What became of an exchange that failed, once for each GPU; empty: nothing new.");
+             "The error of an exchange that failed, once for each GPU; empty: nothing new.");
   module.def("take_note", &take_note, py::call_guard<py::gil_scoped_release>(),
-             "Who waits for whom for long; empty: nothing new.");
+             "Which rank waits for which for a long time; empty: nothing new.");
   module.def("memory_bandwidth", &memory_bandwidth, py::arg("ordinal"), py::arg("bytes"));
   module.def("link_bandwidth", &link_bandwidth, py::arg("ordinals"), py::arg("bytes"),
              py::arg("ctas"), py::arg("pull"));

@@ -5,7 +5,8 @@
 
 namespace freeio::cuda {
 
-// Adds the submodule `cuda`: starting and joining, memory, measurements, the FFI types and targets.
+// Adds the submodule `cuda`, with functions to start the engine, to read its state and failures, to
+// measure GPUs, and to register the engine with XLA.
 void add_module(pybind11::module_& native);
 
 }  // namespace freeio::cuda

@@ -7,7 +7,7 @@ namespace freeio::cuda {
 namespace {
 
 ffi::Error call_nothing(void* stream, ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer>, int64_t ctas) {
-  const char* const error = launch_nothing(ctas, stream);
+  const char* const error = launch_empty_kernel(ctas, stream);
   if (error == nullptr) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kInternal, error);
 }

@@ -1,5 +1,5 @@
-// The buffers of a call, by operation: their addresses, which differ from run to run, and what is
-// in them, which does not.
+// The buffers of a call, by operation. Operands are their addresses, which differ from run to run.
+// Types say what is in them, which does not.
 #pragma once
 
 #include <cstddef>
@@ -31,8 +31,8 @@ struct DispatchOperands {
   using Types = DispatchTypes;
   using Params = DispatchParams;
 
-  const uint32_t* device;   // this device's index in the mesh, as XLA has it
-  const int32_t* topk_idx;  // unless it is along a handle, whose arrays are then read, not written
+  const uint32_t* device;   // a buffer of XLA's with this device's index in the mesh
+  const int32_t* topk_idx;  // null: along a handle, whose arrays are then read, not written
   int32_t *dest_rank, *dest_row, *row_source;
   int32_t *group_sizes, *expert_load, *num_dropped, *num_invalid;
   Word* places;  // scratch

@@ -9,12 +9,12 @@
 
 namespace freeio::cuda {
 
-// Parameters of every kernel: the exchange.
+// The part of the parameters that every kernel has.
 struct Exchange {
   GpuBlock* gpu_block[kMaxRanks];  // by rank
   int32_t gpu[kMaxRanks];          // by rank
   HostBlock* host;
-  const uint32_t* device;  // this device's index in the mesh, as XLA has it
+  const uint32_t* device;  // a buffer of XLA's with this device's index in the mesh
   uint32_t expected_device;
   int32_t rank;
   int32_t num_ranks;

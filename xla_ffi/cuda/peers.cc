@@ -8,6 +8,7 @@
 #include <cstring>
 #include <exception>
 #include <sstream>
+#include <stdexcept>
 #include <utility>
 
 #include "core/channels.h"
@@ -22,7 +23,7 @@ std::chrono::steady_clock::time_point after(double seconds) {
              std::chrono::duration<double>(seconds));
 }
 
-// The allocator that XLA was told to use; empty: its default one. As JAX reads the variable.
+// The allocator that the user chose for XLA; empty: the default. Reads the variable as JAX does.
 std::string chosen_allocator() {
   const char* value = std::getenv("XLA_PYTHON_CLIENT_ALLOCATOR");
   std::string name = value != nullptr ? value : "";
@@ -32,7 +33,7 @@ std::string chosen_allocator() {
   return name == "default" || name == "bfc" ? "" : name;
 }
 
-// What to say of memory of a kind that cannot be shared. `why`: the driver's reason, if it has one.
+// The error for memory that cannot be shared. `why`: the driver's error, if there is one.
 Status not_shareable(const Status& why = {}) {
   const std::string allocator = chosen_allocator();
   std::string text =
@@ -46,15 +47,40 @@ Status not_shareable(const Status& why = {}) {
   return {Code::kInternal, text};
 }
 
+const char* text_of(pod::Departure how) {
+  switch (how) {
+    case pod::Departure::kOrderly:
+      return " has left (freeio_jax.shutdown(), or the end of its program)";
+    case pod::Departure::kDeath:
+      return " has ended";
+    case pod::Departure::kGarbage:
+      return " has sent bytes that are no message of this engine";
+  }
+  return "";
+}
+
+WhyGone why_gone(pod::Departure how) {
+  switch (how) {
+    case pod::Departure::kOrderly:
+      return kLeft;
+    case pod::Departure::kDeath:
+      return kDied;
+    case pod::Departure::kGarbage:
+      return kSentGarbage;
+  }
+  return kDied;
+}
+
 }  // namespace
 
-// What a message begins with; both ends are the same program on the same host. Text may follow.
-struct Peers::Note {
+// The beginning of every message. It travels as it lies in memory, because sender and receiver are
+// the same program on the same host.
+struct Peers::Message {
   enum class Kind : int32_t {
-    kBlock,    // a GPU's GPU block; the file is its memory
-    kRegion,   // a region of the sender; the file is its memory
+    kBlock,    // the GPU block of `gpu`, of `bytes`; the file is its memory
+    kRegion,   // the sender's region with the number `region`; the file is its memory
     kMapped,   // the sender has mapped the receiver's region
-    kRefused,  // the sender could not: text
+    kRefused,  // the sender cannot map the receiver's region; the reason follows as text
   };
   Kind kind = Kind::kBlock;
   int32_t gpu = 0;
@@ -84,9 +110,9 @@ std::string Peers::who(int gpu) const {
   return found == processes_.end() || found->second == process_ ? "" : pod_.who(found->second);
 }
 
-void Peers::send(int process, const Note& note, const std::string& text, int file) {
-  std::string bytes(sizeof(note), '\0');
-  std::memcpy(bytes.data(), &note, sizeof(note));
+void Peers::send(int process, const Message& message, const std::string& text, int file) {
+  std::string bytes(sizeof(message), '\0');
+  std::memcpy(bytes.data(), &message, sizeof(message));
   pod_.send(process, Channel::kCuda, bytes + text, file);
 }
 
@@ -109,11 +135,11 @@ Status Peers::connect(double timeout) {
     pod::UniqueFd file;
     Status status = own.allocation->export_to(file);
     if (!status.ok()) return status;
-    Note note;
-    note.gpu = own.gpu;
-    note.bytes = own.bytes;
+    Message message;
+    message.gpu = own.gpu;
+    message.bytes = own.bytes;
     try {
-      for (const int process : others) send(process, note, "", file.get());
+      for (const int process : others) send(process, message, "", file.get());
     } catch (const std::exception& error) {
       return {Code::kInternal, std::string("freeio_jax.initialize: ") + error.what()};
     }
@@ -132,8 +158,8 @@ Status Peers::connect(double timeout) {
     if (processes.empty()) return {};
     if (!failure_.empty()) return {Code::kInternal, "freeio_jax.initialize: " + failure_};
     for (const int process : processes) {
-      if (lost_.count(process) != 0) {
-        return {Code::kUnavailable, "freeio_jax.initialize: " + lost_.at(process) + "."};
+      if (departures_.count(process) != 0) {
+        return {Code::kUnavailable, "freeio_jax.initialize: " + departures_.at(process) + "."};
       }
     }
     if (changed_.wait_until(lock, deadline) == std::cv_status::timeout && !missing().empty()) {
@@ -154,25 +180,25 @@ GpuBlock* Peers::block(int gpu) const {
 
 Status Peers::share(const void* pointer, double timeout, SharedRegion& shared) {
   RelaxedCapture relaxed;  // XLA may be capturing the launch that this is for
-  // XLA may have given a region back and got another one at the same place.
-  uint64_t identity = 0;
-  Status status = identity_of(pointer, identity);
+  // XLA may have freed a region and then got another one at the same addresses.
+  uint64_t allocation_id = 0;
+  Status status = allocation_id_of(pointer, allocation_id);
   if (!status.ok()) return not_shareable(status);
   const auto value = reinterpret_cast<uint64_t>(pointer);
   std::unique_lock lock(mutex_);
   Region* region = nullptr;
   for (Region& one : regions_) {
-    if (one.contains(value, identity)) region = &one;
+    if (one.contains(value, allocation_id)) region = &one;
   }
   if (region == nullptr) {
-    // Where each buffer is an allocation of its own the driver may well export it. But the peers
-    // would hold the memory of those that XLA has freed, and the table of regions would soon be
-    // full.
+    // Some allocators make an allocation for each buffer. The driver may be able to export these.
+    // But the peers would keep the memory of buffers that XLA has freed, and the table of regions
+    // would soon be full.
     if (!chosen_allocator().empty()) return not_shareable();
     Region fresh;
     fresh.number = kFirstRegion + static_cast<uint32_t>(regions_.size());
-    fresh.identity = identity;
-    fresh.awaited = others_;
+    fresh.allocation_id = allocation_id;
+    fresh.pending = others_;
     if (fresh.number >= kMaxRegions) {
       return {Code::kInternal,
               "freeio_jax: XLA's memory on this process's GPUs lies in more than " +
@@ -183,14 +209,14 @@ Status Peers::share(const void* pointer, double timeout, SharedRegion& shared) {
     status = publish(pointer, fresh);
     if (!status.ok()) return status;
     regions_.push_back(std::move(fresh));
-    region = &regions_.back();  // a list: it stays there
+    region = &regions_.back();  // valid while other regions are added, as this is a list
   }
   const auto deadline = after(timeout);
-  while (!region->awaited.empty() && region->refusal.empty()) {
+  while (!region->pending.empty() && region->refusal.empty()) {
     if (changed_.wait_until(lock, deadline) == std::cv_status::timeout &&
-        !region->awaited.empty()) {
+        !region->pending.empty()) {
       std::ostringstream text;
-      text << "freeio_jax: " << pod_.who(*region->awaited.begin()) << " did not map "
+      text << "freeio_jax: " << pod_.who(*region->pending.begin()) << " did not map "
            << region->range.bytes << " bytes of " << pod_.who(process_) << " within " << timeout
            << " s. It may be stopped, or very slow: allow more time with "
               "freeio_jax.config(timeout=seconds) or FREEIO_TIMEOUT.";
@@ -202,7 +228,7 @@ Status Peers::share(const void* pointer, double timeout, SharedRegion& shared) {
   return {};
 }
 
-// With the mutex held: a message to a peer is sent before another thread looks for the region.
+// The caller holds the mutex. So no other thread finds the region before the peers get its message.
 Status Peers::publish(const void* pointer, Region& region) {
   Allocation allocation;
   pod::UniqueFd file;
@@ -210,15 +236,15 @@ Status Peers::publish(const void* pointer, Region& region) {
   if (status.ok()) status = Allocation::behind(pointer, allocation);
   if (status.ok()) status = allocation.export_to(file);
   if (!status.ok()) return not_shareable(status);
-  // Ranks of this process get the same words as the others.
+  // Ranks of this process read the same words as the peers, so they need a table entry, too.
   status = enter_base(process_, region.number, region.range.base);
   if (!status.ok()) return status;
-  Note note;
-  note.kind = Note::Kind::kRegion;
-  note.region = region.number;
-  note.bytes = region.range.bytes;
+  Message message;
+  message.kind = Message::Kind::kRegion;
+  message.region = region.number;
+  message.bytes = region.range.bytes;
   try {
-    for (const int process : others_) send(process, note, "", file.get());
+    for (const int process : others_) send(process, message, "", file.get());
   } catch (const std::exception& error) {
     return {Code::kInternal, std::string("freeio_jax: ") + error.what()};
   }
@@ -230,20 +256,20 @@ Status Peers::map_file(const pod::UniqueFd& file, size_t bytes, Mapping& mapping
   CurrentDevice current(own_.front().ordinal);
   Allocation allocation;
   Status status = Allocation::import(file, allocation);
-  // The mapping keeps the memory; the handle is not needed any more.
+  // The mapping keeps the memory after the handle of `allocation` is released.
   return status.ok() ? Mapping::make(allocation, bytes, ordinals(), mapping) : status;
 }
 
-Status Peers::map_block(const Note& note, const pod::UniqueFd& file) {
+Status Peers::map_block(const Message& message, const pod::UniqueFd& file) {
   Mapping mapping;
-  Status status = map_file(file, note.bytes, mapping);
+  Status status = map_file(file, message.bytes, mapping);
   if (!status.ok()) return status;
   std::lock_guard lock(mutex_);
-  blocks_[note.gpu] = std::move(mapping);
+  blocks_[message.gpu] = std::move(mapping);
   return {};
 }
 
-// Tells all GPUs of this process where they see a region of `process`.
+// Enters in the tables of all GPUs of this process where they see a region of `process`.
 Status Peers::enter_base(int process, uint32_t region, uint64_t base) const {
   Status status;
   for (size_t i = 0; i < own_.size() && status.ok(); ++i) {
@@ -260,16 +286,16 @@ Status Peers::enter_base(int process, uint32_t region, uint64_t base) const {
   return status;
 }
 
-// The peer makes no call with this region before it has the answer, so a kernel that runs here
-// meanwhile reads the table's entry only after it is there.
-Status Peers::map_region(int process, const Note& note, const pod::UniqueFd& file) {
-  if (note.region < kFirstRegion || note.region >= kMaxRegions) {
+// The peer makes no call with this region before it has the answer. So no kernel here needs the
+// table entry before it is written.
+Status Peers::map_region(int process, const Message& message, const pod::UniqueFd& file) {
+  if (message.region < kFirstRegion || message.region >= kMaxRegions) {
     return {Code::kInternal, "freeio_jax: a peer's region has an impossible number."};
   }
   Mapping mapping;
-  Status status = map_file(file, note.bytes, mapping);
+  Status status = map_file(file, message.bytes, mapping);
   if (!status.ok()) return status;
-  status = enter_base(process, note.region, reinterpret_cast<uint64_t>(mapping.base()));
+  status = enter_base(process, message.region, reinterpret_cast<uint64_t>(mapping.base()));
   if (!status.ok()) return status;
   std::lock_guard lock(mutex_);
   mappings_.push_back(std::move(mapping));
@@ -279,67 +305,78 @@ Status Peers::map_region(int process, const Note& note, const pod::UniqueFd& fil
 void Peers::received(int process, std::string_view text, pod::UniqueFd file) {
   RelaxedCapture relaxed;
   std::lock_guard serving(serving_);
-  Note note;
-  if (released_ || text.size() < sizeof(note)) return;
-  std::memcpy(&note, text.data(), sizeof(note));
-  switch (note.kind) {
-    case Note::Kind::kBlock: {
-      const auto owner = processes_.find(note.gpu);
-      if (owner == processes_.end() || owner->second != process) return;
-      const Status status = map_block(note, file);
+  if (has_released_) return;
+  Message message;
+  if (text.size() < sizeof(message)) {
+    throw std::runtime_error("freeio_jax: " + pod_.who(process) + " sent " +
+                             std::to_string(text.size()) +
+                             " bytes to the CUDA engine, whose messages have at least " +
+                             std::to_string(sizeof(message)));
+  }
+  std::memcpy(&message, text.data(), sizeof(message));
+  switch (message.kind) {
+    case Message::Kind::kBlock: {
+      const auto owner = processes_.find(message.gpu);
+      if (owner == processes_.end() || owner->second != process) {
+        throw std::runtime_error("freeio_jax: " + pod_.who(process) +
+                                 " sent the GPU block of GPU " + std::to_string(message.gpu) +
+                                 ", which is not its own");
+      }
+      const Status status = map_block(message, file);
       if (!status.ok()) {
         std::lock_guard lock(mutex_);
         failure_ = status.message;
       }
       break;
     }
-    case Note::Kind::kRegion: {
-      const Status status = map_region(process, note, file);
-      Note answer;
-      answer.kind = status.ok() ? Note::Kind::kMapped : Note::Kind::kRefused;
-      answer.region = note.region;
+    case Message::Kind::kRegion: {
+      const Status status = map_region(process, message, file);
+      Message answer;
+      answer.kind = status.ok() ? Message::Kind::kMapped : Message::Kind::kRefused;
+      answer.region = message.region;
       try {
         send(process, answer, status.message);
       } catch (const std::exception&) {
-        // The process that waits for the answer learns by its time-out that this one gave none.
+        // The process that waits for the answer gets an error at its time-out, which names this
+        // one.
       }
       break;
     }
-    case Note::Kind::kMapped:
-    case Note::Kind::kRefused: {
+    case Message::Kind::kMapped:
+    case Message::Kind::kRefused: {
       std::lock_guard lock(mutex_);
       for (Region& region : regions_) {
-        if (region.number != note.region) continue;
-        if (note.kind == Note::Kind::kMapped) {
-          region.awaited.erase(process);
+        if (region.number != message.region) continue;
+        if (message.kind == Message::Kind::kMapped) {
+          region.pending.erase(process);
         } else {
           region.refusal = "freeio_jax: " + pod_.who(process) + " cannot map the memory of " +
-                           pod_.who(process_) + ": " + std::string(text.substr(sizeof(note)));
+                           pod_.who(process_) + ": " + std::string(text.substr(sizeof(message)));
         }
       }
       break;
     }
+    default:
+      throw std::runtime_error("freeio_jax: " + pod_.who(process) +
+                               " sent the CUDA engine a message of the unknown kind " +
+                               std::to_string(static_cast<int32_t>(message.kind)));
   }
   changed_.notify_all();
 }
 
 void Peers::gone(int process, pod::Departure how) {
-  const bool is_orderly = how == pod::Departure::kOrderly;
   std::lock_guard serving(serving_);
-  if (released_) return;
+  if (has_released_) return;
   {
     std::lock_guard lock(mutex_);
     others_.erase(process);
-    lost_[process] =
-        pod_.who(process) + (is_orderly ? " has left (freeio_jax.shutdown(), or the end of its "
-                                          "program)"
-                                        : " has ended");
-    for (Region& region : regions_) region.awaited.erase(process);
+    departures_[process] = pod_.who(process) + text_of(how);
+    for (Region& region : regions_) region.pending.erase(process);
     for (const auto& [gpu, owner] : processes_) {
       if (owner != process) continue;
       // Partner: the load in look_at_host(), of kernels that wait for that GPU.
       for (const OwnGpu& own : own_) {
-        *const_cast<volatile uint32_t*>(&own.host->lost[gpu]) = is_orderly ? kLeft : kDied;
+        *const_cast<volatile uint32_t*>(&own.host->why_gone[gpu]) = why_gone(how);
       }
     }
   }
@@ -349,7 +386,7 @@ void Peers::gone(int process, pod::Departure how) {
 void Peers::release() {
   std::lock_guard serving(serving_);
   std::lock_guard lock(mutex_);
-  released_ = true;
+  has_released_ = true;
   blocks_.clear();
   mappings_.clear();
   regions_.clear();

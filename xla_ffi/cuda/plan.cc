@@ -110,8 +110,8 @@ bool sends_routes(const Exchange& exchange, DType dtype) {
          int64_t{exchange.num_tokens} * exchange.top_k <= max_sent_routes;
 }
 
-// How many CTAs only send, where each peer gets `slices` slices. 0: there is too little to send,
-// and all CTAs both send and receive.
+// How many CTAs only send if each peer gets `slices` slices. 0: that is too little, and all CTAs
+// send and receive.
 int32_t senders_of(const Exchange& exchange, int64_t slices, int32_t ctas, int receivers) {
   constexpr int64_t kLeast = 4;  // of each CTA
   return exchange.num_ranks > 1 && slices >= kLeast * ctas ? ctas / (1 + receivers) : 0;

@@ -13,7 +13,7 @@
 
 namespace freeio::cuda {
 
-// What a launch needs beside the parameters.
+// What a launch needs in addition to the parameters.
 struct Plan {
   Kernel kernel;
   uint32_t rows;    // in the signature: a digest of the row types
@@ -40,9 +40,9 @@ int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operand
 int32_t alignment_of(const CombineTypes& types, const CombineOperands& operands);
 int32_t alignment_of(const CombineTransposeTypes& types, const CombineTransposeOperands& operands);
 
-// Makes the plan, and fills the parameters but for what set_operands() fills. Of their exchange
-// only the signature and the addresses are not yet there. `ctas`: of the kernel. `alignment`: what
-// alignment_of() says of the operands. An error if the engine cannot number that many assignments.
+// Makes the plan, and fills the parameters, except for those that set_operands() fills.
+// find_group() must have filled their exchange. `ctas`: of the kernel. `alignment`: the result of
+// alignment_of(). An error if the engine cannot number that many assignments.
 Status make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
                  DispatchParams& params, Plan& plan);
 Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params,
@@ -50,7 +50,7 @@ Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Com
 Status make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t ctas,
                  CombineTransposeParams& params, Plan& plan);
 
-// Fills the addresses in, those that may be posted included.
+// Fills in the addresses of the buffers, also those that may be posted.
 void set_operands(const DispatchOperands& operands, DispatchParams& params);
 void set_operands(const CombineOperands& operands, CombineParams& params);
 void set_operands(const CombineTransposeOperands& operands, CombineTransposeParams& params);

@@ -18,7 +18,7 @@
 namespace freeio::pod {
 namespace {
 
-// Of one message: those of the engines take some hundred bytes.
+// Bytes of one message. Messages of the engines have some hundred bytes.
 constexpr size_t kMaxMessage = 1 << 20;
 
 [[noreturn]] void fail(const char* call) {
@@ -68,8 +68,9 @@ ssize_t send_packet(int socket, std::string_view message, int file) {
   return sendmsg(socket, &packet.header, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
-// A file that becomes readable when the process at the other end of the socket ends. A child of
-// that process may keep the other end open. None where the kernel does not offer it (before 5.3).
+// A file that becomes readable when the process at the other end of the socket ends. (The socket
+// does not show this while a child of that process keeps the other end open.) -1: the kernel does
+// not offer such a file (before Linux 5.3).
 UniqueFd process_of(int socket) {
   constexpr int kSoPeerPidfd = 77;  // SO_PEERPIDFD, since Linux 6.5
   int file = -1;
@@ -83,7 +84,8 @@ UniqueFd process_of(int socket) {
 
 }  // namespace
 
-// What a child does with the links is felt by the peers: it must have none.
+// A forked child shares the sockets. If it used or kept them, the peers would notice, so it closes
+// them.
 void Links::close_in_children() {
   static const int error = pthread_atfork(
       [] {
@@ -129,7 +131,7 @@ void Links::start(Received received, Lost lost) {
 
 void Links::wake() {
   const uint64_t one = 1;
-  // It fails only when the counter is full, and then the thread is about to wake anyway.
+  // This fails only if the counter is full. Then the thread is about to wake anyway.
   (void)!write(wake_up_.get(), &one, sizeof(one));
 }
 
@@ -144,7 +146,7 @@ void Links::send(int process, std::string_view message, int file) {
   Link& link = found->second;
   if (link.unsent.empty()) {
     if (send_packet(link.socket.get(), message, file) >= 0) return;
-    if (errno == EPIPE || errno == ECONNRESET) return;  // the thread will see it, too
+    if (errno == EPIPE || errno == ECONNRESET) return;  // the thread will notice this, too
     if (errno != EAGAIN && errno != EINTR) fail("send to a peer");
   }
   UniqueFd kept(file >= 0 ? fcntl(file, F_DUPFD_CLOEXEC, 0) : -1);
@@ -153,7 +155,7 @@ void Links::send(int process, std::string_view message, int file) {
   wake();
 }
 
-// Sends what is waiting; false: nothing more can be sent.
+// Sends the messages that wait for room in the socket. False: the link is broken.
 bool Links::flush(Link& link) {
   while (!link.unsent.empty()) {
     const Unsent& next = link.unsent.front();
@@ -165,7 +167,7 @@ bool Links::flush(Link& link) {
   return true;
 }
 
-// Reads what has come; false: the peer has closed its end.
+// Reads all messages that have come. False: the peer has closed its end.
 bool Links::receive(int process, int socket) {
   while (true) {
     Packet packet(buffer_.data(), buffer_.size());

@@ -1,5 +1,6 @@
-// Messages between the processes of a pod, over connected sockets that keep their boundaries. A
-// message may bring a file descriptor along: the receiver gets one of its own for the same file.
+// Messages between the processes of a pod, over connected sockets that keep the boundaries of
+// messages. A message may carry a file descriptor. The receiver gets a descriptor of its own for
+// the same file.
 #pragma once
 
 #include <sys/types.h>
@@ -22,20 +23,21 @@ class Links {
   using Received = std::function<void(int process, std::string_view message, UniqueFd file)>;
   using Lost = std::function<void(int process)>;
 
-  // By number of the process at the other end.
+  // `sockets`: by number of the process at the other end.
   explicit Links(std::map<int, UniqueFd> sockets);
   ~Links();
 
-  // Starts the thread that serves all links. On it `received` and `lost` are called: `lost` when
-  // the process has closed its end or has ended, after `received` for all that it sent. From now
-  // on a child that is forked from this process has no links.
+  // Starts the thread that serves all links. It calls `received` for each message. It calls `lost`
+  // when the process has closed its end or has ended, after `received` for all that the process
+  // sent. From now on a child that is forked from this process has no links.
   void start(Received received, Lost lost);
 
-  // Never blocks. Messages to one process arrive in order; those to a lost one go nowhere. `file`
-  // stays the caller's; -1: none. Throws std::system_error where the kernel refuses the message.
+  // Sends a message, and never blocks. Messages to one process arrive in order. A message to a lost
+  // process is dropped. The caller keeps `file`; -1: none. Throws std::system_error if the kernel
+  // refuses the message.
   void send(int process, std::string_view message, int file = -1);
 
-  // Closes all links, after what was sent before has left, or a second has passed.
+  // Closes all links when all messages have left this process, or after a second.
   void stop();
 
  private:
@@ -45,7 +47,7 @@ class Links {
   };
   struct Link {
     UniqueFd socket;
-    UniqueFd process;  // readable when it has ended; none where the kernel has no such file
+    UniqueFd process;           // readable when it has ended; -1: the kernel offers no such file
     std::deque<Unsent> unsent;  // waits for room in the socket
   };
 
@@ -56,12 +58,12 @@ class Links {
 
   static void close_in_children();
 
-  static inline Links* current_ = nullptr;  // what a forked child closes
+  static inline Links* current_ = nullptr;  // a forked child closes these
 
   // Set by start(), before the thread.
   Received received_;
   Lost lost_;
-  std::vector<char> buffer_;  // the thread's
+  std::vector<char> buffer_;  // used by the thread alone
   UniqueFd wake_up_;
   std::thread thread_;
 

@@ -13,9 +13,10 @@ namespace {
 
 std::atomic<Pod*> current_pod{nullptr};
 
-// A message on a link is the number of its channel, and the text for the guest there. Both ends are
-// the same program on the same host, so the number travels as it lies in memory. This one is no
-// channel: the sender leaves, and will close its end in good order.
+// A message on a link is the number of a channel, followed by the text for its guest. The number
+// travels as it lies in memory, because both ends are the same program on the same host.
+//
+// This number is no channel. It says that the sender leaves and will then close its end.
 constexpr uint32_t kLeaving = UINT32_MAX;
 
 std::string frame_of(uint32_t number, std::string_view text) {
@@ -28,7 +29,8 @@ std::string frame_of(uint32_t number, std::string_view text) {
 std::map<int, Process> processes_of(int self, const std::vector<Pod::Member>& members) {
   std::map<int, Process> processes;
   for (const auto& [process, socket] : members) {
-    if (process.pid == 0) {  // the kernel's answer where the process has no number here
+    if (process.pid ==
+        0) {  // the kernel gives 0 for a process that has no number in this namespace
       throw std::runtime_error(
           "freeio_jax.initialize: process " + std::to_string(process.number) +
           " of this host is in another PID namespace than process " + std::to_string(self) +
@@ -93,7 +95,7 @@ void Pod::leave() {
       if (seat.guest != nullptr) guests.push_back(seat.guest);
     }
   }
-  // Before the last words of the guests: to the peers these follow from it.
+  // This comes before the last messages of the guests, so the peers know why these come.
   for (const auto& [number, process] : others_) links_.send(number, frame_of(kLeaving, ""));
   for (Guest* const guest : guests) guest->leaving();
   links_.stop();
@@ -102,7 +104,7 @@ void Pod::leave() {
 void Pod::admit(Channel channel, Guest& guest) {
   Seat& seat = seats_[static_cast<size_t>(channel)];
   std::unique_lock lock(mutex_);
-  // What comes meanwhile must not overtake what has come before.
+  // New messages must not overtake earlier ones. So they wait until those are handed over.
   while (!seat.waiting.empty()) {
     const auto calls = std::exchange(seat.waiting, {});
     lock.unlock();
@@ -125,7 +127,7 @@ void Pod::receive(int process, std::string_view frame, UniqueFd file) {
     std::lock_guard lock(mutex_);
     guest = seat.guest;
     if (guest == nullptr) {
-      // A std::function can be copied, which a file cannot.
+      // A std::function must be copyable, and a file is not.
       seat.waiting.push_back([this, process, kept = std::string(text),
                               shared = std::make_shared<UniqueFd>(std::move(file))](Guest& late) {
         hand_over(late, process, kept, std::move(*shared));
@@ -144,7 +146,8 @@ void Pod::hand_over(Guest& guest, int process, std::string_view text, UniqueFd f
   }
 }
 
-// The end of a link tells nothing new of a process that has said that it leaves.
+// Only the first departure of a process counts: a process that has said that it leaves also closes
+// its link.
 void Pod::depart(int process, Departure how) {
   std::vector<Guest*> guests;
   {

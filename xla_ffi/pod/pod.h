@@ -1,7 +1,7 @@
 // The processes of this host that take part in one program, and the channels between them.
 //
-// The pod knows which processes take part, who has gone, and which guest has each channel. What
-// travels on a channel is its guest's affair.
+// The pod knows which processes take part, which have gone, and which guest has each channel. It
+// does not know what the messages on a channel mean.
 #pragma once
 
 #include <array>
@@ -26,11 +26,11 @@ class Pod {
   // Another process of this host.
   struct Member {
     Process process;
-    UniqueFd socket;  // connected with it
+    UniqueFd socket;  // connected with this process
   };
 
   // Nothing is received before start(). `elsewhere`: processes of the program on other hosts.
-  // Throws std::runtime_error where the kernel could not tell of the end of a member.
+  // Throws std::runtime_error if a member is in another PID namespace.
   Pod(int process, std::vector<Member> members, std::vector<int> elsewhere);
 
   // Begins to receive, and makes `pod` the current one. It is never freed: XLA may call the engines
@@ -40,20 +40,19 @@ class Pod {
   // Null before the first start().
   static Pod* current();
 
-  // From now on `guest` gets what comes on the channel, after what has come before. It must stay
-  // until the process ends, or until the pod is destroyed without a start.
+  // Hands all messages on the channel to `guest`, first those that have already come. The guest
+  // must exist until the process ends, or until a pod that was never started is destroyed.
   void admit(Channel channel, Guest& guest);
 
-  // To the guest of another process. Never blocks, and throws as Links::send. `file` stays the
-  // caller's; -1: none.
+  // Sends a message to the guest of the same channel in another process. As Links::send.
   void send(int process, Channel channel, std::string_view text, int file = -1);
 
-  // Tells the other processes that this one leaves, and closes the links. In a child that was
-  // forked from this process it does nothing: the child is in no pod.
+  // Tells the other processes that this one leaves, and closes the links. Does nothing in a child
+  // that was forked from this process, because the child is in no pod.
   void leave();
 
   const Process& self() const { return self_; }
-  std::vector<Process> others() const;  // whether or not they have gone
+  std::vector<Process> others() const;  // all, also those that have gone
   const std::vector<int>& elsewhere() const { return elsewhere_; }
 
   std::string who(int process) const;  // "process 1 (pid 77)"
@@ -62,7 +61,7 @@ class Pod {
   // Of one channel.
   struct Seat {
     Guest* guest = nullptr;
-    std::vector<std::function<void(Guest&)>> waiting;  // calls from before the guest came
+    std::vector<std::function<void(Guest&)>> waiting;  // calls for the guest that will come
   };
 
   void receive(int process, std::string_view frame, UniqueFd file);
@@ -72,9 +71,9 @@ class Pod {
   const Process self_;
   const std::map<int, Process> others_;  // by number
   const std::vector<int> elsewhere_;
-  Links links_;  // has a lock of its own: sending takes no other
+  Links links_;  // has a lock of its own, the only one that sending takes
 
-  // Guards all below. No other lock is taken while it is held, and no guest is called.
+  // Guards all below. While it is held, no other lock is taken and no guest is called.
   std::mutex mutex_;
   bool has_left_ = false;
   std::set<int> gone_;

@@ -1,5 +1,5 @@
-// What the tests call, by ctypes. Errors are returned as text, none as null; a text is good until
-// the next call.
+// The functions that tests call by ctypes. They return errors as text, which is valid until the
+// next call. Null: no error.
 #include <cuda_runtime_api.h>
 #include <string.h>
 
@@ -25,14 +25,14 @@
 using namespace freeio;
 using namespace freeio::cuda;
 
-// The buffers of one rank's call, each by its name in operand_order.h. As in emulated.py.
+// The buffers of one rank's call, by their names in operand_order.h. emulated.py has a twin.
 struct NamedBuffers {
   int32_t count;
   const char* const* names;
   void* const* addresses;
 };
 
-// One rank's call, but for its types and buffers. As in emulated.py.
+// One rank's call, except for its types and buffers. emulated.py has a twin.
 struct Site {
   int64_t num_ranks, num_tokens, top_k, num_experts, capacity, alignment;
   const int32_t* gpus;  // by rank: their numbers
@@ -58,7 +58,7 @@ const char* text(const Status& status) {
   return text(std::string(kNames[static_cast<int>(status.code)]) + ": " + status.message);
 }
 
-// In one process a GPU's number is its ordinal; in several it is not.
+// In a pod the number of a GPU may differ from its ordinal.
 int ordinal_of(int gpu) {
   int count = 0;
   cudaGetDeviceCount(&count);
@@ -116,8 +116,8 @@ int32_t num_leaves_of(const Types&) {
   return 0;
 }
 
-// Runs the call on the rank's GPU. It is kept, as XLA keeps a custom call: the next run of an equal
-// one is not its first.
+// Runs the call on the rank's GPU, and keeps its Call, as XLA keeps a custom call. So a later run
+// of an equal call is not its first run.
 template <typename Operands>
 const char* run_call(Operation operation, const Site& site, const typename Operands::Types& types,
                      const NamedBuffers& buffers) {
@@ -129,7 +129,7 @@ const char* run_call(Operation operation, const Site& site, const typename Opera
   visit_buffers(types, operands, by_name);
   static std::map<std::vector<int64_t>, Call<Operands>> calls;
   const Layout layout = layout_of(site);
-  Member member{{site.gpus, site.gpus + site.num_ranks}, site.rank, site.mesh_device};
+  GroupMember member{{site.gpus, site.gpus + site.num_ranks}, site.rank, site.mesh_device};
   std::vector<int64_t> key = numbers_of(types);
   key.insert(key.end(),
              {site.num_ranks, site.num_tokens, site.top_k, site.num_experts, site.capacity,
@@ -151,8 +151,8 @@ EMULATOR_API void emulator_set_shared_bytes(int64_t bytes) {
 }
 EMULATOR_API void emulator_set_seed(uint64_t seed) { emulator::set_seed(seed); }
 EMULATOR_API void emulator_set_real_time(int real) { emulator::set_real_time(real != 0); }
-// Once what was launched on the GPU has run: copies the buffer, and fills it with garbage if it is
-// `dead` from then on.
+// Copies the buffer when everything that was launched on the GPU has run. `dead`: then also fills
+// it with garbage.
 EMULATOR_API void emulator_retire(int gpu, void* buffer, size_t bytes, void* copy, int dead) {
   emulator::Launch retire;
   retire.gpu = gpu;
@@ -179,12 +179,13 @@ EMULATOR_API void engine_set_num_sms(int64_t num_sms) { set_num_sms(num_sms); }
 EMULATOR_API void engine_set_most_sent(int64_t routes, int64_t slices) {
   set_most_sent(routes, slices);
 }
-// As if each two of these GPUs, all of this process, had made so many exchanges.
+// Sets the epochs of these GPUs, which are all in this process, as if each two of them had made
+// `epoch` exchanges.
 EMULATOR_API const char* engine_set_epochs(const int32_t* gpus, int count, uint32_t epoch) {
   Exchange exchange = {};
   Connection connection;
   const Status status =
-      describe({count, 1, 1, count, 1, 1}, {{gpus, gpus + count}, 0, 0}, exchange, connection);
+      find_group({count, 1, 1, count, 1, 1}, {{gpus, gpus + count}, 0, 0}, exchange, connection);
   for (int rank = 0; status.ok() && rank < count; ++rank) {
     for (int peer = 0; peer < count; ++peer) exchange.gpu_block[rank]->epoch[gpus[peer]] = epoch;
   }
@@ -196,7 +197,7 @@ EMULATOR_API const char* engine_start(const int32_t* ordinals, int count) {
   return text(start(std::vector<int>(ordinals, ordinals + count)));
 }
 
-// A process of a pod, its peers, and the GPUs of all. As in emulated.py.
+// A process of a pod, its peers, and the GPUs of all. emulated.py has a twin.
 struct Place {
   int32_t process, num_peers;
   const int32_t *peers, *pids, *sockets;
@@ -222,15 +223,15 @@ EMULATOR_API const char* engine_leave() {
   pod::Pod::current()->leave();
   return error;
 }
-// What a program that exchanges rows among these GPUs is told before it runs.
+// What freeio_check finds before each run of a program that exchanges rows among these GPUs.
 EMULATOR_API const char* engine_state_of(const int64_t* gpus, int count) {
   return text(state_of(std::vector<int64_t>(gpus, gpus + count)));
 }
 EMULATOR_API const char* engine_take_failure() { return text(take_failure()); }
 EMULATOR_API const char* engine_take_note() { return text(take_note()); }
-EMULATOR_API int64_t engine_mapped_bytes() { return memory().mapped_bytes; }
+EMULATOR_API int64_t engine_mapped_bytes() { return memory_use().mapped_bytes; }
 
-// By number; null: there is none.
+// The name of the dtype with this number; null: there is none.
 EMULATOR_API const char* engine_dtype_name(int number) {
   return static_cast<size_t>(number) < std::size(kDTypeNames) ? kDTypeNames[number] : nullptr;
 }
@@ -244,7 +245,7 @@ EMULATOR_API void engine_scratch(const Site* site, int64_t width, int64_t (&elem
   elements[2] = of_combine.flags;
 }
 
-// For those who have twins of the structs.
+// The sizes of structs, for a test that compares them with their twins in emulated.py.
 EMULATOR_API int64_t engine_bytes_of(const char* name) {
   static const std::map<std::string, size_t> bytes = {
       {"Site", sizeof(Site)},

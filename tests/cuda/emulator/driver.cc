@@ -1,5 +1,5 @@
-// Physical memory is a memfd, an exported handle a duplicate of its descriptor, a mapping an mmap:
-// so processes share memory as they do with GPUs.
+// The emulated driver. Physical memory is a memfd, an exported handle is a duplicate of its
+// descriptor, and a mapping is an mmap. So processes share memory as they do on GPUs.
 #include "driver.h"
 
 #include <cuda.h>
@@ -22,7 +22,7 @@ namespace {
 
 constexpr size_t kGranularity = 2 << 20;
 
-// In one process, found by its handle; gone when neither held nor mapped.
+// Physical memory, as one process knows it. Freed when no handle and no mapping refers to it.
 struct Physical {
   int descriptor;
   size_t bytes;
@@ -37,7 +37,7 @@ struct Mapped {
   uint64_t number;  // never that of another mapping
 };
 
-// Of all below: the engine maps what a peer shows on a thread of its own.
+// Guards all below. The engine maps the memory of peers on another thread than the tests'.
 std::mutex mutex;
 std::map<CUmemGenericAllocationHandle, Physical> physical;
 std::map<CUdeviceptr, Mapped> mapped;
@@ -252,7 +252,7 @@ CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset,
       address + bytes > range->first + range->second || find_mapping(address) != mapped.end()) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  // Not to be touched before cuMemSetAccess.
+  // No access is allowed before cuMemSetAccess.
   if (mmap(pointer(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, memory->second.descriptor,
            0) == MAP_FAILED) {
     return CUDA_ERROR_OUT_OF_MEMORY;

@@ -1,9 +1,9 @@
-// Memory of the fake driver.
+// The functions of the emulated CUDA driver, by name.
 #pragma once
 
 namespace emulator {
 
-// A driver function by name; null: there is none.
+// Null: the emulated driver does not have it.
 void* find_driver_function(const char* name);
 
 }  // namespace emulator

@@ -1,4 +1,4 @@
-// A stack of its own, and the switch to and from it.
+// Fibers: a stack for each, and the switch from one to another.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ namespace emulator {
 
 #ifdef __x86_64__
 
-// Saved registers lie on the stack: a fiber is its stack pointer.
+// The saved registers lie on the stack, so the stack pointer is all there is to keep.
 struct Context {
   void* stack_pointer = nullptr;
 };

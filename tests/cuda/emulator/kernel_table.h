@@ -1,12 +1,13 @@
-// The engine's kernels by address. A launch gives the parameters as bytes; what type they have, and
-// so how to pass them, is known here.
+// The engine's kernels by address. A launch has the parameters as bytes. This table knows their
+// type, and so how to pass them.
 #pragma once
 
 #include <functional>
 
 namespace emulator {
 
-// Calls the kernel with a copy of its parameters; empty if it is not in the table.
+// A function that calls the kernel with a copy of these parameters; empty: the table lacks the
+// kernel.
 std::function<void()> bind_kernel(const void* function, const void* params);
 
 }  // namespace emulator

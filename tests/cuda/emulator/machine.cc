@@ -95,13 +95,13 @@ struct Thread {
   Cta* cta = nullptr;
   int number = 0;
   State state = State::kReady;
-  Place place = {};
-  // The last load for which others may store, if nothing came after it.
+  SourceLine where = {};
+  // The last load by before_load(); null: the thread has done something else since.
   const void* address = nullptr;
   size_t bytes = 0;
   uint64_t value = 0;
-  int free_polls = 0;      // that do not sleep: on the way to a look at the clock
-  Thread* next = nullptr;  // of those that sleep on addresses of one bucket
+  int free_polls = 0;      // polls that do not sleep, so that the thread comes to look at the clock
+  Thread* next = nullptr;  // in the list of the threads that sleep on addresses of one bucket
   std::deque<Copy> copies;
   uint64_t group = 0;  // of the next copy
 };
@@ -115,10 +115,10 @@ struct Warp {
   uint64_t gathered[kLanes];
 };
 
-struct Kernel;
+struct RunningKernel;
 
 struct Cta {
-  Kernel* kernel = nullptr;
+  RunningKernel* kernel = nullptr;
   unsigned number = 0;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -131,23 +131,23 @@ struct Cta {
   std::byte* stacks = nullptr;
   std::unique_ptr<std::byte[]> dynamic_memory;
   std::byte* dynamic = nullptr;             // aligned
-  std::unique_ptr<std::byte[]> statically;  // the section, while another CTA runs
+  std::unique_ptr<std::byte[]> statically;  // its shared variables while another CTA runs
 };
 
-struct Kernel {
+struct RunningKernel {
   Launch launch;
   std::vector<std::unique_ptr<Cta>> ctas;
   size_t live = 0;
 };
 
-struct Line {
+struct LineInFlight {
   uint64_t words[kLineWords];
 };
 
-struct Word {
+struct WordInFlight {
   uint64_t* address;
   uint64_t value;
-  std::shared_ptr<Line> line;  // null: it is one word
+  std::shared_ptr<LineInFlight> line;  // null: it is one word
 };
 
 class Machine {
@@ -185,13 +185,13 @@ class Machine {
 
   // --- Called on a fiber -------------------------------------------------------------------------
 
-  bool barrier(Place place, bool value) {
+  bool barrier(SourceLine where, bool value) {
     Thread& thread = *current_;
     thread.address = nullptr;
     Cta& cta = *thread.cta;
     cta.any_arriving |= value;
     if (++cta.at_barrier < cta.threads.size()) {
-      block(State::kBarrier, place);
+      block(State::kBarrier, where);
     } else {
       cta.at_barrier = 0;
       cta.any = cta.any_arriving;
@@ -203,20 +203,20 @@ class Machine {
     return cta.any;
   }
 
-  const uint64_t* gather(Together what, uint64_t value, uint32_t mask, Place place) {
+  const uint64_t* gather(Together what, uint64_t value, uint32_t mask, SourceLine where) {
     Thread& thread = *current_;
     thread.address = nullptr;
     Warp& warp = thread.cta->warps[static_cast<size_t>(thread.number / kLanes)];
     const int lane = thread.number % kLanes;
-    if ((mask & warp.all) != warp.all) give_up("names some lanes of the warp only", place);
+    if ((mask & warp.all) != warp.all) give_up("names some lanes of the warp only", where);
     if (warp.arrived != 0 && warp.what != what) {
-      give_up("meets lanes of its warp in another operation", place);
+      give_up("meets lanes of its warp in another operation", where);
     }
     warp.what = what;
     warp.arriving[lane] = value;
     warp.arrived |= 1u << lane;
     if (warp.arrived != warp.all) {
-      block(State::kWarp, place);
+      block(State::kWarp, where);
     } else {
       warp.arrived = 0;
       memcpy(warp.gathered, warp.arriving, sizeof(warp.gathered));
@@ -237,7 +237,7 @@ class Machine {
     maybe_yield();
   }
 
-  void before_load(const void* address, size_t bytes, Place place) {
+  void before_load(const void* address, size_t bytes, SourceLine where) {
     Thread& thread = *current_;
     if (thread.free_polls > 0) {
       --thread.free_polls;
@@ -248,7 +248,7 @@ class Machine {
       Thread*& bucket = bucket_of(address);
       thread.next = bucket;
       bucket = &thread;
-      block(State::kPolls, place);
+      block(State::kPolls, where);
     }
     thread.address = address;
     thread.bytes = bytes;
@@ -262,7 +262,7 @@ class Machine {
 
   void send_line(void* address, const uint64_t (&words)[kLineWords]) {
     preempt();
-    auto line = std::make_shared<Line>();
+    auto line = std::make_shared<LineInFlight>();
     memcpy(line->words, words, sizeof(words));
     in_flight_[gpu()].push_back({static_cast<uint64_t*>(address), 0, std::move(line)});
   }
@@ -272,7 +272,7 @@ class Machine {
     deliver_all(gpu());
   }
 
-  // Either at once or when it is waited for: the earliest and the latest that is allowed.
+  // Copies at once, or when the thread waits for it. These are the earliest and the latest time.
   void start_copy(void* to, const void* from, size_t bytes) {
     if (random_.one_in(2)) {
       memcpy(to, from, bytes);
@@ -292,7 +292,7 @@ class Machine {
   }
 
   void stored(const void* address) {
-    // Those who poll for it.
+    // Wakes the threads that poll it.
     for (Thread** link = &bucket_of(address); *link != nullptr;) {
       Thread& thread = **link;
       if (thread.address == address && load(address, thread.bytes) != thread.value) {
@@ -315,8 +315,8 @@ class Machine {
   }
 
  private:
-  // How the next CTA is chosen. A CTA that sleeps for long while its peers run far ahead is what
-  // shows most mistakes, and a fair choice hardly ever makes one.
+  // How the next CTA is chosen. Most mistakes show when a CTA sleeps for long while its peers run
+  // far ahead. A fair choice hardly ever does that.
   enum class Policy { kFair, kCtaPriority, kGpuPriority };
 
   static uint64_t load(const void* address, size_t bytes) {
@@ -352,21 +352,22 @@ class Machine {
                                             [](const auto& q) { return !q.second.empty(); });
   }
 
-  // Whether it has started any. A GPU may be late, unless `all` wait.
+  // Starts launches of idle streams: `all`, or a random choice, so that a GPU may be late. Returns
+  // whether it has started any.
   bool start_kernels(bool all) {
     bool any = false;
     for (auto& [stream, queue] : queues_) {
       if (queue.empty() || running_.count(stream) != 0) continue;
       if (!all && random_.one_in(2)) continue;
-      running_[stream] = make_kernel(std::move(queue.front()));
+      running_[stream] = begin_kernel(std::move(queue.front()));
       queue.pop_front();
       any = true;
     }
     return any;
   }
 
-  std::unique_ptr<Kernel> make_kernel(Launch launch) {
-    auto kernel = std::make_unique<Kernel>();
+  std::unique_ptr<RunningKernel> begin_kernel(Launch launch) {
+    auto kernel = std::make_unique<RunningKernel>();
     kernel->launch = std::move(launch);
     const Launch& it = kernel->launch;
     kernel->live = it.ctas;
@@ -409,7 +410,7 @@ class Machine {
     cta.stacks = nullptr;
     if (loaded_ == &cta) loaded_ = nullptr;
     active_ctas_.erase(std::find(active_ctas_.begin(), active_ctas_.end(), &cta));
-    Kernel& kernel = *cta.kernel;
+    RunningKernel& kernel = *cta.kernel;
     if (--kernel.live > 0) return;
     deliver_all(static_cast<size_t>(kernel.launch.gpu));
     for (auto it = running_.begin(); it != running_.end(); ++it) {
@@ -438,7 +439,7 @@ class Machine {
   static std::byte* stack_of(const Thread& thread) {
     return thread.cta->stacks + static_cast<size_t>(thread.number) * kStackBytes;
   }
-  // Threads begin at different offsets: else the hot lines of all share a few sets of the cache.
+  // Stacks begin at different offsets. Otherwise the hot lines of all would share a few cache sets.
   static size_t stack_bytes(const Thread& thread) {
     return kStackBytes - static_cast<size_t>(thread.number) % 61 * 128;
   }
@@ -521,9 +522,9 @@ class Machine {
 
   void leave() { switch_context(current_->context, scheduler_); }
 
-  void block(State state, Place place) {
+  void block(State state, SourceLine where) {
     current_->state = state;
-    current_->place = place;
+    current_->where = where;
     leave();
   }
 
@@ -535,9 +536,9 @@ class Machine {
     leave();
   }
 
-  [[noreturn]] void give_up(const char* what, Place place) {
+  [[noreturn]] void give_up(const char* what, SourceLine where) {
     std::ostringstream text;
-    text << "emulator: " << name_of(*current_) << " at " << name_of(place) << " " << what;
+    text << "emulator: " << name_of(*current_) << " at " << name_of(where) << " " << what;
     error_ = text.str();
     leave();
     abort();
@@ -545,7 +546,7 @@ class Machine {
 
   void deliver(size_t gpu, size_t index) {
     auto& words = in_flight_[gpu];
-    const Word word = words[index];
+    const WordInFlight word = words[index];
     // Words for one address stay in order.
     for (size_t i = 0; i < index; ++i) {
       if (words[i].address == word.address) return;
@@ -554,13 +555,13 @@ class Machine {
     arrive(word);
   }
 
-  void arrive(const Word& word) {
+  void arrive(const WordInFlight& word) {
     if (word.line == nullptr) {
       __atomic_store_n(word.address, word.value, __ATOMIC_RELAXED);
       stored(word.address);
       return;
     }
-    // As one, also for another process that looks at the last word first.
+    // The last word is stored last, because another process may look at it first.
     constexpr int kLast = kLineWords - 1;
     memcpy(word.address, word.line->words, kLast * sizeof(uint64_t));
     __atomic_store_n(word.address + kLast, word.line->words[kLast], __ATOMIC_RELEASE);
@@ -577,13 +578,13 @@ class Machine {
   }
 
   void deliver_all(size_t gpu) {
-    std::vector<Word> words;
+    std::vector<WordInFlight> words;
     words.swap(in_flight_[gpu]);
-    for (const Word& word : words) arrive(word);
+    for (const WordInFlight& word : words) arrive(word);
   }
 
-  // Delivers something when nothing else can go on: also then what was sent together comes one
-  // after the other. False: there was nothing.
+  // Called when no thread can go on. Delivers some words of one GPU, so that words that were sent
+  // together still arrive at different times. False: there were none.
   bool deliver_late() {
     std::vector<size_t> gpus;
     for (size_t gpu = 0; gpu < kMaxGpus; ++gpu) {
@@ -594,7 +595,7 @@ class Machine {
     return true;
   }
 
-  // Wakes the sleeping threads whose values have changed, by other processes or plain stores.
+  // Wakes the sleeping threads whose values other processes or plain stores have changed.
   bool wake_changed() {
     bool any = false;
     for (Thread*& bucket : sleeping_) {
@@ -612,7 +613,8 @@ class Machine {
     return any;
   }
 
-  // Lets those of the CTA who poll go on, up to a look at the clock. Whether there are any.
+  // Lets the threads of the CTA that poll go on until they look at the clock. Whether there are
+  // any.
   bool look_at_clock(Cta& cta) {
     constexpr int kPollsBetweenLooks = 2048;
     bool any = false;
@@ -628,7 +630,8 @@ class Machine {
     return any;
   }
 
-  // Nothing can go on: let time pass, and all who poll look at the clock.
+  // Called when no thread can go on. Lets time pass, and then all threads that poll look at the
+  // clock.
   void idle() {
     if (real_time_) {
       const timespec pause = {0, 50'000};
@@ -647,10 +650,10 @@ class Machine {
     return "GPU " + std::to_string(launch.gpu) + ", CTA " + std::to_string(thread.cta->number) +
            ", thread " + std::to_string(thread.number);
   }
-  static std::string name_of(const Place& place) {
-    const char* slash = strrchr(place.file, '/');
-    return std::string(slash == nullptr ? place.file : slash + 1) + ":" +
-           std::to_string(place.line);
+  static std::string name_of(const SourceLine& where) {
+    const char* slash = strrchr(where.file, '/');
+    return std::string(slash == nullptr ? where.file : slash + 1) + ":" +
+           std::to_string(where.line);
   }
 
   void report_deadlock() {
@@ -659,7 +662,7 @@ class Machine {
       for (const Thread& thread : cta->threads) {
         if (thread.state == State::kDone) continue;
         const char* what = thread.state == State::kBarrier ? "the CTA's barrier" : "its warp";
-        auto& [count, example] = waits[std::string(what) + " at " + name_of(thread.place)];
+        auto& [count, example] = waits[std::string(what) + " at " + name_of(thread.where)];
         ++count;
         example = &thread;
       }
@@ -687,19 +690,19 @@ class Machine {
   std::string error_;
 
   std::map<int, std::deque<Launch>> queues_;  // by stream
-  std::map<int, std::unique_ptr<Kernel>> running_;
+  std::map<int, std::unique_ptr<RunningKernel>> running_;
   std::vector<Cta*> active_ctas_;
   Cta* loaded_ = nullptr;  // whose static shared memory is in the section
   Thread* current_ = nullptr;
   bool yielded_ = false;
   Context scheduler_;
   Thread* sleeping_[1 << 12] = {};
-  std::vector<Word> in_flight_[kMaxGpus];
+  std::vector<WordInFlight> in_flight_[kMaxGpus];
   std::vector<std::pair<void*, size_t>> all_stacks_;
   std::unordered_map<size_t, std::vector<std::byte*>> free_stacks_;  // by threads of a CTA
 };
 
-// Never destroyed: it may hold fibers that never ended.
+// Never destroyed, because some fibers may not have ended.
 Machine& machine() {
   static Machine* const instance = std::make_unique<Machine>().release();
   return *instance;
@@ -723,14 +726,14 @@ void enqueue(int stream, Launch launch) { machine().enqueue(stream, std::move(la
 std::string run(int stream) { return machine().run(stream); }
 void close() { machine().close(); }
 uint64_t steps() { return machine().steps(); }
-bool barrier(Place place, bool value) { return machine().barrier(place, value); }
-const uint64_t* gather(Together what, uint64_t value, uint32_t mask, Place place) {
-  return machine().gather(what, value, mask, place);
+bool barrier(SourceLine where, bool value) { return machine().barrier(where, value); }
+const uint64_t* gather(Together what, uint64_t value, uint32_t mask, SourceLine where) {
+  return machine().gather(what, value, mask, where);
 }
 void* shared_memory() { return machine().shared_memory(); }
 void preempt() { machine().preempt(); }
-void before_load(const void* address, size_t bytes, Place place) {
-  machine().before_load(address, bytes, place);
+void before_load(const void* address, size_t bytes, SourceLine where) {
+  machine().before_load(address, bytes, where);
 }
 void send_word(uint64_t* address, uint64_t value) { machine().send_word(address, value); }
 void send_line(void* address, const uint64_t (&words)[kLineWords]) {

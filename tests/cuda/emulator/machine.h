@@ -1,8 +1,9 @@
-// GPUs that run on one CPU thread: every CUDA thread is a fiber, and a seeded scheduler decides
-// which goes on.
+// GPUs that run on one CPU thread. Every CUDA thread is a fiber, and a seeded scheduler decides
+// which fiber goes on.
 //
-// What the memory does: plain accesses happen in the order in which the scheduler runs the fibers.
-// Only relaxed words (send_word) arrive late and in any order, up to the sender's next fence.
+// Plain accesses to memory happen in the order in which the scheduler runs the fibers. Words
+// (send_word) and lines (send_line) arrive late, and in any order up to the sender's next fence.
+// But words for one address arrive in order.
 #pragma once
 
 #include <cstddef>
@@ -15,13 +16,14 @@ namespace emulator {
 constexpr int kMaxGpus = 16;
 constexpr int kLanes = 32;
 
-// Where in the source a thread waits; for messages.
-struct Place {
+// Where in the source a thread waits, for messages.
+struct SourceLine {
   const char* file;
   int line;
 
   // The caller's, as the default value of an argument.
-  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  static constexpr SourceLine here(const char* file = __builtin_FILE(),
+                                   int line = __builtin_LINE()) {
     return {file, line};
   }
 };
@@ -37,29 +39,30 @@ struct Launch {
   std::function<void()> call;
 };
 
-// Randomness of all that follows. The same seed and calls: the same schedule.
+// Seeds the scheduler. The same seed and calls give the same schedule.
 void set_seed(uint64_t seed);
 
-// Time as the kernels see it. Virtual: it advances with every step, and by leaps when all wait.
-// Real, for GPUs whose peers are in other processes: then a machine that only waits sleeps.
+// Whether kernels see real time. Virtual time advances with every step, and by leaps when all
+// threads wait. Real time is for GPUs whose peers are in other processes. Then a machine on which
+// all threads wait sleeps.
 void set_real_time(bool real);
 
-// Turns of the scheduler, on average, between looks at the clock of those who poll. (All do when
-// nothing else can go on.)
+// After how many turns of the scheduler, on average, the threads of a CTA that poll look at the
+// clock. (They also do when no other thread can go on.)
 void set_patience(uint32_t turns);
 
-// Appends a launch to a stream: launches of one stream run one after the other.
+// Appends a launch to a stream. Launches of one stream run one after the other.
 void enqueue(int stream, Launch launch);
 
-// Runs all streams' launches, side by side, until this stream (-1: every stream) has none left.
-// Returns what went wrong in the kernels' use of the machine, a deadlock for instance, or "".
-// After that nothing runs any more.
+// Runs the launches of all streams concurrently, until this stream (-1: every stream) has none
+// left. Returns an error if the kernels used the machine in a wrong way, for instance a deadlock.
+// Else "". After an error nothing runs any more.
 std::string run(int stream);
 
-// Gives all stacks back; nothing can run any more.
+// Frees all stacks. Nothing can run any more.
 void close();
 
-// Switches between fibers so far.
+// How many times the scheduler has switched to a fiber.
 uint64_t steps();
 
 // --- For kernels ---------------------------------------------------------------------------------
@@ -69,42 +72,43 @@ struct Index {
 };
 extern Index thread_index, block_index, block_size, grid_size;
 
-// A barrier of the CTA. Whether any thread came with a value that holds.
-bool barrier(Place place, bool value = false);
+// A barrier of the CTA. Returns whether any thread passed true.
+bool barrier(SourceLine where, bool value = false);
 
-// What the lanes of a warp do together.
+// An operation that the lanes of a warp make together.
 enum class Together { kNothing, kShuffle, kBallot, kMatch, kReduce };
 
-// Waits until all lanes have come with their values; returns these.
-const uint64_t* gather(Together what, uint64_t value, uint32_t mask, Place place);
+// Waits until all lanes have called it, and returns their values.
+const uint64_t* gather(Together what, uint64_t value, uint32_t mask, SourceLine where);
 
 // The CTA's dynamic shared memory.
 void* shared_memory();
 
-// Another thread may run now.
+// Lets the scheduler switch to another thread.
 void preempt();
 
-// Before a load of `bytes` that another CTA or GPU may have stored to. A thread that polls one
-// address sleeps in here until the value changes, or it is time to look at the clock.
-void before_load(const void* address, size_t bytes, Place place);
+// Call this before a load of `bytes` to which another CTA or GPU may store. A thread that polls one
+// address sleeps here until the value changes, or until it must look at the clock.
+void before_load(const void* address, size_t bytes, SourceLine where);
 
-// A relaxed store: arrives at any time before the GPU's next fence.
+// A relaxed store. It arrives at any time, at the latest at the GPU's next fence.
 void send_word(uint64_t* address, uint64_t value);
 
-// The same for 128 bytes, which arrive together. The last eight are those that others poll.
+// The same for 128 bytes, which arrive together. Other threads poll the last eight of them.
 constexpr int kLineWords = 16;
 void send_line(void* address, const uint64_t (&words)[kLineWords]);
 
-// Whatever this GPU has stored is visible to all.
+// Makes everything that this GPU has stored visible to all.
 void fence();
 
-// Copies to shared memory that only their thread may read: there once their group, of all copies
-// between two commits, has been waited for. All groups but the last `groups` are.
+// Asynchronous copies to shared memory, which only the thread that starts them may read. The copies
+// between two commits are a group. wait_for_copies() completes all groups except for the last
+// `groups`.
 void start_copy(void* shared, const void* global, size_t bytes);
 void commit_copies();
 void wait_for_copies(uint64_t groups);
 
-// After a store for which others may poll.
+// Call this after a store for which other threads may poll.
 void stored(const void* address);
 
 uint64_t nanoseconds();

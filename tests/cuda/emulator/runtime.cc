@@ -13,7 +13,7 @@
 #include "kernel_table.h"
 #include "machine.h"
 
-// For copies only: kernels run in the null stream of their GPU.
+// Streams are for copies. Kernels run in the null stream of their GPU.
 struct CUstream_st {};
 
 namespace emulator {
@@ -39,7 +39,7 @@ cudaError_t result(cudaError_t error) {
   return error;
 }
 
-// Of calls that a capture does not see.
+// For calls that cannot be captured.
 bool spoils_capture() { return capturing && capture_mode != cudaStreamCaptureModeRelaxed; }
 
 bool is_device(int device) { return device >= 0 && device < device_count; }
@@ -58,15 +58,15 @@ cudaError_t allocate(void** pointer, size_t bytes) {
   return cudaSuccess;
 }
 
-// Zeros whole pages by giving them back: a GPU block takes a hundred megabytes for each GPU, of
-// which tests use a few.
+// Sets bytes as memset does. It zeros whole pages by returning them to the system: a GPU block has
+// up to 150 MB, and tests use little of it.
 void set_bytes(std::byte* bytes, int value, size_t size) {
   constexpr size_t kPage = 4096;
   std::byte* const pages = bytes + -reinterpret_cast<uintptr_t>(bytes) % kPage;
   std::byte* const end = bytes + size;
   if (value == 0 && pages < end && static_cast<size_t>(end - pages) >= kPage) {
     const size_t whole = static_cast<size_t>(end - pages) / kPage * kPage;
-    // The first is for memory that processes share, and refuses any other.
+    // The first call works only for memory that processes share, the second for all other memory.
     if (madvise(pages, whole, MADV_REMOVE) == 0 || madvise(pages, whole, MADV_DONTNEED) == 0) {
       memset(bytes, 0, static_cast<size_t>(pages - bytes));
       memset(pages + whole, 0, static_cast<size_t>(end - pages) - whole);
@@ -204,7 +204,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
                             cudaStream_t stream) {
   if (spoils_capture()) return result(cudaErrorStreamCaptureUnsupported);
   if (stream != nullptr) {
-    // As by a copy engine, beside the kernels, and from any thread.
+    // A copy engine copies while kernels run. Any thread may call this.
     memcpy(to, from, bytes);
     return cudaSuccess;
   }

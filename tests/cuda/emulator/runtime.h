@@ -1,24 +1,24 @@
-// Settings of the fake CUDA runtime, and what became of its launches.
+// Settings of the emulated CUDA runtime, and the end of its launches.
 #pragma once
 
 #include <string>
 
 namespace emulator {
 
-// GPUs that there are, and multiprocessors of each.
+// How many GPUs there are, and how many multiprocessors each has.
 void set_devices(int count, int multiprocessors);
 
-// Shared memory that a GPU gives a kernel.
+// Bytes of shared memory that a kernel can have.
 void set_shared_bytes(size_t bytes);
 
-// Whether some thread captures a stream: calls that would spoil that are refused on threads whose
-// capture mode is not relaxed, as CUDA does for captures of the mode "global".
+// Whether some thread captures a stream. Then calls that would spoil the capture are refused on
+// threads whose capture mode is not relaxed. CUDA does so for captures in mode "global".
 void set_capturing(bool capturing);
 
 // Whether the GPUs' links have native atomics, as NVLink has.
 void set_native_atomics(bool native);
 
-// Runs all that was launched. What went wrong, or "".
+// Runs all launches. Returns the error, or "".
 std::string synchronize();
 
 }  // namespace emulator

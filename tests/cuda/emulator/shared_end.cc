@@ -1,4 +1,4 @@
-// Linked after the kernels, see shared_begin.cc.
+// Linked after the kernels, so that their shared variables come before this one: shared_begin.cc.
 #include "shared_section.h"
 
 alignas(64) std::byte emulator_shared_end[64];

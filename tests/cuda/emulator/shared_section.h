@@ -1,4 +1,5 @@
-// All `__shared__` variables of the kernels lie between these two, once: the running CTA's.
+// All `__shared__` variables of the kernels lie between these two. They have the values of the
+// running CTA. The machine copies them when it switches to another CTA.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// Flags on the peers, raised for all warps of a CTA.
+// How a CTA raises flags on the peers when its data has arrived there.
 #pragma once
 
 #include "cuda/device/waits.cuh"
@@ -6,18 +6,19 @@
 namespace freeio::cuda {
 
 // A peer must not see a flag before the data that it stands for. To ensure this, a thread waits
-// until everything stored before has arrived. That takes microseconds where the link is busy. So
-// one warp of the CTA does only this, each time for all that the other warps have stored meanwhile.
-// The others go on. In shared memory.
+// until everything stored before has arrived. That takes microseconds if the link is busy. So one
+// warp of the CTA does only this, each time for everything that the other warps have stored
+// meanwhile, and the other warps go on. An Announcer lies in shared memory.
 class Announcer {
  public:
   // All threads; a barrier must follow.
   __device__ void begin() {
     if (threadIdx.x < kEntries) entries_[threadIdx.x].flag = 0;
-    if (threadIdx.x == 0) added_ = 0;
+    if (threadIdx.x == 0) num_added_ = 0;
   }
 
-  // The flag gets this value once all that this warp has stored by now has arrived. Whole warp.
+  // Gives the flag this value when everything that this warp has stored before has arrived. Whole
+  // warp.
   __device__ void announce(uint32_t* flag, uint32_t value) {
     __syncwarp();
     if (lane_id() == 0) add(reinterpret_cast<uint64_t>(flag), value);
@@ -32,13 +33,13 @@ class Announcer {
   // Raises flags until `warps` other warps have left. Whole warp.
   __device__ void run(int warps) {
     for (uint32_t taken = 0; warps > 0;) {
-      // One lane waits, so that the others' shared memory is left alone.
+      // Only one lane polls, to make few accesses to shared memory.
       while (lane_id() == 0 && load_acquire_block(&entries_[taken % kEntries].flag) == 0) {
       }
       __syncwarp();
       Entry& entry = entries_[(taken + lane_id()) % kEntries];
       const uint64_t flag = load_acquire_block(&entry.flag);
-      // In order: a warp that has left has nothing after that.
+      // Entries are taken in order, so nothing of a warp comes after the entry by which it leaves.
       const uint32_t gaps = ~__ballot_sync(kFullWarp, flag != 0);
       const int count = gaps == 0 ? kWarpSize : __ffs(static_cast<int>(gaps)) - 1;
       fence_system();
@@ -65,8 +66,8 @@ class Announcer {
   };
 
   __device__ void add(uint64_t flag, uint32_t value) {
-    Entry& entry = entries_[atomicAdd(&added_, 1u) % kEntries];
-    // The entry becomes free soon: the warp that takes it waits for nobody.
+    Entry& entry = entries_[atomicAdd(&num_added_, 1u) % kEntries];
+    // The entry becomes free soon, because the warp that takes it waits for no other warp.
     while (load_acquire_block(&entry.flag) != 0) {
     }
     entry.value = value;
@@ -74,7 +75,7 @@ class Announcer {
   }
 
   Entry entries_[kEntries];
-  uint32_t added_;
+  uint32_t num_added_;
 };
 
 }  // namespace freeio::cuda

@@ -1,9 +1,9 @@
 // combine of large calls: expert outputs back to their tokens.
 //
-// Each rank sums a token's rows that it hosts, weighted, and stores that partial sum to a slot that
-// the token's own rank keeps for it: one row crosses per (token, rank) pair. The token's rank adds
-// the partial sums in order of rank, its own among them, straight from its rows. (Small calls:
-// small.cu.)
+// Each rank sums its weighted rows of a token, and stores this partial sum to a slot on the token's
+// rank. So one row crosses a link for each pair of a token and a rank. The token's rank adds the
+// partial sums in order of rank. It computes its own partial sum straight from its rows. (Small
+// calls: small.cu.)
 #include "cuda/combine/announcer.cuh"
 #include "cuda/combine/pushing_warp.cuh"
 #include "cuda/device/end.cuh"
@@ -77,7 +77,7 @@ __device__ void exchange(const CombineParams& p, CtaState& s, Announcer& announc
     announcer.begin();
     ready = ready && receive_routes(p, s, tile, routes);
     if (!ready) return;
-    // Only the routes are read from the peers, and those now are.
+    // The CTA reads only routes from the peers, and it now has all of them.
     if (tile.number + 1 == tile.count && warp_id() == warps - 1) conclude<false>(x, s);
     if (warp_id() == warps) return announcer.run(warps);
     PushingWarp<Element, kCount>(p, s, routes, tile, announcer, units.of(tile), ring).run();

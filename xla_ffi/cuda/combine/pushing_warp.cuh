@@ -93,20 +93,20 @@ struct PushingWarp {
   const int items;
   R* const ring;  // this lane's of [kStages, kColumns, kWarpSize]
 
-  int next_one;             // item to look at
-  Task fetched;             // whose rows are being fetched
-  Columns columns;          // this lane's of its slice
-  uint32_t mask = 0;        // of its rows that are yet to be fetched
-  bool unfinished = false;  // its last row has not been fetched
-  int stage = 0;            // of the next row to sum, and then of the next one to fetch
-  Task tasks;               // of the stages, by lane
+  int next_one;           // item to look at
+  Task fetched;           // whose rows are being fetched
+  Columns columns;        // this lane's of its slice
+  uint32_t mask = 0;      // of its rows that are yet to be fetched
+  bool has_task = false;  // its last task has not been fetched
+  int stage = 0;          // of the next row to sum, and then of the next one to fetch
+  Task tasks;             // of the stages, by lane
 
-  __device__ PushingWarp(const CombineParams& params, CtaState& session,
+  __device__ PushingWarp(const CombineParams& params, CtaState& state,
                          const RouteTile<Accumulator>& tile_routes, const Tile& whole,
                          Announcer& of_cta, const Chunk& tile_units, void* ring_memory)
       : p(params),
         x(params.exchange),
-        s(session),
+        s(state),
         routes(tile_routes),
         tile(whole),
         announcer(of_cta),
@@ -115,9 +115,9 @@ struct PushingWarp {
         ring(static_cast<R*>(ring_memory) + warp_id() * kStages * kColumns * kWarpSize + lane_id()),
         next_one(warp_id()) {}
 
-  // Pushes for every peer and, p.ahead slices behind, the sums. A sum waits only for pushes that
-  // come before it in the peers' order, and every warp does its items in order, so what waits
-  // never holds up what it waits for.
+  // Pushes partial sums to every peer, and sums the slices that come p.ahead slices before. A sum
+  // waits only for pushes that come before it in the order of items, which is the same on the
+  // peers. Every warp takes its items in order. So a wait never delays the push for which it waits.
   __device__ void run() {
 #pragma unroll 1
     for (int i = 0; i < kStages; ++i) fetch();
@@ -140,20 +140,20 @@ struct PushingWarp {
   }
 
  private:
-  // Starts copying the next row to the stage, which has been summed, and goes to the next stage.
+  // Starts to copy the next row to the stage, whose row has been summed. Goes to the next stage.
   __device__ void fetch() {
-    if (!unfinished) take_item();
+    if (!has_task) take_item();
     Task task = fetched;
-    if (unfinished) {
+    if (has_task) {
       if (mask != 0) {
         task.take_row(__ffs(static_cast<int>(mask)) - 1);
         copy_row(routes.rows[task.assignment()]);
         mask &= mask - 1;
       }
-      unfinished = mask != 0;
-      if (!unfinished) task.bits |= Task::kLast;
+      has_task = mask != 0;
+      if (!has_task) task.bits |= Task::kLast;
     }
-    // Also where nothing was started: the groups are counted.
+    // A group is needed also if no copy was started, because wait_for_copies() counts groups.
     commit_copies();
     if (lane_id() == stage) tasks = task;
     stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -184,7 +184,7 @@ struct PushingWarp {
       if (pushes && mask == 0) continue;
       fetched = Task(units.begin + unit, first, rank);
       columns = Columns(p, fetched.unit);
-      unfinished = true;
+      has_task = true;
       return;
     }
   }
@@ -249,7 +249,7 @@ struct PushingWarp {
     store_sums(s.buffer<Element>(rank, kScratch) + row * p.width, task.unit, sums);
     // Partner: the load in flag_is_set() on the peer.
     if (p.sends_routes) {
-      announcer.announce(&inbox_to(x, rank).arrived[task.unit], s.epoch[rank]);
+      announcer.announce(&inbox_to(x, rank).arrival_epochs[task.unit], s.epoch[rank]);
     } else {
       announcer.announce(s.buffer<uint32_t>(rank, kFlags) + slot_index(task.unit, slot), 1);
     }
@@ -259,7 +259,7 @@ struct PushingWarp {
   __device__ bool flag_is_set(int rank, int unit, int slot) const {
     // Partner: the announcement in push() on the peer.
     if (p.sends_routes) {
-      return load_acquire_system(&inbox_from(x, rank).arrived[unit]) == s.epoch[rank];
+      return load_acquire_system(&inbox_from(x, rank).arrival_epochs[unit]) == s.epoch[rank];
     }
     return load_acquire_system(p.flags + slot_index(unit, slot)) != 0;
   }

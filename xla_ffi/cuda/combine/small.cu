@@ -18,8 +18,8 @@ namespace {
 constexpr int kTileAssignments = 2048;  // of all ranks, whose routes are in shared memory
 constexpr int kColumns = 2;             // accesses of one lane to a slice
 constexpr int kRowsTogether = 4;        // that a warp waits for at once
-// How often a waiting warp loads whole lines, which are in its registers as soon as they have come.
-// After that it looks only at their flags, and at the clock.
+// How many times a waiting warp loads whole lines, so that it has them in registers as soon as they
+// come. After that it polls only their flags, and looks at the clock.
 constexpr int kEagerPolls = 32;
 
 // A tile's work, as one warp does it.
@@ -52,8 +52,8 @@ struct SendingWarp {
   const Tile& tile;
   const Chunk units;
 
-  // First everything that goes to the peers, then what comes from them. So no warp waits before it
-  // has sent what others wait for.
+  // A warp first sends everything that goes to the peers, and then takes what comes from them. So
+  // it never waits before it has sent what others wait for.
   __device__ void run(bool sends, bool sums) const {
     const int sent = sends ? units.size() * (x.num_ranks - 1) : 0;
     const int items = sent + (sums ? units.size() : 0);
@@ -150,7 +150,7 @@ struct SendingWarp {
     if (!has_own) add_one(own, sums);
   }
 
-  // Loads the first ranks' partial sums, as many as there is room for. Whether they were there.
+  // Loads the partial sums of the first ranks, as many as fit. Returns whether they have arrived.
   __device__ bool load_sent(uint32_t ranks, int unit, LineSlice (&slices)[kSlicesTogether]) const {
     uint32_t rest = ranks;
 #pragma unroll
@@ -225,7 +225,7 @@ Kernel combine_small(DType dtype) {
   kernel.shared_bytes = kTileAssignments * (2 * sizeof(int) + sizeof(float));
   with_element_type(dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
-    // Elements of one byte: as many sums as 16 of them would take have no room.
+    // 16 bytes of one-byte elements would need more sums than fit in registers.
     if constexpr (sizeof(Element) == 2 || sizeof(Element) == 4) {
       kernel.function = reinterpret_cast<const void*>(&combine_small_kernel<Element>);
     }

@@ -1,7 +1,7 @@
 // combine_transpose: the gradients of combine by the rows and by the weights.
 //
-// The expert's rank pulls the cotangent x of each token that it has rows of, once, stores
-// weight * x to each of its rows here, and sends <expert_out row, x> back to the token's rank.
+// The expert's rank pulls the cotangent x of each token of which it has rows, once. It stores
+// weight * x to each of these rows, and sends <expert_out row, x> back to the token's rank.
 #include "cuda/device/elements.cuh"
 #include "cuda/device/end.cuh"
 #include "cuda/device/opening.cuh"
@@ -26,7 +26,7 @@ template <typename Element, int kCount>
 struct PullingWarp {
   using Accumulator = typename Element::Accumulator;
   using R = Raw<Element, kCount>;
-  // Rows of a token that are served by one read of x; a token with more here is read again.
+  // Rows of a token for which one read of x is enough. With more rows x is read again.
   static constexpr int kRows = 8;
   static constexpr int kBatch = 4;    // rows of expert_out in flight together
   static constexpr int kColumns = 4;  // accesses of one lane to x in flight together
@@ -48,7 +48,8 @@ struct PullingWarp {
     int count;
   };
 
-  // One access to x: weighted to rows [begin, begin + kBatch), and its part of their dot products.
+  // Takes one access to x. Stores it, weighted, to rows [begin, begin + kBatch), and adds its part
+  // of their dot products.
   __device__ void serve(const R& raw, int column, Rows& rows, int begin,
                         const R (&expert_rows)[kBatch]) const {
     Accumulator values[kCount];
@@ -149,7 +150,7 @@ struct PullingWarp {
     }
   }
 
-  // Adds the slices' dot products up, in order, and sends them home. All threads.
+  // Adds up the slices' dot products, in order, and stores them on the tokens' ranks. All threads.
   __device__ void send_weight_grads() const {
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < routes_of.size(); i += kThreads) {

@@ -1,4 +1,4 @@
-// Copies into shared memory that the thread does not wait for.
+// Copies into shared memory that run while the thread goes on.
 #pragma once
 
 #include <cstdint>
@@ -18,10 +18,10 @@ __device__ inline void copy_async(void* shared, const void* global) {
   }
 }
 
-// The copies that this thread has started since the last time are a group, which may be empty.
+// Makes a group of the copies that this thread has started since its last group. It may be empty.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until all groups of this thread but the last `kGroups` have arrived.
+// Waits until all groups of this thread have arrived, except for the last `kGroups`.
 template <int kGroups>
 __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");

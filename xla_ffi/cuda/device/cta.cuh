@@ -13,7 +13,7 @@ constexpr uint32_t kFullWarp = 0xffffffffu;
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 
-// CTAs that share something out, and this one's number among them.
+// CTAs that share some work, and this CTA's number among them.
 struct Team {
   int number;
   int size;
@@ -27,8 +27,8 @@ struct Team {
 struct CtaState {
   uint32_t epoch[kMaxRanks];                   // of this exchange, with each rank
   uint64_t address[kMaxRanks][kMaxAddresses];  // of each rank's buffers
-  uint64_t first_region[kMaxRanks];            // of each rank's process: where it is seen here
-  uint32_t failed;
+  uint64_t first_region[kMaxRanks];  // base here of region kFirstRegion of each rank's process
+  uint32_t has_failed;
   uint32_t device;     // this device's index in the mesh
   uint32_t next_item;  // of the CTA's work
   Team spoilers;       // CTAs that share out the results of a failed exchange
@@ -40,7 +40,7 @@ struct CtaState {
 };
 
 __device__ inline bool has_failed(const CtaState& s) {
-  return *const_cast<const volatile uint32_t*>(&s.failed) != 0;
+  return *const_cast<const volatile uint32_t*>(&s.has_failed) != 0;
 }
 
 }  // namespace freeio::cuda

@@ -1,4 +1,4 @@
-// How a kernel ends its exchange, and what becomes of the results of one that has failed.
+// How a kernel ends its exchange, and how it overwrites the results of a failed one.
 #pragma once
 
 #include "cuda/device/waits.cuh"
@@ -8,7 +8,7 @@ namespace freeio::cuda {
 
 // Says, once in each kernel, that this CTA no longer reads its peers' buffers. (combine still
 // stores to them. Its stores have arrival flags, and the receiving rank waits for all of these.)
-// CTA 0 waits until all CTAs of all ranks have said so, and closes the exchange. One warp.
+// CTA 0 waits until all CTAs of all ranks have said so, and then writes the next epochs. One warp.
 // `kPublishes`: a peer that sees this also sees everything that the CTA has stored to it.
 template <bool kPublishes>
 __device__ void conclude(const Exchange& x, CtaState& s) {
@@ -47,8 +47,8 @@ __device__ void finish(const Exchange& x, CtaState& s) {
   if (warp_id() == 0) conclude<kPublishes>(x, s);
 }
 
-// Beginning and end of an exchange in which no kernel touches a buffer of another rank. Such a
-// kernel need not know whether the other ranks have ended. Begin: all threads.
+// Beginning and end of an exchange in which no kernel accesses a buffer of another rank. Such a
+// kernel need not wait until the other ranks have ended. All threads.
 __device__ inline void begin_alone(const Exchange& x) {
   if (threadIdx.x == 0) count_around_device(&self(x).num_opened_ctas, gridDim.x - 1);
 }

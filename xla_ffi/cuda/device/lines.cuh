@@ -8,9 +8,9 @@
 
 namespace freeio::cuda {
 
-// How a lane accesses 16 bytes of a row that ends after `bytes`, perhaps earlier than these.
+// How a lane accesses 16 bytes of a row that ends after `bytes`, which may be fewer.
 
-// Of a row whose size and place are multiples of 16 bytes.
+// For rows whose size and address are multiples of 16 bytes.
 struct InWhole {
   __device__ static uint4 load(const std::byte* from, int, int) {
     return *reinterpret_cast<const uint4*>(from);
@@ -20,7 +20,8 @@ struct InWhole {
   }
 };
 
-// Of any row, by accesses of `access_bytes`. What is beyond the row is zero in the slice.
+// For any row, by accesses of `access_bytes`. Bytes beyond the end of the row are zero in the
+// slice.
 struct InParts {
   __device__ static uint4 load(const std::byte* from, int bytes, int access_bytes) {
     uint4 value = {};
@@ -122,7 +123,7 @@ struct LineSlice {
     return !has_flag() || (accesses[0].z == epoch && accesses[1].z == epoch);
   }
 
-  // Takes the flags out, once all lanes' parts are there.
+  // Replaces the flags by the row's bytes, once all lanes' parts are there.
   __device__ void take() {
     if (!has_flag()) return;
     accesses[0].z = accesses[1].x;
@@ -150,7 +151,7 @@ __device__ inline int slice_of_lane() { return lane_id() / LineSlice::kLanesOfLi
   return __all_sync(kFullWarp, came);
 }
 
-// Where this rank's slices go on the peer, and the peer's come here.
+// Where this rank's slices lie on the peer, and the peer's slices here.
 __device__ inline SentSlice* slices_to(const Exchange& x, const CtaState& s, int peer) {
   return inbox_to(x, peer).slices[turn(s, peer)];
 }

@@ -17,7 +17,7 @@ __device__ inline uint32_t load_acquire_system(const uint32_t* word) {
   return value;
 }
 
-// Publishes nothing by itself: after fence_system(), what came before that.
+// Publishes nothing by itself. After fence_system() it publishes what came before the fence.
 __device__ inline void store_relaxed_system(uint32_t* word, uint32_t value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
@@ -42,14 +42,14 @@ __device__ inline void store_word(uint64_t* word, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
 
-// Partner: store_word on the peer; what else the peer wrote before is ordered only by the fences.
+// Partner: store_word on the peer. Only fences order other things that the peer wrote before.
 __device__ inline uint64_t load_word(const uint64_t* word) {
   uint64_t value;
   asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
   return value;
 }
 
-// Two words that follow each other, at a multiple of 16 bytes: each is one by itself.
+// Two neighbouring words, at a multiple of 16 bytes. Each of them is loaded as one.
 struct WordPair {
   uint64_t first;
   uint64_t second;
@@ -86,16 +86,17 @@ __device__ inline uint4 load_line(const uint4* part) {
   return value;
 }
 
-// load_word; what the peer wrote before its last fence, or before its kernel began, is seen after
-// it. (The start of a kernel is no release in PTX's model. What this relies on is that the kernels
-// before it have ended: their writes are in the memory of their GPU by then.)
+// As load_word. After it, this thread also sees what the peer wrote before its last fence, or
+// before its kernel began. (The start of a kernel is no release in PTX's model. This relies on the
+// fact that the kernels before it have ended, so that their writes are in the memory of their GPU.)
 __device__ inline uint64_t load_acquire_word(const uint64_t* word) {
   uint64_t value;
   asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
   return value;
 }
 
-// Before store_word: what was written before it is seen by the peer after load_acquire_word.
+// Comes before store_word. A peer that has loaded the word by load_acquire_word sees everything
+// that was written before the fence.
 __device__ inline void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Counts a CTA in. The last one sees what all others wrote before their call.
@@ -114,27 +115,27 @@ __device__ inline void add_release_system(uint32_t* counter, uint32_t amount) {
   asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
 }
 
-// The same, and publishes nothing: it does not wait for what was stored before, which a release
-// does. It comes after every load whose value this thread, or one that it met at a barrier, has
-// used: that value is here, whatever the peer stores there from now on. (In PTX's model that is no
-// release; what this relies on is that a value that has been used has been loaded.)
+// The same, but it publishes nothing, so it does not wait for earlier stores as a release does. It
+// comes after every load whose value this thread, or a thread that it met at a barrier, has used.
+// So the peer may overwrite the loaded memory from now on. (PTX's model does not promise this. It
+// relies on the fact that a value which has been used has been loaded.)
 __device__ inline void add_relaxed_system(uint32_t* counter, uint32_t amount) {
   asm volatile("red.relaxed.sys.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
 }
 
-// Counts to `last` and starts again at 0. Nothing is ordered by it, and nobody waits for it here.
+// Counts to `last` and starts again at 0. It orders nothing, and the caller does not wait for it.
 __device__ inline void count_around_device(uint32_t* counter, uint32_t last) {
   asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;" ::"l"(counter), "r"(last) : "memory");
 }
 
-// A flag of this GPU that its own CTAs raise; nothing is ordered by it.
+// A word of this GPU that its own CTAs or its peers write. The load orders nothing.
 __device__ inline uint32_t load_relaxed_device(const uint32_t* word) {
   uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
 }
 
-// About that long, at most 1000.
+// Sleeps about that long, at most 1000 microseconds.
 template <uint32_t kMicroseconds>
 __device__ inline void sleep_microseconds() {
   asm volatile("nanosleep.u32 %0;" ::"n"(kMicroseconds * 1000));

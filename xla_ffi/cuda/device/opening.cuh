@@ -14,7 +14,7 @@ struct Opening {
   __device__ explicit Opening(const Exchange& x) {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < x.num_ranks) value = self(x).epoch[x.gpu[thread]];
-    if (thread == kWarpSize) value = load_relaxed_device(&self(x).failed);
+    if (thread == kWarpSize) value = load_relaxed_device(&self(x).has_failed);
     if (thread == 2 * kWarpSize) value = *x.device;
     if (const int rank = thread - 3 * kWarpSize; rank >= 0 && rank < x.num_ranks) {
       value = load_word(&self(x).region_base[x.gpu[rank]][kFirstRegion]);
@@ -31,7 +31,7 @@ __device__ inline bool open(const Exchange& x, CtaState& s, const Opening& loade
   // Never 0: what was never written must not count as arrived. Even after odd.
   if (thread < x.num_ranks) s.epoch[thread] = value + 1 == 0 ? 2 : value + 1;
   if (thread == kWarpSize) {
-    s.failed = value;
+    s.has_failed = value;
     wrong = value != 0;
   }
   if (thread == 2 * kWarpSize) {
@@ -42,13 +42,14 @@ __device__ inline bool open(const Exchange& x, CtaState& s, const Opening& loade
     s.first_region[rank] = loaded.value;
   }
   if (!__syncthreads_or(wrong)) return true;
-  if (thread == 0 && s.failed == 0) {
+  if (thread == 0 && s.has_failed == 0) {
     fail(x, s, kWrongDevice, x.rank, 0, x.expected_device, s.device);
   }
   return false;
 }
 
-// Tells every peer where this rank's buffer is. One thread; the buffer is ready for its use.
+// Posts the address of one of this rank's buffers to every peer. The buffer must be ready for the
+// peers. One thread.
 __device__ inline void post_address(const Exchange& x, const CtaState& s, int slot) {
   const uint64_t address = x.posted[slot];
 #pragma unroll 1
@@ -60,9 +61,9 @@ __device__ inline void post_address(const Exchange& x, const CtaState& s, int sl
   }
 }
 
-// Tells every peer what this rank is about to run, and where the buffers in `slots` are (one bit
-// for each), all of them ready for its use. All threads of one CTA, one for each word; the last
-// ones, so that the first can send something else before.
+// Posts to every peer the signature, and the addresses of the buffers in `slots` (one bit for
+// each). The buffers must be ready for the peers. All threads of one CTA. The last threads send a
+// word each, so that the first ones can send something else before.
 __device__ inline void post(const Exchange& x, const CtaState& s, uint32_t slots) {
   constexpr int kWords = kSignatureWords + 2 * kMaxAddresses;
   for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < kWords * x.num_ranks;
@@ -83,7 +84,7 @@ __device__ inline void post(const Exchange& x, const CtaState& s, uint32_t slots
   }
 }
 
-// Where this GPU sees what `rank` has posted.
+// The address here of what `rank` has posted.
 __device__ inline uint64_t to_local_address(const Exchange& x, const CtaState& s, int rank,
                                             uint64_t posted) {
   const auto region = static_cast<uint32_t>(posted >> kRegionShift);
@@ -95,9 +96,10 @@ __device__ inline uint64_t to_local_address(const Exchange& x, const CtaState& s
 }
 
 // Waits for the peers' signatures, compares them, and takes the addresses of `slots` (one bit for
-// each). All threads; the last ones do it, so that the first can wait for something else before.
-// After it, what the peers' programs had computed before this exchange may be read if there was an
-// address to wait for. False, for all threads: this or an earlier wait of the CTA has failed.
+// each). All threads. The last threads wait for a word each, so that the first ones can wait for
+// something else before. If it has waited for an address, the CTA may then read everything that the
+// peers' programs had computed before this exchange. False, for all threads: this or an earlier
+// wait of the CTA has failed.
 __device__ inline bool receive_addresses(const Exchange& x, CtaState& s, uint32_t slots) {
   constexpr int kWords = kSignatureWords + kMaxAddresses;
   for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < kWords * x.num_ranks;
@@ -107,8 +109,8 @@ __device__ inline bool receive_addresses(const Exchange& x, CtaState& s, uint32_
     if (rank == x.rank) continue;
     const Mailbox& box = mailbox_from(x, s, rank);
     if (word < kSignatureWords) {
-      // A peer that has posted all this and then given up has its buffers no more. Partner: the
-      // store in fail().
+      // A peer may have posted all this and given up afterwards. Then XLA may have reused its
+      // buffers. Partner: the store in fail().
       const uint32_t aborted = load_relaxed_device(&self(x).has_given_up[x.gpu[rank]]);
       Word found = load_word(&box.signature[word]);
       if (aborted != 0) {

@@ -41,8 +41,8 @@ struct Work {
     const uint64_t product = static_cast<uint64_t>(static_cast<uint32_t>(items)) * density;
     return min(static_cast<int>(product >> shift), blocks);
   }
-  // First row of the tile's n-th block; at or beyond capacity: none. The padding is mostly one run
-  // of rows at the end: consecutive blocks lie far apart, so every CTA and every moment gets some.
+  // First row of the tile's n-th block; at or beyond capacity: none. Most padding is one run of
+  // rows at the end. Consecutive blocks lie far apart, so every CTA gets some of it, at all times.
   __device__ int64_t block_row(int n) const {
     const uint64_t place = static_cast<uint64_t>(first_block + n) * team.size + team.number;
     if (place >= static_cast<uint64_t>(all.count)) return static_cast<int64_t>(place) * all.rows;

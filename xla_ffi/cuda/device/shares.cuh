@@ -1,4 +1,4 @@
-// How tokens, and the work on them, are shared out among a kernel's CTAs and their warps.
+// How the CTAs and warps of a kernel share the tokens and the work on them.
 #pragma once
 
 #include <climits>
@@ -148,7 +148,7 @@ struct Units {
 };
 
 // The order in which a rank serves the ranks. It begins with the next rank, so that not all ranks
-// begin with the same one. It comes last itself, so that the link never waits.
+// begin with the same one. It serves itself last, so that the link has work at once.
 __device__ inline int rank_of_turn(const Exchange& x, int turn) {
   const int rank = x.rank + 1 + turn;
   return rank < x.num_ranks ? rank : rank - x.num_ranks;

@@ -1,4 +1,4 @@
-// The one wait for a peer, which is bounded, and what ends it early.
+// How a thread waits for a peer. Each wait is bounded, and ends early if the exchange fails.
 #pragma once
 
 #include "cuda/device/memory_order.cuh"
@@ -13,8 +13,8 @@ namespace freeio::cuda {
 [[gnu::noinline]] __device__ inline void fail(const Exchange& x, CtaState& s, Step step, int peer,
                                               int word = 0, uint32_t expected = 0,
                                               uint32_t found = 0) {
-  s.failed = 1;
-  if (atomicExch(&self(x).failed, 1u) != 0) return;
+  s.has_failed = 1;
+  if (atomicExch(&self(x).has_failed, 1u) != 0) return;
   Failure& failure = x.host->failure;
   failure.rank = x.rank;
   failure.peer = peer;
@@ -32,12 +32,13 @@ namespace freeio::cuda {
   }
 }
 
-// Copies the host's news for waiting threads to this GPU's memory. Only one of the threads that
-// call this does so, once in a tick of about a millisecond. A load from the host's memory takes a
-// microsecond, loads of one address queue up, and thousands of threads may wait for a late peer.
+// Copies what the host block says to waiting threads into this GPU's memory. Only one of the
+// threads that call this does so, once in a tick of about a millisecond. A load from the host's
+// memory takes a microsecond, loads of one address queue up, and thousands of threads may wait for
+// a late peer.
 //
-// That thread also shows the host for which peer it has waited since `begin`, if that is long ago.
-// A wait that is over its time becomes a failure, which says more.
+// If that thread has waited for long, since `begin`, it also shows its wait to the host. A wait
+// that has reached the time-out is not shown, because it becomes a failure, which says more.
 __device__ inline void look_at_host(const Exchange& x, uint64_t now, uint64_t begin, Step step,
                                     int peer) {
   GpuBlock& block = self(x);
@@ -47,7 +48,8 @@ __device__ inline void look_at_host(const Exchange& x, uint64_t now, uint64_t be
   volatile HostBlock& host = *x.host;
   volatile GpuBlock& copy = block;
   // Partner: Peers::gone(), on the host.
-  for (int rank = 0; rank < x.num_ranks; ++rank) copy.lost[x.gpu[rank]] = host.lost[x.gpu[rank]];
+  for (int rank = 0; rank < x.num_ranks; ++rank)
+    copy.why_gone[x.gpu[rank]] = host.why_gone[x.gpu[rank]];
   const uint64_t timeout = host.timeout_ns;
   copy.timeout_ns = timeout;
   const uint64_t waited = now - begin;
@@ -63,8 +65,8 @@ __device__ inline void look_at_host(const Exchange& x, uint64_t now, uint64_t be
 // Returns 0 if the time is up, a rank has given up, or the peer's process is gone.
 __device__ __forceinline__ uint64_t may_wait(const Exchange& x, CtaState& s, Step step, int peer,
                                              uint64_t begin) {
-  if (load_relaxed_device(&self(x).failed) != 0) {
-    s.failed = 1;
+  if (load_relaxed_device(&self(x).has_failed) != 0) {
+    s.has_failed = 1;
     return 0;
   }
   // Partner: the store in fail().
@@ -76,8 +78,8 @@ __device__ __forceinline__ uint64_t may_wait(const Exchange& x, CtaState& s, Ste
   if (begin == 0) begin = now;
   look_at_host(x, now, begin, step, peer);
   const volatile GpuBlock& copy = self(x);
-  if (const uint32_t lost = copy.lost[x.gpu[peer]]; lost != 0) {
-    fail(x, s, kPeerLost, peer, 0, 0, lost);
+  if (const uint32_t why_gone = copy.why_gone[x.gpu[peer]]; why_gone != 0) {
+    fail(x, s, kPeerLost, peer, 0, 0, why_gone);
     return 0;
   }
   if (const uint64_t timeout = copy.timeout_ns; timeout != 0 && now - begin > timeout) {
@@ -107,9 +109,9 @@ __device__ inline bool differs(const Exchange& x, CtaState& s, int peer) {
   return differs(x, s, peer) ? 0 : may_wait(x, s, step, peer, begin);
 }
 
-// The one wait: polls `ready` until it holds. False: see may_wait(). `kInLoop`: for a loop that
-// needs all registers, so that it cannot call functions. There the signatures have been compared
-// already.
+// All waits for a peer go through this function. It polls `ready` until it holds. False: see
+// may_wait(). `kInLoop`: for a loop that needs all registers, so that it cannot call functions.
+// There the signatures have been compared already.
 template <bool kInLoop = false, typename Ready>
 __device__ bool wait_until(const Exchange& x, CtaState& s, Step step, int peer,
                            const Ready& ready) {

@@ -1,5 +1,4 @@
-// Words that carry their own flag, and where the words of a rank for its peers lie: in mailboxes
-// and inboxes, two of each, which the exchanges of two GPUs use alternately.
+// Words that carry their own flag, and the mailboxes and inboxes in which they lie.
 #pragma once
 
 #include "cuda/device/cta.cuh"
@@ -16,7 +15,7 @@ __device__ inline Word make_word(uint32_t epoch, uint32_t value) {
 __device__ inline bool has_arrived(Word word, uint32_t epoch) { return word >> 32 == epoch; }
 __device__ inline uint32_t value_of(Word word) { return static_cast<uint32_t>(word); }
 
-// Which of two mailboxes, or of two arrays of an inbox, is this exchange's with the peer.
+// Which of two mailboxes, or of two arrays of an inbox, this exchange with the peer uses.
 __device__ inline uint32_t turn(const CtaState& s, int peer) { return s.epoch[peer] % 2; }
 
 // The mailbox on the peer that this rank writes, and the one here that the peer writes.

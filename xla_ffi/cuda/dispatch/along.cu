@@ -1,5 +1,5 @@
-// dispatch along a handle: as large.cu, but handles know the rows of assignments. Each rank reads
-// those of the others out of their handles.
+// dispatch along a handle. As large.cu, but the rows of assignments are in the handles, so each
+// rank reads the handles of the others.
 #include "cuda/device/opening.cuh"
 #include "cuda/device/shared_memory.cuh"
 #include "cuda/dispatch/slices.cuh"

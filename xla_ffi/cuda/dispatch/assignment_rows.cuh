@@ -1,7 +1,7 @@
-// From the counts of all ranks to the rows of assignments, by way of places. These lie in the GPU
-// block, or in a scratch buffer of XLA's where there are too many for it. A place in the GPU block
-// is sent at once. One in scratch is sent after the peer has cleared the buffer and told where it
-// is.
+// Finds the rows of assignments from the counts of all ranks and from places. The places that a
+// rank receives lie in its GPU block. If there are too many for it, they lie in a scratch buffer of
+// XLA's. Places for a GPU block are sent at once. Places for a scratch buffer are sent after the
+// peer has cleared the buffer and posted its address.
 #pragma once
 
 #include "cuda/device/opening.cuh"

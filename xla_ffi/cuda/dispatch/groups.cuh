@@ -73,10 +73,10 @@ __device__ inline void store_group_sizes(const DispatchParams& p, const Routing&
   if (lane_id() == 0) *p.num_dropped = dropped;
 }
 
-// First rows of the groups. One warp does this for the experts of one rank: each lane takes a few
-// neighbouring experts. (All warps together would need less time by themselves. But they would make
-// more accesses to shared memory, and each access waits behind whatever else the multiprocessor has
-// on its way.)
+// Finds the first rows of the groups. One warp does this for the experts of one rank, and each lane
+// takes a few neighbouring experts. (More warps would need less time for the arithmetic. But they
+// would make more accesses to shared memory, and each access waits for the other accesses of the
+// multiprocessor.)
 __device__ inline void place_groups(const DispatchParams& p, const Routing& routing) {
   constexpr int kPerLane = 4;
   const Exchange& x = p.exchange;

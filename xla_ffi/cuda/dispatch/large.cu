@@ -1,9 +1,9 @@
 // dispatch of large calls: routing by counts, and token rows to their final places.
 //
-// The expert's rank pulls: it reads a token's row out of the source's tensor, once, and stores it
-// to each of its rows here. So a row crosses a link once, no rank writes into a tensor of another,
-// and nothing is staged. Counts and places go to the ranks as words that carry their own flag. No
-// data waits for a flag.
+// The expert's rank pulls. It reads a token's row from the source's tensor, once, and stores it to
+// each of the row's places here. So a row crosses a link once, no rank writes into a tensor of
+// another, and no row is copied twice. Counts and places go to the ranks as words that carry their
+// own flag. No row waits for a flag.
 #include "core/layout.h"
 #include "cuda/device/opening.cuh"
 #include "cuda/device/shared_memory.cuh"

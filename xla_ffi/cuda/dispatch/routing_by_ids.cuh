@@ -10,7 +10,7 @@ namespace freeio::cuda {
 
 // The ids of all ranks' assignments, in the order of packed rows, in dynamic shared memory.
 struct AllIds {
-  static constexpr int kNone = 0xffff;  // "no expert", and ids that are none
+  static constexpr int kNone = 0xffff;  // "no expert", also for invalid ids
   static constexpr int kPerLane = 8;    // ids that a lane looks at together
 
   uint16_t* ids;
@@ -123,7 +123,8 @@ __device__ inline void send_ids(const DispatchParams& p, const CtaState& s, cons
   if (threadIdx.x == 0) *p.num_invalid = all_invalid;
 }
 
-// All threads, the first ones two words each: the last ones have other words to wait for.
+// Takes the ids of the peers. All threads. The first threads take two words each, because the last
+// ones have other words to wait for.
 __device__ inline void receive_ids(const Exchange& x, CtaState& s, const AllIds& all) {
   constexpr int kBatch = 4;  // loads on their way together
   for (int i = 2 * static_cast<int>(threadIdx.x); i < all.words_per_rank(); i += 2 * kThreads) {
@@ -176,16 +177,16 @@ __device__ inline void count_ids(const Exchange& x, const Routing& routing, cons
   __syncthreads();
 }
 
-// Rows of the tile's assignments: of all ranks' that have one here, in `rows` ([R, tokens, K] in
-// shared memory; -1: none), and of this rank's own, in the handle. All warps look at all of them, a
-// lane at one, and those whose row is wanted are shared out evenly: a warp counts for one of its
-// lanes after the other.
+// Finds rows of the tile's assignments. `rows`: those here of all ranks' assignments ([R, tokens,
+// K] in shared memory; -1: none). The rows of this rank's own assignments go to the handle. Each
+// warp looks at all assignments, one in each lane. The assignments whose rows are wanted are shared
+// evenly among the warps. A warp counts equal ids for one of its lanes after the other.
 __device__ inline void find_rows(const DispatchParams& p, const Routing& routing, const AllIds& all,
                                  const Tile& tile, int* rows) {
   const Exchange& x = p.exchange;
   const int tile_assignments = tile.size() * x.top_k;
   const int end = all.per_rank * x.num_ranks;
-  // Of numbers below 2^13, halfway to the next one: far enough from where rounding matters.
+  // i is below 2^13, and i + 0.5 is far enough from a multiple that rounding does not matter.
   const float of_rank = 1.0f / static_cast<float>(tile_assignments);
   uint32_t wanted = warp_id();  // of all, modulo the number of warps, relative to this one
 #pragma unroll 1
@@ -208,7 +209,7 @@ __device__ inline void find_rows(const DispatchParams& p, const Routing& routing
       const int lane = __ffs(static_cast<int>(lanes)) - 1;
       const int its_position = __shfl_sync(kFullWarp, position, lane);
       const int its_id = __shfl_sync(kFullWarp, id, lane);
-      // Those before it, or all but those from it on.
+      // It counts those before it, or those from it on and subtracts these from all.
       const bool is_early = 2 * its_position < end;
       const uint32_t some =
           all.count(is_early ? 0 : its_position, is_early ? its_position : end, its_id);

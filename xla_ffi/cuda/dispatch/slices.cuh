@@ -1,4 +1,4 @@
-// Slices of token rows, the packed rows that they go to, and the rows that nothing goes to.
+// Slices of token rows, the packed rows to which they go, and the packed rows that are padding.
 #pragma once
 
 #include "cuda/device/end.cuh"
@@ -21,12 +21,12 @@ struct Slice {
   int leaf = 0;
   int bytes;
   int64_t offset;  // in the row
-  bool first;      // of the row
+  bool is_first;   // of the row
 
   __device__ Slice(const DispatchParams& p, int tokens_rank, int unit)
       : rank(tokens_rank), token(p.slices.quotient(unit)) {
     int slice = unit - token * p.num_slices;
-    first = slice == 0;
+    is_first = slice == 0;
     while (slice >= p.leaves[leaf].num_slices) slice -= p.leaves[leaf++].num_slices;
     const SlicedLeaf& it = p.leaves[leaf];
     offset = static_cast<int64_t>(slice) * it.slice_bytes;
@@ -56,12 +56,12 @@ struct Targets {
   // Stores in the handle whose assignment each row is. The first slice does so for its whole row.
   __device__ void write_sources(const DispatchParams& p, const Slice& slice) const {
     const Exchange& x = p.exchange;
-    if (!slice.first || row < 0) return;
+    if (!slice.is_first || row < 0) return;
     p.row_source[row] = (slice.rank * x.num_tokens + slice.token) * x.top_k + lane_id();
   }
 };
 
-// Moves a unit of `rank`'s to this rank's rows. Whole warp. `kRouted`: the call writes the handle;
+// Pulls a unit of `rank` into this rank's rows. Whole warp. `kRouted`: the call writes the handle;
 // else it reads one.
 template <bool kRouted>
 __device__ void pull_slice(const DispatchParams& p, const CtaState& s, const Tile& tile,
@@ -93,7 +93,7 @@ __device__ inline void zero_rows(const DispatchParams& p, int64_t first_row, uin
   }
 }
 
-// Whether the packed row belongs to no assignment, by what is known of the groups.
+// Whether the packed row belongs to no assignment, found from the groups' starts and loads.
 __device__ inline bool is_padding(const DispatchParams& p, const Routing& routing, int64_t row) {
   const Exchange& x = p.exchange;
   const int first = x.rank * (x.num_experts / x.num_ranks);

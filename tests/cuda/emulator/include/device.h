@@ -1,4 +1,4 @@
-// What the CUDA compiler knows by itself, for a C++ compiler: included before each kernel source.
+// The built-in names of the CUDA compiler, for a C++ compiler. Included before each kernel source.
 #pragma once
 
 #include <math.h>
@@ -13,7 +13,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-// One copy, which the machine fills with the running CTA's values; see shared_section.h.
+// One copy, which the machine fills with the values of the running CTA: shared_section.h.
 #define __shared__ static __attribute__((used))
 
 #define threadIdx (::emulator::thread_index)
@@ -61,17 +61,17 @@ inline unsigned __float_as_uint(float value) {
   return bits;
 }
 
-inline void __syncthreads(emulator::Place place = emulator::Place::here()) {
-  emulator::barrier(place);
+inline void __syncthreads(emulator::SourceLine where = emulator::SourceLine::here()) {
+  emulator::barrier(where);
 }
 
-inline int __syncthreads_or(int value, emulator::Place place = emulator::Place::here()) {
-  return emulator::barrier(place, value != 0);
+inline int __syncthreads_or(int value, emulator::SourceLine where = emulator::SourceLine::here()) {
+  return emulator::barrier(where, value != 0);
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu,
-                       emulator::Place place = emulator::Place::here()) {
-  emulator::gather(emulator::Together::kNothing, 0, mask, place);
+                       emulator::SourceLine where = emulator::SourceLine::here()) {
+  emulator::gather(emulator::Together::kNothing, 0, mask, where);
 }
 
 namespace emulator {
@@ -94,16 +94,16 @@ T from_bits(uint64_t bits) {
   return value;
 }
 
-// What lane `from` gives; the lane's own value where there is no such lane.
+// The value of lane `from`; the lane's own value if there is no such lane.
 template <typename T>
-T shuffle(unsigned mask, T value, int from, Place place) {
-  const uint64_t* values = gather(Together::kShuffle, to_bits(value), mask, place);
+T shuffle(unsigned mask, T value, int from, SourceLine where) {
+  const uint64_t* values = gather(Together::kShuffle, to_bits(value), mask, where);
   return from < 0 || from >= kLanes ? value : from_bits<T>(values[from]);
 }
 
 template <typename T, typename F>
-T reduce(unsigned mask, T value, Place place, const F& f) {
-  const uint64_t* values = gather(Together::kReduce, to_bits(value), mask, place);
+T reduce(unsigned mask, T value, SourceLine where, const F& f) {
+  const uint64_t* values = gather(Together::kReduce, to_bits(value), mask, where);
   T all = from_bits<T>(values[0]);
   for (int i = 1; i < kLanes; ++i) all = f(all, from_bits<T>(values[i]));
   return all;
@@ -112,67 +112,74 @@ T reduce(unsigned mask, T value, Place place, const F& f) {
 }  // namespace emulator
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int from, emulator::Place place = emulator::Place::here()) {
-  return emulator::shuffle(mask, value, from % emulator::kLanes, place);
+T __shfl_sync(unsigned mask, T value, int from,
+              emulator::SourceLine where = emulator::SourceLine::here()) {
+  return emulator::shuffle(mask, value, from % emulator::kLanes, where);
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, int distance,
-                 emulator::Place place = emulator::Place::here()) {
-  return emulator::shuffle(mask, value, emulator::lane() - distance, place);
+                 emulator::SourceLine where = emulator::SourceLine::here()) {
+  return emulator::shuffle(mask, value, emulator::lane() - distance, where);
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, int distance,
-                   emulator::Place place = emulator::Place::here()) {
-  return emulator::shuffle(mask, value, emulator::lane() + distance, place);
+                   emulator::SourceLine where = emulator::SourceLine::here()) {
+  return emulator::shuffle(mask, value, emulator::lane() + distance, where);
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes,
-                  emulator::Place place = emulator::Place::here()) {
-  return emulator::shuffle(mask, value, emulator::lane() ^ lanes, place);
+                  emulator::SourceLine where = emulator::SourceLine::here()) {
+  return emulator::shuffle(mask, value, emulator::lane() ^ lanes, where);
 }
 
 inline unsigned __ballot_sync(unsigned mask, bool value,
-                              emulator::Place place = emulator::Place::here()) {
-  const uint64_t* values = emulator::gather(emulator::Together::kBallot, value, mask, place);
+                              emulator::SourceLine where = emulator::SourceLine::here()) {
+  const uint64_t* values = emulator::gather(emulator::Together::kBallot, value, mask, where);
   unsigned bits = 0;
   for (int i = 0; i < emulator::kLanes; ++i) bits |= static_cast<unsigned>(values[i] != 0) << i;
   return bits;
 }
-inline bool __any_sync(unsigned mask, bool value, emulator::Place place = emulator::Place::here()) {
-  return __ballot_sync(mask, value, place) != 0;
+inline bool __any_sync(unsigned mask, bool value,
+                       emulator::SourceLine where = emulator::SourceLine::here()) {
+  return __ballot_sync(mask, value, where) != 0;
 }
-inline bool __all_sync(unsigned mask, bool value, emulator::Place place = emulator::Place::here()) {
-  return __ballot_sync(mask, value, place) == emulator::kAllLanes;
+inline bool __all_sync(unsigned mask, bool value,
+                       emulator::SourceLine where = emulator::SourceLine::here()) {
+  return __ballot_sync(mask, value, where) == emulator::kAllLanes;
 }
 
 template <typename T>
-unsigned __match_any_sync(unsigned mask, T value, emulator::Place place = emulator::Place::here()) {
+unsigned __match_any_sync(unsigned mask, T value,
+                          emulator::SourceLine where = emulator::SourceLine::here()) {
   const uint64_t own = emulator::to_bits(value);
-  const uint64_t* values = emulator::gather(emulator::Together::kMatch, own, mask, place);
+  const uint64_t* values = emulator::gather(emulator::Together::kMatch, own, mask, where);
   unsigned bits = 0;
   for (int i = 0; i < emulator::kLanes; ++i) bits |= static_cast<unsigned>(values[i] == own) << i;
   return bits;
 }
 
 template <typename T>
-T __reduce_add_sync(unsigned mask, T value, emulator::Place place = emulator::Place::here()) {
-  return emulator::reduce(mask, value, place, [](T a, T b) { return a + b; });
+T __reduce_add_sync(unsigned mask, T value,
+                    emulator::SourceLine where = emulator::SourceLine::here()) {
+  return emulator::reduce(mask, value, where, [](T a, T b) { return a + b; });
 }
 template <typename T>
-T __reduce_max_sync(unsigned mask, T value, emulator::Place place = emulator::Place::here()) {
-  return emulator::reduce(mask, value, place, [](T a, T b) { return max(a, b); });
+T __reduce_max_sync(unsigned mask, T value,
+                    emulator::SourceLine where = emulator::SourceLine::here()) {
+  return emulator::reduce(mask, value, where, [](T a, T b) { return max(a, b); });
 }
 template <typename T>
-T __reduce_min_sync(unsigned mask, T value, emulator::Place place = emulator::Place::here()) {
-  return emulator::reduce(mask, value, place, [](T a, T b) { return min(a, b); });
+T __reduce_min_sync(unsigned mask, T value,
+                    emulator::SourceLine where = emulator::SourceLine::here()) {
+  return emulator::reduce(mask, value, where, [](T a, T b) { return min(a, b); });
 }
 inline unsigned __reduce_or_sync(unsigned mask, unsigned value,
-                                 emulator::Place place = emulator::Place::here()) {
-  return emulator::reduce(mask, value, place, [](unsigned a, unsigned b) { return a | b; });
+                                 emulator::SourceLine where = emulator::SourceLine::here()) {
+  return emulator::reduce(mask, value, where, [](unsigned a, unsigned b) { return a | b; });
 }
 inline unsigned __reduce_and_sync(unsigned mask, unsigned value,
-                                  emulator::Place place = emulator::Place::here()) {
-  return emulator::reduce(mask, value, place, [](unsigned a, unsigned b) { return a & b; });
+                                  emulator::SourceLine where = emulator::SourceLine::here()) {
+  return emulator::reduce(mask, value, where, [](unsigned a, unsigned b) { return a & b; });
 }
 
 template <typename T>

@@ -14,8 +14,8 @@ inline void store_release_system(uint32_t* word, uint32_t value) {
 }
 
 inline uint32_t load_acquire_system(const uint32_t* word,
-                                    emulator::Place place = emulator::Place::here()) {
-  emulator::before_load(word, sizeof(*word), place);
+                                    emulator::SourceLine where = emulator::SourceLine::here()) {
+  emulator::before_load(word, sizeof(*word), where);
   return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 }
 
@@ -32,15 +32,16 @@ inline void store_release_block(uint64_t* word, uint64_t value) {
 }
 
 inline uint64_t load_acquire_block(const uint64_t* word,
-                                   emulator::Place place = emulator::Place::here()) {
-  emulator::before_load(word, sizeof(*word), place);
+                                   emulator::SourceLine where = emulator::SourceLine::here()) {
+  emulator::before_load(word, sizeof(*word), where);
   return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 }
 
 inline void store_word(uint64_t* word, uint64_t value) { emulator::send_word(word, value); }
 
-inline uint64_t load_word(const uint64_t* word, emulator::Place place = emulator::Place::here()) {
-  emulator::before_load(word, sizeof(*word), place);
+inline uint64_t load_word(const uint64_t* word,
+                          emulator::SourceLine where = emulator::SourceLine::here()) {
+  emulator::before_load(word, sizeof(*word), where);
   return __atomic_load_n(word, __ATOMIC_RELAXED);
 }
 
@@ -49,15 +50,15 @@ struct WordPair {
   uint64_t second;
 };
 inline WordPair load_word_pair(const uint64_t* words,
-                               emulator::Place place = emulator::Place::here()) {
-  emulator::before_load(words, sizeof(WordPair), place);
+                               emulator::SourceLine where = emulator::SourceLine::here()) {
+  emulator::before_load(words, sizeof(WordPair), where);
   return {__atomic_load_n(&words[0], __ATOMIC_RELAXED),
           __atomic_load_n(&words[1], __ATOMIC_RELAXED)};
 }
 
-// Whole warps: the line is sent as one, once all its lanes have come.
+// Whole warp. The line is sent as one when all its lanes are here.
 inline void store_line(uint4* part, const uint4& value,
-                       emulator::Place place = emulator::Place::here()) {
+                       emulator::SourceLine where = emulator::SourceLine::here()) {
   constexpr int kLanesOfLine = 8;
   uint64_t line[emulator::kLineWords];
   uint64_t halves[emulator::kLineWords / kLanesOfLine];
@@ -65,14 +66,16 @@ inline void store_line(uint4* part, const uint4& value,
   const int first = emulator::lane() / kLanesOfLine * kLanesOfLine;
   for (int half = 0; half < 2; ++half) {
     const uint64_t* all =
-        emulator::gather(emulator::Together::kShuffle, halves[half], emulator::kAllLanes, place);
+        emulator::gather(emulator::Together::kShuffle, halves[half], emulator::kAllLanes, where);
     for (int i = 0; i < kLanesOfLine; ++i) line[2 * i + half] = all[first + i];
   }
   if (emulator::lane() == first) emulator::send_line(part, line);
 }
 
-// The lanes with the flags first: the others' parts are there if those are.
-inline uint4 load_line(const uint4* part, emulator::Place place = emulator::Place::here()) {
+// The lanes with the flags load first. If a flag has arrived, the other parts of its line have,
+// too.
+inline uint4 load_line(const uint4* part,
+                       emulator::SourceLine where = emulator::SourceLine::here()) {
   constexpr int kLanesOfLine = 8;
   const bool flags = emulator::lane() % kLanesOfLine == kLanesOfLine - 1;
   uint4 value;
@@ -81,15 +84,15 @@ inline uint4 load_line(const uint4* part, emulator::Place place = emulator::Plac
     value = *part;
     value.z = flag;
   }
-  emulator::gather(emulator::Together::kNothing, 0, emulator::kAllLanes, place);
+  emulator::gather(emulator::Together::kNothing, 0, emulator::kAllLanes, where);
   if (!flags) value = *part;
-  emulator::gather(emulator::Together::kNothing, 0, emulator::kAllLanes, place);
+  emulator::gather(emulator::Together::kNothing, 0, emulator::kAllLanes, where);
   return value;
 }
 
 inline uint64_t load_acquire_word(const uint64_t* word,
-                                  emulator::Place place = emulator::Place::here()) {
-  emulator::before_load(word, sizeof(*word), place);
+                                  emulator::SourceLine where = emulator::SourceLine::here()) {
+  emulator::before_load(word, sizeof(*word), where);
   return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 }
 
@@ -124,12 +127,12 @@ inline void count_around_device(uint32_t* counter, uint32_t last) {
 }
 
 inline uint32_t load_relaxed_device(const uint32_t* word,
-                                    emulator::Place place = emulator::Place::here()) {
-  emulator::before_load(word, sizeof(*word), place);
+                                    emulator::SourceLine where = emulator::SourceLine::here()) {
+  emulator::before_load(word, sizeof(*word), where);
   return __atomic_load_n(word, __ATOMIC_RELAXED);
 }
 
-// What was stored is there at once on the machine, words aside.
+// Plain stores arrive at once on this machine.
 template <uint32_t>
 void sleep_microseconds() {}
 
