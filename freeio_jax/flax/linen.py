@@ -12,13 +12,14 @@ from flax import linen as nn
 from flax.linen import module as flax_module
 
 from freeio_jax.flax.config import MoEConfig
+from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
 from freeio_jax.flax.mesh import experts_are_manual
-from freeio_jax.flax.moe import moe, per_expert
+from freeio_jax.flax.moe import initializer, moe
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
 
 class MoE(nn.Module):
-    """A Mixture-of-Experts layer of SwiGLU experts, spread over a mesh axis.
+    """A Mixture-of-Experts layer whose experts are spread over a mesh axis.
 
     ``__call__(x, deterministic=False, token_mask=None)`` takes ``[..., H]``, under ``jit`` with a
     mesh a global array, and returns ``[..., H]``. ``deterministic=True`` is for evaluation: no
@@ -37,9 +38,10 @@ class MoE(nn.Module):
         is set: updated by each call that is not deterministic, so it must be mutable there.
 
     Parameters: ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``, ``down``
-    ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``; the experts' carry
-    the partitioning ``(axis_name, None, None)``. Inside a shard_map over the expert axis they are
-    this rank's shards, ``[E/R, ...]``. The random stream of ``router.jitter`` is ``jitter``.
+    ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``. Instead of
+    ``gate_up`` and ``down`` other ``experts`` have other names. The experts' parameters carry the
+    partitioning ``(axis_name, None, ...)``. Inside a shard_map over the expert axis they are this
+    rank's shards, ``[E/R, ...]``. The random stream of ``router.jitter`` is ``jitter``.
 
     Attributes:
       num_experts: E; a multiple of the expert axis's size.
@@ -57,6 +59,7 @@ class MoE(nn.Module):
         None: ``freeio_jax`` itself.
       param_dtype: of the experts' parameters.
       kernel_init: initializer of each matrix, applied to each expert on its own.
+      experts: what the experts compute, as ``freeio_jax.flax.experts.SwiGLU()``.
 
     >>> import jax, jax.numpy as jnp
     >>> from freeio_jax.flax.linen import MoE
@@ -82,6 +85,7 @@ class MoE(nn.Module):
     exchange: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
+    experts: Experts = DEFAULT_EXPERTS
 
     @nn.compact
     def __call__(
@@ -102,6 +106,7 @@ class MoE(nn.Module):
             token_axes=self.token_axes,
             dtype=self.dtype,
             exchange=self.exchange,
+            experts=self.experts,
         )
         manual = experts_are_manual(config)
         num_ranks = jax.lax.axis_size(config.expert_axes) if manual else 1
@@ -109,7 +114,7 @@ class MoE(nn.Module):
         for name, (shape, names) in config.parameters(
             x.shape[-1], self.num_experts // num_ranks
         ).items():
-            init = per_expert(self.kernel_init) if len(shape) == 3 else self.kernel_init
+            init = initializer(self.kernel_init, names)
             dtype = jnp.float32 if name == "router" else self.param_dtype
             box = self.param(name, nn.with_partitioning(init, names), shape, dtype, unbox=False)
             # Unboxing also constrains the sharding, which is for global arrays, not for shards.

@@ -14,7 +14,6 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from freeio_jax import collective
 from freeio_jax.flax.config import MoEConfig
-from freeio_jax.flax.experts import shared_swiglu, swiglu
 from freeio_jax.flax.mesh import current_mesh, experts_are_manual
 from freeio_jax.flax.one_device import on_one_device
 from freeio_jax.flax.router import route
@@ -48,8 +47,19 @@ class Report:
         return cls(jnp.zeros(num_experts, jnp.int32), count, loss, loss, loss)
 
 
-def per_expert(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """An initializer for ``[experts, ...]`` that draws each expert's matrix on its own."""
+def initializer(kernel_init: Callable[..., jax.Array], names: tuple) -> Callable[..., jax.Array]:
+    """How a parameter starts whose dimensions lie over ``names`` (of ``config.parameters``).
+
+    A matrix is drawn by ``kernel_init``, for each expert on its own; a vector is zero.
+    """
+    of_experts = names[0] is not None
+    if len(names) - of_experts < 2:
+        return jax.nn.initializers.zeros
+    return _per_expert(kernel_init) if of_experts else kernel_init
+
+
+def _per_expert(init):
+    """An initializer for ``[experts, ...]`` that draws each expert's array on its own."""
 
     def stacked(key, shape, dtype):
         draw = functools.partial(init, shape=shape[1:], dtype=dtype)
@@ -149,7 +159,8 @@ def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_
     token_axes = tuple(axis for axis in config.all_token_axes if axis in axes)
     num_shards = math.prod(mesh.shape[axis] for axis in token_axes)
     expert_axes = () if experts_manual else config.expert_axes
-    over = {name: expert_axes if name in ("gate_up", "down") else () for name in parameters}
+    spread = config.spread_parameters(x.shape[-1])
+    over = {name: expert_axes if name in spread else () for name in parameters}
     explicit = {
         axis
         for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -222,9 +233,10 @@ def _shard(parameters, x, token_mask, jitter_key, config):
         token_axes=token_axes,
         jitter_key=jitter_key,
     )
-    dtype = config.dtype or jnp.result_type(tokens, parameters["gate_up"], parameters["down"])
+    experts = {n: parameters[n] for n in config.spread_parameters(tokens.shape[-1])}
+    dtype = config.dtype or jnp.result_type(tokens, *experts.values())
     tokens = tokens.astype(dtype)
-    weights = {name: a.astype(dtype) for name, a in parameters.items() if name not in _ROUTER}
+    experts = {name: a.astype(dtype) for name, a in experts.items()}
     capacity = None
     if config.capacity_factor is not None:
         capacity = balanced_capacity(
@@ -244,10 +256,11 @@ def _shard(parameters, x, token_mask, jitter_key, config):
         capacity=capacity,
         alignment=config.alignment,
     )
-    rows = swiglu(out.tokens, weights["gate_up"], weights["down"], out.group_sizes)
+    rows = config.experts(experts, out.tokens, out.group_sizes)
     y = exchange.combine(rows, out.handle, routing.topk_weights)
     if config.shared_expert_width is not None:
-        y = y + shared_swiglu(tokens, weights["shared_gate_up"], weights["shared_down"])
+        shared = {n: parameters[f"shared_{n}"].astype(dtype) for n in experts}
+        y = y + config.experts.shared(shared, tokens)
     if token_mask is not None:
         # The gradient of a masked token's output may be NaN. It must not reach the shared expert.
         y = _only(token_mask, y)
@@ -274,6 +287,3 @@ def _auxiliary_loss(router, routing):
     if router.z_loss_coef:
         loss += router.z_loss_coef * routing.z_loss
     return loss
-
-
-_ROUTER = ("router", "bias")

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from freeio_jax.flax.config import MoEConfig
-from freeio_jax.flax.moe import Report, moe, per_expert
+from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
+from freeio_jax.flax.moe import Report, initializer, moe
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -72,7 +73,7 @@ _REPORTS = {
 
 
 class MoE(nnx.Module):
-    """A Mixture-of-Experts layer of SwiGLU experts, spread over a mesh axis.
+    """A Mixture-of-Experts layer whose experts are spread over a mesh axis.
 
     ``layer(x, deterministic=None, token_mask=None)`` takes ``[..., H]``, under ``nnx.jit`` with a
     mesh a global array, and returns ``[..., H]``. ``deterministic=True`` (``layer.eval()``) is for
@@ -89,8 +90,9 @@ class MoE(nnx.Module):
     ``nnx.pop`` may remove them. The next call that is not deterministic creates them again.
 
     Parameters (``nnx.Param``): ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``,
-    ``down`` ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``; the
-    experts' carry ``out_sharding=(axis_name, None, None)``. ``bias`` (:class:`RouterBias`) where
+    ``down`` ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``. Instead of
+    ``gate_up`` and ``down`` other ``experts`` have other names. The experts' parameters carry
+    ``out_sharding=(axis_name, None, ...)``. ``bias`` (:class:`RouterBias`) where
     ``router.bias_update_rate`` is set: updated by each call that is not deterministic.
 
     Args:
@@ -110,6 +112,7 @@ class MoE(nnx.Module):
         None: ``freeio_jax`` itself.
       param_dtype: of the experts' parameters.
       kernel_init: initializer of each matrix, applied to each expert on its own.
+      experts: what the experts compute, as ``freeio_jax.flax.experts.SwiGLU()``.
       deterministic: the default of the calls; ``train()`` and ``eval()`` set it.
       rngs: streams ``params``, and ``jitter`` for ``router.jitter``.
 
@@ -139,6 +142,7 @@ class MoE(nnx.Module):
         exchange: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: Callable[..., jax.Array] = _KERNEL_INIT,
+        experts: Experts = DEFAULT_EXPERTS,
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -154,21 +158,29 @@ class MoE(nnx.Module):
             token_axes=token_axes,
             dtype=dtype,
             exchange=exchange,
+            experts=experts,
         )
         self.mesh = mesh
         self.deterministic = deterministic
+        if router.bias_update_rate is not None:
+            self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32))
+        self.rngs = nnx.data(None)
+        self._write(Report.zeros(num_experts))
         # Flax shards a Variable when it is created, and raises an error where there is no mesh.
         current = jax.sharding.get_abstract_mesh()
         meshless = mesh is None and (current.empty or current.manual_axes)
         placement = {"eager_sharding": False} if meshless else {"mesh": mesh}
         for name, (shape, names) in self.config.parameters(width).items():
-            init = per_expert(kernel_init) if len(shape) == 3 else kernel_init
-            value = init(rngs.params(), shape, jnp.float32 if name == "router" else param_dtype)
+            if hasattr(self, name):
+                raise ValueError(
+                    f"MoE: experts={experts!r} have a parameter {name!r}, but the layer has an "
+                    "attribute of this name: rename it."
+                )
+            dtype = jnp.float32 if name == "router" else param_dtype
+            value = initializer(kernel_init, names)(rngs.params(), shape, dtype)
             setattr(self, name, nnx.Param(value, out_sharding=names, **placement))
-        if router.bias_update_rate is not None:
-            self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32))
-        self.rngs = rngs["jitter"].fork() if router.jitter else nnx.data(None)
-        self._write(Report.zeros(num_experts))
+        if router.jitter:  # after the parameters: the streams may be one
+            self.rngs = rngs["jitter"].fork()
 
     def __call__(
         self,
