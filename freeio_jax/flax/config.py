@@ -8,8 +8,8 @@ from typing import Any
 from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router
 
-#: What belongs to the router in the arrays of a layer. The router computes in float32 always.
-ROUTER_ARRAYS = ("router", "bias")
+#: The router's arrays. They are float32 always.
+ROUTER_ARRAYS = ("router", "router_bias", "bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,8 @@ class MoEConfig:
         local = self.num_experts if num_experts is None else num_experts
         axis = self.axis_name if isinstance(self.axis_name, str) else self.expert_axes
         shapes = {"router": ((width, self.num_experts), (None, None))}
+        if self.router.logits_bias:
+            shapes["router_bias"] = ((self.num_experts,), (None,))
         experts = self.experts.parameters(width, self.expert_width)
         taken = [name for name in experts if name in ROUTER_ARRAYS or name.startswith("shared_")]
         if taken:

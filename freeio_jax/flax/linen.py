@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import module as flax_module
 
-from freeio_jax.flax.config import MoEConfig
+from freeio_jax.flax.config import ROUTER_ARRAYS, MoEConfig
 from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
 from freeio_jax.flax.mesh import experts_are_manual
 from freeio_jax.flax.moe import initializer, moe
@@ -35,11 +35,13 @@ class MoE(nn.Module):
       * ``intermediates``: ``load`` (int32 ``[E]``, assignments to each expert),
         ``dropped`` (int32), ``load_balance_loss`` and ``z_loss`` (without coefficients);
       * ``router_state``: ``bias`` (float32 ``[E]``), where ``router.bias_update_rate``
-        is set: updated by each call that is not deterministic, so it must be mutable there.
+        is set: updated by each call that is not deterministic, so it must be mutable there. With a
+        rate of 0.0 it is never updated.
 
     Parameters: ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``, ``down``
     ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``. Instead of
-    ``gate_up`` and ``down`` other ``experts`` have other names. The experts' parameters carry the
+    ``gate_up`` and ``down`` other ``experts`` have other names. ``router.logits_bias`` adds
+    ``router_bias`` ``[E]`` (float32). The experts' parameters carry the
     partitioning ``(axis_name, None, ...)``. Inside a shard_map over the expert axis they are this
     rank's shards, ``[E/R, ...]``. The random stream of ``router.jitter`` is ``jitter``.
 
@@ -115,7 +117,7 @@ class MoE(nn.Module):
             x.shape[-1], self.num_experts // num_ranks
         ).items():
             init = initializer(self.kernel_init, names)
-            dtype = jnp.float32 if name == "router" else self.param_dtype
+            dtype = jnp.float32 if name in ROUTER_ARRAYS else self.param_dtype
             box = self.param(name, nn.with_partitioning(init, names), shape, dtype, unbox=False)
             # Unboxing also constrains the sharding, which is for global arrays, not for shards.
             parameters[name] = nn.meta.unbox(box) if not manual else _value(box)
@@ -137,7 +139,7 @@ class MoE(nn.Module):
             mesh=self.mesh,
             jitter_key=jitter_key,
         )
-        if bias is not None and training:
+        if training and self.router.bias_update_rate:
             variable.value = update_bias(bias, report.load, self.router.bias_update_rate)
         if not self.is_initializing():
             self._sow(report)

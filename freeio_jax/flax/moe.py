@@ -17,7 +17,7 @@ from freeio_jax.flax.config import MoEConfig
 from freeio_jax.flax.mesh import current_mesh, experts_are_manual
 from freeio_jax.flax.one_device import on_one_device
 from freeio_jax.flax.router import route
-from freeio_jax.layout import balanced_capacity
+from freeio_jax.layout import balanced_capacity, dropless_capacity
 from freeio_jax.varying import checks_varying_axes, vary, varying_axes
 
 
@@ -228,6 +228,7 @@ def _shard(parameters, x, token_mask, jitter_key, config):
         parameters["router"],
         top_k=config.top_k,
         router=config.router,
+        logits_bias=parameters.get("router_bias"),
         bias=parameters.get("bias"),
         token_mask=token_mask,
         token_axes=token_axes,
@@ -237,27 +238,7 @@ def _shard(parameters, x, token_mask, jitter_key, config):
     dtype = config.dtype or jnp.result_type(tokens, *experts.values())
     tokens = tokens.astype(dtype)
     experts = {name: a.astype(dtype) for name, a in experts.items()}
-    capacity = None
-    if config.capacity_factor is not None:
-        capacity = balanced_capacity(
-            config.capacity_factor,
-            num_ranks=lax.axis_size(config.expert_axes),
-            num_tokens=tokens.shape[0],
-            top_k=config.top_k,
-            num_experts=config.num_experts,
-            alignment=config.alignment,
-        )
-    exchange = config.exchange or collective
-    out = exchange.dispatch(
-        tokens,
-        routing.topk_idx,
-        num_experts=config.num_experts,
-        axis_name=config.expert_axes,
-        capacity=capacity,
-        alignment=config.alignment,
-    )
-    rows = config.experts(experts, out.tokens, out.group_sizes)
-    y = exchange.combine(rows, out.handle, routing.topk_weights)
+    y, num_dropped = _routed(experts, tokens, routing, config)
     if config.shared_expert_width is not None:
         shared = {n: parameters[f"shared_{n}"].astype(dtype) for n in experts}
         y = y + config.experts.shared(shared, tokens)
@@ -266,12 +247,50 @@ def _shard(parameters, x, token_mask, jitter_key, config):
         y = _only(token_mask, y)
     report = Report(
         load=routing.load,
-        dropped=lax.psum(out.handle.num_dropped, token_axes),
+        dropped=lax.psum(num_dropped, token_axes),
         load_balance_loss=routing.load_balance_loss,
         z_loss=routing.z_loss,
         aux_loss=_auxiliary_loss(config.router, routing),
     )
     return y.reshape(x.shape), report
+
+
+def _routed(experts, tokens, routing, config):
+    """The weighted sums of the experts' outputs ``[T, H]``, and the number of drops."""
+    sizes = {
+        "num_ranks": lax.axis_size(config.expert_axes),
+        "num_tokens": tokens.shape[0],
+        "top_k": config.top_k,
+        "num_experts": config.num_experts,
+        "alignment": config.alignment,
+    }
+    capacity = None
+    if config.capacity_factor is not None:
+        capacity = balanced_capacity(config.capacity_factor, **sizes)
+    rows, ids, weights = tokens, routing.topk_idx, routing.topk_weights
+    weighted_input = config.router.weights_on == "input"
+    if weighted_input:
+        # Each expert of a token gets another row, so each assignment is sent as a token of its own.
+        # The default capacity would not know that the experts of K neighbours are distinct.
+        if capacity is None:
+            capacity = dropless_capacity(**sizes)
+        wide = jnp.promote_types(tokens.dtype, jnp.float32)
+        rows = tokens.astype(wide)[:, None] * weights.astype(wide)[..., None]
+        rows = rows.astype(tokens.dtype).reshape(tokens.shape[0] * config.top_k, tokens.shape[1])
+        ids, weights = ids.reshape(-1, 1), None
+    exchange = config.exchange or collective
+    out = exchange.dispatch(
+        rows,
+        ids,
+        num_experts=config.num_experts,
+        axis_name=config.expert_axes,
+        capacity=capacity,
+        alignment=config.alignment,
+    )
+    y = exchange.combine(config.experts(experts, out.tokens, out.group_sizes), out.handle, weights)
+    if weighted_input:
+        y = jnp.sum(y.reshape(tokens.shape[0], config.top_k, y.shape[1]), axis=1)
+    return y, out.handle.num_dropped
 
 
 def _only(mask, rows):

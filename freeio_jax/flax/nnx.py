@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freeio_jax.flax.config import MoEConfig
+from freeio_jax.flax.config import ROUTER_ARRAYS, MoEConfig
 from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
 from freeio_jax.flax.moe import Report, initializer, moe
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
@@ -91,9 +91,11 @@ class MoE(nnx.Module):
 
     Parameters (``nnx.Param``): ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``,
     ``down`` ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``. Instead of
-    ``gate_up`` and ``down`` other ``experts`` have other names. The experts' parameters carry
+    ``gate_up`` and ``down`` other ``experts`` have other names. ``router.logits_bias`` adds
+    ``router_bias`` ``[E]`` (float32). The experts' parameters carry
     ``out_sharding=(axis_name, None, ...)``. ``bias`` (:class:`RouterBias`) where
-    ``router.bias_update_rate`` is set: updated by each call that is not deterministic.
+    ``router.bias_update_rate`` is set: updated by each call that is not deterministic. With a rate
+    of 0.0 it is never updated.
 
     Args:
       width: H, features of a token.
@@ -176,7 +178,7 @@ class MoE(nnx.Module):
                     f"MoE: experts={experts!r} have a parameter {name!r}, but the layer has an "
                     "attribute of this name: rename it."
                 )
-            dtype = jnp.float32 if name == "router" else param_dtype
+            dtype = jnp.float32 if name in ROUTER_ARRAYS else param_dtype
             value = initializer(kernel_init, names)(rngs.params(), shape, dtype)
             setattr(self, name, nnx.Param(value, out_sharding=names, **placement))
         if router.jitter:  # after the parameters: the streams may be one
@@ -201,7 +203,7 @@ class MoE(nnx.Module):
             mesh=self.mesh,
             jitter_key=self.rngs() if training and router.jitter else None,
         )
-        if training and bias is not None:
+        if training and router.bias_update_rate:
             self.bias[...] = update_bias(bias, report.load, router.bias_update_rate)
         if training:
             self._write(report)

@@ -45,8 +45,9 @@ def softmax_router(p, x, top_k):
     return ids, weights / weights.sum(-1, keepdims=True)
 
 
-def clamped(p, x):
-    ids, weights = softmax_router(p, x, 2)
+def gpt_oss(p, x):
+    logits, ids = best(dot(x, p["router"]) + p["router_bias"], 2)
+    weights = jax.nn.softmax(logits)
 
     def expert(e):
         gate_up = dot(x, p["gate_up"][e]) + p["gate_up_bias"][e]
@@ -72,6 +73,43 @@ def mlp_with_biases(p, x):
     names = ("up", "up_bias", "down", "down_bias")
     y = mix(ids, weights, lambda e: mlp(x, *(p[name][e] for name in names)))
     return y + mlp(x, *(p[f"shared_{name}"] for name in names))
+
+
+def swiglu_experts(p, x):
+    return lambda e: swiglu(x, p["gate_up"][e], p["down"][e])
+
+
+def within_groups(choice, group_score, groups_per_token):
+    """``choice`` ``[T, E]`` with zeros outside the best groups, whose scores are ``[T, G]``."""
+    _, groups = best(group_score, groups_per_token)
+    of_expert = jnp.arange(NUM_EXPERTS) // (NUM_EXPERTS // group_score.shape[1])
+    return jnp.where((of_expert[:, None] == groups[:, None]).any(-1), choice, 0.0)
+
+
+def deepseek_v2(p, x):
+    scores = jax.nn.softmax(dot(x, p["router"]))
+    weights, ids = best(within_groups(scores, scores.reshape(-1, 4, 2).max(-1), 2), 2)
+    return mix(ids, weights * 2.5, swiglu_experts(p, x))
+
+
+def deepseek_v3(p, x):
+    scores = jax.nn.sigmoid(dot(x, p["router"]))
+    choice = scores + p["bias"]
+    group_score = jnp.sort(choice.reshape(-1, 2, 4), axis=-1)[..., -2:].sum(-1)
+    # Choices are moved up, so that none of the best group is below the zeros of the others.
+    _, ids = best(within_groups(choice + 10, group_score, 1), 2)
+    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    y = mix(ids, weights / weights.sum(-1, keepdims=True) * 2.5, swiglu_experts(p, x))
+    return y + swiglu(x, p["shared_gate_up"], p["shared_down"])
+
+
+def llama4(p, x, top_k=1, shared=True):
+    logits, ids = best(dot(x, p["router"]), top_k)
+    weights, y = jax.nn.sigmoid(logits), 0
+    for k in range(top_k):
+        scaled = weights[:, k : k + 1] * x
+        y += mix(ids[:, k : k + 1], jnp.ones_like(weights[:, :1]), swiglu_experts(p, scaled))
+    return y + swiglu(x, p["shared_gate_up"], p["shared_down"]) if shared else y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +153,37 @@ class Family:
 
 
 FAMILIES = {
-    "clamped_swiglu": Family(
-        clamped, {"experts": SwiGLU(limit=0.7, alpha=1.702, biases=True, interleaved=True)}
+    "gpt_oss": Family(
+        gpt_oss,
+        {"experts": SwiGLU(limit=0.7, alpha=1.702, biases=True, interleaved=True)},
+        {"logits_bias": True},
+    ),
+    "deepseek_v2": Family(
+        deepseek_v2,
+        {},
+        {
+            "num_groups": 4,
+            "groups_per_token": 2,
+            "group_score": "max",
+            "renormalize": False,
+            "weight_scale": 2.5,
+        },
+    ),
+    "deepseek_v3": Family(
+        deepseek_v3,
+        {"shared_expert_width": 4},
+        {"score": "sigmoid", "num_groups": 2, "bias_update_rate": 0.0, "weight_scale": 2.5},
+        has_bias=True,
+    ),
+    "llama4": Family(
+        llama4,
+        {"top_k": 1, "shared_expert_width": 4},
+        {"score": "sigmoid", "weights_on": "input"},
+    ),
+    "weights_on_input_of_two": Family(
+        lambda p, x: llama4(p, x, 2, shared=False),
+        {"capacity_factor": 8.0, "alignment": 4},
+        {"score": "sigmoid", "weights_on": "input", "renormalize": False},
     ),
     "switch": Family(switch, {"top_k": 1, "experts": MLP()}),
     "mlp_with_biases": Family(

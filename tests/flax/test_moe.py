@@ -314,6 +314,34 @@ def test_nnx_trains_its_bias_and_jitters_in_training_only(rng):
         np.testing.assert_array_equal(layer.bias[...], 0.5 * np.sign(load.mean() - load))
 
 
+def test_a_bias_with_a_rate_of_zero_is_loaded_and_never_written(rng):
+    """So linen's ``router_state`` need not be mutable, in training either."""
+    options = settings(router=Router(bias_update_rate=0.0), token_axes=None)
+    x, bias = draw_tokens(rng, 8, 5), jnp.asarray(rng.normal(size=8), jnp.float32)
+    layer, model = linen.MoE(**options), fio_nnx.MoE(WIDTH, **options, rngs=nnx.Rngs(0))
+    parameters = {n: getattr(model, n)[...] for n in model.config.parameters(WIDTH)}
+    y = layer.apply({"params": parameters, "router_state": {"bias": bias}}, x)
+    model.bias[...] = bias
+    assert_close(model(x), y)
+    np.testing.assert_array_equal(model.bias[...], bias)
+    expected, _, _ = dense(parameters, x, model.config, bias)
+    assert_close(y, expected)
+
+
+def test_drops_with_weights_on_the_input_are_those_of_weights_on_the_output(rng):
+    options = settings(capacity_factor=0.7)
+    configs = [
+        MoEConfig(**options, router=Router(weights_on=where)) for where in ("output", "input")
+    ]
+    parameters, x = draw_parameters(configs[0], rng), draw_tokens(rng, 8, 5)
+    parameters["router"] = parameters["router"].at[:, :2].mul(3)
+    with jax.set_mesh(mesh_2x4()):
+        (y, out), (z, into) = (jax.jit(lambda c=c: moe(parameters, x, c))() for c in configs)
+    assert int(out.dropped) > 0
+    assert_close(into, out)
+    assert_close((np.abs(z) > 0).any(-1), (np.abs(y) > 0).any(-1))
+
+
 def test_the_bias_takes_no_gradient(rng):
     config = MoEConfig(**settings(router=Router(bias_update_rate=0.1)))
     parameters, x = draw_parameters(config, rng), draw_tokens(rng, 8, 5)
@@ -385,6 +413,8 @@ def test_capacity_factor_is_a_multiple_of_the_even_share(factor, alignment, expe
         ({"router": Router(num_groups=3)}, "must divide"),
         ({"router": Router(num_groups=8, groups_per_token=2)}, "more groups per token"),
         ({"router": Router(jitter=1.0)}, "jitter"),
+        ({"router": Router(group_score="mean")}, "'top2' or 'max'"),
+        ({"router": Router(weights_on="both")}, "'output' or 'input'"),
     ],
 )
 def test_settings_that_do_not_fit_together(changes, message):
