@@ -34,6 +34,8 @@ class MoEConfig:
         ``freeio_jax.reference`` or an object of ``freeio_jax.bench.baselines``. None:
         ``freeio_jax`` itself.
       experts: what the experts compute, the shared one included, and their parameters.
+      shared_expert_gate: whether the shared expert's output is multiplied with
+        ``sigmoid(x @ shared_expert_gate)``, one number for each token (Qwen2-MoE, Qwen3-Next).
     """
 
     num_experts: int
@@ -48,6 +50,7 @@ class MoEConfig:
     dtype: Any = None
     exchange: Any = None
     experts: Experts = DEFAULT_EXPERTS
+    shared_expert_gate: bool = False
 
     def __post_init__(self):
         self.router.check(self.num_experts, self.top_k)
@@ -55,6 +58,11 @@ class MoEConfig:
             raise TypeError(
                 f"MoE: experts={self.experts!r} must be an object of freeio_jax.flax.experts, such "
                 "as SwiGLU() or MLP(), or of a subclass of its Experts."
+            )
+        if self.shared_expert_gate and self.shared_expert_width is None:
+            raise ValueError(
+                "MoE: shared_expert_gate=True, but there is no shared expert: give "
+                "shared_expert_width."
             )
         missing = [axis for axis in self.expert_axes if axis not in self.all_token_axes]
         if missing:
@@ -96,6 +104,13 @@ class MoEConfig:
             shared = self.experts.parameters(width, self.shared_expert_width)
             for name, shape in shared.items():
                 shapes[f"shared_{name}"] = (shape, (None,) * len(shape))
+        if self.shared_expert_gate:
+            if "expert_gate" in experts:
+                raise ValueError(
+                    f"MoE: experts={self.experts!r} have a parameter 'expert_gate'. With "
+                    "shared_expert_gate=True its name is taken: rename it."
+                )
+            shapes["shared_expert_gate"] = ((width, 1), (None, None))
         return shapes
 
     def spread_parameters(self, width: int) -> tuple[str, ...]:

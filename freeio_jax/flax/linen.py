@@ -40,10 +40,11 @@ class MoE(nn.Module):
 
     Parameters: ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``, ``down``
     ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``. Instead of
-    ``gate_up`` and ``down`` other ``experts`` have other names. ``router.logits_bias`` adds
-    ``router_bias`` ``[E]`` (float32). The experts' parameters carry the
-    partitioning ``(axis_name, None, ...)``. Inside a shard_map over the expert axis they are this
-    rank's shards, ``[E/R, ...]``. The random stream of ``router.jitter`` is ``jitter``.
+    ``gate_up`` and ``down`` other ``experts`` have other names. Where the settings ask for them
+    there are ``router_bias`` ``[E]`` (float32) and ``shared_expert_gate`` ``[H, 1]``. The experts'
+    parameters carry the partitioning ``(axis_name, None, ...)``. Inside a shard_map over the expert
+    axis they are this rank's shards, ``[E/R, ...]``. The random stream of ``router.jitter`` is
+    ``jitter``.
 
     Attributes:
       num_experts: E; a multiple of the expert axis's size.
@@ -62,6 +63,8 @@ class MoE(nn.Module):
       param_dtype: of the experts' parameters.
       kernel_init: initializer of each matrix, applied to each expert on its own.
       experts: what the experts compute, as ``freeio_jax.flax.experts.SwiGLU()``.
+      shared_expert_gate: whether the shared expert's output is multiplied with
+        ``sigmoid(x @ shared_expert_gate)`` (Qwen2-MoE).
 
     >>> import jax, jax.numpy as jnp
     >>> from freeio_jax.flax.linen import MoE
@@ -88,6 +91,7 @@ class MoE(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
     experts: Experts = DEFAULT_EXPERTS
+    shared_expert_gate: bool = False
 
     @nn.compact
     def __call__(
@@ -109,6 +113,7 @@ class MoE(nn.Module):
             dtype=self.dtype,
             exchange=self.exchange,
             experts=self.experts,
+            shared_expert_gate=self.shared_expert_gate,
         )
         manual = experts_are_manual(config)
         num_ranks = jax.lax.axis_size(config.expert_axes) if manual else 1

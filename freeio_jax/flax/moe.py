@@ -241,7 +241,11 @@ def _shard(parameters, x, token_mask, jitter_key, config):
     y, num_dropped = _routed(experts, tokens, routing, config)
     if config.shared_expert_width is not None:
         shared = {n: parameters[f"shared_{n}"].astype(dtype) for n in experts}
-        y = y + config.experts.shared(shared, tokens)
+        out = config.experts.shared(shared, tokens)
+        if config.shared_expert_gate:
+            gate = parameters["shared_expert_gate"].astype(dtype)
+            out = jax.nn.sigmoid(jnp.dot(tokens, gate)) * out
+        y = y + out
     if token_mask is not None:
         # The gradient of a masked token's output may be NaN. It must not reach the shared expert.
         y = _only(token_mask, y)

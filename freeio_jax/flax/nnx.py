@@ -91,9 +91,9 @@ class MoE(nnx.Module):
 
     Parameters (``nnx.Param``): ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``,
     ``down`` ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``. Instead of
-    ``gate_up`` and ``down`` other ``experts`` have other names. ``router.logits_bias`` adds
-    ``router_bias`` ``[E]`` (float32). The experts' parameters carry
-    ``out_sharding=(axis_name, None, ...)``. ``bias`` (:class:`RouterBias`) where
+    ``gate_up`` and ``down`` other ``experts`` have other names. Where the settings ask for them
+    there are ``router_bias`` ``[E]`` (float32) and ``shared_expert_gate`` ``[H, 1]``. The experts'
+    parameters carry ``out_sharding=(axis_name, None, ...)``. ``bias`` (:class:`RouterBias`) where
     ``router.bias_update_rate`` is set: updated by each call that is not deterministic. With a rate
     of 0.0 it is never updated.
 
@@ -115,6 +115,8 @@ class MoE(nnx.Module):
       param_dtype: of the experts' parameters.
       kernel_init: initializer of each matrix, applied to each expert on its own.
       experts: what the experts compute, as ``freeio_jax.flax.experts.SwiGLU()``.
+      shared_expert_gate: whether the shared expert's output is multiplied with
+        ``sigmoid(x @ shared_expert_gate)`` (Qwen2-MoE).
       deterministic: the default of the calls; ``train()`` and ``eval()`` set it.
       rngs: streams ``params``, and ``jitter`` for ``router.jitter``.
 
@@ -145,6 +147,7 @@ class MoE(nnx.Module):
         param_dtype: Any = jnp.float32,
         kernel_init: Callable[..., jax.Array] = _KERNEL_INIT,
         experts: Experts = DEFAULT_EXPERTS,
+        shared_expert_gate: bool = False,
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -161,6 +164,7 @@ class MoE(nnx.Module):
             dtype=dtype,
             exchange=exchange,
             experts=experts,
+            shared_expert_gate=shared_expert_gate,
         )
         self.mesh = mesh
         self.deterministic = deterministic

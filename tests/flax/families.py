@@ -86,6 +86,13 @@ def within_groups(choice, group_score, groups_per_token):
     return jnp.where((of_expert[:, None] == groups[:, None]).any(-1), choice, 0.0)
 
 
+def qwen2_moe(p, x):
+    weights, ids = best(jax.nn.softmax(dot(x, p["router"])), 2)
+    shared = swiglu(x, p["shared_gate_up"], p["shared_down"])
+    y = mix(ids, weights, swiglu_experts(p, x))
+    return y + jax.nn.sigmoid(dot(x, p["shared_expert_gate"])) * shared
+
+
 def deepseek_v2(p, x):
     scores = jax.nn.softmax(dot(x, p["router"]))
     weights, ids = best(within_groups(scores, scores.reshape(-1, 4, 2).max(-1), 2), 2)
@@ -157,6 +164,11 @@ FAMILIES = {
         gpt_oss,
         {"experts": SwiGLU(limit=0.7, alpha=1.702, biases=True, interleaved=True)},
         {"logits_bias": True},
+    ),
+    "qwen2_moe": Family(
+        qwen2_moe,
+        {"shared_expert_width": 4, "shared_expert_gate": True},
+        {"renormalize": False},
     ),
     "deepseek_v2": Family(
         deepseek_v2,

@@ -409,6 +409,7 @@ def test_capacity_factor_is_a_multiple_of_the_even_share(factor, alignment, expe
     [
         ({"top_k": 9}, "top_k=9"),
         ({"token_axes": ("data",)}, "add the expert axes"),
+        ({"shared_expert_gate": True}, "give shared_expert_width"),
         ({"router": Router(score="tanh")}, "'softmax' or 'sigmoid'"),
         ({"router": Router(num_groups=3)}, "must divide"),
         ({"router": Router(num_groups=8, groups_per_token=2)}, "more groups per token"),
