@@ -13,7 +13,7 @@ from flax.linen import module as flax_module
 
 from freeio_jax.flax.config import ROUTER_ARRAYS, MoEConfig
 from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
-from freeio_jax.flax.mesh import experts_are_manual
+from freeio_jax.flax.mesh import check_divides, experts_are_manual
 from freeio_jax.flax.moe import initializer, moe
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
@@ -115,9 +115,12 @@ class MoE(nn.Module):
             experts=self.experts,
             shared_expert_gate=self.shared_expert_gate,
         )
+        check_divides(config, self.mesh)
         manual = experts_are_manual(config)
         num_ranks = jax.lax.axis_size(config.expert_axes) if manual else 1
-        parameters = {}
+        # Arrays of a checkpoint, say, for which the layer has no use are given to moe(), which says
+        # so. Flax would ignore them.
+        parameters = dict(self.variables.get("params", {}))
         for name, (shape, names) in config.parameters(
             x.shape[-1], self.num_experts // num_ranks
         ).items():
@@ -133,6 +136,8 @@ class MoE(nn.Module):
                 "router_state", "bias", jnp.zeros, (self.num_experts,), jnp.float32
             )
             bias = variable.value
+        elif self.has_variable("router_state", "bias"):
+            bias = self.get_variable("router_state", "bias")
         jitters = training and self.router.jitter
         jitter_key = self.make_rng("jitter") if jitters else None
         y, report = moe(

@@ -85,7 +85,8 @@ def moe(
       x: ``[..., H]``, floating, at least two dimensions. The first is sharded over the token axes;
         where it does not divide evenly, all tokens together are padded until they do.
       config: the layer.
-      bias: float32 ``[E]`` of the router; needed where ``config.router.bias_update_rate`` is set.
+      bias: float32 ``[E]`` of the router, where ``config.router.bias_update_rate`` is set and only
+        there.
       token_mask: bool of ``x.shape[:-1]``; None: all true. A token where it is false is padding. It
         is routed nowhere, takes no room, is not counted and has no part in the losses. It may be
         NaN. Its output and its gradient are zero.
@@ -103,17 +104,30 @@ def moe(
       ``[..., H]`` and the report.
 
     Raises:
-      ValueError: the mesh lacks an axis, shapes do not fit, or the bias is missing, with the fix.
-        When it is lowered: the program is for several devices, but there is no mesh.
+      ValueError: with the fix. The mesh lacks an axis; the experts do not divide among its ranks;
+        x, a parameter or the mask has another shape than the configuration asks for; a parameter or
+        the bias is missing, or has no use. When it is lowered: the program is for several devices,
+        but there is no mesh.
       TypeError: x is not floating, or token_mask not bool.
     """
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         kind = ValueError if x.ndim < 2 else TypeError
         raise kind(f"MoE: x must be floating [..., H] of two or more dimensions, got {x.aval}.")
+    _check_names(parameters, config)
     expected = parameters["router"].shape[0]
     if x.shape[-1] != expected:
         raise ValueError(f"MoE: x has shape {x.shape}, but the layer's width is H={expected}.")
+    experts_manual = experts_are_manual(config)
+    mesh = current_mesh(config, mesh, (x, *parameters.values()))
+    num_ranks = math.prod(mesh.shape[axis] for axis in config.expert_axes) if experts_manual else 1
+    _check_shapes(parameters, config.parameters(expected, config.num_experts // num_ranks))
     if bias is not None:
+        if config.router.bias_update_rate is None:
+            raise ValueError(
+                "MoE: there is a bias of the router, but config.router.bias_update_rate is None, "
+                "so it would have no effect. Set the rate, to 0.0 for a bias that is only loaded, "
+                "or leave the bias out."
+            )
         parameters = {**parameters, "bias": bias}
     elif config.router.bias_update_rate is not None:
         raise ValueError(
@@ -122,14 +136,32 @@ def moe(
         )
     if token_mask is not None:
         token_mask = _checked_mask(token_mask, x.shape[:-1])
-    experts_manual = experts_are_manual(config)
-    mesh = current_mesh(config, mesh, (x, *parameters.values()))
     axes = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
     if not axes:
         return _shard(parameters, x, token_mask, jitter_key, config=config)
     # Compiled even if the caller has disabled jit: an exchange exists only in compiled programs.
     with jax.disable_jit(False):
         return _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_manual)
+
+
+def _check_names(parameters, config):
+    needed = set(config.parameters(1))
+    unused, missing = sorted(set(parameters) - needed), sorted(needed - set(parameters))
+    if unused or missing:
+        raise ValueError(
+            f"MoE: of the parameters {sorted(parameters)} the configuration has no use for {unused}"
+            f", and lacks {missing}. Change the parameters, or the settings: router.logits_bias, "
+            "experts, shared_expert_width, shared_expert_gate."
+        )
+
+
+def _check_shapes(parameters, needed):
+    for name, (shape, _) in needed.items():
+        if parameters[name].shape != shape:
+            raise ValueError(
+                f"MoE: the parameter {name!r} has shape {parameters[name].shape}, but the "
+                f"configuration asks for {shape}."
+            )
 
 
 def _checked_mask(token_mask, shape):

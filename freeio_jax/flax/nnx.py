@@ -11,13 +11,43 @@ from flax import nnx
 
 from freeio_jax.flax.config import ROUTER_ARRAYS, MoEConfig
 from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
+from freeio_jax.flax.mesh import check_divides
 from freeio_jax.flax.moe import Report, initializer, moe
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 
 
-class AuxLoss(nnx.Intermediate):
+class ReportVariable(nnx.Intermediate):
+    """What a layer reports of its calls. Before the first call it is zero.
+
+    ``nnx.eval_shape`` leaves shapes in a model's Variables. Weights of a checkpoint replace those
+    of the parameters, but none has the reports. So a shape in a report counts as zeros.
+    """
+
+    __slots__ = ()
+
+    def _fill(self):
+        value = self._raw_value
+        if isinstance(value, jax.ShapeDtypeStruct):
+            with jax.ensure_compile_time_eval():
+                zeros = jnp.zeros(value.shape, value.dtype)
+            object.__setattr__(self, "_raw_value", zeros)  # allowed where Variables must not change
+
+    def get_value(self, **options):
+        self._fill()
+        return super().get_value(**options)
+
+    def get_raw_value(self):
+        self._fill()
+        return super().get_raw_value()
+
+    def set_value(self, value, **options):
+        self._fill()
+        super().set_value(value, **options)
+
+
+class AuxLoss(ReportVariable):
     """A layer's auxiliary loss, with its coefficients: add all of a model's to the training loss.
 
     ``sum(jax.tree.leaves(nnx.state(model, AuxLoss)))``
@@ -51,11 +81,11 @@ class AuxLoss(nnx.Intermediate):
         self._unread = self._raw_value
 
 
-class ExpertLoad(nnx.Intermediate):
+class ExpertLoad(ReportVariable):
     """int32 ``[E]``: assignments to each expert in the last call, before any drop."""
 
 
-class Dropped(nnx.Intermediate):
+class Dropped(ReportVariable):
     """int32: assignments of the last call that did not fit in the capacity."""
 
 
@@ -66,8 +96,8 @@ class RouterBias(nnx.Variable):
 _REPORTS = {
     "load": ExpertLoad,
     "dropped": Dropped,
-    "load_balance_loss": nnx.Intermediate,
-    "z_loss": nnx.Intermediate,
+    "load_balance_loss": ReportVariable,
+    "z_loss": ReportVariable,
     "aux_loss": AuxLoss,
 }
 
@@ -85,9 +115,11 @@ class MoE(nnx.Module):
 
     It reports what all devices did together, in Variables: ``aux_loss`` (:class:`AuxLoss`, which
     adds up the calls), and of the last call ``load`` (:class:`ExpertLoad`), ``dropped``
-    (:class:`Dropped`), ``load_balance_loss`` and ``z_loss`` (``nnx.Intermediate``, without
+    (:class:`Dropped`), ``load_balance_loss`` and ``z_loss`` (:class:`ReportVariable`, without
     coefficients). All of them are of type ``nnx.Intermediate``; leave that type out of checkpoints.
-    ``nnx.pop`` may remove them. The next call that is not deterministic creates them again.
+    ``nnx.pop`` may remove them. The next call that is not deterministic creates them again. After
+    ``nnx.eval_shape`` the layer needs its parameters, and the router's bias if it has one; its
+    reports are zero.
 
     Parameters (``nnx.Param``): ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``,
     ``down`` ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``. Instead of
@@ -172,6 +204,7 @@ class MoE(nnx.Module):
             self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32))
         self.rngs = nnx.data(None)
         self._write(Report.zeros(num_experts))
+        check_divides(self.config, mesh)
         # Flax shards a Variable when it is created, and raises an error where there is no mesh.
         current = jax.sharding.get_abstract_mesh()
         meshless = mesh is None and (current.empty or current.manual_axes)
@@ -197,18 +230,19 @@ class MoE(nnx.Module):
         router = self.config.router
         training = not (self.deterministic if deterministic is None else deterministic)
         names = self.config.parameters(x.shape[-1])
-        bias = self.bias[...] if router.bias_update_rate is not None else None
+        # A checkpoint may have put one there for which the layer has no use: moe() says so.
+        bias = getattr(self, "bias", None)
         y, report = moe(
             {name: getattr(self, name)[...] for name in names},
             x,
             self.config,
-            bias=bias,
+            bias=None if bias is None else bias[...],
             token_mask=token_mask,
             mesh=self.mesh,
             jitter_key=self.rngs() if training and router.jitter else None,
         )
         if training and router.bias_update_rate:
-            self.bias[...] = update_bias(bias, report.load, router.bias_update_rate)
+            self.bias[...] = update_bias(bias[...], report.load, router.bias_update_rate)
         if training:
             self._write(report)
         return y

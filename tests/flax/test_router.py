@@ -66,6 +66,12 @@ def test_choice_and_weights(name, with_bias, rng):
     np.testing.assert_array_equal(routing.load, chosen.sum(0))
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_no_tokens(name):
+    idx, weights = select(jnp.zeros((0, 16)), 3, ROUTERS[name])
+    assert idx.shape == weights.shape == (0, 3)
+
+
 def test_ties_go_to_the_lower_id():
     idx, weights = select(jnp.ones((2, 4)), 2, Router())
     assert idx.tolist() == [[0, 1], [0, 1]]
