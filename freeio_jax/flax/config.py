@@ -92,11 +92,12 @@ class MoEConfig:
         if self.router.logits_bias:
             shapes["router_bias"] = ((self.num_experts,), (None,))
         experts = self.experts.parameters(width, self.expert_width)
-        taken = [name for name in experts if name in ROUTER_ARRAYS or name.startswith("shared_")]
+        own = (*ROUTER_ARRAYS, "expert_gate")  # the gate would be taken for the shared expert's
+        taken = [name for name in experts if name in own or name.startswith("shared_")]
         if taken:
             raise ValueError(
                 f"MoE: experts={self.experts!r} name their parameters {taken}, but the layer uses "
-                f"the names {ROUTER_ARRAYS} and those with 'shared_' itself: rename them."
+                f"the names {own} and those with 'shared_' itself: rename them."
             )
         for name, shape in experts.items():
             shapes[name] = ((local, *shape), (axis, *(None,) * len(shape)))
@@ -105,11 +106,6 @@ class MoEConfig:
             for name, shape in shared.items():
                 shapes[f"shared_{name}"] = (shape, (None,) * len(shape))
         if self.shared_expert_gate:
-            if "expert_gate" in experts:
-                raise ValueError(
-                    f"MoE: experts={self.experts!r} have a parameter 'expert_gate'. With "
-                    "shared_expert_gate=True its name is taken: rename it."
-                )
             shapes["shared_expert_gate"] = ((width, 1), (None, None))
         return shapes
 

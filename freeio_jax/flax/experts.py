@@ -18,7 +18,8 @@ class Experts(abc.ABC):
 
     A subclass must be hashable and compare by value, because a layer's settings are known at trace
     time: a frozen dataclass is. Its parameters start as the layer's ``kernel_init`` draws them, for
-    each expert on its own; vectors (biases) start as zeros.
+    each expert on its own; vectors (biases) start as zeros. The layer keeps some names for itself,
+    and says so.
 
     >>> import dataclasses, jax, jax.numpy as jnp
     >>> from freeio_jax.flax.experts import Experts

@@ -113,7 +113,7 @@ def moe(
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         kind = ValueError if x.ndim < 2 else TypeError
         raise kind(f"MoE: x must be floating [..., H] of two or more dimensions, got {x.aval}.")
-    _check_names(parameters, config)
+    _check_names(parameters, config.parameters(x.shape[-1]))
     expected = parameters["router"].shape[0]
     if x.shape[-1] != expected:
         raise ValueError(f"MoE: x has shape {x.shape}, but the layer's width is H={expected}.")
@@ -144,9 +144,8 @@ def moe(
         return _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_manual)
 
 
-def _check_names(parameters, config):
-    needed = set(config.parameters(1))
-    unused, missing = sorted(set(parameters) - needed), sorted(needed - set(parameters))
+def _check_names(parameters, needed):
+    unused, missing = sorted(set(parameters) - set(needed)), sorted(set(needed) - set(parameters))
     if unused or missing:
         raise ValueError(
             f"MoE: of the parameters {sorted(parameters)} the configuration has no use for {unused}"

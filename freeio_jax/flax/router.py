@@ -31,8 +31,10 @@ class Router:
         for models that come with one (DeepSeek-V3, GLM-4-MoE, MiniMax-M2, Ernie-4.5).
       jitter: in training the router's input is multiplied with uniform noise from
         ``[1 - jitter, 1 + jitter]`` (Switch Transformer, arXiv:2101.03961, section 2.2).
-      load_balance_coef: factor of the load-balance loss in the auxiliary loss.
-      z_loss_coef: factor of the z-loss in the auxiliary loss.
+      load_balance_coef: factor of the load-balance loss in the auxiliary loss. Hugging Face's loss
+        is ``top_k`` times this one.
+      z_loss_coef: factor of the z-loss in the auxiliary loss. Most of Hugging Face's models have no
+        such loss: 0.0.
       logits_bias: whether the logits are ``x @ kernel + bias`` (gpt-oss). This bias is a parameter:
         it is part of the scores, the weights and the losses, and takes a gradient.
       group_score: ``"top2"``: a group's score is the sum of its two best (DeepSeek-V3); ``"max"``:

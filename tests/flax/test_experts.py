@@ -146,12 +146,9 @@ def test_experts_that_do_not_fit():
         MoEConfig(4, 2, 16, experts=jnp.tanh)
     with pytest.raises(ValueError, match="limit"):
         SwiGLU(limit=-1.0)
-    for name in ("router", "bias", "shared_up"):
+    for name in ("router", "bias", "shared_up", "expert_gate"):
         with pytest.raises(ValueError, match=f"'{name}'.*rename"):
             MoEConfig(4, 2, 16, experts=Named(name)).parameters(12)
-    options = {"shared_expert_width": 8, "shared_expert_gate": True}
-    with pytest.raises(ValueError, match=r"'expert_gate'.*rename"):
-        MoEConfig(4, 2, 16, experts=Named("expert_gate"), **options).parameters(12)
     with pytest.raises(ValueError, match=r"'load'.*rename"):
         fio_nnx.MoE(
             12,
