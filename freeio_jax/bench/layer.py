@@ -18,7 +18,7 @@ from freeio_jax.bench.cases import Shape, expert_mesh, uniform_routing
 from freeio_jax.bench.programs import Programs, per_shard
 from freeio_jax.bench.report import Report
 from freeio_jax.flax.config import MoEConfig
-from freeio_jax.flax.experts import swiglu
+from freeio_jax.flax.experts import SwiGLU
 from freeio_jax.flax.moe import moe
 from freeio_jax.grouped_matmul import use
 from freeio_jax.info import info
@@ -115,7 +115,8 @@ class Layer:
         rows = jax.jit(draw)(jax.random.key(1))
 
         def multiply(rows, gate_up, down, sizes):
-            y, pull = jax.vjp(lambda *args: swiglu(*args, sizes), rows, gate_up, down)
+            parameters = {"gate_up": gate_up, "down": down}
+            y, pull = jax.vjp(lambda p, rows: SwiGLU()(p, rows, sizes), parameters, rows)
             return pull(y) if gradients else y
 
         args = (rows, self.parameters["gate_up"], self.parameters["down"], sizes)

@@ -7,9 +7,9 @@ except ImportError as error:
         "freeio_jax.flax needs Flax, which is not installed: pip install 'freeio_jax[flax]'."
     ) from error
 
-from freeio_jax.flax import linen, nnx
+from freeio_jax.flax import experts, linen, nnx
 from freeio_jax.flax.config import MoEConfig
 from freeio_jax.flax.moe import Report, moe
 from freeio_jax.flax.router import Router
 
-__all__ = ["MoEConfig", "Report", "Router", "linen", "moe", "nnx"]
+__all__ = ["MoEConfig", "Report", "Router", "experts", "linen", "moe", "nnx"]

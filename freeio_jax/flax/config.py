@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router
+
+#: The router's arrays. They are float32 always.
+ROUTER_ARRAYS = ("router", "router_bias", "bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,9 @@ class MoEConfig:
       exchange: a hashable object with functions ``dispatch`` and ``combine``, such as
         ``freeio_jax.reference`` or an object of ``freeio_jax.bench.baselines``. None:
         ``freeio_jax`` itself.
+      experts: what the experts compute, the shared one included, and their parameters.
+      shared_expert_gate: whether the shared expert's output is multiplied with
+        ``sigmoid(x @ shared_expert_gate)``, one number for each token (Qwen2-MoE, Qwen3-Next).
     """
 
     num_experts: int
@@ -42,9 +49,21 @@ class MoEConfig:
     token_axes: tuple[str, ...] | None = None
     dtype: Any = None
     exchange: Any = None
+    experts: Experts = DEFAULT_EXPERTS
+    shared_expert_gate: bool = False
 
     def __post_init__(self):
         self.router.check(self.num_experts, self.top_k)
+        if not isinstance(self.experts, Experts):
+            raise TypeError(
+                f"MoE: experts={self.experts!r} must be an object of freeio_jax.flax.experts, such "
+                "as SwiGLU() or MLP(), or of a subclass of its Experts."
+            )
+        if self.shared_expert_gate and self.shared_expert_width is None:
+            raise ValueError(
+                "MoE: shared_expert_gate=True, but there is no shared expert: give "
+                "shared_expert_width."
+            )
         missing = [axis for axis in self.expert_axes if axis not in self.all_token_axes]
         if missing:
             raise ValueError(
@@ -69,13 +88,27 @@ class MoEConfig:
         """
         local = self.num_experts if num_experts is None else num_experts
         axis = self.axis_name if isinstance(self.axis_name, str) else self.expert_axes
-        shapes = {
-            "router": ((width, self.num_experts), (None, None)),
-            "gate_up": ((local, width, 2 * self.expert_width), (axis, None, None)),
-            "down": ((local, self.expert_width, width), (axis, None, None)),
-        }
+        shapes = {"router": ((width, self.num_experts), (None, None))}
+        if self.router.logits_bias:
+            shapes["router_bias"] = ((self.num_experts,), (None,))
+        experts = self.experts.parameters(width, self.expert_width)
+        own = (*ROUTER_ARRAYS, "expert_gate")  # the gate would be taken for the shared expert's
+        taken = [name for name in experts if name in own or name.startswith("shared_")]
+        if taken:
+            raise ValueError(
+                f"MoE: experts={self.experts!r} name their parameters {taken}, but the layer uses "
+                f"the names {own} and those with 'shared_' itself: rename them."
+            )
+        for name, shape in experts.items():
+            shapes[name] = ((local, *shape), (axis, *(None,) * len(shape)))
         if self.shared_expert_width is not None:
-            shared = self.shared_expert_width
-            shapes["shared_gate_up"] = ((width, 2 * shared), (None, None))
-            shapes["shared_down"] = ((shared, width), (None, None))
+            shared = self.experts.parameters(width, self.shared_expert_width)
+            for name, shape in shared.items():
+                shapes[f"shared_{name}"] = (shape, (None,) * len(shape))
+        if self.shared_expert_gate:
+            shapes["shared_expert_gate"] = ((width, 1), (None, None))
         return shapes
+
+    def spread_parameters(self, width: int) -> tuple[str, ...]:
+        """Names of the parameters that each expert has of its own: spread over the expert axes."""
+        return tuple(self.experts.parameters(width, self.expert_width))

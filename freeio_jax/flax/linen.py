@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import module as flax_module
 
-from freeio_jax.flax.config import MoEConfig
-from freeio_jax.flax.mesh import experts_are_manual
-from freeio_jax.flax.moe import moe, per_expert
+from freeio_jax.flax.config import ROUTER_ARRAYS, MoEConfig
+from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
+from freeio_jax.flax.mesh import check_divides, experts_are_manual
+from freeio_jax.flax.moe import initializer, moe
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
 
 class MoE(nn.Module):
-    """A Mixture-of-Experts layer of SwiGLU experts, spread over a mesh axis.
+    """A Mixture-of-Experts layer whose experts are spread over a mesh axis.
 
     ``__call__(x, deterministic=False, token_mask=None)`` takes ``[..., H]``, under ``jit`` with a
     mesh a global array, and returns ``[..., H]``. ``deterministic=True`` is for evaluation: no
@@ -34,12 +35,16 @@ class MoE(nn.Module):
       * ``intermediates``: ``load`` (int32 ``[E]``, assignments to each expert),
         ``dropped`` (int32), ``load_balance_loss`` and ``z_loss`` (without coefficients);
       * ``router_state``: ``bias`` (float32 ``[E]``), where ``router.bias_update_rate``
-        is set: updated by each call that is not deterministic, so it must be mutable there.
+        is set: updated by each call that is not deterministic, so it must be mutable there. With a
+        rate of 0.0 it is never updated.
 
     Parameters: ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``, ``down``
-    ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``; the experts' carry
-    the partitioning ``(axis_name, None, None)``. Inside a shard_map over the expert axis they are
-    this rank's shards, ``[E/R, ...]``. The random stream of ``router.jitter`` is ``jitter``.
+    ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``. Instead of
+    ``gate_up`` and ``down`` other ``experts`` have other names. Where the settings ask for them
+    there are ``router_bias`` ``[E]`` (float32) and ``shared_expert_gate`` ``[H, 1]``. The experts'
+    parameters carry the partitioning ``(axis_name, None, ...)``. Inside a shard_map over the expert
+    axis they are this rank's shards, ``[E/R, ...]``. The random stream of ``router.jitter`` is
+    ``jitter``.
 
     Attributes:
       num_experts: E; a multiple of the expert axis's size.
@@ -57,6 +62,9 @@ class MoE(nn.Module):
         None: ``freeio_jax`` itself.
       param_dtype: of the experts' parameters.
       kernel_init: initializer of each matrix, applied to each expert on its own.
+      experts: what the experts compute, as ``freeio_jax.flax.experts.SwiGLU()``.
+      shared_expert_gate: whether the shared expert's output is multiplied with
+        ``sigmoid(x @ shared_expert_gate)`` (Qwen2-MoE).
 
     >>> import jax, jax.numpy as jnp
     >>> from freeio_jax.flax.linen import MoE
@@ -82,6 +90,8 @@ class MoE(nn.Module):
     exchange: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
+    experts: Experts = DEFAULT_EXPERTS
+    shared_expert_gate: bool = False
 
     @nn.compact
     def __call__(
@@ -102,15 +112,20 @@ class MoE(nn.Module):
             token_axes=self.token_axes,
             dtype=self.dtype,
             exchange=self.exchange,
+            experts=self.experts,
+            shared_expert_gate=self.shared_expert_gate,
         )
+        check_divides(config, self.mesh)
         manual = experts_are_manual(config)
         num_ranks = jax.lax.axis_size(config.expert_axes) if manual else 1
-        parameters = {}
+        # Arrays of a checkpoint, say, for which the layer has no use are given to moe(), which says
+        # so. Flax would ignore them.
+        parameters = dict(self.variables.get("params", {}))
         for name, (shape, names) in config.parameters(
             x.shape[-1], self.num_experts // num_ranks
         ).items():
-            init = per_expert(self.kernel_init) if len(shape) == 3 else self.kernel_init
-            dtype = jnp.float32 if name == "router" else self.param_dtype
+            init = initializer(self.kernel_init, names)
+            dtype = jnp.float32 if name in ROUTER_ARRAYS else self.param_dtype
             box = self.param(name, nn.with_partitioning(init, names), shape, dtype, unbox=False)
             # Unboxing also constrains the sharding, which is for global arrays, not for shards.
             parameters[name] = nn.meta.unbox(box) if not manual else _value(box)
@@ -121,6 +136,8 @@ class MoE(nn.Module):
                 "router_state", "bias", jnp.zeros, (self.num_experts,), jnp.float32
             )
             bias = variable.value
+        elif self.has_variable("router_state", "bias"):
+            bias = self.get_variable("router_state", "bias")
         jitters = training and self.router.jitter
         jitter_key = self.make_rng("jitter") if jitters else None
         y, report = moe(
@@ -132,7 +149,7 @@ class MoE(nn.Module):
             mesh=self.mesh,
             jitter_key=jitter_key,
         )
-        if bias is not None and training:
+        if training and self.router.bias_update_rate:
             variable.value = update_bias(bias, report.load, self.router.bias_update_rate)
         if not self.is_initializing():
             self._sow(report)

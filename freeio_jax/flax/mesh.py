@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,15 +24,39 @@ def experts_are_manual(config: MoEConfig) -> bool:
     return bool(inside)
 
 
+def check_divides(config: MoEConfig, mesh: Mesh | AbstractMesh | None) -> None:
+    """Checks that all ranks of ``mesh``, or of the current mesh, get equally many experts.
+
+    Raises:
+      ValueError: they do not, with the fix. Flax and shard_map would say it in terms of arrays.
+    """
+    mesh = _named_or_current(mesh)
+    if not set(config.expert_axes) <= set(mesh.axis_names):
+        return
+    num_ranks = math.prod(mesh.shape[axis] for axis in config.expert_axes)
+    if config.num_experts % num_ranks == 0:
+        return
+    fewer = max(n for n in range(1, num_ranks) if config.num_experts % n == 0)
+    more = -(-config.num_experts // num_ranks) * num_ranks
+    raise ValueError(
+        f"MoE: num_experts={config.num_experts} does not divide evenly among the {num_ranks} ranks "
+        f"of axis_name={config.axis_name!r}.\nUse num_experts={more}, or a mesh whose expert axis "
+        f"has {fewer} rank{'s' if fewer > 1 else ''}."
+    )
+
+
+def _named_or_current(mesh):
+    current = jax.sharding.get_abstract_mesh()
+    return current if current.manual_axes or mesh is None else mesh
+
+
 def current_mesh(config: MoEConfig, mesh: Mesh | AbstractMesh | None, arrays):
     """The mesh on which the layer runs, by the rules of the argument ``mesh`` of ``moe``.
 
     Raises:
-      ValueError: the mesh lacks an axis of the layer.
+      ValueError: the mesh lacks an axis of the layer, or the experts do not divide among its ranks.
     """
-    current = jax.sharding.get_abstract_mesh()
-    if current.manual_axes or mesh is None:
-        mesh = current
+    mesh = _named_or_current(mesh)
     needed = config.all_token_axes
     if mesh.empty:
         mesh = _mesh_of(arrays) or mesh
@@ -44,6 +70,7 @@ def current_mesh(config: MoEConfig, mesh: Mesh | AbstractMesh | None, arrays):
             f"(token_axes={config.token_axes!r}). Change these, or the mesh: set another with "
             "jax.set_mesh, or pass it as mesh=."
         )
+    check_divides(config, mesh)
     return mesh
 
 

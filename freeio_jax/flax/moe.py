@@ -14,11 +14,10 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from freeio_jax import collective
 from freeio_jax.flax.config import MoEConfig
-from freeio_jax.flax.experts import shared_swiglu, swiglu
 from freeio_jax.flax.mesh import current_mesh, experts_are_manual
 from freeio_jax.flax.one_device import on_one_device
 from freeio_jax.flax.router import route
-from freeio_jax.layout import balanced_capacity
+from freeio_jax.layout import balanced_capacity, dropless_capacity
 from freeio_jax.varying import checks_varying_axes, vary, varying_axes
 
 
@@ -48,8 +47,19 @@ class Report:
         return cls(jnp.zeros(num_experts, jnp.int32), count, loss, loss, loss)
 
 
-def per_expert(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """An initializer for ``[experts, ...]`` that draws each expert's matrix on its own."""
+def initializer(kernel_init: Callable[..., jax.Array], names: tuple) -> Callable[..., jax.Array]:
+    """How a parameter starts whose dimensions lie over ``names`` (of ``config.parameters``).
+
+    A matrix is drawn by ``kernel_init``, for each expert on its own; a vector is zero.
+    """
+    of_experts = names[0] is not None
+    if len(names) - of_experts < 2:
+        return jax.nn.initializers.zeros
+    return _per_expert(kernel_init) if of_experts else kernel_init
+
+
+def _per_expert(init):
+    """An initializer for ``[experts, ...]`` that draws each expert's array on its own."""
 
     def stacked(key, shape, dtype):
         draw = functools.partial(init, shape=shape[1:], dtype=dtype)
@@ -75,7 +85,8 @@ def moe(
       x: ``[..., H]``, floating, at least two dimensions. The first is sharded over the token axes;
         where it does not divide evenly, all tokens together are padded until they do.
       config: the layer.
-      bias: float32 ``[E]`` of the router; needed where ``config.router.bias_update_rate`` is set.
+      bias: float32 ``[E]`` of the router, where ``config.router.bias_update_rate`` is set and only
+        there.
       token_mask: bool of ``x.shape[:-1]``; None: all true. A token where it is false is padding. It
         is routed nowhere, takes no room, is not counted and has no part in the losses. It may be
         NaN. Its output and its gradient are zero.
@@ -93,17 +104,30 @@ def moe(
       ``[..., H]`` and the report.
 
     Raises:
-      ValueError: the mesh lacks an axis, shapes do not fit, or the bias is missing, with the fix.
-        When it is lowered: the program is for several devices, but there is no mesh.
+      ValueError: with the fix. The mesh lacks an axis; the experts do not divide among its ranks;
+        x, a parameter or the mask has another shape than the configuration asks for; a parameter or
+        the bias is missing, or has no use. When it is lowered: the program is for several devices,
+        but there is no mesh.
       TypeError: x is not floating, or token_mask not bool.
     """
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         kind = ValueError if x.ndim < 2 else TypeError
         raise kind(f"MoE: x must be floating [..., H] of two or more dimensions, got {x.aval}.")
+    _check_names(parameters, config.parameters(x.shape[-1]))
     expected = parameters["router"].shape[0]
     if x.shape[-1] != expected:
         raise ValueError(f"MoE: x has shape {x.shape}, but the layer's width is H={expected}.")
+    experts_manual = experts_are_manual(config)
+    mesh = current_mesh(config, mesh, (x, *parameters.values()))
+    num_ranks = math.prod(mesh.shape[axis] for axis in config.expert_axes) if experts_manual else 1
+    _check_shapes(parameters, config.parameters(expected, config.num_experts // num_ranks))
     if bias is not None:
+        if config.router.bias_update_rate is None:
+            raise ValueError(
+                "MoE: there is a bias of the router, but config.router.bias_update_rate is None, "
+                "so it would have no effect. Set the rate, to 0.0 for a bias that is only loaded, "
+                "or leave the bias out."
+            )
         parameters = {**parameters, "bias": bias}
     elif config.router.bias_update_rate is not None:
         raise ValueError(
@@ -112,14 +136,31 @@ def moe(
         )
     if token_mask is not None:
         token_mask = _checked_mask(token_mask, x.shape[:-1])
-    experts_manual = experts_are_manual(config)
-    mesh = current_mesh(config, mesh, (x, *parameters.values()))
     axes = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
     if not axes:
         return _shard(parameters, x, token_mask, jitter_key, config=config)
     # Compiled even if the caller has disabled jit: an exchange exists only in compiled programs.
     with jax.disable_jit(False):
         return _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_manual)
+
+
+def _check_names(parameters, needed):
+    unused, missing = sorted(set(parameters) - set(needed)), sorted(set(needed) - set(parameters))
+    if unused or missing:
+        raise ValueError(
+            f"MoE: of the parameters {sorted(parameters)} the configuration has no use for {unused}"
+            f", and lacks {missing}. Change the parameters, or the settings: router.logits_bias, "
+            "experts, shared_expert_width, shared_expert_gate."
+        )
+
+
+def _check_shapes(parameters, needed):
+    for name, (shape, _) in needed.items():
+        if parameters[name].shape != shape:
+            raise ValueError(
+                f"MoE: the parameter {name!r} has shape {parameters[name].shape}, but the "
+                f"configuration asks for {shape}."
+            )
 
 
 def _checked_mask(token_mask, shape):
@@ -149,7 +190,8 @@ def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_
     token_axes = tuple(axis for axis in config.all_token_axes if axis in axes)
     num_shards = math.prod(mesh.shape[axis] for axis in token_axes)
     expert_axes = () if experts_manual else config.expert_axes
-    over = {name: expert_axes if name in ("gate_up", "down") else () for name in parameters}
+    spread = config.spread_parameters(x.shape[-1])
+    over = {name: expert_axes if name in spread else () for name in parameters}
     explicit = {
         axis
         for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -217,48 +259,73 @@ def _shard(parameters, x, token_mask, jitter_key, config):
         parameters["router"],
         top_k=config.top_k,
         router=config.router,
+        logits_bias=parameters.get("router_bias"),
         bias=parameters.get("bias"),
         token_mask=token_mask,
         token_axes=token_axes,
         jitter_key=jitter_key,
     )
-    dtype = config.dtype or jnp.result_type(tokens, parameters["gate_up"], parameters["down"])
+    experts = {n: parameters[n] for n in config.spread_parameters(tokens.shape[-1])}
+    dtype = config.dtype or jnp.result_type(tokens, *experts.values())
     tokens = tokens.astype(dtype)
-    weights = {name: a.astype(dtype) for name, a in parameters.items() if name not in _ROUTER}
-    capacity = None
-    if config.capacity_factor is not None:
-        capacity = balanced_capacity(
-            config.capacity_factor,
-            num_ranks=lax.axis_size(config.expert_axes),
-            num_tokens=tokens.shape[0],
-            top_k=config.top_k,
-            num_experts=config.num_experts,
-            alignment=config.alignment,
-        )
-    exchange = config.exchange or collective
-    out = exchange.dispatch(
-        tokens,
-        routing.topk_idx,
-        num_experts=config.num_experts,
-        axis_name=config.expert_axes,
-        capacity=capacity,
-        alignment=config.alignment,
-    )
-    rows = swiglu(out.tokens, weights["gate_up"], weights["down"], out.group_sizes)
-    y = exchange.combine(rows, out.handle, routing.topk_weights)
+    experts = {name: a.astype(dtype) for name, a in experts.items()}
+    y, num_dropped = _routed(experts, tokens, routing, config)
     if config.shared_expert_width is not None:
-        y = y + shared_swiglu(tokens, weights["shared_gate_up"], weights["shared_down"])
+        shared = {n: parameters[f"shared_{n}"].astype(dtype) for n in experts}
+        out = config.experts.shared(shared, tokens)
+        if config.shared_expert_gate:
+            gate = parameters["shared_expert_gate"].astype(dtype)
+            out = jax.nn.sigmoid(jnp.dot(tokens, gate)) * out
+        y = y + out
     if token_mask is not None:
         # The gradient of a masked token's output may be NaN. It must not reach the shared expert.
         y = _only(token_mask, y)
     report = Report(
         load=routing.load,
-        dropped=lax.psum(out.handle.num_dropped, token_axes),
+        dropped=lax.psum(num_dropped, token_axes),
         load_balance_loss=routing.load_balance_loss,
         z_loss=routing.z_loss,
         aux_loss=_auxiliary_loss(config.router, routing),
     )
     return y.reshape(x.shape), report
+
+
+def _routed(experts, tokens, routing, config):
+    """The weighted sums of the experts' outputs ``[T, H]``, and the number of drops."""
+    sizes = {
+        "num_ranks": lax.axis_size(config.expert_axes),
+        "num_tokens": tokens.shape[0],
+        "top_k": config.top_k,
+        "num_experts": config.num_experts,
+        "alignment": config.alignment,
+    }
+    capacity = None
+    if config.capacity_factor is not None:
+        capacity = balanced_capacity(config.capacity_factor, **sizes)
+    rows, ids, weights = tokens, routing.topk_idx, routing.topk_weights
+    weighted_input = config.router.weights_on == "input"
+    if weighted_input:
+        # Each expert of a token gets another row, so each assignment is sent as a token of its own.
+        # The default capacity would not know that the experts of K neighbours are distinct.
+        if capacity is None:
+            capacity = dropless_capacity(**sizes)
+        wide = jnp.promote_types(tokens.dtype, jnp.float32)
+        rows = tokens.astype(wide)[:, None] * weights.astype(wide)[..., None]
+        rows = rows.astype(tokens.dtype).reshape(tokens.shape[0] * config.top_k, tokens.shape[1])
+        ids, weights = ids.reshape(-1, 1), None
+    exchange = config.exchange or collective
+    out = exchange.dispatch(
+        rows,
+        ids,
+        num_experts=config.num_experts,
+        axis_name=config.expert_axes,
+        capacity=capacity,
+        alignment=config.alignment,
+    )
+    y = exchange.combine(config.experts(experts, out.tokens, out.group_sizes), out.handle, weights)
+    if weighted_input:
+        y = jnp.sum(y.reshape(tokens.shape[0], config.top_k, y.shape[1]), axis=1)
+    return y, out.handle.num_dropped
 
 
 def _only(mask, rows):
@@ -274,6 +341,3 @@ def _auxiliary_loss(router, routing):
     if router.z_loss_coef:
         loss += router.z_loss_coef * routing.z_loss
     return loss
-
-
-_ROUTER = ("router", "bias")

@@ -9,14 +9,45 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freeio_jax.flax.config import MoEConfig
-from freeio_jax.flax.moe import Report, moe, per_expert
+from freeio_jax.flax.config import ROUTER_ARRAYS, MoEConfig
+from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
+from freeio_jax.flax.mesh import check_divides
+from freeio_jax.flax.moe import Report, initializer, moe
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 
 
-class AuxLoss(nnx.Intermediate):
+class ReportVariable(nnx.Intermediate):
+    """What a layer reports of its calls. Before the first call it is zero.
+
+    ``nnx.eval_shape`` leaves shapes in a model's Variables. Weights of a checkpoint replace those
+    of the parameters, but none has the reports. So a shape in a report counts as zeros.
+    """
+
+    __slots__ = ()
+
+    def _fill(self):
+        value = self._raw_value
+        if isinstance(value, jax.ShapeDtypeStruct):
+            with jax.ensure_compile_time_eval():
+                zeros = jnp.zeros(value.shape, value.dtype)
+            object.__setattr__(self, "_raw_value", zeros)  # allowed where Variables must not change
+
+    def get_value(self, **options):
+        self._fill()
+        return super().get_value(**options)
+
+    def get_raw_value(self):
+        self._fill()
+        return super().get_raw_value()
+
+    def set_value(self, value, **options):
+        self._fill()
+        super().set_value(value, **options)
+
+
+class AuxLoss(ReportVariable):
     """A layer's auxiliary loss, with its coefficients: add all of a model's to the training loss.
 
     ``sum(jax.tree.leaves(nnx.state(model, AuxLoss)))``
@@ -50,11 +81,11 @@ class AuxLoss(nnx.Intermediate):
         self._unread = self._raw_value
 
 
-class ExpertLoad(nnx.Intermediate):
+class ExpertLoad(ReportVariable):
     """int32 ``[E]``: assignments to each expert in the last call, before any drop."""
 
 
-class Dropped(nnx.Intermediate):
+class Dropped(ReportVariable):
     """int32: assignments of the last call that did not fit in the capacity."""
 
 
@@ -65,14 +96,14 @@ class RouterBias(nnx.Variable):
 _REPORTS = {
     "load": ExpertLoad,
     "dropped": Dropped,
-    "load_balance_loss": nnx.Intermediate,
-    "z_loss": nnx.Intermediate,
+    "load_balance_loss": ReportVariable,
+    "z_loss": ReportVariable,
     "aux_loss": AuxLoss,
 }
 
 
 class MoE(nnx.Module):
-    """A Mixture-of-Experts layer of SwiGLU experts, spread over a mesh axis.
+    """A Mixture-of-Experts layer whose experts are spread over a mesh axis.
 
     ``layer(x, deterministic=None, token_mask=None)`` takes ``[..., H]``, under ``nnx.jit`` with a
     mesh a global array, and returns ``[..., H]``. ``deterministic=True`` (``layer.eval()``) is for
@@ -84,14 +115,19 @@ class MoE(nnx.Module):
 
     It reports what all devices did together, in Variables: ``aux_loss`` (:class:`AuxLoss`, which
     adds up the calls), and of the last call ``load`` (:class:`ExpertLoad`), ``dropped``
-    (:class:`Dropped`), ``load_balance_loss`` and ``z_loss`` (``nnx.Intermediate``, without
+    (:class:`Dropped`), ``load_balance_loss`` and ``z_loss`` (:class:`ReportVariable`, without
     coefficients). All of them are of type ``nnx.Intermediate``; leave that type out of checkpoints.
-    ``nnx.pop`` may remove them. The next call that is not deterministic creates them again.
+    ``nnx.pop`` may remove them. The next call that is not deterministic creates them again. After
+    ``nnx.eval_shape`` the layer needs its parameters, and the router's bias if it has one; its
+    reports are zero.
 
     Parameters (``nnx.Param``): ``router`` ``[H, E]`` (float32), ``gate_up`` ``[E, H, 2*F]``,
-    ``down`` ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``; the
-    experts' carry ``out_sharding=(axis_name, None, None)``. ``bias`` (:class:`RouterBias`) where
-    ``router.bias_update_rate`` is set: updated by each call that is not deterministic.
+    ``down`` ``[E, F, H]``, ``shared_gate_up`` ``[H, 2*S]``, ``shared_down`` ``[S, H]``. Instead of
+    ``gate_up`` and ``down`` other ``experts`` have other names. Where the settings ask for them
+    there are ``router_bias`` ``[E]`` (float32) and ``shared_expert_gate`` ``[H, 1]``. The experts'
+    parameters carry ``out_sharding=(axis_name, None, ...)``. ``bias`` (:class:`RouterBias`) where
+    ``router.bias_update_rate`` is set: updated by each call that is not deterministic. With a rate
+    of 0.0 it is never updated.
 
     Args:
       width: H, features of a token.
@@ -110,6 +146,9 @@ class MoE(nnx.Module):
         None: ``freeio_jax`` itself.
       param_dtype: of the experts' parameters.
       kernel_init: initializer of each matrix, applied to each expert on its own.
+      experts: what the experts compute, as ``freeio_jax.flax.experts.SwiGLU()``.
+      shared_expert_gate: whether the shared expert's output is multiplied with
+        ``sigmoid(x @ shared_expert_gate)`` (Qwen2-MoE).
       deterministic: the default of the calls; ``train()`` and ``eval()`` set it.
       rngs: streams ``params``, and ``jitter`` for ``router.jitter``.
 
@@ -139,6 +178,8 @@ class MoE(nnx.Module):
         exchange: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: Callable[..., jax.Array] = _KERNEL_INIT,
+        experts: Experts = DEFAULT_EXPERTS,
+        shared_expert_gate: bool = False,
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -154,21 +195,31 @@ class MoE(nnx.Module):
             token_axes=token_axes,
             dtype=dtype,
             exchange=exchange,
+            experts=experts,
+            shared_expert_gate=shared_expert_gate,
         )
         self.mesh = mesh
         self.deterministic = deterministic
+        if router.bias_update_rate is not None:
+            self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32))
+        self.rngs = nnx.data(None)
+        self._write(Report.zeros(num_experts))
+        check_divides(self.config, mesh)
         # Flax shards a Variable when it is created, and raises an error where there is no mesh.
         current = jax.sharding.get_abstract_mesh()
         meshless = mesh is None and (current.empty or current.manual_axes)
         placement = {"eager_sharding": False} if meshless else {"mesh": mesh}
         for name, (shape, names) in self.config.parameters(width).items():
-            init = per_expert(kernel_init) if len(shape) == 3 else kernel_init
-            value = init(rngs.params(), shape, jnp.float32 if name == "router" else param_dtype)
+            if hasattr(self, name):
+                raise ValueError(
+                    f"MoE: experts={experts!r} have a parameter {name!r}, but the layer has an "
+                    "attribute of this name: rename it."
+                )
+            dtype = jnp.float32 if name in ROUTER_ARRAYS else param_dtype
+            value = initializer(kernel_init, names)(rngs.params(), shape, dtype)
             setattr(self, name, nnx.Param(value, out_sharding=names, **placement))
-        if router.bias_update_rate is not None:
-            self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32))
-        self.rngs = rngs["jitter"].fork() if router.jitter else nnx.data(None)
-        self._write(Report.zeros(num_experts))
+        if router.jitter:  # after the parameters: the streams may be one
+            self.rngs = rngs["jitter"].fork()
 
     def __call__(
         self,
@@ -179,18 +230,19 @@ class MoE(nnx.Module):
         router = self.config.router
         training = not (self.deterministic if deterministic is None else deterministic)
         names = self.config.parameters(x.shape[-1])
-        bias = self.bias[...] if router.bias_update_rate is not None else None
+        # A checkpoint may have put one there for which the layer has no use: moe() says so.
+        bias = getattr(self, "bias", None)
         y, report = moe(
             {name: getattr(self, name)[...] for name in names},
             x,
             self.config,
-            bias=bias,
+            bias=None if bias is None else bias[...],
             token_mask=token_mask,
             mesh=self.mesh,
             jitter_key=self.rngs() if training and router.jitter else None,
         )
-        if training and bias is not None:
-            self.bias[...] = update_bias(bias, report.load, router.bias_update_rate)
+        if training and router.bias_update_rate:
+            self.bias[...] = update_bias(bias[...], report.load, router.bias_update_rate)
         if training:
             self._write(report)
         return y

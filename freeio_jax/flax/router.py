@@ -23,15 +23,25 @@ class Router:
         experts, for models that were trained so.
       weight_scale: factor on the weights, after renormalization.
       num_groups: the experts form this many groups of neighbours; 1 means no groups.
-      groups_per_token: a token's experts come from this many groups, those with the largest sum of
-        their two best scores (DeepSeek-V3, section 2.1.2, "node-limited routing").
+      groups_per_token: a token's experts come from this many groups, those with the largest
+        ``group_score`` (DeepSeek-V3, section 2.1.2, "node-limited routing").
       bias_update_rate: None for no bias. Else each expert has a bias that is added to its score
         when experts are chosen, not to its weight. Each step moves it by this much towards an even
-        load (:func:`update_bias`). It takes no gradient.
+        load (:func:`update_bias`). It takes no gradient. 0.0: the bias is loaded and never written,
+        for models that come with one (DeepSeek-V3, GLM-4-MoE, MiniMax-M2, Ernie-4.5).
       jitter: in training the router's input is multiplied with uniform noise from
         ``[1 - jitter, 1 + jitter]`` (Switch Transformer, arXiv:2101.03961, section 2.2).
-      load_balance_coef: factor of the load-balance loss in the auxiliary loss.
-      z_loss_coef: factor of the z-loss in the auxiliary loss.
+      load_balance_coef: factor of the load-balance loss in the auxiliary loss. Hugging Face's loss
+        is ``top_k`` times this one.
+      z_loss_coef: factor of the z-loss in the auxiliary loss. Most of Hugging Face's models have no
+        such loss: 0.0.
+      logits_bias: whether the logits are ``x @ kernel + bias`` (gpt-oss). This bias is a parameter:
+        it is part of the scores, the weights and the losses, and takes a gradient.
+      group_score: ``"top2"``: a group's score is the sum of its two best (DeepSeek-V3); ``"max"``:
+        its best (DeepSeek-V2, arXiv:2405.04434, section 2.2.2).
+      weights_on: ``"output"``: a token's output is ``sum_k w_k * expert_k(x)``; ``"input"``:
+        ``sum_k expert_k(w_k * x)`` (Llama-4). With two or more experts for each token ``"input"``
+        sends a row for each of them, for they are different rows.
     """
 
     score: str = "softmax"
@@ -43,6 +53,9 @@ class Router:
     jitter: float = 0.0
     load_balance_coef: float = 1e-2
     z_loss_coef: float = 1e-3
+    logits_bias: bool = False
+    group_score: str = "top2"
+    weights_on: str = "output"
 
     def renormalizes(self, top_k: int) -> bool:
         """Whether the weights of ``top_k`` experts are divided by their sum."""
@@ -52,6 +65,14 @@ class Router:
         """Raises ValueError where the settings do not fit together, with the fix."""
         if self.score not in ("softmax", "sigmoid"):
             raise ValueError(f"router: score must be 'softmax' or 'sigmoid', got {self.score!r}.")
+        if self.group_score not in ("top2", "max"):
+            raise ValueError(
+                f"router: group_score must be 'top2' or 'max', got {self.group_score!r}."
+            )
+        if self.weights_on not in ("output", "input"):
+            raise ValueError(
+                f"router: weights_on must be 'output' or 'input', got {self.weights_on!r}."
+            )
         if not 1 <= top_k <= num_experts:
             raise ValueError(
                 f"router: top_k={top_k} must be between 1 and num_experts={num_experts}."
@@ -144,8 +165,10 @@ def select(
 def _within_best_groups(choice, router):
     """``choice`` with -inf outside each token's best groups."""
     num_tokens, num_experts = choice.shape
-    grouped = choice.reshape(num_tokens, router.num_groups, -1)
-    group_score = jnp.sum(lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
+    group_size = num_experts // router.num_groups
+    grouped = choice.reshape(num_tokens, router.num_groups, group_size)
+    num_best = 1 if router.group_score == "max" else min(2, group_size)
+    group_score = jnp.sum(lax.top_k(grouped, num_best)[0], axis=-1)
     best = lax.top_k(group_score, router.groups_per_token)[1]
     allowed = jnp.any(best[..., None] == jnp.arange(router.num_groups)[None, None], axis=1)
     return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
@@ -186,6 +209,7 @@ def route(
     *,
     top_k: int,
     router: Router,
+    logits_bias: jax.Array | None = None,
     bias: jax.Array | None = None,
     token_mask: jax.Array | None = None,
     token_axes: tuple[str, ...] = (),
@@ -198,7 +222,8 @@ def route(
       kernel: ``[H, E]``: logits are ``x @ kernel``, in float32.
       top_k: K.
       router: the settings.
-      bias: float32 ``[E]`` or None.
+      logits_bias: ``[E]``, added to the logits; None for none.
+      bias: float32 ``[E]``, added to the scores for the choice alone; None for none.
       token_mask: bool ``[T]``: false for padding, which is routed nowhere, not counted and not
         looked at; None: all true.
       token_axes: manual mesh axes over which the tokens are sharded.
@@ -211,6 +236,8 @@ def route(
         low, high = 1 - router.jitter, 1 + router.jitter
         x = x * jax.random.uniform(jitter_key, x.shape, jnp.float32, low, high)
     logits = jnp.dot(x, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    if logits_bias is not None:
+        logits = logits + logits_bias.astype(jnp.float32)[None]
     token_scores = scores(logits, router)
     topk_idx, topk_weights = select(token_scores, top_k, router, bias)
     if token_mask is not None:

@@ -14,7 +14,8 @@ def choose(scores, top_k, router, bias=None):
     choice = np.array(scores, np.float32) + (0 if bias is None else np.array(bias))
     if router.num_groups > 1:
         grouped = np.sort(choice.reshape(len(choice), router.num_groups, -1), axis=-1)
-        worst = np.argsort(-grouped[..., -2:].sum(-1), axis=-1, kind="stable")
+        num_best = 1 if router.group_score == "max" else 2
+        worst = np.argsort(-grouped[..., -num_best:].sum(-1), axis=-1, kind="stable")
         for token, groups in enumerate(worst[:, router.groups_per_token :]):
             choice[token].reshape(router.num_groups, -1)[groups] = -np.inf
     chosen = np.zeros(choice.shape, bool)

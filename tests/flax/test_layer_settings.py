@@ -16,6 +16,7 @@ import freeio_jax
 from freeio_jax import reference
 from freeio_jax.flax import MoEConfig, Router, linen, moe
 from freeio_jax.flax import nnx as fio_nnx
+from freeio_jax.flax.experts import SwiGLU
 from freeio_jax.flax.router import load_balance_loss, route, select, update_bias
 
 WIDTH = 8
@@ -28,6 +29,11 @@ LAYER = {
     "shared_expert_width": 4,
     "capacity_factor": 1.0,
     "alignment": 2,
+}
+FAMILY = LAYER | {
+    "router": Router(logits_bias=True, num_groups=2, group_score="max", weights_on="input"),
+    "experts": SwiGLU(limit=1.0, alpha=1.5, biases=True, interleaved=True),
+    "shared_expert_gate": True,
 }
 REPORTS = {
     "load": "int32",
@@ -76,13 +82,21 @@ def assert_equal(got, expected):
 @on_meshes
 @settings
 def test_the_layer(setting, shape, rng):
-    config = MoEConfig(**LAYER)
+    check_the_layer(setting, shape, MoEConfig(**LAYER), rng)
+
+
+@pytest.mark.parametrize("setting", ["strict", "x64"])
+def test_the_layer_with_what_model_families_need(setting, rng):
+    check_the_layer(setting, None, MoEConfig(**FAMILY), rng)
+
+
+def check_the_layer(setting, shape, config, rng):
     x, mask = tokens(rng, 3, 3), jnp.arange(3)[None] < jnp.array([3, 2, 1])[:, None]
     parameters = {
         n: jnp.asarray(rng.normal(size=s), jnp.float32)
         for n, (s, _) in config.parameters(WIDTH).items()
     }
-    bias = jnp.zeros(4, jnp.float32)
+    bias = None if config.router.bias_update_rate is None else jnp.zeros(4, jnp.float32)
 
     def loss(parameters, x):
         y, report = moe(parameters, x, config, bias=bias, token_mask=mask)

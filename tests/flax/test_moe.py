@@ -314,6 +314,34 @@ def test_nnx_trains_its_bias_and_jitters_in_training_only(rng):
         np.testing.assert_array_equal(layer.bias[...], 0.5 * np.sign(load.mean() - load))
 
 
+def test_a_bias_with_a_rate_of_zero_is_loaded_and_never_written(rng):
+    """So linen's ``router_state`` need not be mutable, in training either."""
+    options = settings(router=Router(bias_update_rate=0.0), token_axes=None)
+    x, bias = draw_tokens(rng, 8, 5), jnp.asarray(rng.normal(size=8), jnp.float32)
+    layer, model = linen.MoE(**options), fio_nnx.MoE(WIDTH, **options, rngs=nnx.Rngs(0))
+    parameters = {n: getattr(model, n)[...] for n in model.config.parameters(WIDTH)}
+    y = layer.apply({"params": parameters, "router_state": {"bias": bias}}, x)
+    model.bias[...] = bias
+    assert_close(model(x), y)
+    np.testing.assert_array_equal(model.bias[...], bias)
+    expected, _, _ = dense(parameters, x, model.config, bias)
+    assert_close(y, expected)
+
+
+def test_drops_with_weights_on_the_input_are_those_of_weights_on_the_output(rng):
+    options = settings(capacity_factor=0.7)
+    configs = [
+        MoEConfig(**options, router=Router(weights_on=where)) for where in ("output", "input")
+    ]
+    parameters, x = draw_parameters(configs[0], rng), draw_tokens(rng, 8, 5)
+    parameters["router"] = parameters["router"].at[:, :2].mul(3)
+    with jax.set_mesh(mesh_2x4()):
+        (y, out), (z, into) = (jax.jit(lambda c=c: moe(parameters, x, c))() for c in configs)
+    assert int(out.dropped) > 0
+    assert_close(into, out)
+    assert_close((np.abs(z) > 0).any(-1), (np.abs(y) > 0).any(-1))
+
+
 def test_the_bias_takes_no_gradient(rng):
     config = MoEConfig(**settings(router=Router(bias_update_rate=0.1)))
     parameters, x = draw_parameters(config, rng), draw_tokens(rng, 8, 5)
@@ -329,6 +357,84 @@ def test_a_bias_that_is_missing(rng):
     config = MoEConfig(**settings(router=Router(bias_update_rate=0.1)))
     with pytest.raises(ValueError, match=r"bias is None.*float32 \[8\]"):
         moe(draw_parameters(config, rng), draw_tokens(rng, 8, 5), config)
+
+
+def test_a_bias_without_use(rng):
+    """A checkpoint's, say, for a layer without ``bias_update_rate``: it must not be ignored."""
+    options, x, bias = settings(), draw_tokens(rng, 8, 5), jnp.ones(8)
+    config, message = MoEConfig(**options), r"bias_update_rate is None.*0\.0 for a bias"
+    parameters = draw_parameters(config, rng)
+    with pytest.raises(ValueError, match=message):
+        moe(parameters, x, config, bias=bias)
+    with pytest.raises(ValueError, match=message):
+        linen.MoE(**options).apply({"params": parameters, "router_state": {"bias": bias}}, x)
+    layer = fio_nnx.MoE(WIDTH, **options, rngs=nnx.Rngs(0))
+    nnx.update(layer, {"bias": fio_nnx.RouterBias(bias)})
+    with pytest.raises(ValueError, match=message):
+        layer(x)
+
+
+def test_parameters_that_are_not_those_of_the_configuration(rng):
+    x, config = draw_tokens(rng, 8, 5), MoEConfig(**settings())
+    parameters = draw_parameters(config, rng)
+    more = parameters | {"router_bias": jnp.ones(8)}
+    message = r"no use for \['router_bias'\].*router\.logits_bias"
+    with pytest.raises(ValueError, match=message):
+        moe(more, x, config)
+    with pytest.raises(ValueError, match=message):
+        linen.MoE(**settings()).apply({"params": more}, x)
+    with pytest.raises(ValueError, match=r"lacks \['router_bias'\]"):
+        moe(parameters, x, MoEConfig(**settings(router=Router(logits_bias=True))))
+    with pytest.raises(ValueError, match=r"'down' has shape \(8, 16, 24\).*\(8, 24, 16\)"):
+        moe(parameters | {"down": jnp.swapaxes(parameters["down"], 1, 2)}, x, config)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    ("num_experts", "fix"), [(6, r"=8, or .* 3 ranks\."), (7, r"=8, or .* 1 rank\.")]
+)
+def test_experts_that_do_not_divide_among_the_ranks(num_experts, fix, axis_type, rng):
+    options = settings(num_experts=num_experts, token_axes=None)
+    config, x = MoEConfig(**options), draw_tokens(rng, 8, 5)
+    message = rf"^MoE: num_experts={num_experts} .* 4 ranks of axis_name='expert'\.\nUse .*{fix}"
+    parameters = draw_parameters(config, rng)
+    mesh = make_mesh(4, axis_types=(axis_type,))
+    calls = [
+        lambda: moe(parameters, x, config),
+        lambda: linen.MoE(**options).init(jax.random.key(0), x),
+        lambda: jax.jit(linen.MoE(**options).apply)({"params": parameters}, x),
+        lambda: fio_nnx.MoE(WIDTH, **options, rngs=nnx.Rngs(0)),
+    ]
+    for call in calls:
+        with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+            call()
+    shard = jax.shard_map(lambda x: moe(parameters, x, config)[0], in_specs=P(), out_specs=P())
+    for call in (
+        lambda: fio_nnx.MoE(WIDTH, **options, mesh=mesh, rngs=nnx.Rngs(0)),
+        lambda: moe(parameters, x, config, mesh=mesh),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        shard(x)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_zero_tokens(num_devices, rng):
+    config = MoEConfig(**settings(router=Router(num_groups=4, groups_per_token=2), token_axes=None))
+    parameters = draw_parameters(config, rng)
+
+    def loss(parameters, x):
+        y, report = moe(parameters, x, config)
+        return jnp.sum(y) + report.aux_loss, (y, report)
+
+    with jax.set_mesh(make_mesh(num_devices, axis_types=(AxisType.Auto,))):
+        compute = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        (value, (y, report)), grads = compute(parameters, draw_tokens(rng, 0, 5))
+    assert y.shape == grads[1].shape == (0, 5, WIDTH)
+    assert value == report.dropped == 0
+    assert not report.load.any()
+    assert not any(np.asarray(g).any() for g in grads[0].values())
 
 
 def test_linen_parameters_carry_their_partitioning():
@@ -381,10 +487,13 @@ def test_capacity_factor_is_a_multiple_of_the_even_share(factor, alignment, expe
     [
         ({"top_k": 9}, "top_k=9"),
         ({"token_axes": ("data",)}, "add the expert axes"),
+        ({"shared_expert_gate": True}, "give shared_expert_width"),
         ({"router": Router(score="tanh")}, "'softmax' or 'sigmoid'"),
         ({"router": Router(num_groups=3)}, "must divide"),
         ({"router": Router(num_groups=8, groups_per_token=2)}, "more groups per token"),
         ({"router": Router(jitter=1.0)}, "jitter"),
+        ({"router": Router(group_score="mean")}, "'top2' or 'max'"),
+        ({"router": Router(weights_on="both")}, "'output' or 'input'"),
     ],
 )
 def test_settings_that_do_not_fit_together(changes, message):

@@ -105,6 +105,44 @@ def test_popped_reports_come_back(x):
     assert not hasattr(model, "load")
 
 
+def by_call(model, x):
+    return model(x)
+
+
+def by_nnx_jit(model, x):
+    return nnx.jit(by_call)(model, x)
+
+
+def by_gradient(model, x):
+    def loss(model, x):
+        y = model(x)
+        return jnp.sum(y), y
+
+    return nnx.grad(loss, has_aux=True)(model, x)[1]
+
+
+def by_split(model, x):
+    graph, state = nnx.split(model)
+    return jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+
+
+@pytest.mark.parametrize("call", [by_call, by_nnx_jit, by_gradient, by_split])
+def test_a_model_by_eval_shape_needs_its_parameters_only(call, x):
+    with jax.set_mesh(make_mesh((2,), axis_types=(AxisType.Auto,))):
+        trained = model_of()
+        expected = trained(x)
+        model = nnx.eval_shape(model_of)
+        nnx.update(model, nnx.state(trained, nnx.Param))
+        assert float(read_state(nnx.eval_shape(model_of))) == 0
+        np.testing.assert_allclose(call(model, x), expected, atol=1e-6)
+        for name in REPORTS:
+            value = getattr(model, name)[...]
+            expected = getattr(trained, name)[...]
+            assert value.dtype == expected.dtype
+            if call is not by_split:  # which calls a copy
+                np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
 def read_value(model):
     return model.aux_loss[...]
 

@@ -16,6 +16,7 @@ ROUTERS = {
     "softmax_not_renormalized": Router(renormalize=False),
     "sigmoid": Router(score="sigmoid", weight_scale=2.5),
     "groups": Router(num_groups=4, groups_per_token=2),
+    "groups_by_their_best": Router(num_groups=4, groups_per_token=2, group_score="max"),
     "groups_of_one": Router(num_groups=16, groups_per_token=3),
     "sigmoid_groups": Router(score="sigmoid", num_groups=2, groups_per_token=1),
 }
@@ -24,6 +25,22 @@ ROUTERS = {
 def draw(rng, tokens=40, width=12, experts=16):
     x = jnp.asarray(rng.normal(size=(tokens, width)), jnp.float32)
     return x, jnp.asarray(rng.normal(size=(width, experts)), jnp.float32)
+
+
+def test_groups_by_the_two_best_or_the_best():
+    scores = jnp.array([[0.6, 0.0, 0.4, 0.3]])
+    for group_score, chosen in (("top2", [2, 3]), ("max", [0, 1])):
+        router = Router(num_groups=2, groups_per_token=1, group_score=group_score)
+        assert select(scores, 2, router)[0].tolist() == [chosen]
+
+
+def test_a_bias_on_the_logits_is_part_of_everything(rng):
+    """It is what the kernel's row for an input of ones is."""
+    x, kernel = draw(rng)
+    router, bias = Router(logits_bias=True), kernel[-1]
+    got = route(x[:, :-1], kernel[:-1], top_k=2, router=router, logits_bias=bias)
+    expected = route(x.at[:, -1].set(1), kernel, top_k=2, router=Router())
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-5), got, expected)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -47,6 +64,12 @@ def test_choice_and_weights(name, with_bias, rng):
         )
     assert routing.topk_idx.dtype == routing.load.dtype == jnp.int32
     np.testing.assert_array_equal(routing.load, chosen.sum(0))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_no_tokens(name):
+    idx, weights = select(jnp.zeros((0, 16)), 3, ROUTERS[name])
+    assert idx.shape == weights.shape == (0, 3)
 
 
 def test_ties_go_to_the_lower_id():

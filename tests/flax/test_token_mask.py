@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from freeio_jax import reference
 from freeio_jax.flax import MoEConfig, Router, linen, moe
 from freeio_jax.flax import nnx as fio_nnx
+from freeio_jax.flax.experts import SwiGLU
 from freeio_jax.flax.router import route
 
 WIDTH = 8
@@ -71,6 +72,31 @@ def test_masked_tokens_are_as_if_they_were_not_there(exchange, axis_type, rng):
         return assert_close(compute(parameters, dirty, config, MASK, weight), expected)
     with jax.set_mesh(make_mesh((2,), axis_types=(axis_type,))):
         assert_close(compute(parameters, dirty, config, MASK, weight), expected)
+
+
+def test_masked_tokens_are_not_there_for_biases_gates_and_weights_on_the_input(rng):
+    """What is not zero for an input of zeros must not show, nor a NaN that comes back."""
+    config = MoEConfig(
+        **LAYER,
+        experts=SwiGLU(limit=1.0, alpha=1.5, biases=True),
+        router=Router(logits_bias=True, weights_on="input"),
+        shared_expert_gate=True,
+    )
+    parameters, x = draw(rng, config)
+    expected, (by_parameters, by_x) = results(parameters, x[MASK], config, None)
+    dirty = jnp.where(MASK[..., None], x, jnp.nan)
+    weight = jnp.where(MASK[..., None], 1.0, jnp.nan)
+
+    def loss(parameters, x):
+        y, report = moe(parameters, x, config, token_mask=MASK)
+        return (y, report.aux_loss), report
+
+    (y, _), pull, report = jax.vjp(loss, parameters, dirty, has_aux=True)
+    assert_close((y[MASK], report), expected)
+    assert not y[~MASK].any()
+    got_parameters, got_x = pull((weight * 3 * jnp.cos(3 * y), jnp.float32(1)))
+    assert_close((got_parameters, got_x[MASK]), (by_parameters, by_x))
+    assert not got_x[~MASK].any()
 
 
 def test_masked_tokens_take_no_room(rng):
