@@ -52,6 +52,10 @@ def results(parameters, x, config=CONFIG, **options):
     return out, grads
 
 
+#: Compiled once for all tests of the same shapes.
+on_one_device = jax.jit(results)
+
+
 def assert_close(got, expected):
     jax.tree.map(
         lambda g, e: np.testing.assert_allclose(np.asarray(g), np.asarray(e), 2e-5, 2e-5),
@@ -82,7 +86,7 @@ def spread(mesh, parameters, x, x_spec):
 @UNUSED
 def test_an_axis_that_holds_no_tokens(names, types, rng):
     mesh, (parameters, x) = mesh_2x2(names, types), draw(rng)
-    expected = results(parameters, x)
+    expected = on_one_device(parameters, x)
     with jax.set_mesh(mesh):
         assert_close(jax.jit(results)(parameters, x), expected)
 
@@ -91,7 +95,7 @@ def test_an_axis_that_holds_no_tokens(names, types, rng):
 @UNUSED
 def test_arrays_that_are_sharded_over_an_axis_that_holds_no_tokens(names, types, rng):
     mesh, (parameters, x) = mesh_2x2(names, types), draw(rng)
-    expected, other = results(parameters, x), other_than_expert(names)
+    expected, other = on_one_device(parameters, x), other_than_expert(names)
     with jax.set_mesh(mesh):
         for x_spec in (P(other), P(("expert", other)), P(None, None, other)):
             placed = spread(mesh, parameters, x, x_spec)
@@ -101,7 +105,7 @@ def test_arrays_that_are_sharded_over_an_axis_that_holds_no_tokens(names, types,
 @pytest.mark.parametrize("types", ["auto", "explicit"])
 def test_padding_on_a_mesh_with_an_axis_that_holds_no_tokens(types, rng):
     parameters, x = draw(rng, 3, 3)
-    expected = results(parameters, x)
+    expected = on_one_device(parameters, x)
     with jax.set_mesh(mesh_2x2(("data", "expert"), types)):
         assert_close(jax.jit(results)(parameters, x), expected)
 
@@ -111,8 +115,8 @@ def test_padding_on_a_mesh_with_an_axis_that_holds_no_tokens(types, rng):
 def test_linen_and_nnx_with_an_axis_that_holds_no_tokens(names, types, rng):
     options, (_, x) = LAYER | {"top_k": 1}, draw(rng)
     layer = linen.MoE(**options)
-    variables = nn.meta.unbox(layer.init(jax.random.key(0), x))
-    expected = layer.apply(variables, x)
+    variables = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))
+    expected = jax.jit(layer.apply)(variables, x)
     with jax.set_mesh(mesh_2x2(names, types)):
         assert_close(jax.jit(layer.apply)(variables, x), expected)
         model = fio_nnx.MoE(WIDTH, **options, rngs=nnx.Rngs(0))
@@ -130,7 +134,7 @@ def test_inside_a_shard_map_that_leaves_an_axis_over(outer_is_expert, left_over,
     mesh, (parameters, x) = mesh_2x2(("expert", left_over)), draw(rng)
     outer = "expert" if outer_is_expert else left_over
     config = MoEConfig(**LAYER, token_axes=None if left_over == "model" else ("data", "expert"))
-    expected = results(parameters, x)
+    expected = on_one_device(parameters, x)
     specs = {
         name: P("expert") if outer == axes[0] else P()
         for name, (_, axes) in config.parameters(WIDTH).items()
@@ -222,7 +226,7 @@ def test_without_a_current_mesh_the_arguments_name_the_devices_as_well(rng, capl
 
 def test_without_a_current_mesh_gradients_and_layers_find_the_arguments_mesh_as_well(rng):
     mesh, (parameters, x) = make_mesh((2,), axis_types=(AUTO,)), draw(rng)
-    expected = results(parameters, x)
+    expected = on_one_device(parameters, x)
     placed = jax.device_put((parameters, x), NamedSharding(mesh, P()))
     assert_close(jax.jit(results)(*placed), expected)
     model = fio_nnx.MoE(WIDTH, **LAYER, rngs=nnx.Rngs(0))

@@ -102,7 +102,7 @@ def check_the_layer(setting, shape, config, rng):
         y, report = moe(parameters, x, config, bias=bias, token_mask=mask)
         return jnp.sum(y**2) + report.aux_loss, (y, report)
 
-    compute = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    compute = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     expected = jax.tree.map(np.asarray, compute(parameters, x))
     with SETTINGS[setting](), mesh_of(shape):
         got = compute(parameters, x)
@@ -115,7 +115,7 @@ def test_linen(setting, shape, rng):
     x = tokens(rng, 4, 2)
     with SETTINGS[setting](), mesh_of(shape):
         layer = linen.MoE(**LAYER)
-        variables = nn.meta.unbox(layer.init(jax.random.key(0), x))
+        variables = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))
         y, state = layer.apply(
             variables,
             x,

@@ -40,6 +40,9 @@ def results(parameters, x, config, mask, weight=1.0):
     return out, grads
 
 
+compiled_results = jax.jit(results, static_argnums=2)
+
+
 def assert_close(got, expected):
     """To a rounding of the largest value: sums of other lengths add up in another order."""
 
@@ -55,7 +58,7 @@ def assert_close(got, expected):
 def test_masked_tokens_are_as_if_they_were_not_there(exchange, axis_type, rng):
     config = MoEConfig(**LAYER, exchange=exchange)
     parameters, x = draw(rng, config)
-    (y, report), (by_parameters, by_x) = results(parameters, x[MASK], config, None)
+    (y, report), (by_parameters, by_x) = compiled_results(parameters, x[MASK], config, None)
     whole = np.zeros(x.shape, np.float32)
 
     def scattered(rows):
@@ -83,7 +86,7 @@ def test_masked_tokens_are_not_there_for_biases_gates_and_weights_on_the_input(r
         shared_expert_gate=True,
     )
     parameters, x = draw(rng, config)
-    expected, (by_parameters, by_x) = results(parameters, x[MASK], config, None)
+    expected, (by_parameters, by_x) = compiled_results(parameters, x[MASK], config, None)
     dirty = jnp.where(MASK[..., None], x, jnp.nan)
     weight = jnp.where(MASK[..., None], 1.0, jnp.nan)
 
@@ -123,7 +126,7 @@ def test_a_mask_where_the_tokens_do_not_divide_evenly(axis_type, rng):
     config = MoEConfig(**LAYER)
     parameters, x = draw(rng, config)
     x, mask = x[:3, :3], MASK[:3, :3]
-    expected = results(parameters, x, config, mask)
+    expected = compiled_results(parameters, x, config, mask)
     with jax.set_mesh(make_mesh((2,), axis_types=(axis_type,))):
         got = jax.jit(results, static_argnums=2)(parameters, x, config, mask)
     assert_close(got, expected)
@@ -132,7 +135,7 @@ def test_a_mask_where_the_tokens_do_not_divide_evenly(axis_type, rng):
 def test_nothing_but_masked_tokens(rng):
     config = MoEConfig(**LAYER)
     parameters, x = draw(rng, config)
-    out, grads = results(parameters, x * jnp.nan, config, np.zeros_like(MASK))
+    out, grads = compiled_results(parameters, x * jnp.nan, config, np.zeros_like(MASK))
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves((out, grads)))
 
 
