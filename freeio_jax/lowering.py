@@ -14,9 +14,9 @@ from functools import partial
 import jax
 import numpy as np
 from jax._src import core, dispatch
+from jax._src.interpreters import mlir
 from jax._src.lib.mlir.dialects import hlo
 from jax._src.mesh import get_concrete_mesh
-from jax.interpreters import mlir
 from jax.sharding import Mesh, PartitionSpec
 
 from freeio_jax import log
@@ -28,13 +28,21 @@ def register(primitive: core.Primitive, lowering: Callable) -> None:
 
     On a platform without an engine the lowering raises NotImplementedError.
     """
-    mlir.register_lowering(primitive, _lower_without_engine)
-    for platform, engine in ENGINES.items():
-        rule = partial(lowering, engine=engine)
-        # Equal calls are lowered one by one: each has its number in the module.
-        mlir.register_lowering(primitive, rule, platform=platform, cacheable=False)
-        if engine.needs_devices:
-            dispatch.prim_requires_devices_during_lowering.add(primitive)
+    rules = {platform: partial(lowering, engine=engine) for platform, engine in ENGINES.items()}
+
+    def lower_per_platform(ctx, *operands, **params):
+        # JAX finds the rules of a program for several platforms only in lowerings that it caches:
+        # in others it adds avals_out, a tuple, to a list.
+        ctx = ctx.replace(avals_out=[*ctx.avals_out])
+        default = _lower_without_engine
+        return mlir.lower_per_platform(
+            ctx, str(primitive), rules, default, frozenset(), *operands, **params
+        )
+
+    # Equal calls are lowered one by one: each has its number in the module.
+    mlir.register_lowering(primitive, lower_per_platform, cacheable=False)
+    if any(engine.needs_devices for engine in ENGINES.values()):
+        dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
 def _lower_without_engine(ctx, *_, **__):

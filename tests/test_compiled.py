@@ -68,6 +68,8 @@ def test_a_platform_without_an_engine():
     text = str(error.value)
     assert "freeio_jax.dispatch has no engine for platform(s) ('tpu',)" in text
     assert "freeio_jax.reference runs on every platform" in text
+    with pytest.raises(NotImplementedError, match="has no engine for platform"):
+        traced.lower(lowering_platforms=("cpu", "tpu"))
 
 
 SIZES = {

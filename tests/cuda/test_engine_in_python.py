@@ -218,6 +218,9 @@ def test_a_program_has_one_call_that_looks_for_failures(monkeypatch):
         (check,) = (line for line in text.splitlines() if "@freeio_check(" in line)
         assert "has_side_effect = true" in check  # else XLA would drop it
         assert "gpus = dense<" in check
+    text = lowered.lower(lowering_platforms=("cpu", "cuda")).as_text()
+    for name, number in (("dispatch", 4), ("combine", 4), ("check", 1)):
+        assert text.count(f"@freeio_{name}(") == number
 
 
 WATCHED_PROGRAM = """
