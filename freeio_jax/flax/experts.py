@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +78,35 @@ class Experts(abc.ABC):
         return self(one_group, x, jnp.full(1, x.shape[0], jnp.int32))
 
 
+class _TwoProducts(Experts):
+    """``hidden(x @ first) @ down``, each product with a bias if ``biases`` is true."""
+
+    biases: bool
+    #: Name of the first matrix, and how many columns it has for each hidden feature.
+    first: ClassVar[str]
+    columns: ClassVar[int]
+
+    @abc.abstractmethod
+    def hidden(self, product: jax.Array) -> jax.Array:
+        """``[..., F]`` from ``[..., columns * F]``, the first product."""
+
+    def parameters(self, width: int, expert_width: int) -> dict[str, tuple[int, ...]]:
+        shapes = {self.first: (width, self.columns * expert_width), "down": (expert_width, width)}
+        return _with_biases(shapes) if self.biases else shapes
+
+    def __call__(
+        self, parameters: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array
+    ) -> jax.Array:
+        apply = _grouped(parameters, group_sizes)
+        return apply("down", self.hidden(apply(self.first, rows)))
+
+    def shared(self, parameters: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        apply = _dense(parameters)
+        return apply("down", self.hidden(apply(self.first, x)))
+
+
 @dataclasses.dataclass(frozen=True)
-class SwiGLU(Experts):
+class SwiGLU(_TwoProducts):
     """``(silu(x @ gate) * (x @ up)) @ down`` (arXiv:2002.05202).
 
     With ``g = x @ gate`` and ``u = x @ up``, gpt-oss computes ``(g * sigmoid(alpha * g) * (u + 1))
@@ -104,6 +132,9 @@ class SwiGLU(Experts):
     '5.2848'
     """
 
+    first = "gate_up"
+    columns = 2
+
     limit: float | None = None
     alpha: float | None = None
     biases: bool = False
@@ -115,25 +146,11 @@ class SwiGLU(Experts):
                 f"SwiGLU: limit must be positive, got {self.limit}. Use None for no limit."
             )
 
-    def parameters(self, width: int, expert_width: int) -> dict[str, tuple[int, ...]]:
-        shapes = {"gate_up": (width, 2 * expert_width), "down": (expert_width, width)}
-        return _with_biases(shapes) if self.biases else shapes
-
-    def __call__(
-        self, parameters: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array
-    ) -> jax.Array:
-        apply = _grouped(parameters, group_sizes)
-        return apply("down", self._gated(apply("gate_up", rows)))
-
-    def shared(self, parameters: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        apply = _dense(parameters)
-        return apply("down", self._gated(apply("gate_up", x)))
-
-    def _gated(self, gate_up):
+    def hidden(self, product: jax.Array) -> jax.Array:
         if self.interleaved:
-            gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
+            gate, up = product[..., 0::2], product[..., 1::2]
         else:
-            gate, up = jnp.split(gate_up, 2, axis=-1)
+            gate, up = jnp.split(product, 2, axis=-1)
         if self.limit is not None:
             gate, up = jnp.clip(gate, max=self.limit), jnp.clip(up, -self.limit, self.limit)
         if self.alpha is None:
@@ -151,7 +168,7 @@ def squared_relu(x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class MLP(Experts):
+class MLP(_TwoProducts):
     """``activation(x @ up) @ down``: experts without a gate.
 
     ``MLP()`` is Switch Transformer's (ReLU), ``MLP(squared_relu)`` Nemotron-H's.
@@ -171,22 +188,14 @@ class MLP(Experts):
     [[9.0]]
     """
 
+    first = "up"
+    columns = 1
+
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
     biases: bool = False
 
-    def parameters(self, width: int, expert_width: int) -> dict[str, tuple[int, ...]]:
-        shapes = {"up": (width, expert_width), "down": (expert_width, width)}
-        return _with_biases(shapes) if self.biases else shapes
-
-    def __call__(
-        self, parameters: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array
-    ) -> jax.Array:
-        apply = _grouped(parameters, group_sizes)
-        return apply("down", self.activation(apply("up", rows)))
-
-    def shared(self, parameters: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        apply = _dense(parameters)
-        return apply("down", self.activation(apply("up", x)))
+    def hidden(self, product: jax.Array) -> jax.Array:
+        return self.activation(product)
 
 
 def bias_of_rows(bias: jax.Array, group_sizes: jax.Array, num_rows: int) -> jax.Array:

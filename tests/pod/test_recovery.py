@@ -122,10 +122,12 @@ def test_a_rank_that_was_too_late_can_go_on(form, tmp_path):
                 barrier(f"all can start {when}")
                 fio.config(timeout=1.5)
                 if me == 1:
-                    time.sleep(2.5)
+                    barrier(f"the others have given up {when}")
                 start = time.monotonic()
                 say("error", error_of(compiled))
                 assert me != 1 or time.monotonic() - start < 1.4
+                if me == 0:
+                    barrier(f"the others have given up {when}")
                 barrier(f"all are back {when}")
                 fio.config(timeout=60)
                 for _ in range(3):
