@@ -12,6 +12,7 @@ import numpy as np
 from jax._src import dispatch, xla_bridge
 from jax._src.interpreters import mlir
 from jax._src.lib import _jax, xla_client
+from jax._src.lib.mlir import ir
 from jax._src.mesh import get_concrete_mesh
 
 from freeio_jax import _native, log, runtime, watch
@@ -30,25 +31,26 @@ def _register(native, registry: str) -> None:
 
 
 class _Modules(threading.local):
-    """The module that a thread lowers: its calls so far, and the GPUs that they are on."""
+    """The module that a thread lowers: its calls so far, and where they are."""
 
     key: object = None
 
     def _enter(self, module_context) -> None:
         # Each module has an iterator of its own; contexts within a module share it.
         if module_context.channel_iterator is not self.key:
-            self.key, self.calls, self.gpus = module_context.channel_iterator, 0, set()
+            self.key, self.calls, self.places = module_context.channel_iterator, 0, set()
 
     def next_call(self, module_context) -> int:
         self._enter(module_context)
         self.calls += 1
         return self.calls - 1
 
-    def is_first_on(self, module_context, gpus: tuple[int, ...]) -> bool:
-        """Whether it has not been asked before about these GPUs and this module."""
+    def is_first_at(self, module_context, gpus: tuple[int, ...]) -> bool:
+        """Whether these GPUs have no call yet in the block of operations that is being lowered."""
         self._enter(module_context)
-        is_first = gpus not in self.gpus
-        self.gpus.add(gpus)
+        place = gpus, ir.InsertionPoint.current.block
+        is_first = place not in self.places
+        self.places.add(place)
         return is_first
 
 
@@ -119,10 +121,11 @@ class _Engine:
         return {"module": name, "call": np.int64(self._modules.next_call(module_context))}
 
     def program_check(self, module_context):
-        """Attributes of the custom call ``freeio_check`` that a module needs beside its others.
+        """Attributes of a custom call ``freeio_check``, which a program needs beside its others.
 
-        XLA asks it before each run whether the engine has failed. None where the engine has no such
-        call, or the module has one already.
+        XLA asks it before each run whether the engine has failed. Each block of operations with
+        calls has one, because XLA may remove a block, such as a branch that is never taken. None
+        where the block has one already, or the engine has no such call.
         """
         return None
 
@@ -251,7 +254,7 @@ class CudaEngine(_Engine):
 
     def program_check(self, module_context):
         gpus = self._gpus_of_mesh(module_context)
-        if not self._modules.is_first_on(module_context, tuple(gpus)):
+        if not self._modules.is_first_at(module_context, tuple(gpus)):
             return None
         return {"gpus": np.asarray(gpus, np.int64)}
 

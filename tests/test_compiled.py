@@ -21,7 +21,7 @@ def operations(compiled):
     text = compiled.as_text()
     opcodes = re.findall(r"^ +(?:ROOT )?%\S+ = (?:\(.*?\)|\S+) ([a-z][a-z-]*)\(", text, re.M)
     targets = re.findall(r'custom_call_target="([^"]+)"', text)
-    # On GPUs a program has one more call, which does nothing when the program runs.
+    # On GPUs this program has one more call, which does nothing when it runs.
     checks = targets.count("freeio_check")
     assert checks <= 1
     for _ in range(checks):

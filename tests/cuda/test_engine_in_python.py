@@ -196,7 +196,7 @@ def test_failures_are_looked_for_before_every_run():
 
 
 @needs_cuda_part
-def test_a_program_has_one_call_that_looks_for_failures(monkeypatch):
+def test_each_block_of_calls_has_one_that_looks_for_failures(monkeypatch):
     monkeypatch.setattr(engines.ENGINES["cuda"], "start", lambda: None)
     devices = np.asarray(jax.devices("cpu")[:2])
     mesh = jax.sharding.Mesh(devices, ("expert",))
@@ -206,7 +206,9 @@ def test_a_program_has_one_call_that_looks_for_failures(monkeypatch):
             out = fio.dispatch(x, topk_idx, num_experts=4, axis_name="expert")
             return fio.combine(out.tokens, out.handle), None
 
-        return jax.lax.scan(layer, layer(x, None)[0], length=3)[0]
+        x, _ = layer(layer(x, None)[0], None)
+        x, _ = jax.lax.scan(layer, x, length=3)
+        return jax.lax.cond(topk_idx[0, 0] > 0, lambda x: layer(x, None)[0], lambda x: x + 1, x)
 
     spec = jax.sharding.PartitionSpec("expert")
     layers = jax.shard_map(layers, mesh=mesh, in_specs=spec, out_specs=spec)
@@ -214,12 +216,16 @@ def test_a_program_has_one_call_that_looks_for_failures(monkeypatch):
     for _ in range(2):  # another module has its own
         lowered = jax.jit(lambda *args: layers(*args)).trace(*args)
         text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-        assert text.count("@freeio_dispatch(") == text.count("@freeio_combine(") == 2
-        (check,) = (line for line in text.splitlines() if "@freeio_check(" in line)
-        assert "has_side_effect = true" in check  # else XLA would drop it
-        assert "gpus = dense<" in check
+        assert text.count("@freeio_dispatch(") == text.count("@freeio_combine(") == 4
+        checks = [line for line in text.splitlines() if "@freeio_check(" in line]
+        # Two layers in a row share one. The loop and the branch have their own.
+        assert len(checks) == 3
+        for check in checks:
+            assert "has_side_effect = true" in check  # else XLA would drop it
+            assert "gpus = dense<" in check
     text = lowered.lower(lowering_platforms=("cpu", "cuda")).as_text()
-    for name, number in (("dispatch", 4), ("combine", 4), ("check", 1)):
+    # Here each call is in a branch of its own for each platform.
+    for name, number in (("dispatch", 8), ("combine", 8), ("check", 8)):
         assert text.count(f"@freeio_{name}(") == number
 
 

@@ -197,8 +197,8 @@ XLA_FFI_DEFINE_HANDLER(kCombineTranspose, execute<CombineTransposeOperands>,
 //
 // XLA does not call execute() when it replays launches that it captured in an earlier run, so a
 // failed exchange would go unnoticed. But XLA calls the initialize stage of a custom call before
-// every run. Each such call takes about a microsecond of the host's time. So a program has one
-// custom call, freeio_check, that has this stage and launches nothing.
+// every run. Each such call takes about a microsecond of the host's time. So only one
+// custom call of each block of a program has this stage: freeio_check, which launches nothing.
 
 struct ProgramCheck {
   static inline ffi::TypeId id = {};
