@@ -1,4 +1,4 @@
-"""What both kernels share: memory, roles of warpgroups, and how a result leaves.
+"""What both kernels share: memory, and roles of warpgroups.
 
 A CTA has two warpgroups that multiply and one that loads. The operands' tiles go through ``stages``
 slots of shared memory. The loader waits until a slot is ``empty``, and the copy engine says that it
@@ -31,7 +31,7 @@ class Config:
       columns: of a tile of the result; each of the two warpgroups multiplies all of them.
       depth: how much of the sum is in a slot.
       stages: slots.
-      pieces: of a warpgroup's result that lie in shared memory at once.
+      pieces: of a warpgroup's result that lie in shared memory at once, when rows are multiplied.
     """
 
     columns: int = 256
@@ -76,52 +76,6 @@ def await_last(empty, steps, config: Config):
 
 def release(empty, step, config: Config):
     plgpu.barrier_arrive(empty.at[slot_of(step, config)])
-
-
-def store(staging, out, values, row, column, *, pieces: int, span=None):
-    """A warpgroup's ``values`` [ROWS, columns], to ``out`` at row, column.
-
-    Args:
-      staging: shared memory of this warpgroup, [pieces, ROWS, PIECE].
-      out: [rows, columns] in global memory.
-      values: of out's dtype.
-      row, column: where row 0 and column 0 of ``values`` would be in ``out``.
-      pieces: of PIECE columns, how many are on their way at once.
-      span: the first row that is stored, and the one after the last; None: all are.
-    """
-
-    def copy(j, first_row, num_rows):
-        plgpu.copy_smem_to_gmem(
-            staging.at[j % pieces, pl.ds(first_row, num_rows)],
-            out.at[pl.ds(row + first_row, num_rows), pl.ds(column + j * PIECE, PIECE)],
-            commit_group=False,
-        )
-
-    def copy_span(j, begin, end):
-        # A copy has a size that is known when the kernel is compiled. Two copies of the largest
-        # power of two that fits cover the rows; those that both have get the same values twice.
-        count = end - begin
-        pl.when(count == ROWS)(lambda: copy(j, 0, ROWS))
-        size = ROWS // 2  # of no rows, no copy
-        while size:
-
-            @pl.when((count >= size) & (count < 2 * size))
-            def _(size=size):
-                copy(j, begin, size)
-                copy(j, end - size, size)
-
-            size //= 2
-
-    for j in range(values.shape[1] // PIECE):
-        # The copy that last read this piece of shared memory is through with it.
-        plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
-        staging[j % pieces] = values[:, j * PIECE : (j + 1) * PIECE]
-        plgpu.commit_smem()
-        if span is None:
-            copy(j, 0, ROWS)
-        else:
-            copy_span(j, *span)
-        plgpu.commit_smem_to_gmem_group()
 
 
 def kernel(body, out_type, *, num_ctas: int, num_threads: int, name: str, interpret):

@@ -12,6 +12,50 @@ from freeio_jax.grouped_matmul.hopper import common, schedule
 from freeio_jax.grouped_matmul.hopper.common import LOADER, PIECE, ROWS, Config
 
 
+def _store(staging, out, values, row, column, *, pieces: int, span):
+    """Some rows of a warpgroup's ``values`` [ROWS, columns], to ``out`` at row, column.
+
+    Args:
+      staging: shared memory of this warpgroup, [pieces, ROWS, PIECE].
+      out: [rows, columns] in global memory.
+      values: of out's dtype.
+      row, column: where row 0 and column 0 of ``values`` would be in ``out``.
+      pieces: of PIECE columns, how many are on their way at once.
+      span: the first row that is stored, and the one after the last.
+    """
+    begin, end = span
+    count = end - begin
+
+    def copy(j, first_row, num_rows):
+        plgpu.copy_smem_to_gmem(
+            staging.at[j % pieces, pl.ds(first_row, num_rows)],
+            out.at[pl.ds(row + first_row, num_rows), pl.ds(column + j * PIECE, PIECE)],
+            commit_group=False,
+        )
+
+    def copy_span(j):
+        # A copy has a size that is known when the kernel is compiled. Two copies of the largest
+        # power of two that fits cover the rows; those that both have get the same values twice.
+        pl.when(count == ROWS)(lambda: copy(j, 0, ROWS))
+        size = ROWS // 2  # of no rows, no copy
+        while size:
+
+            @pl.when((count >= size) & (count < 2 * size))
+            def _(size=size):
+                copy(j, begin, size)
+                copy(j, end - size, size)
+
+            size //= 2
+
+    for j in range(values.shape[1] // PIECE):
+        # The copy that last read this piece of shared memory is through with it.
+        plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
+        staging[j % pieces] = values[:, j * PIECE : (j + 1) * PIECE]
+        plgpu.commit_smem()
+        copy_span(j)
+        plgpu.commit_smem_to_gmem_group()
+
+
 def multiply(
     rows: jax.Array,
     weights: jax.Array,
@@ -132,7 +176,7 @@ def multiply(
                         sums = pl.run_scoped(
                             accumulate, plgpu.ACC((ROWS, config.columns), jnp.float32)
                         )
-                        common.store(
+                        _store(
                             staging.at[warpgroup],
                             out_ref,
                             sums.astype(out_ref.dtype),

@@ -10,6 +10,8 @@ write the same to the same place). To do so always takes a tenth of the time.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,7 +24,8 @@ from freeio_jax.grouped_matmul.hopper.common import LOADER, PIECE, ROWS, Config
 #: How many rows are cleaned at once.
 STRIP = 16
 TILE_K = 2 * ROWS
-#: Tiles of K whose columns are gone through together, so that they share the cotangents in L2.
+#: Tiles along the longer side of a result that are gone through together, so that they share in L2
+#: what they read of the other side.
 BAND = 8
 
 
@@ -106,22 +109,23 @@ def outer(
     """
     width = cotangents.shape[1]
     num_groups = group_sizes.shape[0]
-    tiles_k, tiles_n = rows.shape[1] // TILE_K, width // config.columns
+    tiles = rows.shape[1] // TILE_K, width // config.columns
+    longer = 0 if tiles[0] >= tiles[1] else 1
     spans = _spans(cotangents, group_sizes, config.depth).reshape(-1)
 
     def body(spans_ref, rows_ref, cotangents_ref, out_ref):
-        def with_memory(row_slots, cotangent_slots, staging, full, empty):
+        def with_memory(row_slots, cotangent_slots, staging, full, empty, added):
             warpgroup = lax.axis_index("warpgroup")
 
             def each_tile(work):
                 """``work(first step, span, group, k, n)`` for each tile; all steps of this CTA."""
 
                 @plgpu.nd_loop(
-                    (num_groups, tiles_k * tiles_n), collective_axes="cta", init_carry=jnp.int32(0)
+                    (num_groups, math.prod(tiles)), collective_axes="cta", init_carry=jnp.int32(0)
                 )
                 def steps(loop, carry):
                     group, tile = loop.index
-                    tile_k, tile_n = plgpu.planar_snake(tile, (tiles_k, tiles_n), 0, BAND)
+                    tile_k, tile_n = plgpu.planar_snake(tile, tiles, longer, BAND)
                     span = [spans_ref[group * 5 + i] for i in range(5)]
                     work(carry, span, group, tile_k * TILE_K, tile_n * config.columns)
                     return carry + span[1]
@@ -161,9 +165,22 @@ def outer(
                 plgpu.set_max_registers(232, action="increase")
                 mine = pl.ds(warpgroup * ROWS, ROWS)
 
-                @each_tile
-                def _(first_step, span, group, k, n):
+                def tile(first_step, span, group, k, n):
                     _, slots, begin_of_first, end_of_last, is_dirty = span
+
+                    out = out_ref.at[
+                        group,
+                        pl.ds(k + warpgroup * ROWS, ROWS),
+                        pl.ds(n, config.columns),
+                    ]
+
+                    def release_slot_of_last_result():
+                        """Warpgroup 1: the slot from which the last tile's result was copied."""
+
+                        @pl.when((warpgroup == 1) & (first_step > 0))
+                        def _():
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                            common.release(empty, first_step - 1, config)
 
                     def add(sums, i, begin, end):
                         """Starts to add the rows ``[begin, end)`` of the i-th slot to the sums."""
@@ -198,6 +215,7 @@ def outer(
                         add(
                             sums, 0, begin_of_first, jnp.where(last == 0, end_of_last, config.depth)
                         )
+                        release_slot_of_last_result()
 
                         @pl.loop(1, last)
                         def _(i):
@@ -210,28 +228,46 @@ def outer(
                             release_before(i)
 
                         plgpu.wgmma_wait(0)
-                        common.release(empty, first_step + last, config)
                         return sums[...]
 
                     sums = pl.run_scoped(accumulate, plgpu.ACC((ROWS, config.columns), jnp.float32))
-                    common.store(
-                        staging.at[warpgroup],
-                        out_ref.at[group],
-                        sums.astype(out_ref.dtype),
-                        k + warpgroup * ROWS,
-                        n,
-                        pieces=config.pieces,
-                    )
+                    values = sums.astype(out_ref.dtype)
+                    last = common.slot_of(first_step + slots - 1, config)
 
+                    def store(memory):
+                        memory[...] = values
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(memory, out)
+
+                    @pl.when(warpgroup == 0)
+                    def _():
+                        plgpu.barrier_arrive(added.at[last])
+                        common.release(empty, first_step + slots - 1, config)
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        store(staging)
+
+                    @pl.when(warpgroup == 1)
+                    def _():
+                        # Warpgroup 0 has arrived when it no longer reads this slot.
+                        plgpu.barrier_wait(added.at[last])
+                        store(cotangent_slots.at[last])
+
+                steps = each_tile(tile)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                # The loader waits for the last slot, too.
+                @pl.when((warpgroup == 1) & (steps > 0))
+                def _():
+                    common.release(empty, steps - 1, config)
 
         pl.run_scoped(
             with_memory,
             common.tiled_smem((config.stages, config.depth, TILE_K), rows.dtype),
             common.tiled_smem((config.stages, config.depth, config.columns), rows.dtype),
-            common.tiled_smem((2, config.pieces, ROWS, PIECE), rows.dtype),
+            common.tiled_smem((ROWS, config.columns), rows.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=1, num_barriers=config.stages),
             collective_axes="warpgroup",
         )
 
