@@ -63,6 +63,11 @@ def events_of_plane(plane) -> list[Event]:
     ]
 
 
+def is_copy(event: Event) -> bool:
+    """Whether it copies or sets memory; else it is a kernel."""
+    return event.name.lower().startswith(("memcpy", "memset"))
+
+
 def durations(events: Iterable[Event], kernel: str) -> list[float]:
     """Seconds of the events whose names have the pattern ``kernel`` in them."""
     return [event.duration for event in events if re.search(kernel, event.name)]

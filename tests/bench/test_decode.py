@@ -45,7 +45,7 @@ def test_report(capsys):
     assert [(r["program"], r["num_tokens"], r["command_buffers"]) for r in records] == [
         (program, tokens, buffers)
         for program, tokens in (("exchange", 1), ("exchange", 3), ("two small products", 1))
-        for buffers in ("off", "on")
+        for buffers in ("off", "on", "in sequence")
     ]
     for record in records:
         assert record["wall_s"] >= record["host_s"] > 0
@@ -69,6 +69,7 @@ def test_figures_of_devices_are_of_one_layer():
         Event(device, name, start, 1.0)
         for device in ("gpu0", "gpu1")
         for name, start in (
+            ("Memset 0", -5.0),
             ("dispatch_small_kernel", 0.0),
             ("combine_small_kernel", 2.0),
             ("dispatch_small_kernel", 4.0),
