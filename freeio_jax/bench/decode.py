@@ -1,9 +1,9 @@
 """A model's decode step without its model: many layers of dispatch and combine in one program.
 
 What a step pays beside the kernels shows here: the gaps between them on the device, and the host's
-time for each call. Three controls have the same number of layers and show what XLA takes by itself:
-two small matrix products, and two custom calls that launch an empty kernel of one CTA, or of as
-many as an exchange has.
+time for each call. Controls have the same number of layers and show what XLA takes by itself: two
+small matrix products; two custom calls that launch an empty kernel of one CTA, or of as many as an
+exchange has; and two such calls with results as large as the exchange's.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ _COLUMNS = {
     "num_tokens": "T",
     "command_buffers": "command buffers",
     "wall_s": "wall us",
+    "in_a_row_s": "in a row us",
     "span_s": "span us",
     "kernels_s": "kernels us",
     "host_s": "host us",
@@ -75,6 +76,7 @@ def run(
     A program's tokens are donated, and its result is the next run's tokens, as a decode loop does
     with its state: so all buffers stay where they are, and XLA need not record its command buffers
     anew. Figures of one layer: ``wall_s`` from the call of the program until its result is there;
+    ``in_a_row_s`` the same where the next run is started before the last one's result is there;
     ``host_s`` until Python has control back, the GPUs being idle when it starts; ``span_s`` on a
     device, from the first kernel's start to the last one's end, and ``kernels_s``, the sum of the
     kernels' durations, both means over this process's devices. (XLA sets four bytes of memory, the
@@ -94,8 +96,13 @@ def run(
     if mesh.devices.flat[0].platform == "gpu":
         target = _register_nothing()
         for ctas, name in ((1, "two empty kernels"), (128, "two empty kernels of 128 CTAs")):
-            build = functools.partial(_nothing, target, ctas, mesh=mesh)
+            build = functools.partial(_nothing, target, ctas, (8,), (8,), mesh=mesh)
             programs.append((name, 1, build))
+        for num_tokens in suite.tokens:
+            case = Case(suite, num_tokens, num_ranks, dtype)
+            tokens, rows = (num_tokens, suite.hidden), (case.capacity, suite.hidden)
+            build = functools.partial(_nothing, target, 128, tokens, rows, dtype, mesh=mesh)
+            programs.append(("two empty kernels, the exchange's rows", num_tokens, build))
     for name, num_tokens, build in programs:
         for command_buffers, options in _COMMAND_BUFFERS.items():
             about = {
@@ -185,14 +192,17 @@ def _register_nothing() -> str:
     return target
 
 
-def _nothing(target: str, ctas: int, *, mesh: Mesh, layers: int) -> tuple[Callable, tuple]:
+def _nothing(target: str, ctas: int, tokens, rows, dtype="float32", *, mesh: Mesh, layers: int):
+    """Two calls in each layer: from ``tokens`` to ``rows``, and back; both are shapes of a rank."""
+
     def layer(x):
-        for _ in range(CALLS):
-            call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        for shape in (rows, tokens):
+            call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, x.dtype))
             x = call(x, ctas=np.int64(ctas))
         return x
 
-    return _chain(layer, mesh, layers), put(mesh, (np.zeros((mesh.size, 8), np.float32),))
+    x = np.zeros((mesh.size, *tokens), jnp.dtype(dtype))
+    return _chain(layer, mesh, layers), put(mesh, (x,))
 
 
 def _measure(loop: Loop, loop_of_one_layer: Loop, layers: int) -> dict[str, float]:
@@ -200,6 +210,7 @@ def _measure(loop: Loop, loop_of_one_layer: Loop, layers: int) -> dict[str, floa
     _, host_of_one = _seconds(loop_of_one_layer)
     record = {
         "wall_s": wall / layers,
+        "in_a_row_s": _seconds_in_a_row(loop) / layers,
         "host_s": host / layers,
         "host_of_call_s": (host - host_of_one) / (layers - 1) / CALLS,
         "span_s": math.nan,
@@ -220,6 +231,16 @@ def _seconds(loop: Loop) -> tuple[float, float]:
             walls.append(time.perf_counter() - begin)
             hosts.append(back - begin)
     return statistics.median(walls), statistics.median(hosts)
+
+
+def _seconds_in_a_row(loop: Loop) -> float:
+    """Of one run among RUNS that do not wait for each other's results."""
+    jax.block_until_ready(loop())
+    begin = time.perf_counter()
+    for _ in range(RUNS):
+        result = loop()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - begin) / RUNS
 
 
 def _on_devices(events: Sequence[profile.Event], layers: int) -> dict[str, float]:

@@ -49,6 +49,7 @@ def test_report(capsys):
     ]
     for record in records:
         assert record["wall_s"] >= record["host_s"] > 0
+        assert record["in_a_row_s"] > 0
         assert math.isfinite(record["host_of_call_s"])
         assert math.isnan(record["span_s"])  # no GPU
     assert "Decode: 2 layers, 1 process(es)" in capsys.readouterr().out
@@ -57,9 +58,11 @@ def test_report(capsys):
 def test_figures_of_the_host_are_of_one_layer_and_one_call(monkeypatch):
     seconds = {61: (122.0, 73.2), 1: (5.0, 1.2)}  # until the result is there; until Python is back
     monkeypatch.setattr(decode, "_seconds", lambda loop: seconds[loop])
+    monkeypatch.setattr(decode, "_seconds_in_a_row", lambda loop: {61: 61.0}[loop])
     monkeypatch.setattr(decode.profile, "record", lambda loop: [])
     record = decode._measure(61, 1, 61)
     assert (record["wall_s"], record["host_s"]) == (2.0, pytest.approx(1.2))
+    assert record["in_a_row_s"] == 1.0
     assert record["host_of_call_s"] == pytest.approx((73.2 - 1.2) / 60 / 2)
     assert math.isnan(record["span_s"])
 

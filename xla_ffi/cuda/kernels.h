@@ -13,9 +13,9 @@ struct Kernel {
   size_t shared_bytes = 0;
 };
 
-// DispatchParams. `assignments_of_all`: of all ranks together. `in_parts`: for rows that cannot all
-// be accessed 16 bytes at a time.
-Kernel dispatch_small(int num_experts, int assignments_of_all, bool in_parts);
+// DispatchParams. `assignments_of_all`: of all ranks together. `access_bytes`: by which the rows of
+// all leaves can be accessed.
+Kernel dispatch_small(int num_experts, int assignments_of_all, int access_bytes);
 Kernel dispatch_large(int num_experts);
 Kernel dispatch_along();
 
@@ -42,8 +42,8 @@ struct ParamsTag {
 template <typename F>
 void for_each_kernel(const F& f) {
   constexpr ParamsTag<DispatchParams> kDispatch;
-  for (const bool in_parts : {false, true}) {
-    f(dispatch_small(kMaxExperts, kMaxSmallByAll, in_parts), kDispatch);
+  for (const int access_bytes : {16, 4, 2, 1}) {
+    f(dispatch_small(kMaxExperts, kMaxSmallByAll, access_bytes), kDispatch);
   }
   f(dispatch_large(kMaxExperts), kDispatch);
   f(dispatch_along(), kDispatch);

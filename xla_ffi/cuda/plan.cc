@@ -126,11 +126,12 @@ void cut_leaf(const LeafType& type, int32_t alignment, SlicedLeaf& leaf) {
   leaf.slice_bytes = accesses * leaf.access_bytes;
 }
 
-// Whether a leaf's rows cannot be accessed 16 bytes at a time.
-bool has_parts(const DispatchParams& params) {
-  const SlicedLeaf* const end = params.leaves + params.num_leaves;
-  return std::any_of(params.leaves, end,
-                     [](const SlicedLeaf& leaf) { return leaf.access_bytes != kSentAccess; });
+// By how many bytes the rows of all leaves can be accessed.
+int least_access(const DispatchParams& params) {
+  int least = kSentAccess;
+  for (int i = 0; i < params.num_leaves; ++i)
+    least = std::min(least, params.leaves[i].access_bytes);
+  return least;
 }
 
 // Cuts the leaves into slices that are sent in lines. False, and nothing is cut: the call is large.
@@ -141,7 +142,8 @@ bool cut_to_be_sent(int32_t ctas, DispatchParams& params) {
   int64_t of_token = 0;
   for (int i = 0; i < params.num_leaves; ++i) of_token += slices_of_leaf(params.leaves[i]).first;
   if (!is_small_call(params.exchange, of_token)) return false;
-  if (has_parts(params) && params.exchange.num_tokens * of_token > kMaxSlicesInParts) return false;
+  const bool in_parts = least_access(params) < kSentAccess;
+  if (in_parts && params.exchange.num_tokens * of_token > kMaxSlicesInParts) return false;
   for (int i = 0; i < params.num_leaves; ++i) {
     SlicedLeaf& leaf = params.leaves[i];
     const auto [slices, accesses] = slices_of_leaf(leaf);
@@ -239,7 +241,7 @@ Status make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
     plan.posted = leaves | kRoutesBits;
   } else if (cut_to_be_sent(ctas, params)) {
     plan.kernel =
-        dispatch_small(x.num_experts, x.num_tokens * x.top_k * x.num_ranks, has_parts(params));
+        dispatch_small(x.num_experts, x.num_tokens * x.top_k * x.num_ranks, least_access(params));
   } else {
     Status status = plan_routing(ctas, params);
     if (!status.ok()) return status;

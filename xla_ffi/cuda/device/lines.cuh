@@ -12,44 +12,40 @@ namespace freeio::cuda {
 
 // For rows whose size and address are multiples of 16 bytes.
 struct InWhole {
-  __device__ static uint4 load(const std::byte* from, int, int) {
+  __device__ static uint4 load(const std::byte* from, int) {
     return *reinterpret_cast<const uint4*>(from);
   }
-  __device__ static void store(uint4 value, std::byte* to, int, int) {
+  __device__ static void store(uint4 value, std::byte* to, int) {
     *reinterpret_cast<uint4*>(to) = value;
   }
 };
 
-// For any row, by accesses of `access_bytes`. Bytes beyond the end of the row are zero in the
-// slice.
+// For rows whose size and address are multiples of a part's size. Bytes beyond the end of the row
+// are zero in the slice. Each part has a kernel of its own: at small sizes a switch between them
+// would take longer than the accesses.
+template <typename Part>
 struct InParts {
-  __device__ static uint4 load(const std::byte* from, int bytes, int access_bytes) {
-    uint4 value = {};
-    with_access(access_bytes, [&](auto access) {
-      constexpr int kParts = sizeof(value) / sizeof(access);
-      decltype(access) parts[kParts] = {};
+  static constexpr int kParts = sizeof(uint4) / sizeof(Part);
+
+  __device__ static uint4 load(const std::byte* from, int bytes) {
+    Part parts[kParts] = {};
 #pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        if (i * static_cast<int>(sizeof(access)) < bytes) {
-          parts[i] = reinterpret_cast<const decltype(access)*>(from)[i];
-        }
+    for (int i = 0; i < kParts; ++i) {
+      if (i * static_cast<int>(sizeof(Part)) < bytes) {
+        parts[i] = reinterpret_cast<const Part*>(from)[i];
       }
-      memcpy(&value, parts, sizeof(value));
-    });
+    }
+    uint4 value;
+    memcpy(&value, parts, sizeof(value));
     return value;
   }
-  __device__ static void store(uint4 value, std::byte* to, int bytes, int access_bytes) {
-    with_access(access_bytes, [&](auto access) {
-      constexpr int kParts = sizeof(value) / sizeof(access);
-      decltype(access) parts[kParts];
-      memcpy(parts, &value, sizeof(value));
+  __device__ static void store(uint4 value, std::byte* to, int bytes) {
+    Part parts[kParts];
+    memcpy(parts, &value, sizeof(value));
 #pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        if (i * static_cast<int>(sizeof(access)) < bytes) {
-          reinterpret_cast<decltype(access)*>(to)[i] = parts[i];
-        }
-      }
-    });
+    for (int i = 0; i < kParts; ++i) {
+      if (i * static_cast<int>(sizeof(Part)) < bytes) reinterpret_cast<Part*>(to)[i] = parts[i];
+    }
   }
 };
 
@@ -74,18 +70,18 @@ struct LineSlice {
 
   // Of a row that `Access` can access.
   template <typename Access>
-  __device__ void load(const std::byte* from, int bytes, int access_bytes) {
+  __device__ void load(const std::byte* from, int bytes) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int offset = place(i) * kAccess;
       if (offset >= bytes) continue;
-      accesses[i] = Access::load(from + offset, bytes - offset, access_bytes);
+      accesses[i] = Access::load(from + offset, bytes - offset);
     }
   }
 
   // To the rows that `row` names in the lanes of `mask`. Whole warp.
   template <typename Access>
-  __device__ void store(std::byte* rows, int64_t row_bytes, int bytes, int access_bytes, int row,
+  __device__ void store(std::byte* rows, int64_t row_bytes, int bytes, int row,
                         uint32_t mask) const {
 #pragma unroll 1
     for (; mask != 0; mask &= mask - 1) {
@@ -95,7 +91,7 @@ struct LineSlice {
       for (int i = 0; i < 2; ++i) {
         const int offset = place(i) * kAccess;
         if (offset >= bytes) continue;
-        Access::store(accesses[i], target + offset, bytes - offset, access_bytes);
+        Access::store(accesses[i], target + offset, bytes - offset);
       }
     }
   }

@@ -2,7 +2,8 @@
 // go. The token's rank sends each row once to each rank that needs it, in lines (lines.cuh), to the
 // GPU block there. The ids travel at the same time. No rank waits for the end of another.
 //
-// There are two kernels: one for rows that are accessed 16 bytes at a time, and one for all others.
+// There is one kernel for rows that are accessed 16 bytes at a time, and others for smaller
+// accesses.
 #include "cuda/device/lines.cuh"
 #include "cuda/device/opening.cuh"
 #include "cuda/device/shared_memory.cuh"
@@ -25,7 +26,7 @@ struct OutgoingSlice {
     if (unit >= end) return;
     const Slice slice(p, p.exchange.rank, unit);
     const SlicedLeaf& leaf = p.leaves[slice.leaf];
-    data.template load<Access>(slice.in(leaf.tokens, p), slice.bytes, leaf.access_bytes);
+    data.template load<Access>(slice.in(leaf.tokens, p), slice.bytes);
     if (lane_id() < p.exchange.top_k) id = p.topk_idx[slice.token * p.exchange.top_k + lane_id()];
   }
 
@@ -72,7 +73,7 @@ struct IncomingSlice {
     if (targets.mask == 0) return;
     if (rank == p.exchange.rank) {
       const SlicedLeaf& leaf = p.leaves[slice.leaf];
-      data.template load<Access>(slice.in(leaf.tokens, p), slice.bytes, leaf.access_bytes);
+      data.template load<Access>(slice.in(leaf.tokens, p), slice.bytes);
     } else {
       sent = &slices_from(p.exchange, s, rank)[unit];
       start();
@@ -88,8 +89,8 @@ struct IncomingSlice {
   __device__ void store(const DispatchParams& p) {
     if (sent != nullptr) data.take();
     const SlicedLeaf& leaf = p.leaves[slice.leaf];
-    data.template store<Access>(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes,
-                                leaf.access_bytes, targets.row, targets.mask);
+    data.template store<Access>(leaf.rows + slice.offset, leaf.row_bytes, slice.bytes, targets.row,
+                                targets.mask);
   }
 };
 
@@ -177,8 +178,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-Kernel dispatch_small(int num_experts, int assignments_of_all, bool in_parts) {
-  const auto kernel = in_parts ? &dispatch_small_kernel<InParts> : &dispatch_small_kernel<InWhole>;
+Kernel dispatch_small(int num_experts, int assignments_of_all, int access_bytes) {
+  const auto kernel = access_bytes >= 16  ? &dispatch_small_kernel<InWhole>
+                      : access_bytes >= 4 ? &dispatch_small_kernel<InParts<uint32_t>>
+                      : access_bytes == 2 ? &dispatch_small_kernel<InParts<uint16_t>>
+                                          : &dispatch_small_kernel<InParts<uint8_t>>;
   return {reinterpret_cast<const void*>(kernel), sizeof(int) * kTileAssignments +
                                                      routing_bytes(num_experts) +
                                                      all_ids_bytes(assignments_of_all)};
