@@ -34,15 +34,22 @@ def check_divides(config: MoEConfig, mesh: Mesh | AbstractMesh | None) -> None:
     if not set(config.expert_axes) <= set(mesh.axis_names):
         return
     num_ranks = math.prod(mesh.shape[axis] for axis in config.expert_axes)
-    if config.num_experts % num_ranks == 0:
+    if config.num_slots % num_ranks == 0:
         return
-    fewer = max(n for n in range(1, num_ranks) if config.num_experts % n == 0)
+    fewer = max(n for n in range(1, num_ranks) if config.num_slots % n == 0)
     more = -(-config.num_experts // num_ranks) * num_ranks
+    padded = "" if config.pad_experts_to is None else f" (pad_experts_to={config.pad_experts_to})"
     raise ValueError(
-        f"MoE: num_experts={config.num_experts} does not divide evenly among the {num_ranks} ranks "
-        f"of axis_name={config.axis_name!r}.\nUse num_experts={more}, or a mesh whose expert axis "
-        f"has {fewer} rank{'s' if fewer > 1 else ''}."
+        f"MoE: num_experts={config.num_experts}{padded} does not divide evenly among the "
+        f"{num_ranks} ranks of axis_name={config.axis_name!r}.\nUse pad_experts_to={more}, or a "
+        f"mesh whose expert axis has {fewer} rank{'s' if fewer > 1 else ''}."
     )
+
+
+def num_token_shards(config: MoEConfig, mesh: Mesh | AbstractMesh | None) -> int:
+    """Over how many ranks of ``mesh``, or of the current mesh, the tokens are sharded."""
+    shape = _named_or_current(mesh).shape
+    return math.prod(shape.get(axis, 1) for axis in config.all_token_axes)
 
 
 def _named_or_current(mesh):
