@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from freeio_jax.flax.custom_router import CustomRouter
 from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
+from freeio_jax.flax.partition import axes_of, entry, placed_parameters
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router
 
 #: Names that the layer keeps for itself. Names that begin with "shared_" or "router_" are, too.
@@ -55,6 +57,12 @@ class MoEConfig:
         last source ranks. It costs nothing. ``"evenly"``: every n-th one in packed order, so that
         each expert and each source rank loses the same share (:mod:`freeio_jax.flax.drops`). It
         costs one all-gather of E int32 over the expert axes, and a sort of a rank's T*K ids.
+      fsdp_axes: mesh axes, of ``token_axes`` but not the expert axes, over which the matrices of
+        the experts and of the shared expert are sharded as well. They are gathered where they are
+        used; their gradients are reduced and scattered. () for none.
+      model_axes: mesh axes without tokens over which the hidden widths of the experts and of the
+        shared expert are split (tensor parallelism). The ranks' outputs are summed for each token.
+        ``SwiGLU`` must be ``separate`` or ``interleaved`` then. () for none.
     """
 
     num_experts: int
@@ -74,6 +82,8 @@ class MoEConfig:
     pad_experts_to: int | None = None
     router_width: int | None = None
     drops: str = "last"
+    fsdp_axes: tuple[str, ...] = ()
+    model_axes: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not isinstance(self.router, (Router, CustomRouter)):
@@ -107,6 +117,33 @@ class MoEConfig:
                 f"MoE: token_axes={self.token_axes!r} lack {missing}, over which the experts are "
                 "spread. Each rank dispatches tokens of its own: add the expert axes to token_axes."
             )
+        self._check_partition()
+
+    def _check_partition(self):
+        for field in ("fsdp_axes", "model_axes"):
+            axes = getattr(self, field)
+            if not isinstance(axes, tuple):
+                raise TypeError(f"MoE: {field} must be a tuple of mesh axes, got {axes!r}.")
+        allowed = [axis for axis in self.all_token_axes if axis not in self.expert_axes]
+        wrong = [axis for axis in self.fsdp_axes if axis not in allowed]
+        if wrong:
+            raise ValueError(
+                f"MoE: fsdp_axes={self.fsdp_axes!r} have {wrong}, but may only have axes of "
+                f"token_axes that are no expert axes: {allowed}. Ranks with equal tokens would "
+                "compute equal gradients. Add the axes to token_axes, or leave them out."
+            )
+        shared = [axis for axis in self.model_axes if axis in self.all_token_axes]
+        if shared:
+            raise ValueError(
+                f"MoE: model_axes={self.model_axes!r} have {shared}, over which the tokens are "
+                "sharded. Ranks that split F work on the same tokens: use another mesh axis."
+            )
+        if self.model_axes and self.experts.added_once() is None:
+            raise ValueError(
+                f"MoE: model_axes={self.model_axes!r} split the experts' width, but "
+                f"experts={self.experts!r} cannot be split so. Use SwiGLU(separate=True) or "
+                "SwiGLU(interleaved=True), MLP(), or a class with added_once()."
+            )
 
     @property
     def num_choices(self) -> int:
@@ -138,16 +175,16 @@ class MoEConfig:
             return shapes
         return {f"router_{name}": shape for name, shape in shapes.items()}
 
-    def parameters(self, width: int, num_experts: int | None = None) -> dict[str, Any]:
+    def parameters(self, width: int, shards: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Shape and mesh axes of each parameter: ``{name: (shape, names)}``.
+
+        An entry of ``names`` is that of a PartitionSpec: an axis, a tuple of axes, or None.
 
         Args:
           width: H, features of a token.
-          num_experts: experts of the arrays; None: all, ``num_slots``. Inside a shard_map it is
-            ``num_slots/R``.
+          shards: sizes of the manual axes of a surrounding shard_map, in which arrays are shards;
+            None: there is none.
         """
-        local = self.num_slots if num_experts is None else num_experts
-        axis = self.axis_name if isinstance(self.axis_name, str) else self.expert_axes
         shapes = {
             name: (shape, (None,) * len(shape))
             for name, shape in self.router_parameters(width).items()
@@ -164,16 +201,26 @@ class MoEConfig:
                 f"MoE: experts={self.experts!r} name their parameters {taken}, but the layer uses "
                 f"the names {_OWN_NAMES} and those with 'shared_' or 'router_' itself: rename them."
             )
-        for name, shape in experts.items():
-            shapes[name] = ((local, *shape), (axis, *(None,) * len(shape)))
+        axes = {"fsdp_axes": self.fsdp_axes, "model_axes": self.model_axes}
+        placed = placed_parameters(self.experts, width, self.expert_width, **axes)
+        for name, (shape, names) in placed.items():
+            shapes[name] = ((self.num_slots, *shape), (entry(self.expert_axes), *names))
         if self.shared_expert_width is not None:
-            shared = self.experts.parameters(width, self.shared_expert_width)
-            for name, shape in shared.items():
-                shapes[f"shared_{name}"] = (shape, (None,) * len(shape))
+            shared = placed_parameters(self.experts, width, self.shared_expert_width, **axes)
+            shapes.update({f"shared_{name}": placed for name, placed in shared.items()})
         if self.shared_expert_gate:
             shapes["shared_expert_gate"] = ((width, 1), (None, None))
-        return shapes
+        return {
+            name: (_shard_shape(shape, names, shards or {}), names)
+            for name, (shape, names) in shapes.items()
+        }
 
     def spread_parameters(self, width: int) -> tuple[str, ...]:
         """Names of the parameters that each expert has of its own: spread over the expert axes."""
         return tuple(self.experts.parameters(width, self.expert_width))
+
+
+def _shard_shape(shape, names, sizes):
+    """The shape of a shard where the axes in ``sizes`` are manual."""
+    counts = (math.prod(sizes.get(axis, 1) for axis in axes_of(over)) for over in names)
+    return tuple(size // count for size, count in zip(shape, counts, strict=True))

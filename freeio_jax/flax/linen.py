@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import module as flax_module
+from jax.sharding import PartitionSpec
 
 from freeio_jax.flax.config import MoEConfig
 from freeio_jax.flax.custom_router import CustomRouter
 from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
-from freeio_jax.flax.mesh import check_divides, experts_are_manual
+from freeio_jax.flax.mesh import check_divides, check_manual, explicit_axes, manual_sizes
 from freeio_jax.flax.moe import moe
 from freeio_jax.flax.parameters import initializer
+from freeio_jax.flax.partition import axes_of
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
 
@@ -80,6 +82,10 @@ class MoE(nn.Module):
       router_width: W, features of ``router_input``; None: H.
       drops: ``"last"`` in packed order, or ``"evenly"``: each expert and source rank loses the same
         share, for one small all-gather and a sort (``freeio_jax.flax.drops``).
+      fsdp_axes: mesh axes, of ``token_axes`` but not the expert axes, over which the experts'
+        matrices are sharded as well, to be gathered where they are used.
+      model_axes: mesh axes without tokens over which the experts' hidden width is split; with
+        ``experts=SwiGLU(separate=True)``, say.
 
     >>> import jax, jax.numpy as jnp
     >>> from freeio_jax.flax.linen import MoE
@@ -111,6 +117,8 @@ class MoE(nn.Module):
     pad_experts_to: int | None = None
     router_width: int | None = None
     drops: str = "last"
+    fsdp_axes: tuple[str, ...] = ()
+    model_axes: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
@@ -123,21 +131,18 @@ class MoE(nn.Module):
         config = MoEConfig(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(MoEConfig)}
         )
-        check_divides(config, self.mesh)
-        manual = experts_are_manual(config)
-        num_ranks = jax.lax.axis_size(config.expert_axes) if manual else 1
+        width = x.shape[-1]
+        check_manual(config)
+        check_divides(config, self.mesh, width)
         # Arrays of a checkpoint, say, for which the layer has no use are given to moe(), which says
         # so. Flax would ignore them.
         parameters = dict(self.variables.get("params", {}))
-        width = x.shape[-1]
         of_router = config.router_parameters(width)
-        shapes = config.parameters(width, config.num_slots // num_ranks)
-        for name, (shape, names) in shapes.items():
-            init = initializer(config, width, name, self.kernel_init)
+        for name, (shape, names) in config.parameters(width, manual_sizes()).items():
+            init = _sharded(initializer(config, width, name, self.kernel_init), names)
             dtype = jnp.float32 if name in of_router else self.param_dtype
             box = self.param(name, nn.with_partitioning(init, names), shape, dtype, unbox=False)
-            # Unboxing also constrains the sharding, which is for global arrays, not for shards.
-            parameters[name] = nn.meta.unbox(box) if not manual else _value(box)
+            parameters[name] = _value(box)
 
         bias, training = None, not deterministic and not self.is_initializing()
         if self.router.bias_update_rate is not None:
@@ -216,5 +221,23 @@ def _owners(layer: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def _sharded(init: Callable[..., jax.Array], names: tuple) -> Callable[..., jax.Array]:
+    """``init``, whose arrays lie over the explicit axes of the current mesh as ``names`` say."""
+    explicit = explicit_axes(jax.sharding.get_abstract_mesh())
+
+    def over(entry):
+        return tuple(axis for axis in axes_of(entry) if axis in explicit)
+
+    spec = PartitionSpec(*map(over, names))
+    return lambda *args: jax.reshard(init(*args), spec) if any(spec) else init(*args)
+
+
 def _value(box):
-    return box.value if isinstance(box, nn.meta.AxisMetadata) else box
+    if not isinstance(box, nn.meta.AxisMetadata):
+        return box
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes or explicit_axes(mesh):
+        # Flax would constrain the sharding. Shards have none, and over explicit axes an array keeps
+        # the one that it has; moe() changes it where the layer needs another one.
+        return box.value
+    return nn.meta.unbox(box)

@@ -9,15 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from freeio_jax import collective
 from freeio_jax.flax.config import MoEConfig
 from freeio_jax.flax.custom_router import route_by
 from freeio_jax.flax.drops import keep_evenly
-from freeio_jax.flax.mesh import current_mesh, experts_are_manual
+from freeio_jax.flax.mesh import check_manual, current_mesh, explicit_axes, manual_sizes
 from freeio_jax.flax.one_device import on_one_device
 from freeio_jax.flax.parameters import check_names, check_shapes
+from freeio_jax.flax.partition import axes_of, gather, of_first_slice
 from freeio_jax.flax.report import Report, count_drops, no_drops
 from freeio_jax.flax.router import Router, route
 from freeio_jax.layout import balanced_capacity, dropless_capacity
@@ -46,19 +47,20 @@ def moe(
         before the last one; W is ``config.router_width``. A custom router may take a pytree of
         arrays that begin with these dimensions, of any dtypes (token ids, say). The experts, the
         shared one too, see x.
-      bias: float32 ``[E]`` of the router (``[E + Z]`` with Z zero experts), where ``config.router.bias_update_rate`` is set and only
-        there.
+      bias: float32 ``[E]`` of the router (``[E + Z]`` with Z zero experts), where
+        ``config.router.bias_update_rate`` is set and only there.
       token_mask: bool of ``x.shape[:-1]``; None: all true. A token where it is false is padding. It
         is routed nowhere, takes no room, is not counted and has no part in the losses. It may be
         NaN. Its output and its gradient are zero.
       mesh: None: the current mesh (``jax.set_mesh``); without one, the mesh of the arguments'
         shardings; without that, the layer runs on one device. Where the mesh has explicit axes,
         ``jax.grad`` outside ``jit`` needs a current mesh, as everywhere in JAX. Over axes that are
-        neither token nor expert axes the layer is replicated: what is sharded over them is gathered
-        first, and each of their ranks computes the same. Axes that a surrounding shard_map has made
-        manual stay so: x and the parameters are then this rank's shards. Where that shard_map
-        leaves axes over (``axis_names=``), reverse mode computes the layer's forward pass again,
-        and JAX cannot lower reverse mode over reverse mode. With ``check_vma=False`` neither holds.
+        neither token, expert nor model axes the layer is replicated: what is sharded over them is
+        gathered first, and each of their ranks computes the same. Axes that a surrounding shard_map
+        has made manual stay so: x and the parameters are then this rank's shards. Where that
+        shard_map leaves axes over (``axis_names=``), reverse mode computes the layer's forward pass
+        again, and JAX cannot lower reverse mode over reverse mode. With ``check_vma=False`` neither
+        holds.
       jitter_key: PRNG key for the router's jitter; None: no jitter.
 
     Returns:
@@ -67,8 +69,8 @@ def moe(
     Raises:
       ValueError: with the fix. The mesh lacks an axis; the experts do not divide among its ranks;
         x, a parameter, the router's input or the mask has another shape than the configuration asks
-        for; a parameter or the bias is missing, or has no use. When it is lowered: the program is for several devices,
-        but there is no mesh.
+        for; a parameter or the bias is missing, or has no use. When it is lowered: the program is
+        for several devices, but there is no mesh.
       TypeError: x is not floating, or token_mask not bool.
     """
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -82,10 +84,9 @@ def moe(
             raise ValueError(f"MoE: x has shape {x.shape}, but the layer's width is H={expected}.")
     router_input = _checked_router_input(router_input, x, config)
     arrays = (x, *jax.tree.leaves(router_input), *parameters.values())
-    experts_manual = experts_are_manual(config)
-    mesh = current_mesh(config, mesh, arrays)
-    num_ranks = math.prod(mesh.shape[axis] for axis in config.expert_axes) if experts_manual else 1
-    check_shapes(parameters, config, width, num_ranks)
+    check_manual(config)
+    mesh = current_mesh(config, mesh, arrays, width)
+    check_shapes(parameters, config, width, manual_sizes())
     if bias is not None:
         if config.router.bias_update_rate is None:
             raise ValueError(
@@ -107,7 +108,7 @@ def moe(
         return _shard(*arguments, config=config)
     # Compiled even if the caller has disabled jit: an exchange exists only in compiled programs.
     with jax.disable_jit(False):
-        return _sharded(*arguments, config, mesh, axes, experts_manual)
+        return _sharded(*arguments, config, mesh, axes)
 
 
 def _checked_router_input(router_input, x, config):
@@ -154,10 +155,8 @@ def _checked_mask(token_mask, shape):
     return token_mask
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
-def _sharded(
-    parameters, x, router_input, token_mask, jitter_key, config, mesh, axes, experts_manual
-):
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _sharded(parameters, x, router_input, token_mask, jitter_key, config, mesh, axes):
     """The layer in a shard_map over ``axes``, which are all axes that are not manual yet.
 
     Axes without tokens are among them, because XLA would have to partition the kernels over an axis
@@ -167,21 +166,19 @@ def _sharded(
         x = on_one_device(x)
     token_axes = tuple(axis for axis in config.all_token_axes if axis in axes)
     num_shards = math.prod(mesh.shape[axis] for axis in token_axes)
-    expert_axes = () if experts_manual else config.expert_axes
-    spread = config.spread_parameters(x.shape[-1])
-    over = {name: expert_axes if name in spread else () for name in parameters}
-    explicit = {
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
+    names = {name: names for name, (_, names) in config.parameters(x.shape[-1]).items()}
+    over = {
+        name: tuple(tuple(a for a in axes_of(e) if a in axes) for e in names.get(name, ()))
+        for name in parameters
     }
+    explicit = explicit_axes(mesh)
 
-    def place(array, axes):
-        """``array`` with its first dimension over ``axes``, where JAX does not do this itself."""
+    def place(array, *over):
+        """``array`` with its first dimensions over axes, where JAX does not do this itself."""
         if not explicit:
             return array
-        spec = PartitionSpec(tuple(axis for axis in axes if axis in explicit))
-        return jax.reshard(array, NamedSharding(mesh, spec))
+        spec = (tuple(axis for axis in axes if axis in explicit) for axes in over)
+        return jax.reshard(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
     shape, num_tokens = x.shape, math.prod(x.shape[:-1])
     padded = shape[0] % num_shards > 0
@@ -205,7 +202,7 @@ def _sharded(
         shard,
         mesh=mesh,
         in_specs=(
-            {name: PartitionSpec(axes) for name, axes in over.items()},
+            {name: PartitionSpec(*entries) for name, entries in over.items()},
             tokens_spec,
             tokens_spec,
             tokens_spec,
@@ -216,7 +213,7 @@ def _sharded(
         # Inside a shard_map without the check, no type says what varies over its axes.
         check_vma=checks_varying_axes() or not mesh.manual_axes,
     )(
-        {name: place(a, over[name]) for name, a in parameters.items()},
+        {name: place(a, *over[name]) for name, a in parameters.items()},
         *jax.tree.map(lambda a: place(a, token_axes), (x, router_input, token_mask)),
         jitter_key,
     )
@@ -239,22 +236,31 @@ def _shard(parameters, x, router_input, token_mask, jitter_key, config):
             lambda a: a.reshape(tokens.shape[0], *a.shape[x.ndim - 1 :]), router_input
         )
     # Before any cast, so that gradients are summed over the ranks in the parameters' dtype.
+    names = {name: names for name, (_, names) in config.parameters(width).items()}
+    parameters = gather(parameters, names, config.fsdp_axes)
     parameters = {name: vary(a, token_axes) for name, a in parameters.items()}
     routing = _route(parameters, router_input, tokens, token_mask, jitter_key, config)
     experts = {n: parameters[n] for n in config.spread_parameters(width)}
     dtype = config.dtype or jnp.result_type(tokens, *experts.values())
     tokens = tokens.astype(dtype)
     experts = {name: a.astype(dtype) for name, a in experts.items()}
-    y, drops = _routed(experts, tokens, routing, config)
-    if config.num_zero_experts:
-        y = y + _zero_experts(tokens, routing, config)
+    # Each rank of the model axes has a slice of F. A token's gradient is summed over them here, not
+    # for each of its rows.
+    model_axes, shared_input = config.model_axes, vary(tokens, config.model_axes)
+    experts = of_first_slice(config.experts, experts, model_axes)
+    y, drops = _routed(experts, shared_input, routing, config)
     if config.shared_expert_width is not None:
         shared = {n: parameters[f"shared_{n}"].astype(dtype) for n in experts}
-        out = config.experts.shared(shared, tokens)
+        shared = of_first_slice(config.experts, shared, model_axes)
+        out = config.experts.shared(shared, shared_input)
         if config.shared_expert_gate:
             gate = parameters["shared_expert_gate"].astype(dtype)
-            out = jax.nn.sigmoid(jnp.dot(tokens, gate)) * out
+            out = jax.nn.sigmoid(jnp.dot(shared_input, gate)) * out
         y = y + out
+    if model_axes:
+        y = lax.psum(y, model_axes)
+    if config.num_zero_experts:
+        y = y + _zero_experts(tokens, routing, config)
     if token_mask is not None:
         # The gradient of a masked token's output may be NaN. It must not reach the shared expert.
         y = _only(token_mask, y)
@@ -312,7 +318,8 @@ def _routed(experts, tokens, routing, config):
         # An even load of all the router's choices gives a rank of used experts this many times T*K.
         even_share = config.num_slots / config.num_choices
         capacity = balanced_capacity(config.capacity_factor * even_share, **sizes)
-    rows, ids, weights = tokens, routing.topk_idx, routing.topk_weights
+    rows, ids = tokens, routing.topk_idx
+    weights = vary(routing.topk_weights, config.model_axes)
     if config.num_slots > config.num_experts or config.num_zero_experts:
         ids = jnp.where(ids < config.num_experts, ids, -1)
     asked_for = ids
@@ -352,7 +359,13 @@ def _routed(experts, tokens, routing, config):
         drops = no_drops(config.num_experts, lax.axis_size(config.all_token_axes))
     else:
         has_row = out.handle.has_row().reshape(asked_for.shape)
-        drops = count_drops(asked_for, has_row, config.num_experts, config.all_token_axes)
+        drops = count_drops(
+            asked_for,
+            has_row,
+            config.num_experts,
+            token_axes=config.all_token_axes,
+            model_axes=config.model_axes,
+        )
     return y, drops
 
 

@@ -180,6 +180,10 @@ class MoE(nnx.Module):
       router_width: W, features of ``router_input``; None: H.
       drops: ``"last"`` in packed order, or ``"evenly"``: each expert and source rank loses the same
         share, for one small all-gather and a sort (``freeio_jax.flax.drops``).
+      fsdp_axes: mesh axes, of ``token_axes`` but not the expert axes, over which the experts'
+        matrices are sharded as well, to be gathered where they are used.
+      model_axes: mesh axes without tokens over which the experts' hidden width is split; with
+        ``experts=SwiGLU(separate=True)``, say.
       deterministic: the default of the calls; ``train()`` and ``eval()`` set it.
       rngs: streams ``params``, and ``jitter`` for ``router.jitter``.
 
@@ -215,6 +219,8 @@ class MoE(nnx.Module):
         pad_experts_to: int | None = None,
         router_width: int | None = None,
         drops: str = "last",
+        fsdp_axes: tuple[str, ...] = (),
+        model_axes: tuple[str, ...] = (),
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -236,6 +242,8 @@ class MoE(nnx.Module):
             pad_experts_to=pad_experts_to,
             router_width=router_width,
             drops=drops,
+            fsdp_axes=fsdp_axes,
+            model_axes=model_axes,
         )
         self.mesh = mesh
         self.deterministic = deterministic
@@ -244,7 +252,7 @@ class MoE(nnx.Module):
         self.rngs = nnx.data(None)
         num_sources = num_token_shards(self.config, mesh)
         self._write(Report.zeros(num_experts, num_sources, num_zero_experts))
-        check_divides(self.config, mesh)
+        check_divides(self.config, mesh, width)
         # Flax shards a Variable when it is created, and raises an error where there is no mesh.
         current = jax.sharding.get_abstract_mesh()
         meshless = mesh is None and (current.empty or current.manual_axes)

@@ -54,7 +54,7 @@ def check_names(parameters: Mapping[str, jax.Array], config: MoEConfig, width: i
 
 
 def check_shapes(
-    parameters: Mapping[str, jax.Array], config: MoEConfig, width: int, num_ranks: int
+    parameters: Mapping[str, jax.Array], config: MoEConfig, width: int, shards: Mapping[str, int]
 ) -> None:
     """Raises ValueError where a parameter has another shape than the configuration asks for.
 
@@ -62,9 +62,9 @@ def check_shapes(
       parameters: arrays by name.
       config: the layer.
       width: H.
-      num_ranks: ranks of the surrounding shard_map over the expert axes, 1 where there is none.
+      shards: sizes of the manual axes of the surrounding shard_map.
     """
-    for name, (shape, _) in config.parameters(width, config.num_slots // num_ranks).items():
+    for name, (shape, _) in config.parameters(width, shards).items():
         given = parameters[name].shape
         if given == shape:
             continue

@@ -60,7 +60,12 @@ def no_drops(num_experts: int, num_sources: int) -> tuple[jax.Array, jax.Array, 
 
 
 def count_drops(
-    topk_idx: jax.Array, has_row: jax.Array, num_experts: int, token_axes: tuple[str, ...]
+    topk_idx: jax.Array,
+    has_row: jax.Array,
+    num_experts: int,
+    *,
+    token_axes: tuple[str, ...],
+    model_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``dropped``, ``expert_drops`` and ``source_drops`` of all shards, in one exchange.
 
@@ -69,13 +74,16 @@ def count_drops(
       has_row: bool ``[T, K]``: which of them have a packed row.
       num_experts: E.
       token_axes: manual mesh axes over which the tokens are sharded.
+      model_axes: manual mesh axes whose ranks have the same tokens and lose the same rows.
     """
     num_sources, me = lax.axis_size(token_axes), lax.axis_index(token_axes)
+    if model_axes:  # the first of these ranks counts for all
+        has_row = has_row | (lax.axis_index(model_axes) > 0)
     lost = jnp.where(has_row, -1, topk_idx)
     experts = jnp.arange(num_experts, dtype=jnp.int32)[None, None]
     by_expert = jnp.sum(lost[..., None] == experts, axis=(0, 1), dtype=jnp.int32)
     is_me = jnp.arange(num_sources, dtype=jnp.int32) == me
     by_source = jnp.where(is_me, jnp.sum(by_expert, dtype=jnp.int32), 0)
-    counts = lax.psum(jnp.concatenate([by_expert, by_source]), token_axes)
+    counts = lax.psum(jnp.concatenate([by_expert, by_source]), (*token_axes, *model_axes))
     expert_drops, source_drops = counts[:num_experts], counts[num_experts:]
     return jnp.sum(expert_drops, dtype=jnp.int32), expert_drops, source_drops

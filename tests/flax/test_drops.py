@@ -88,7 +88,7 @@ def test_many_assignments():
 
 
 def test_sources_with_as_many_assignments_for_each_expert_lose_as_many():
-    """Evenly spaced drops in an order that is the same for each expert would all be one source's."""
+    """In an order that is the same for each expert all drops would be those of one source."""
     ids = np.broadcast_to(np.arange(8, dtype=np.int32), (8, 1, 8))
     got = by_keep_evenly(ids, 64, 40, 1)
     assert (got == -1).sum(axis=(1, 2)).tolist() == [3] * 8

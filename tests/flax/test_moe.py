@@ -454,6 +454,29 @@ def test_linen_parameters_carry_their_partitioning():
     assert nn.meta.unbox(variables)["params"]["down"].sharding.spec[0] == "expert"
 
 
+@pytest.mark.parametrize("types", ["explicit", "auto_and_explicit", "auto"])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_linen_initializes_on_any_axes(jit, types):
+    auto, explicit = AxisType.Auto, AxisType.Explicit
+    kinds = {"explicit": (explicit,) * 2, "auto": (auto,) * 2}.get(types, (auto, explicit))
+    options = settings(shared_expert_width=4, router=Router(bias_update_rate=0.1))
+    layer, x = linen.MoE(**options), jnp.ones((8, WIDTH))
+    expected = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))
+    with jax.set_mesh(make_mesh((2, 4), AXES, axis_types=kinds)):
+        variables = (jax.jit(layer.init) if jit else layer.init)(jax.random.key(0), x)
+        boxed = jax.jit(lambda variables: layer.apply(variables, x, True))(variables)
+        values = jax.tree.map(
+            lambda box: box.value if isinstance(box, nn.Partitioned) else box,
+            variables,
+            is_leaf=lambda box: isinstance(box, nn.Partitioned),
+        )
+        unboxed = layer.apply(values, x, True)
+    if types != "auto":
+        assert values["params"]["gate_up"].sharding.spec[0] == "expert"
+    assert_close(values, expected)
+    assert_close(unboxed, boxed)
+
+
 def test_each_expert_has_parameters_of_its_own():
     layer = fio_nnx.MoE(WIDTH, **settings(), rngs=nnx.Rngs(0))
     matrices = np.asarray(layer.gate_up[...])

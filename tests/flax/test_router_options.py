@@ -270,9 +270,9 @@ def test_mistakes_with_experts_that_only_pad(rng):
     with pytest.raises(ValueError, match=r"adds 2 unused experts at the end.*jnp\.pad"):
         moe(unpadded, x, config)
     message = r"num_experts=6 \(pad_experts_to=9\).* 4 ranks .*\nUse pad_experts_to=8, .* 3 ranks"
-    with jax.set_mesh(make_mesh((4,), axis_types=(AxisType.Auto,))):
-        with pytest.raises(ValueError, match=message):
-            moe(parameters, x, MoEConfig(**options | {"pad_experts_to": 9}))
+    mesh = make_mesh((4,), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        moe(parameters, x, MoEConfig(**options | {"pad_experts_to": 9}))
 
 
 def test_shards_of_experts_that_only_pad(rng):
