@@ -49,7 +49,7 @@ class Layer:
         self.mesh = expert_mesh(sizes.num_ranks)
         dtype = jnp.dtype(sizes.dtype)
         config, hidden = self.config(None), sizes.hidden
-        shapes = config.parameters(hidden, sizes.num_experts // sizes.num_ranks)
+        shapes = config.parameters(hidden, {"expert": sizes.num_ranks})
 
         def normal(key, shape, dtype):
             return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[0] ** -0.5, dtype)

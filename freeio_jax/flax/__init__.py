@@ -9,7 +9,19 @@ except ImportError as error:
 
 from freeio_jax.flax import experts, linen, nnx
 from freeio_jax.flax.config import MoEConfig
-from freeio_jax.flax.moe import Report, moe
-from freeio_jax.flax.router import Router
+from freeio_jax.flax.custom_router import CustomRouter
+from freeio_jax.flax.moe import moe
+from freeio_jax.flax.report import Report
+from freeio_jax.flax.router import Choice, Router
 
-__all__ = ["MoEConfig", "Report", "Router", "experts", "linen", "moe", "nnx"]
+__all__ = [
+    "Choice",
+    "CustomRouter",
+    "MoEConfig",
+    "Report",
+    "Router",
+    "experts",
+    "linen",
+    "moe",
+    "nnx",
+]

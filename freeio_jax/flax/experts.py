@@ -64,6 +64,17 @@ class Experts(abc.ABC):
           ``[M, H]``. Rows past ``sum(group_sizes)`` are not looked at.
         """
 
+    def added_once(self) -> tuple[str, ...] | None:
+        """Whether the experts' hidden width F can be split (``model_axes`` of a layer).
+
+        Returns:
+          None, the default: it cannot. Else the result must be the sum of the results with slices
+          of F, of equal sizes, that are cut from each parameter's first dimension that grows with
+          F; and this returns the names of parameters without such a dimension that are added to the
+          result, and so must count once (the bias of the last product).
+        """
+        return None
+
     def shared(self, parameters: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         """Evaluates the shared expert, which sees every token.
 
@@ -94,15 +105,20 @@ class _TwoProducts(Experts):
         shapes = {self.first: (width, self.columns * expert_width), "down": (expert_width, width)}
         return _with_biases(shapes) if self.biases else shapes
 
+    def added_once(self) -> tuple[str, ...] | None:
+        return ("down_bias",) if self.biases else ()
+
+    def evaluate(self, apply: Callable[[str, jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
+        """``[M, H]``; ``apply(name, rows)`` is the product with a matrix, and its bias."""
+        return apply("down", self.hidden(apply(self.first, rows)))
+
     def __call__(
         self, parameters: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array
     ) -> jax.Array:
-        apply = _grouped(parameters, group_sizes)
-        return apply("down", self.hidden(apply(self.first, rows)))
+        return self.evaluate(_grouped(parameters, group_sizes), rows)
 
     def shared(self, parameters: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        apply = _dense(parameters)
-        return apply("down", self.hidden(apply(self.first, x)))
+        return self.evaluate(_dense(parameters), x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +131,8 @@ class SwiGLU(_TwoProducts):
     transformers. A limit without alpha is DeepSeek-V4's.
 
     Parameters of an expert: ``gate_up`` ``[H, 2*F]`` and ``down`` ``[F, H]``; with biases
-    ``gate_up_bias`` ``[2*F]`` and ``down_bias`` ``[H]``.
+    ``gate_up_bias`` ``[2*F]`` and ``down_bias`` ``[H]``. With ``separate``: ``gate`` ``[H, F]``,
+    ``up`` ``[H, F]`` and ``down``; with biases ``gate_bias``, ``up_bias`` and ``down_bias``.
 
     Attributes:
       limit: the largest g, and the largest size of u; None: no limit.
@@ -123,6 +140,9 @@ class SwiGLU(_TwoProducts):
       biases: whether both products have a bias.
       interleaved: whether the columns of ``gate_up`` are g0, u0, g1, u1, ... (gpt-oss). False: all
         of g, then all of u.
+      separate: whether gate and up are two parameters. Then a slice of F is a slice of each, as
+        ``model_axes`` of a layer needs it; interleaved columns have this property as well. One
+        product of both is a little faster than two.
 
     >>> import jax.numpy as jnp
     >>> from freeio_jax.flax.experts import SwiGLU
@@ -139,18 +159,41 @@ class SwiGLU(_TwoProducts):
     alpha: float | None = None
     biases: bool = False
     interleaved: bool = False
+    separate: bool = False
 
     def __post_init__(self):
+        if self.interleaved and self.separate:
+            raise ValueError(
+                "SwiGLU: interleaved=True and separate=True exclude each other: columns of one "
+                "matrix, or two matrices."
+            )
         if self.limit is not None and self.limit <= 0:
             raise ValueError(
                 f"SwiGLU: limit must be positive, got {self.limit}. Use None for no limit."
             )
 
+    def parameters(self, width: int, expert_width: int) -> dict[str, tuple[int, ...]]:
+        if not self.separate:
+            return super().parameters(width, expert_width)
+        first = (width, expert_width)
+        shapes = {"gate": first, "up": first, "down": (expert_width, width)}
+        return _with_biases(shapes) if self.biases else shapes
+
+    def added_once(self) -> tuple[str, ...] | None:
+        # Where all of the gate precedes all of up, a slice of the columns has not both.
+        return super().added_once() if self.separate or self.interleaved else None
+
+    def evaluate(self, apply: Callable[[str, jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
+        if not self.separate:
+            return super().evaluate(apply, rows)
+        return apply("down", self._gated(apply("gate", rows), apply("up", rows)))
+
     def hidden(self, product: jax.Array) -> jax.Array:
         if self.interleaved:
-            gate, up = product[..., 0::2], product[..., 1::2]
-        else:
-            gate, up = jnp.split(product, 2, axis=-1)
+            return self._gated(product[..., 0::2], product[..., 1::2])
+        return self._gated(*jnp.split(product, 2, axis=-1))
+
+    def _gated(self, gate, up):
         if self.limit is not None:
             gate, up = jnp.clip(gate, max=self.limit), jnp.clip(up, -self.limit, self.limit)
         if self.alpha is None:

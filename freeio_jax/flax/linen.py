@@ -10,31 +10,39 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import module as flax_module
+from jax.sharding import PartitionSpec
 
-from freeio_jax.flax.config import ROUTER_ARRAYS, MoEConfig
+from freeio_jax.flax.config import MoEConfig
+from freeio_jax.flax.custom_router import CustomRouter
 from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
-from freeio_jax.flax.mesh import check_divides, experts_are_manual
-from freeio_jax.flax.moe import initializer, moe
+from freeio_jax.flax.mesh import check_divides, check_manual, explicit_axes, manual_sizes
+from freeio_jax.flax.moe import moe
+from freeio_jax.flax.parameters import initializer
+from freeio_jax.flax.partition import axes_of
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
 
 class MoE(nn.Module):
     """A Mixture-of-Experts layer whose experts are spread over a mesh axis.
 
-    ``__call__(x, deterministic=False, token_mask=None)`` takes ``[..., H]``, under ``jit`` with a
-    mesh a global array, and returns ``[..., H]``. ``deterministic=True`` is for evaluation: no
-    jitter, and the router's bias stays. ``token_mask``, bool of ``x.shape[:-1]``, is false for
-    padding. Such tokens may be NaN. They are routed nowhere, take no room, are not counted, and
-    have no part in the losses. Their output is zero, also that of the shared expert.
+    ``__call__(x, deterministic=False, token_mask=None, router_input=None)`` takes ``[..., H]``,
+    under ``jit`` with a mesh a global array, and returns ``[..., H]``. ``deterministic=True`` is
+    for evaluation: no jitter, and the router's bias stays. ``token_mask``, bool of
+    ``x.shape[:-1]``, is false for padding. Such tokens may be NaN. They are routed nowhere, take no
+    room, are not counted, and have no part in the losses. Their output is zero, also that of the
+    shared expert. ``router_input`` is what the router sees instead of x: ``[..., W]``, or for a
+    custom router any pytree of arrays that begin as x does.
 
     It reports what all devices did together, with one entry for each call in an ``apply``. ``init``
     reports nothing. Reports of an earlier ``apply`` that are passed in again are replaced.
     The collections:
 
       * ``losses``: ``aux_loss``, to add to the training loss;
-      * ``intermediates``: ``load`` (int32 ``[E]``, assignments to each expert),
-        ``dropped`` (int32), ``load_balance_loss`` and ``z_loss`` (without coefficients);
-      * ``router_state``: ``bias`` (float32 ``[E]``), where ``router.bias_update_rate``
+      * ``intermediates``: ``load`` (int32 ``[E + Z]``, assignments to each expert),
+        ``dropped`` (int32), ``expert_drops`` (int32 ``[E]``) and ``source_drops`` (int32, one for
+        each rank that holds tokens): what was dropped, by expert and by rank; and
+        ``load_balance_loss`` and ``z_loss`` (without coefficients);
+      * ``router_state``: ``bias`` (float32 ``[E + Z]``), where ``router.bias_update_rate``
         is set: updated by each call that is not deterministic, so it must be mutable there. With a
         rate of 0.0 it is never updated.
 
@@ -47,11 +55,13 @@ class MoE(nn.Module):
     ``jitter``.
 
     Attributes:
-      num_experts: E; a multiple of the expert axis's size.
+      num_experts: E; a multiple of the expert axis's size, or see ``pad_experts_to``.
       top_k: K, experts of one token.
       expert_width: F, hidden width of one expert.
       router: how tokens choose their experts.
-      capacity_factor: room of a rank as a multiple of its even share; None: nothing is dropped.
+      capacity_factor: room of a rank as a multiple of its even share (MaxText's
+        ``ragged_buffer_factor``, not its ``capacity_factor``, which is for one expert and
+        sequence); None: nothing is dropped.
       alignment: the rows of each expert are padded to a multiple of it.
       shared_expert_width: S, hidden width of an expert that sees every token; None for none.
       axis_name: mesh axis, or axes, over which the experts are spread.
@@ -65,6 +75,17 @@ class MoE(nn.Module):
       experts: what the experts compute, as ``freeio_jax.flax.experts.SwiGLU()``.
       shared_expert_gate: whether the shared expert's output is multiplied with
         ``sigmoid(x @ shared_expert_gate)`` (Qwen2-MoE).
+      num_zero_experts: Z, experts that return their input (LongCat-Flash): ids ``E`` to
+        ``E + Z - 1``.
+      pad_experts_to: P, first dimension of the experts' parameters, where the ranks do not divide
+        E: 64, say, for 60 experts on 8 ranks. No token reaches the experts from E on.
+      router_width: W, features of ``router_input``; None: H.
+      drops: ``"last"`` in packed order, or ``"evenly"``: each expert and source rank loses the same
+        share, for one small all-gather and a sort (``freeio_jax.flax.drops``).
+      fsdp_axes: mesh axes, of ``token_axes`` but not the expert axes, over which the experts'
+        matrices are sharded as well, to be gathered where they are used.
+      model_axes: mesh axes without tokens over which the experts' hidden width is split; with
+        ``experts=SwiGLU(separate=True)``, say.
 
     >>> import jax, jax.numpy as jnp
     >>> from freeio_jax.flax.linen import MoE
@@ -79,7 +100,7 @@ class MoE(nn.Module):
     num_experts: int
     top_k: int
     expert_width: int
-    router: Router = DEFAULT_ROUTER
+    router: Router | CustomRouter = DEFAULT_ROUTER
     capacity_factor: float | None = None
     alignment: int = 1
     shared_expert_width: int | None = None
@@ -92,6 +113,12 @@ class MoE(nn.Module):
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
     experts: Experts = DEFAULT_EXPERTS
     shared_expert_gate: bool = False
+    num_zero_experts: int = 0
+    pad_experts_to: int | None = None
+    router_width: int | None = None
+    drops: str = "last"
+    fsdp_axes: tuple[str, ...] = ()
+    model_axes: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
@@ -99,51 +126,39 @@ class MoE(nn.Module):
         x: jax.Array,
         deterministic: bool = False,
         token_mask: jax.Array | None = None,
+        router_input: Any = None,
     ) -> jax.Array:
         config = MoEConfig(
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            expert_width=self.expert_width,
-            router=self.router,
-            capacity_factor=self.capacity_factor,
-            alignment=self.alignment,
-            shared_expert_width=self.shared_expert_width,
-            axis_name=self.axis_name,
-            token_axes=self.token_axes,
-            dtype=self.dtype,
-            exchange=self.exchange,
-            experts=self.experts,
-            shared_expert_gate=self.shared_expert_gate,
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(MoEConfig)}
         )
-        check_divides(config, self.mesh)
-        manual = experts_are_manual(config)
-        num_ranks = jax.lax.axis_size(config.expert_axes) if manual else 1
+        width = x.shape[-1]
+        check_manual(config)
+        check_divides(config, self.mesh, width)
         # Arrays of a checkpoint, say, for which the layer has no use are given to moe(), which says
         # so. Flax would ignore them.
         parameters = dict(self.variables.get("params", {}))
-        for name, (shape, names) in config.parameters(
-            x.shape[-1], self.num_experts // num_ranks
-        ).items():
-            init = initializer(self.kernel_init, names)
-            dtype = jnp.float32 if name in ROUTER_ARRAYS else self.param_dtype
+        of_router = config.router_parameters(width)
+        for name, (shape, names) in config.parameters(width, manual_sizes()).items():
+            init = _sharded(initializer(config, width, name, self.kernel_init), names)
+            dtype = jnp.float32 if name in of_router else self.param_dtype
             box = self.param(name, nn.with_partitioning(init, names), shape, dtype, unbox=False)
-            # Unboxing also constrains the sharding, which is for global arrays, not for shards.
-            parameters[name] = nn.meta.unbox(box) if not manual else _value(box)
+            parameters[name] = _value(box)
 
         bias, training = None, not deterministic and not self.is_initializing()
         if self.router.bias_update_rate is not None:
             variable = self.variable(
-                "router_state", "bias", jnp.zeros, (self.num_experts,), jnp.float32
+                "router_state", "bias", jnp.zeros, (config.num_choices,), jnp.float32
             )
             bias = variable.value
         elif self.has_variable("router_state", "bias"):
             bias = self.get_variable("router_state", "bias")
-        jitters = training and self.router.jitter
+        jitters = training and self.router.needs_key
         jitter_key = self.make_rng("jitter") if jitters else None
         y, report = moe(
             parameters,
             x,
             config,
+            router_input=router_input,
             bias=bias,
             token_mask=token_mask,
             mesh=self.mesh,
@@ -206,5 +221,23 @@ def _owners(layer: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def _sharded(init: Callable[..., jax.Array], names: tuple) -> Callable[..., jax.Array]:
+    """``init``, whose arrays lie over the explicit axes of the current mesh as ``names`` say."""
+    explicit = explicit_axes(jax.sharding.get_abstract_mesh())
+
+    def over(entry):
+        return tuple(axis for axis in axes_of(entry) if axis in explicit)
+
+    spec = PartitionSpec(*map(over, names))
+    return lambda *args: jax.reshard(init(*args), spec) if any(spec) else init(*args)
+
+
 def _value(box):
-    return box.value if isinstance(box, nn.meta.AxisMetadata) else box
+    if not isinstance(box, nn.meta.AxisMetadata):
+        return box
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes or explicit_axes(mesh):
+        # Flax would constrain the sharding. Shards have none, and over explicit axes an array keeps
+        # the one that it has; moe() changes it where the layer needs another one.
+        return box.value
+    return nn.meta.unbox(box)

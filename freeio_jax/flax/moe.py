@@ -2,70 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from freeio_jax import collective
 from freeio_jax.flax.config import MoEConfig
-from freeio_jax.flax.mesh import current_mesh, experts_are_manual
+from freeio_jax.flax.custom_router import route_by
+from freeio_jax.flax.drops import keep_evenly
+from freeio_jax.flax.mesh import check_manual, current_mesh, explicit_axes, manual_sizes
 from freeio_jax.flax.one_device import on_one_device
-from freeio_jax.flax.router import route
+from freeio_jax.flax.parameters import check_names, check_shapes
+from freeio_jax.flax.partition import axes_of, gather, of_first_slice
+from freeio_jax.flax.report import Report, count_drops, no_drops
+from freeio_jax.flax.router import Router, route
 from freeio_jax.layout import balanced_capacity, dropless_capacity
 from freeio_jax.varying import checks_varying_axes, vary, varying_axes
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What one call of an MoE layer reports: of all shards together, equal on all of them.
-
-    Attributes:
-      load: int32 ``[E]``: assignments to each expert, before any drop.
-      dropped: int32 scalar: assignments that did not fit in the capacity.
-      load_balance_loss: float32 scalar, without its coefficient; 1 where even.
-      z_loss: float32 scalar, without its coefficient.
-      aux_loss: float32 scalar to add to the training loss: both losses with their coefficients.
-    """
-
-    load: jax.Array
-    dropped: jax.Array
-    load_balance_loss: jax.Array
-    z_loss: jax.Array
-    aux_loss: jax.Array
-
-    @classmethod
-    def zeros(cls, num_experts: int) -> Report:
-        """The report of a layer of E experts before its first call."""
-        count, loss = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-        return cls(jnp.zeros(num_experts, jnp.int32), count, loss, loss, loss)
-
-
-def initializer(kernel_init: Callable[..., jax.Array], names: tuple) -> Callable[..., jax.Array]:
-    """How a parameter starts whose dimensions lie over ``names`` (of ``config.parameters``).
-
-    A matrix is drawn by ``kernel_init``, for each expert on its own; a vector is zero.
-    """
-    of_experts = names[0] is not None
-    if len(names) - of_experts < 2:
-        return jax.nn.initializers.zeros
-    return _per_expert(kernel_init) if of_experts else kernel_init
-
-
-def _per_expert(init):
-    """An initializer for ``[experts, ...]`` that draws each expert's array on its own."""
-
-    def stacked(key, shape, dtype):
-        draw = functools.partial(init, shape=shape[1:], dtype=dtype)
-        return jax.vmap(lambda key: draw(key))(jax.random.split(key, shape[0]))
-
-    return stacked
 
 
 def moe(
@@ -73,6 +30,7 @@ def moe(
     x: jax.Array,
     config: MoEConfig,
     *,
+    router_input: Any = None,
     bias: jax.Array | None = None,
     token_mask: jax.Array | None = None,
     mesh: jax.sharding.Mesh | AbstractMesh | None = None,
@@ -85,19 +43,24 @@ def moe(
       x: ``[..., H]``, floating, at least two dimensions. The first is sharded over the token axes;
         where it does not divide evenly, all tokens together are padded until they do.
       config: the layer.
-      bias: float32 ``[E]`` of the router, where ``config.router.bias_update_rate`` is set and only
-        there.
+      router_input: what the router sees; None: x. ``[..., W]``, floating, with the dimensions of x
+        before the last one; W is ``config.router_width``. A custom router may take a pytree of
+        arrays that begin with these dimensions, of any dtypes (token ids, say). The experts, the
+        shared one too, see x.
+      bias: float32 ``[E]`` of the router (``[E + Z]`` with Z zero experts), where
+        ``config.router.bias_update_rate`` is set and only there.
       token_mask: bool of ``x.shape[:-1]``; None: all true. A token where it is false is padding. It
         is routed nowhere, takes no room, is not counted and has no part in the losses. It may be
         NaN. Its output and its gradient are zero.
       mesh: None: the current mesh (``jax.set_mesh``); without one, the mesh of the arguments'
         shardings; without that, the layer runs on one device. Where the mesh has explicit axes,
         ``jax.grad`` outside ``jit`` needs a current mesh, as everywhere in JAX. Over axes that are
-        neither token nor expert axes the layer is replicated: what is sharded over them is gathered
-        first, and each of their ranks computes the same. Axes that a surrounding shard_map has made
-        manual stay so: x and the parameters are then this rank's shards. Where that shard_map
-        leaves axes over (``axis_names=``), reverse mode computes the layer's forward pass again,
-        and JAX cannot lower reverse mode over reverse mode. With ``check_vma=False`` neither holds.
+        neither token, expert nor model axes the layer is replicated: what is sharded over them is
+        gathered first, and each of their ranks computes the same. Axes that a surrounding shard_map
+        has made manual stay so: x and the parameters are then this rank's shards. Where that
+        shard_map leaves axes over (``axis_names=``), reverse mode computes the layer's forward pass
+        again, and JAX cannot lower reverse mode over reverse mode. With ``check_vma=False`` neither
+        holds.
       jitter_key: PRNG key for the router's jitter; None: no jitter.
 
     Returns:
@@ -105,22 +68,25 @@ def moe(
 
     Raises:
       ValueError: with the fix. The mesh lacks an axis; the experts do not divide among its ranks;
-        x, a parameter or the mask has another shape than the configuration asks for; a parameter or
-        the bias is missing, or has no use. When it is lowered: the program is for several devices,
-        but there is no mesh.
+        x, a parameter, the router's input or the mask has another shape than the configuration asks
+        for; a parameter or the bias is missing, or has no use. When it is lowered: the program is
+        for several devices, but there is no mesh.
       TypeError: x is not floating, or token_mask not bool.
     """
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         kind = ValueError if x.ndim < 2 else TypeError
         raise kind(f"MoE: x must be floating [..., H] of two or more dimensions, got {x.aval}.")
-    _check_names(parameters, config.parameters(x.shape[-1]))
-    expected = parameters["router"].shape[0]
-    if x.shape[-1] != expected:
-        raise ValueError(f"MoE: x has shape {x.shape}, but the layer's width is H={expected}.")
-    experts_manual = experts_are_manual(config)
-    mesh = current_mesh(config, mesh, (x, *parameters.values()))
-    num_ranks = math.prod(mesh.shape[axis] for axis in config.expert_axes) if experts_manual else 1
-    _check_shapes(parameters, config.parameters(expected, config.num_experts // num_ranks))
+    width = x.shape[-1]
+    check_names(parameters, config, width)
+    if isinstance(config.router, Router) and config.router_width is None:
+        expected = parameters["router"].shape[0]
+        if width != expected:
+            raise ValueError(f"MoE: x has shape {x.shape}, but the layer's width is H={expected}.")
+    router_input = _checked_router_input(router_input, x, config)
+    arrays = (x, *jax.tree.leaves(router_input), *parameters.values())
+    check_manual(config)
+    mesh = current_mesh(config, mesh, arrays, width)
+    check_shapes(parameters, config, width, manual_sizes())
     if bias is not None:
         if config.router.bias_update_rate is None:
             raise ValueError(
@@ -132,35 +98,46 @@ def moe(
     elif config.router.bias_update_rate is not None:
         raise ValueError(
             "MoE: bias is None, but config.router.bias_update_rate is set: give the router's bias, "
-            f"float32 [{config.num_experts}], zeros at first."
+            f"float32 [{config.num_choices}], zeros at first."
         )
     if token_mask is not None:
         token_mask = _checked_mask(token_mask, x.shape[:-1])
+    arguments = (parameters, x, router_input, token_mask, jitter_key)
     axes = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
     if not axes:
-        return _shard(parameters, x, token_mask, jitter_key, config=config)
+        return _shard(*arguments, config=config)
     # Compiled even if the caller has disabled jit: an exchange exists only in compiled programs.
     with jax.disable_jit(False):
-        return _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_manual)
+        return _sharded(*arguments, config, mesh, axes)
 
 
-def _check_names(parameters, needed):
-    unused, missing = sorted(set(parameters) - set(needed)), sorted(set(needed) - set(parameters))
-    if unused or missing:
-        raise ValueError(
-            f"MoE: of the parameters {sorted(parameters)} the configuration has no use for {unused}"
-            f", and lacks {missing}. Change the parameters, or the settings: router.logits_bias, "
-            "experts, shared_expert_width, shared_expert_gate."
-        )
-
-
-def _check_shapes(parameters, needed):
-    for name, (shape, _) in needed.items():
-        if parameters[name].shape != shape:
+def _checked_router_input(router_input, x, config):
+    given = router_input is not None
+    router_input = jax.tree.map(jnp.asarray, router_input) if given else x
+    leaves = jax.tree.leaves(router_input)
+    for leaf in leaves:
+        if leaf.shape[: x.ndim - 1] != x.shape[:-1]:
             raise ValueError(
-                f"MoE: the parameter {name!r} has shape {parameters[name].shape}, but the "
-                f"configuration asks for {shape}."
+                f"MoE: router_input has an array of shape {leaf.shape}, but x has shape {x.shape}: "
+                f"there must be one row for each token, that is, {x.shape[:-1]} at first."
             )
+    if not isinstance(config.router, Router):
+        return router_input if given else None
+    width = x.shape[-1] if config.router_width is None else config.router_width
+    array = router_input if isinstance(router_input, jax.Array) else leaves
+    if array is leaves or array.ndim != x.ndim or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            "MoE: router_input must be one floating array with as many dimensions as x, got "
+            f"{jax.tree.map(jnp.shape, router_input)}. Other inputs need a router of your own: "
+            "freeio_jax.flax.CustomRouter."
+        )
+    if array.shape[-1] != width:
+        what = "router_input" if given else "x, which the router sees as well,"
+        raise ValueError(
+            f"MoE: {what} has {array.shape[-1]} features, but the router's width is {width}. Set "
+            "router_width to the features of router_input; None means those of x."
+        )
+    return router_input if given else None
 
 
 def _checked_mask(token_mask, shape):
@@ -178,8 +155,8 @@ def _checked_mask(token_mask, shape):
     return token_mask
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
-def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_manual):
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _sharded(parameters, x, router_input, token_mask, jitter_key, config, mesh, axes):
     """The layer in a shard_map over ``axes``, which are all axes that are not manual yet.
 
     Axes without tokens are among them, because XLA would have to partition the kernels over an axis
@@ -189,32 +166,34 @@ def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_
         x = on_one_device(x)
     token_axes = tuple(axis for axis in config.all_token_axes if axis in axes)
     num_shards = math.prod(mesh.shape[axis] for axis in token_axes)
-    expert_axes = () if experts_manual else config.expert_axes
-    spread = config.spread_parameters(x.shape[-1])
-    over = {name: expert_axes if name in spread else () for name in parameters}
-    explicit = {
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
+    names = {name: names for name, (_, names) in config.parameters(x.shape[-1]).items()}
+    over = {
+        name: tuple(tuple(a for a in axes_of(e) if a in axes) for e in names.get(name, ()))
+        for name in parameters
     }
+    explicit = explicit_axes(mesh)
 
-    def place(array, axes):
-        """``array`` with its first dimension over ``axes``, where JAX does not do this itself."""
+    def place(array, *over):
+        """``array`` with its first dimensions over axes, where JAX does not do this itself."""
         if not explicit:
             return array
-        spec = PartitionSpec(tuple(axis for axis in axes if axis in explicit))
-        return jax.reshard(array, NamedSharding(mesh, spec))
+        spec = (tuple(axis for axis in axes if axis in explicit) for axes in over)
+        return jax.reshard(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
     shape, num_tokens = x.shape, math.prod(x.shape[:-1])
     padded = shape[0] % num_shards > 0
     if padded:
         more = -num_tokens % num_shards
         mask = jnp.ones(shape[:-1], bool) if token_mask is None else token_mask
-        x = jnp.pad(place(x, ()).reshape(num_tokens, shape[-1]), ((0, more), (0, 0)))
-        token_mask = jnp.pad(place(mask, ()).reshape(num_tokens), (0, more))
+
+        def pad(array):
+            flat = place(array, ()).reshape(num_tokens, *array.shape[len(shape) - 1 :])
+            return jnp.pad(flat, [(0, more)] + [(0, 0)] * (flat.ndim - 1))
+
+        x, router_input, token_mask = jax.tree.map(pad, (x, router_input, mask))
     tokens_spec = PartitionSpec(token_axes)
     shard = functools.partial(_shard, config=config)
-    if varying_axes(x, *parameters.values()):
+    if varying_axes(x, *jax.tree.leaves(router_input), *parameters.values()):
         # They vary over axes of a surrounding shard_map. JAX would shard what this nested shard_map
         # saves for the gradient over these axes once more, and cannot lower that. So it saves only
         # its arguments, and computes the rest again.
@@ -223,7 +202,8 @@ def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_
         shard,
         mesh=mesh,
         in_specs=(
-            {name: PartitionSpec(axes) for name, axes in over.items()},
+            {name: PartitionSpec(*entries) for name, entries in over.items()},
+            tokens_spec,
             tokens_spec,
             tokens_spec,
             PartitionSpec(),
@@ -233,9 +213,8 @@ def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_
         # Inside a shard_map without the check, no type says what varies over its axes.
         check_vma=checks_varying_axes() or not mesh.manual_axes,
     )(
-        {name: place(a, over[name]) for name, a in parameters.items()},
-        place(x, token_axes),
-        None if token_mask is None else place(token_mask, token_axes),
+        {name: place(a, *over[name]) for name, a in parameters.items()},
+        *jax.tree.map(lambda a: place(a, token_axes), (x, router_input, token_mask)),
         jitter_key,
     )
     if padded:
@@ -243,46 +222,54 @@ def _sharded(parameters, x, token_mask, jitter_key, config, mesh, axes, experts_
     return y, report
 
 
-def _shard(parameters, x, token_mask, jitter_key, config):
+def _shard(parameters, x, router_input, token_mask, jitter_key, config):
     """One rank's part."""
-    token_axes = config.all_token_axes
-    tokens = x.reshape(-1, x.shape[-1])
+    token_axes, width = config.all_token_axes, x.shape[-1]
+    tokens = x.reshape(-1, width)
     if token_mask is not None:
         token_mask = token_mask.reshape(-1)
         tokens = _only(token_mask, tokens)
-    if jitter_key is not None:
-        jitter_key = jax.random.fold_in(jitter_key, lax.axis_index(token_axes))
+    if router_input is None:
+        router_input = tokens
+    else:
+        router_input = jax.tree.map(
+            lambda a: a.reshape(tokens.shape[0], *a.shape[x.ndim - 1 :]), router_input
+        )
     # Before any cast, so that gradients are summed over the ranks in the parameters' dtype.
+    names = {name: names for name, (_, names) in config.parameters(width).items()}
+    parameters = gather(parameters, names, config.fsdp_axes)
     parameters = {name: vary(a, token_axes) for name, a in parameters.items()}
-    routing = route(
-        tokens,
-        parameters["router"],
-        top_k=config.top_k,
-        router=config.router,
-        logits_bias=parameters.get("router_bias"),
-        bias=parameters.get("bias"),
-        token_mask=token_mask,
-        token_axes=token_axes,
-        jitter_key=jitter_key,
-    )
-    experts = {n: parameters[n] for n in config.spread_parameters(tokens.shape[-1])}
+    routing = _route(parameters, router_input, tokens, token_mask, jitter_key, config)
+    experts = {n: parameters[n] for n in config.spread_parameters(width)}
     dtype = config.dtype or jnp.result_type(tokens, *experts.values())
     tokens = tokens.astype(dtype)
     experts = {name: a.astype(dtype) for name, a in experts.items()}
-    y, num_dropped = _routed(experts, tokens, routing, config)
+    # Each rank of the model axes has a slice of F. A token's gradient is summed over them here, not
+    # for each of its rows.
+    model_axes, shared_input = config.model_axes, vary(tokens, config.model_axes)
+    experts = of_first_slice(config.experts, experts, model_axes)
+    y, drops = _routed(experts, shared_input, routing, config)
     if config.shared_expert_width is not None:
         shared = {n: parameters[f"shared_{n}"].astype(dtype) for n in experts}
-        out = config.experts.shared(shared, tokens)
+        shared = of_first_slice(config.experts, shared, model_axes)
+        out = config.experts.shared(shared, shared_input)
         if config.shared_expert_gate:
             gate = parameters["shared_expert_gate"].astype(dtype)
-            out = jax.nn.sigmoid(jnp.dot(tokens, gate)) * out
+            out = jax.nn.sigmoid(jnp.dot(shared_input, gate)) * out
         y = y + out
+    if model_axes:
+        y = lax.psum(y, model_axes)
+    if config.num_zero_experts:
+        y = y + _zero_experts(tokens, routing, config)
     if token_mask is not None:
         # The gradient of a masked token's output may be NaN. It must not reach the shared expert.
         y = _only(token_mask, y)
+    dropped, expert_drops, source_drops = drops
     report = Report(
         load=routing.load,
-        dropped=lax.psum(num_dropped, token_axes),
+        dropped=dropped,
+        expert_drops=expert_drops,
+        source_drops=source_drops,
         load_balance_loss=routing.load_balance_loss,
         z_loss=routing.z_loss,
         aux_loss=_auxiliary_loss(config.router, routing),
@@ -290,25 +277,66 @@ def _shard(parameters, x, token_mask, jitter_key, config):
     return y.reshape(x.shape), report
 
 
+def _route(parameters, router_input, tokens, token_mask, jitter_key, config):
+    token_axes = config.all_token_axes
+    if jitter_key is not None:
+        jitter_key = jax.random.fold_in(jitter_key, lax.axis_index(token_axes))
+    common = {"top_k": config.top_k, "token_mask": token_mask, "token_axes": token_axes}
+    if isinstance(config.router, Router):
+        return route(
+            router_input,
+            parameters["router"],
+            router=config.router,
+            logits_bias=parameters.get("router_bias"),
+            bias=parameters.get("bias"),
+            jitter_key=jitter_key,
+            **common,
+        )
+    names = (*config.router_parameters(tokens.shape[-1]), "bias")
+    return route_by(
+        config.router,
+        {n.removeprefix("router_"): parameters[n] for n in names if n in parameters},
+        router_input,
+        num_tokens=tokens.shape[0],
+        num_experts=config.num_choices,
+        key=jitter_key if config.router.needs_key else None,
+        **common,
+    )
+
+
 def _routed(experts, tokens, routing, config):
-    """The weighted sums of the experts' outputs ``[T, H]``, and the number of drops."""
+    """The weighted sums of the experts' outputs ``[T, H]``, and the drops."""
     sizes = {
         "num_ranks": lax.axis_size(config.expert_axes),
         "num_tokens": tokens.shape[0],
         "top_k": config.top_k,
-        "num_experts": config.num_experts,
+        "num_experts": config.num_slots,
         "alignment": config.alignment,
     }
-    capacity = None
+    capacity, bound = None, dropless_capacity(**sizes)
     if config.capacity_factor is not None:
-        capacity = balanced_capacity(config.capacity_factor, **sizes)
-    rows, ids, weights = tokens, routing.topk_idx, routing.topk_weights
+        # An even load of all the router's choices gives a rank of used experts this many times T*K.
+        even_share = config.num_slots / config.num_choices
+        capacity = balanced_capacity(config.capacity_factor * even_share, **sizes)
+    rows, ids = tokens, routing.topk_idx
+    weights = vary(routing.topk_weights, config.model_axes)
+    if config.num_slots > config.num_experts or config.num_zero_experts:
+        ids = jnp.where(ids < config.num_experts, ids, -1)
+    asked_for = ids
+    if config.drops == "evenly" and capacity is not None and capacity < bound:
+        ids = keep_evenly(
+            ids,
+            num_experts=config.num_slots,
+            capacity=capacity,
+            alignment=config.alignment,
+            axes=config.expert_axes,
+        )
     weighted_input = config.router.weights_on == "input"
     if weighted_input:
         # Each expert of a token gets another row, so each assignment is sent as a token of its own.
         # The default capacity would not know that the experts of K neighbours are distinct.
         if capacity is None:
-            capacity = dropless_capacity(**sizes)
+            capacity = bound
         wide = jnp.promote_types(tokens.dtype, jnp.float32)
         rows = tokens.astype(wide)[:, None] * weights.astype(wide)[..., None]
         rows = rows.astype(tokens.dtype).reshape(tokens.shape[0] * config.top_k, tokens.shape[1])
@@ -317,7 +345,7 @@ def _routed(experts, tokens, routing, config):
     out = exchange.dispatch(
         rows,
         ids,
-        num_experts=config.num_experts,
+        num_experts=config.num_slots,
         axis_name=config.expert_axes,
         capacity=capacity,
         alignment=config.alignment,
@@ -325,7 +353,28 @@ def _routed(experts, tokens, routing, config):
     y = exchange.combine(config.experts(experts, out.tokens, out.group_sizes), out.handle, weights)
     if weighted_input:
         y = jnp.sum(y.reshape(tokens.shape[0], config.top_k, y.shape[1]), axis=1)
-    return y, out.handle.num_dropped
+    distinct, dropless = isinstance(config.router, Router), config.capacity_factor is None
+    if distinct and dropless and config.exchange is None:
+        # All assignments have room: there is nothing to count.
+        drops = no_drops(config.num_experts, lax.axis_size(config.all_token_axes))
+    else:
+        has_row = out.handle.has_row().reshape(asked_for.shape)
+        drops = count_drops(
+            asked_for,
+            has_row,
+            config.num_experts,
+            token_axes=config.all_token_axes,
+            model_axes=config.model_axes,
+        )
+    return y, drops
+
+
+def _zero_experts(tokens, routing, config):
+    """``[T, H]``: what the experts add that return their input. It needs no exchange."""
+    ids, wide = routing.topk_idx, jnp.promote_types(tokens.dtype, jnp.float32)
+    is_zero = (ids >= config.num_experts) & (ids < config.num_choices)
+    weight = jnp.sum(jnp.where(is_zero, routing.topk_weights, 0), axis=1, keepdims=True)
+    return (weight.astype(wide) * tokens.astype(wide)).astype(tokens.dtype)
 
 
 def _only(mask, rows):

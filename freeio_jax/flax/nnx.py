@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freeio_jax.flax.config import ROUTER_ARRAYS, MoEConfig
+from freeio_jax.flax.config import MoEConfig
+from freeio_jax.flax.custom_router import CustomRouter
 from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
-from freeio_jax.flax.mesh import check_divides
-from freeio_jax.flax.moe import Report, initializer, moe
+from freeio_jax.flax.mesh import check_divides, num_token_shards
+from freeio_jax.flax.moe import moe
+from freeio_jax.flax.parameters import initializer
+from freeio_jax.flax.report import Report
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -82,11 +85,26 @@ class AuxLoss(ReportVariable):
 
 
 class ExpertLoad(ReportVariable):
-    """int32 ``[E]``: assignments to each expert in the last call, before any drop."""
+    """int32 ``[E]``: assignments to each expert in the last call, before any drop.
+
+    With Z zero experts it is ``[E + Z]``, these last.
+    """
 
 
 class Dropped(ReportVariable):
     """int32: assignments of the last call that did not fit in the capacity."""
+
+
+class ExpertDrops(ReportVariable):
+    """int32 ``[E]``: the dropped assignments of the last call, by expert."""
+
+
+class SourceDrops(ReportVariable):
+    """int32 ``[S]``: the dropped assignments of the last call, by the rank whose tokens they are.
+
+    S ranks hold tokens. It is the S of the mesh of the last call; before, that of the mesh under
+    which the layer was made.
+    """
 
 
 class RouterBias(nnx.Variable):
@@ -96,6 +114,8 @@ class RouterBias(nnx.Variable):
 _REPORTS = {
     "load": ExpertLoad,
     "dropped": Dropped,
+    "expert_drops": ExpertDrops,
+    "source_drops": SourceDrops,
     "load_balance_loss": ReportVariable,
     "z_loss": ReportVariable,
     "aux_loss": AuxLoss,
@@ -105,17 +125,19 @@ _REPORTS = {
 class MoE(nnx.Module):
     """A Mixture-of-Experts layer whose experts are spread over a mesh axis.
 
-    ``layer(x, deterministic=None, token_mask=None)`` takes ``[..., H]``, under ``nnx.jit`` with a
-    mesh a global array, and returns ``[..., H]``. ``deterministic=True`` (``layer.eval()``) is for
-    evaluation: there is no jitter, and neither the router's bias nor a report is written. So
-    ``jax.jit`` and other transformations of JAX may close over the layer. ``token_mask``, bool of
-    ``x.shape[:-1]``, is false for padding. Such tokens may be NaN. They are routed nowhere, take no
-    room, are not counted, and have no part in the losses. Their output is zero, also that of the
-    shared expert.
+    ``layer(x, deterministic=None, token_mask=None, router_input=None)`` takes ``[..., H]``, under
+    ``nnx.jit`` with a mesh a global array, and returns ``[..., H]``. ``deterministic=True``
+    (``layer.eval()``) is for evaluation: there is no jitter, and neither the router's bias nor a
+    report is written. So ``jax.jit`` and other transformations of JAX may close over the layer.
+    ``token_mask``, bool of ``x.shape[:-1]``, is false for padding. Such tokens may be NaN. They are
+    routed nowhere, take no room, are not counted, and have no part in the losses. Their output is
+    zero, also that of the shared expert. ``router_input`` is what the router sees instead of x:
+    ``[..., W]``, or for a custom router any pytree of arrays that begin as x does.
 
     It reports what all devices did together, in Variables: ``aux_loss`` (:class:`AuxLoss`, which
     adds up the calls), and of the last call ``load`` (:class:`ExpertLoad`), ``dropped``
-    (:class:`Dropped`), ``load_balance_loss`` and ``z_loss`` (:class:`ReportVariable`, without
+    (:class:`Dropped`), ``expert_drops`` and ``source_drops`` (:class:`ExpertDrops`,
+    :class:`SourceDrops`), ``load_balance_loss`` and ``z_loss`` (:class:`ReportVariable`, without
     coefficients). All of them are of type ``nnx.Intermediate``; leave that type out of checkpoints.
     ``nnx.pop`` may remove them. The next call that is not deterministic creates them again. After
     ``nnx.eval_shape`` the layer needs its parameters, and the router's bias if it has one; its
@@ -131,11 +153,13 @@ class MoE(nnx.Module):
 
     Args:
       width: H, features of a token.
-      num_experts: E; a multiple of the expert axis's size.
+      num_experts: E; a multiple of the expert axis's size, or see ``pad_experts_to``.
       top_k: K, experts of one token.
       expert_width: F, hidden width of one expert.
       router: how tokens choose their experts.
-      capacity_factor: room of a rank as a multiple of its even share; None: nothing is dropped.
+      capacity_factor: room of a rank as a multiple of its even share (MaxText's
+        ``ragged_buffer_factor``, not its ``capacity_factor``, which is for one expert and
+        sequence); None: nothing is dropped.
       alignment: the rows of each expert are padded to a multiple of it.
       shared_expert_width: S, hidden width of an expert that sees every token; None for none.
       axis_name: mesh axis, or axes, over which the experts are spread.
@@ -149,6 +173,17 @@ class MoE(nnx.Module):
       experts: what the experts compute, as ``freeio_jax.flax.experts.SwiGLU()``.
       shared_expert_gate: whether the shared expert's output is multiplied with
         ``sigmoid(x @ shared_expert_gate)`` (Qwen2-MoE).
+      num_zero_experts: Z, experts that return their input (LongCat-Flash): ids ``E`` to
+        ``E + Z - 1``.
+      pad_experts_to: P, first dimension of the experts' parameters, where the ranks do not divide
+        E: 64, say, for 60 experts on 8 ranks. No token reaches the experts from E on.
+      router_width: W, features of ``router_input``; None: H.
+      drops: ``"last"`` in packed order, or ``"evenly"``: each expert and source rank loses the same
+        share, for one small all-gather and a sort (``freeio_jax.flax.drops``).
+      fsdp_axes: mesh axes, of ``token_axes`` but not the expert axes, over which the experts'
+        matrices are sharded as well, to be gathered where they are used.
+      model_axes: mesh axes without tokens over which the experts' hidden width is split; with
+        ``experts=SwiGLU(separate=True)``, say.
       deterministic: the default of the calls; ``train()`` and ``eval()`` set it.
       rngs: streams ``params``, and ``jitter`` for ``router.jitter``.
 
@@ -167,7 +202,7 @@ class MoE(nnx.Module):
         num_experts: int,
         top_k: int,
         expert_width: int,
-        router: Router = DEFAULT_ROUTER,
+        router: Router | CustomRouter = DEFAULT_ROUTER,
         capacity_factor: float | None = None,
         alignment: int = 1,
         shared_expert_width: int | None = None,
@@ -180,6 +215,12 @@ class MoE(nnx.Module):
         kernel_init: Callable[..., jax.Array] = _KERNEL_INIT,
         experts: Experts = DEFAULT_EXPERTS,
         shared_expert_gate: bool = False,
+        num_zero_experts: int = 0,
+        pad_experts_to: int | None = None,
+        router_width: int | None = None,
+        drops: str = "last",
+        fsdp_axes: tuple[str, ...] = (),
+        model_axes: tuple[str, ...] = (),
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -197,28 +238,37 @@ class MoE(nnx.Module):
             exchange=exchange,
             experts=experts,
             shared_expert_gate=shared_expert_gate,
+            num_zero_experts=num_zero_experts,
+            pad_experts_to=pad_experts_to,
+            router_width=router_width,
+            drops=drops,
+            fsdp_axes=fsdp_axes,
+            model_axes=model_axes,
         )
         self.mesh = mesh
         self.deterministic = deterministic
         if router.bias_update_rate is not None:
-            self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32))
+            self.bias = RouterBias(jnp.zeros(self.config.num_choices, jnp.float32))
         self.rngs = nnx.data(None)
-        self._write(Report.zeros(num_experts))
-        check_divides(self.config, mesh)
+        num_sources = num_token_shards(self.config, mesh)
+        self._write(Report.zeros(num_experts, num_sources, num_zero_experts))
+        check_divides(self.config, mesh, width)
         # Flax shards a Variable when it is created, and raises an error where there is no mesh.
         current = jax.sharding.get_abstract_mesh()
         meshless = mesh is None and (current.empty or current.manual_axes)
         placement = {"eager_sharding": False} if meshless else {"mesh": mesh}
+        of_router = self.config.router_parameters(width)
         for name, (shape, names) in self.config.parameters(width).items():
             if hasattr(self, name):
                 raise ValueError(
                     f"MoE: experts={experts!r} have a parameter {name!r}, but the layer has an "
                     "attribute of this name: rename it."
                 )
-            dtype = jnp.float32 if name in ROUTER_ARRAYS else param_dtype
-            value = initializer(kernel_init, names)(rngs.params(), shape, dtype)
+            dtype = jnp.float32 if name in of_router else param_dtype
+            init = initializer(self.config, width, name, kernel_init)
+            value = init(rngs.params(), shape, dtype)
             setattr(self, name, nnx.Param(value, out_sharding=names, **placement))
-        if router.jitter:  # after the parameters: the streams may be one
+        if router.needs_key:  # after the parameters: the streams may be one
             self.rngs = rngs["jitter"].fork()
 
     def __call__(
@@ -226,6 +276,7 @@ class MoE(nnx.Module):
         x: jax.Array,
         deterministic: bool | None = None,
         token_mask: jax.Array | None = None,
+        router_input: Any = None,
     ) -> jax.Array:
         router = self.config.router
         training = not (self.deterministic if deterministic is None else deterministic)
@@ -236,10 +287,11 @@ class MoE(nnx.Module):
             {name: getattr(self, name)[...] for name in names},
             x,
             self.config,
+            router_input=router_input,
             bias=None if bias is None else bias[...],
             token_mask=token_mask,
             mesh=self.mesh,
-            jitter_key=self.rngs() if training and router.jitter else None,
+            jitter_key=self.rngs() if training and router.needs_key else None,
         )
         if training and router.bias_update_rate:
             self.bias[...] = update_bias(bias[...], report.load, router.bias_update_rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,11 @@ class Router:
         load (:func:`update_bias`). It takes no gradient. 0.0: the bias is loaded and never written,
         for models that come with one (DeepSeek-V3, GLM-4-MoE, MiniMax-M2, Ernie-4.5).
       jitter: in training the router's input is multiplied with uniform noise from
-        ``[1 - jitter, 1 + jitter]`` (Switch Transformer, arXiv:2101.03961, section 2.2).
+        ``[1 - jitter, 1 + jitter]`` (Switch Transformer, arXiv:2101.03961, section 2.2). Hugging
+        Face's Mixtral and Phi-3.5 multiply the experts' input with it, too. Here it does not reach
+        the experts.
       load_balance_coef: factor of the load-balance loss in the auxiliary loss. Hugging Face's loss
-        is ``top_k`` times this one.
+        is ``top_k`` times this one, and its models add one mean over all their layers.
       z_loss_coef: factor of the z-loss in the auxiliary loss. Most of Hugging Face's models have no
         such loss: 0.0.
       logits_bias: whether the logits are ``x @ kernel + bias`` (gpt-oss). This bias is a parameter:
@@ -57,6 +60,16 @@ class Router:
     group_score: str = "top2"
     weights_on: str = "output"
 
+    @property
+    def needs_key(self) -> bool:
+        """Whether the router takes a PRNG key in training."""
+        return bool(self.jitter)
+
+    def parameters(self, width: int, num_choices: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter, for an input of ``width`` features and this many experts."""
+        shapes = {"router": (width, num_choices)}
+        return shapes | {"router_bias": (num_choices,)} if self.logits_bias else shapes
+
     def renormalizes(self, top_k: int) -> bool:
         """Whether the weights of ``top_k`` experts are divided by their sum."""
         return top_k > 1 if self.renormalize is None else self.renormalize
@@ -73,10 +86,7 @@ class Router:
             raise ValueError(
                 f"router: weights_on must be 'output' or 'input', got {self.weights_on!r}."
             )
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(
-                f"router: top_k={top_k} must be between 1 and num_experts={num_experts}."
-            )
+        check_top_k(top_k, num_experts)
         if self.num_groups < 1 or num_experts % self.num_groups:
             raise ValueError(
                 f"router: num_groups={self.num_groups} must divide num_experts={num_experts}."
@@ -96,8 +106,31 @@ class Router:
             raise ValueError(f"router: jitter must be in [0, 1), got {self.jitter}.")
 
 
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raises ValueError where a token cannot have ``top_k`` of ``num_experts`` experts."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"router: top_k={top_k} must be between 1 and num_experts={num_experts}.")
+
+
 #: Softmax over all experts, the weights of two or more renormalized, the usual coefficients.
 DEFAULT_ROUTER = Router()
+
+
+class Choice(NamedTuple):
+    """What a router chose for the tokens ``[T]`` of one shard, and what its losses need.
+
+    Attributes:
+      topk_idx: int32 ``[T, K]``: the experts.
+      topk_weights: float32 ``[T, K]``.
+      shares: float32 ``[T, E]``: how much each token leans to each expert, 1 in sum, for the
+        load-balance loss: softmax scores, say. None: there is no such loss.
+      logits: float32 ``[T, E]`` for the z-loss; None: there is no such loss.
+    """
+
+    topk_idx: jax.Array
+    topk_weights: jax.Array
+    shares: jax.Array | None = None
+    logits: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -239,7 +272,29 @@ def route(
     if logits_bias is not None:
         logits = logits + logits_bias.astype(jnp.float32)[None]
     token_scores = scores(logits, router)
-    topk_idx, topk_weights = select(token_scores, top_k, router, bias)
+    shares = token_scores
+    if router.score == "sigmoid":
+        shares = shares / jnp.maximum(
+            jnp.sum(shares, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny
+        )
+    choice = Choice(*select(token_scores, top_k, router, bias), shares, logits)
+    return routing_of(choice, kernel.shape[1], token_mask, token_axes)
+
+
+def routing_of(
+    choice: Choice,
+    num_experts: int,
+    token_mask: jax.Array | None = None,
+    token_axes: tuple[str, ...] = (),
+) -> Routing:
+    """The routing of a choice: without masked tokens, with load and losses of all shards.
+
+    Args:
+      choice: of this shard's tokens.
+      num_experts: E, experts among which the router chose.
+      token_mask, token_axes: as in :func:`route`.
+    """
+    topk_idx = choice.topk_idx
     if token_mask is not None:
         topk_idx = jnp.where(token_mask[:, None], topk_idx, -1)
 
@@ -249,23 +304,25 @@ def route(
         local = jnp.sum(per_token, axis=0, dtype=per_token.dtype)
         return lax.psum(local, token_axes) if token_axes else local
 
-    num_experts = kernel.shape[1]
     experts = jnp.arange(num_experts, dtype=jnp.int32)[None, None]
     load = total(jnp.sum(topk_idx[..., None] == experts, axis=1, dtype=jnp.int32))
     # The losses' sums over tokens, in one exchange: shares of the scores, z, and the token count.
-    share = token_scores
-    if router.score == "sigmoid":
-        share = share / jnp.maximum(
-            jnp.sum(share, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny
-        )
-    z = jax.nn.logsumexp(logits, axis=-1, keepdims=True) ** 2
-    sums = total(jnp.concatenate([share, z, jnp.ones_like(z)], axis=-1))
-    mean = sums / jnp.maximum(sums[-1], 1)
+    terms, zero = {}, jnp.zeros((), jnp.float32)
+    if choice.shares is not None:
+        terms["shares"] = choice.shares
+    if choice.logits is not None:
+        terms["z"] = jax.nn.logsumexp(choice.logits, axis=-1, keepdims=True) ** 2
+    if terms:
+        ones = jnp.ones((topk_idx.shape[0], 1), jnp.float32)
+        sums = total(jnp.concatenate([*terms.values(), ones], axis=-1))
+        mean = sums / jnp.maximum(sums[-1], 1)
     return Routing(
         topk_idx=topk_idx,
-        topk_weights=topk_weights,
+        topk_weights=choice.topk_weights,
         load=load,
-        load_balance_loss=load_balance_loss(mean[:num_experts], load),
+        load_balance_loss=load_balance_loss(mean[:num_experts], load)
+        if "shares" in terms
+        else zero,
         # ST-MoE, arXiv:2202.08906, equation 5: keeps the logits small.
-        z_loss=mean[num_experts],
+        z_loss=mean[-2] if "z" in terms else zero,
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from freeio_jax.flax import MoEConfig, Report
+from freeio_jax.flax.report import no_drops
 
 
 def choose(scores, top_k, router, bias=None):
@@ -56,4 +59,16 @@ def dense_moe(parameters, x, config: MoEConfig, chosen):
     balance = config.num_experts * jnp.sum(load / jnp.sum(load) * jnp.mean(share, axis=0))
     z = jnp.mean(jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) ** 2)
     aux = router.load_balance_coef * balance + router.z_loss_coef * z
-    return y.reshape(x.shape), Report(load, jnp.zeros((), jnp.int32), balance, z, aux)
+    drops = no_drops(config.num_experts, num_sources=1)
+    return y.reshape(x.shape), Report(load, *drops, balance, z, aux)
+
+
+def on_any_mesh(tree):
+    """The tree with reports that do not depend on how many ranks hold the tokens."""
+
+    def summed(node):
+        if not isinstance(node, Report):
+            return node
+        return dataclasses.replace(node, source_drops=jnp.sum(node.source_drops))
+
+    return jax.tree.map(summed, tree, is_leaf=lambda node: isinstance(node, Report))

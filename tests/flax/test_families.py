@@ -18,22 +18,28 @@ from freeio_jax.flax import MoEConfig, linen, moe
 from freeio_jax.flax import nnx as fio_nnx
 
 
+def router_input(family, x):
+    return None if family.router_input is None else family.router_input(x)
+
+
 def core(family, parameters, x):
     parameters = dict(parameters)
-    return moe(parameters, x, MoEConfig(**family.settings()), bias=parameters.pop("bias", None))[0]
+    options = {"bias": parameters.pop("bias", None), "router_input": router_input(family, x)}
+    return moe(parameters, x, MoEConfig(**family.settings()), **options)[0]
 
 
 def by_linen(family, parameters, x):
     parameters = dict(parameters)
     bias = parameters.pop("bias", None)
     state = {} if bias is None else {"router_state": {"bias": bias}}
-    return linen.MoE(**family.settings()).apply({"params": parameters, **state}, x)
+    layer = linen.MoE(**family.settings())
+    return layer.apply({"params": parameters, **state}, x, router_input=router_input(family, x))
 
 
 def by_nnx(family, parameters, x):
     layer = nnx.eval_shape(lambda: fio_nnx.MoE(WIDTH, **family.settings(), rngs=nnx.Rngs(0)))
     nnx.update(layer, parameters)
-    return layer(x, deterministic=True)
+    return layer(x, deterministic=True, router_input=router_input(family, x))
 
 
 LAYERS = ((core, 1), (by_linen, 4), (by_nnx, 4))
@@ -42,7 +48,7 @@ LAYERS = ((core, 1), (by_linen, 4), (by_nnx, 4))
 def draw(family, rng):
     shapes = {n: s for n, (s, _) in MoEConfig(**family.settings()).parameters(WIDTH).items()}
     if family.has_bias:
-        shapes["bias"] = (family.settings()["num_experts"],)
+        shapes["bias"] = (MoEConfig(**family.settings()).num_choices,)
     parameters = {
         name: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2:][0]), jnp.float32)
         for name, shape in shapes.items()

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import dense_moe
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,8 @@ FAMILY = LAYER | {
 REPORTS = {
     "load": "int32",
     "dropped": "int32",
+    "expert_drops": "int32",
+    "source_drops": "int32",
     "load_balance_loss": "float32",
     "z_loss": "float32",
     "aux_loss": "float32",
@@ -69,6 +72,7 @@ def tokens(rng, *shape):
 
 
 def assert_equal(got, expected):
+    got, expected = map(dense_moe.on_any_mesh, (got, expected))
     assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, expected)
     jax.tree.map(
         lambda g, e: np.testing.assert_allclose(

@@ -79,8 +79,7 @@ def loss_of(y, aux_loss):
 def assert_close(got, expected):
     jax.tree.map(
         lambda g, e: np.testing.assert_allclose(np.asarray(g), np.asarray(e), **TOLERANCE),
-        got,
-        expected,
+        *map(dense_moe.on_any_mesh, (got, expected)),
     )
 
 
@@ -122,8 +121,9 @@ def test_linen_equals_dense(name, axis_type, rng):
     assert_close(grads, expected_grads)
     assert grads[0]["gate_up"].sharding.spec[0] == "expert"
     assert_close(sown["losses"]["aux_loss"][0], report.aux_loss)
-    for field in ("load", "dropped", "load_balance_loss", "z_loss"):
+    for field in ("load", "dropped", "expert_drops", "load_balance_loss", "z_loss"):
         assert_close(sown["intermediates"][field][0], getattr(report, field))
+    assert sown["intermediates"]["source_drops"][0].tolist() == [0] * 8
 
 
 @pytest.mark.parametrize(("name", "axis_type"), CASES)
@@ -153,7 +153,9 @@ def test_nnx_equals_dense(name, axis_type, rng):
     assert_close(y, expected_y)
     assert_close(({n: grads[0][n][...] for n in names}, grads[1]), expected_grads)
     for field in dataclasses.fields(report):
-        assert_close(getattr(layer, field.name)[...], getattr(report, field.name))
+        if field.name != "source_drops":
+            assert_close(getattr(layer, field.name)[...], getattr(report, field.name))
+    assert layer.source_drops[...].tolist() == [0] * 8
 
 
 @pytest.mark.parametrize(
@@ -269,6 +271,8 @@ def test_drops_are_reported_and_add_nothing(rng):
         )
     assert report.load.tolist() == [0, 0, 0, 0, 0, 64, 0, 0]
     assert int(report.dropped) == 64 - 2 * capacity  # one rank hosts expert 5 in each data group
+    assert report.expert_drops.tolist() == [0, 0, 0, 0, 0, 56, 0, 0]
+    assert report.source_drops.tolist() == [4, 8, 8, 8] * 2
     expected_y, _, _ = dense(parameters, x, config)
     kept = np.isin(np.arange(64), [0, 1, 2, 3, 32, 33, 34, 35])
     assert_close(y[kept], expected_y[kept])
@@ -448,6 +452,29 @@ def test_linen_parameters_carry_their_partitioning():
     assert specs["gate_up"] == specs["down"] == P("expert", None, None)
     assert specs["router"] == specs["shared_down"] == P(None, None)
     assert nn.meta.unbox(variables)["params"]["down"].sharding.spec[0] == "expert"
+
+
+@pytest.mark.parametrize("types", ["explicit", "auto_and_explicit", "auto"])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_linen_initializes_on_any_axes(jit, types):
+    auto, explicit = AxisType.Auto, AxisType.Explicit
+    kinds = {"explicit": (explicit,) * 2, "auto": (auto,) * 2}.get(types, (auto, explicit))
+    options = settings(shared_expert_width=4, router=Router(bias_update_rate=0.1))
+    layer, x = linen.MoE(**options), jnp.ones((8, WIDTH))
+    expected = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))
+    with jax.set_mesh(make_mesh((2, 4), AXES, axis_types=kinds)):
+        variables = (jax.jit(layer.init) if jit else layer.init)(jax.random.key(0), x)
+        boxed = jax.jit(lambda variables: layer.apply(variables, x, True))(variables)
+        values = jax.tree.map(
+            lambda box: box.value if isinstance(box, nn.Partitioned) else box,
+            variables,
+            is_leaf=lambda box: isinstance(box, nn.Partitioned),
+        )
+        unboxed = layer.apply(values, x, True)
+    if types != "auto":
+        assert values["params"]["gate_up"].sharding.spec[0] == "expert"
+    assert_close(values, expected)
+    assert_close(unboxed, boxed)
 
 
 def test_each_expert_has_parameters_of_its_own():

@@ -1,0 +1,229 @@
+"""Which assignments are dropped where a rank has not enough room, and what is reported of them."""
+
+import dataclasses
+from collections import Counter
+
+import dense_moe
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Geometry, make_mesh, per_shard, routing
+from jax.sharding import AxisType
+
+from freeio_jax import reference
+from freeio_jax.bench.baselines import Dense
+from freeio_jax.flax import MoEConfig, Router, moe
+from freeio_jax.flax.drops import keep_evenly
+from freeio_jax.flax.router import route
+from freeio_jax.layout import balanced_capacity
+
+WIDTH = 16
+
+
+def kept_by_the_rule(topk_idx, num_experts, capacity, alignment):
+    """The rule of ``freeio_jax.flax.drops`` in Python integers: bool ``[R, T, K]``."""
+    num_ranks, local = len(topk_idx), num_experts // len(topk_idx)
+    kept = np.zeros(topk_idx.shape, bool)
+    for rank in range(num_ranks):
+        numbered, rows = [], 0
+        for expert in range(rank * local, (rank + 1) * local):
+            before = len(numbered)
+            for turn in range(num_ranks):
+                source = (expert + turn) % num_ranks
+                numbered += [(source, *tk) for tk in np.argwhere(topk_idx[source] == expert)]
+            rows += -(-(len(numbered) - before) // alignment) * alignment
+        room = capacity - local * (alignment - 1)
+        share = -(-(room << 32) // max(len(numbered), 1))
+        for i, assignment in enumerate(numbered):
+            grows = (i + 1) * share >> 32 > i * share >> 32
+            kept[tuple(assignment)] = rows <= capacity or grows
+    return kept
+
+
+def by_keep_evenly(topk_idx, num_experts, capacity, alignment):
+    def fn(ids):
+        return keep_evenly(
+            ids,
+            num_experts=num_experts,
+            capacity=capacity,
+            alignment=alignment,
+            axes=("expert",),
+        )
+
+    return np.asarray(per_shard(fn, make_mesh(len(topk_idx)))(topk_idx))
+
+
+@pytest.mark.parametrize("skew", ["uniform", "hot", "one rank", "holes", "repeated", "none"])
+@pytest.mark.parametrize(("factor", "alignment"), [(0.5, 1), (1.0, 4), (1.25, 1)])
+def test_the_rule(factor, alignment, skew, rng):
+    geometry = Geometry(4, 13, 3, 12, alignment=alignment)
+    topk_idx = routing(rng, geometry, skew)
+    capacity = balanced_capacity(
+        factor, num_ranks=4, num_tokens=13, top_k=3, num_experts=12, alignment=alignment
+    )
+    got = by_keep_evenly(topk_idx, 12, capacity, alignment)
+    kept = kept_by_the_rule(topk_idx, 12, capacity, alignment)
+    np.testing.assert_array_equal(got, np.where(kept, topk_idx, -1))
+    # What is kept fits, and no expert of a rank loses another share than the rank does.
+    assert not geometry.place(got, capacity).num_dropped.any()
+    for rank in range(4):
+        of_rank = topk_idx // 3 == rank
+        all_fit = kept[of_rank].all()
+        lost = 0 if all_fit else 1 - (capacity - 3 * (alignment - 1)) / of_rank.sum()
+        for expert in range(3 * rank, 3 * rank + 3):
+            of_expert = topk_idx == expert
+            assert abs((of_expert & ~kept).sum() - lost * of_expert.sum()) < 1 + 1e-6
+        for source in range(4):
+            sent = of_rank[source].sum()
+            assert abs((of_rank & ~kept)[source].sum() - lost * sent) < 3 + 1e-6
+
+
+def test_many_assignments():
+    """Numbers whose product with the room does not fit in 32 bits."""
+    ids = np.zeros((2, 150_000, 1), np.int32)
+    got = by_keep_evenly(ids, 2, 123_457, 1)
+    np.testing.assert_array_equal(got == 0, kept_by_the_rule(ids, 2, 123_457, 1))
+    assert (got == 0).sum() == 123_457
+
+
+def test_sources_with_as_many_assignments_for_each_expert_lose_as_many():
+    """In an order that is the same for each expert all drops would be those of one source."""
+    ids = np.broadcast_to(np.arange(8, dtype=np.int32), (8, 1, 8))
+    got = by_keep_evenly(ids, 64, 40, 1)
+    assert (got == -1).sum(axis=(1, 2)).tolist() == [3] * 8
+    assert (got == -1).sum(axis=(0, 1)).tolist() == [3] * 8
+
+
+def chosen_by_hand(num_ranks, expert_of_token, **changes):
+    """A layer, and parameters and tokens for which token t takes expert ``expert_of_token[t]``."""
+    config = MoEConfig(
+        num_experts=WIDTH,
+        top_k=1,
+        expert_width=4,
+        capacity_factor=1.25,
+        router=Router(load_balance_coef=0.0, z_loss_coef=0.0),
+        **changes,
+    )
+    parameters = {n: jnp.ones(s) for n, (s, _) in config.parameters(WIDTH).items()}
+    parameters["router"] = 10 * jnp.eye(WIDTH)
+    x = jnp.asarray(np.tile(np.eye(WIDTH)[expert_of_token], (num_ranks, 1)), jnp.float32)
+    return config, parameters, x
+
+
+@pytest.mark.parametrize("exchange", [None, reference, Dense()], ids=str)
+def test_a_rank_at_twice_its_share(exchange):
+    """Every source has 4 tokens for each expert of rank 0, which has room for 40 of its 64."""
+    of_token = [0] * 4 + [1] * 4 + [2 + i % 14 for i in range(24)]
+    config, parameters, x = chosen_by_hand(8, of_token, exchange=exchange)
+    with jax.set_mesh(make_mesh(8, axis_types=(AxisType.Auto,))):
+        _, last = jax.jit(lambda: moe(parameters, x, config))()
+        config = dataclasses.replace(config, drops="evenly")
+        y, evenly = jax.jit(lambda: moe(parameters, x, config))()
+    assert last.load.tolist() == evenly.load.tolist() == [32, 32] + [16] * 10 + [8] * 4
+    assert int(last.dropped) == int(evenly.dropped) == 24
+    assert evenly.expert_drops.tolist() == [12, 12] + [0] * 14
+    assert evenly.source_drops.tolist() == [3] * 8
+    assert int((np.asarray(y) == 0).all(axis=-1).sum()) == 24
+    if not isinstance(exchange, Dense):  # which has a rule of its own
+        assert last.expert_drops.tolist() == [0, 24] + [0] * 14
+        assert last.source_drops.tolist() == [0, 0] + [4] * 6
+
+
+CASES = {
+    "plain": {},
+    "aligned": {"alignment": 2},
+    "weights_on_input": {"router": Router(weights_on="input")},
+    "padded": {"num_experts": 6, "pad_experts_to": 8},
+    "zero_experts": {"num_zero_experts": 2},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_are_those_of_the_kept_assignments(name, rng):
+    options = {"num_experts": 8, "top_k": 3, "expert_width": 8} | CASES[name]
+    config = MoEConfig(
+        **options, capacity_factor=0.7, drops="evenly", token_axes=("data", "expert")
+    )
+    parameters = {
+        n: jnp.asarray(rng.normal(size=s) / 3, jnp.float32)
+        for n, (s, _) in config.parameters(WIDTH).items()
+    }
+    x = jnp.asarray(rng.normal(size=(40, WIDTH)), jnp.float32).at[:, 0].set(1)
+    parameters["router"] = parameters["router"].at[0, 0].set(4)  # all tokens want expert 0
+    routing = route(x, parameters["router"], top_k=3, router=config.router)
+    ids = np.asarray(routing.topk_idx).reshape(2, 4, 5, 3)  # data, rank, token, k
+    asked_for = np.where(ids < config.num_experts, ids, -1)
+    capacity = balanced_capacity(
+        0.7 * config.num_slots / config.num_choices,
+        num_ranks=4,
+        num_tokens=5,
+        top_k=3,
+        num_experts=config.num_slots,
+        alignment=config.alignment,
+    )
+    kept = np.stack(
+        [kept_by_the_rule(a, config.num_slots, capacity, config.alignment) for a in asked_for]
+    )
+    lost = (asked_for >= 0) & ~kept
+
+    def dense(parameters, x):
+        routing = route(x, parameters["router"], top_k=3, router=config.router)
+        weights = jnp.where(lost.reshape(40, 3), 0.0, routing.topk_weights)
+        y = jnp.sum(jnp.where(ids.reshape(40, 3) >= config.num_experts, weights, 0), 1)[:, None] * x
+        for e in range(config.num_experts):
+            weight = jnp.sum(jnp.where(ids.reshape(40, 3) == e, weights, 0), axis=1)[:, None]
+            into = weight * x if config.router.weights_on == "input" else x
+            gate, up = jnp.split(into @ parameters["gate_up"][e], 2, axis=-1)
+            out = (jax.nn.silu(gate) * up) @ parameters["down"][e]
+            y += out if config.router.weights_on == "input" else weight * out
+        return y
+
+    def loss(function):
+        def value(parameters, x):
+            y = function(parameters, x)
+            y, report = y if isinstance(y, tuple) else (y, None)
+            return jnp.sum(jnp.sin(3 * y)), (y, report)
+
+        return jax.jit(jax.grad(value, (0, 1), has_aux=True))
+
+    expected, (expected_y, _) = loss(dense)(parameters, x)
+    with jax.set_mesh(make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)):
+        switched_off = dataclasses.replace(
+            config, router=dataclasses.replace(config.router, load_balance_coef=0.0)
+        )
+        got, (y, report) = loss(lambda p, x: moe(p, x, switched_off))(parameters, x)
+    assert lost.any()
+    counts = Counter(ids[lost].tolist())
+    assert report.expert_drops.tolist() == [counts[e] for e in range(config.num_experts)]
+    assert report.source_drops.tolist() == lost.sum(axis=(2, 3)).reshape(-1).tolist()
+    assert int(report.dropped) == lost.sum()
+    for a, b in zip(
+        jax.tree.leaves((y, got)), jax.tree.leaves((expected_y, expected)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_what_evenly_costs():
+    """One all-gather; and where nothing can be dropped, nothing."""
+    config, parameters, x = chosen_by_hand(4, list(range(16)))
+
+    def all_gathers(**changes):
+        changed = dataclasses.replace(config, **changes)
+        lowered = jax.jit(lambda p, x: moe(p, x, changed)).lower(parameters, x)
+        return lowered.as_text().count("stablehlo.all_gather")
+
+    with jax.set_mesh(make_mesh(4, axis_types=(AxisType.Auto,))):
+        assert all_gathers() == 0
+        assert all_gathers(drops="evenly") == 1
+        assert all_gathers(drops="evenly", capacity_factor=None) == 0
+        assert all_gathers(drops="evenly", capacity_factor=100.0) == 0
+
+
+def test_without_drops_the_reports_are_zero(rng):
+    config, parameters, x = chosen_by_hand(4, list(range(16)))
+    for factor in (None, 100.0):
+        changed = dataclasses.replace(config, capacity_factor=factor)
+        report = dense_moe.on_any_mesh(moe(parameters, x, changed)[1])
+        assert int(report.dropped) == int(report.source_drops) == 0
+        assert not report.expert_drops.any()
