@@ -1,7 +1,7 @@
 """Checkpoints of Hugging Face: opened without torch, for the Flax layers."""
 
 from freeio_jax.hf.checkpoint import Checkpoint, open
-from freeio_jax.hf.load import Weights, load_moe, moe_layers
+from freeio_jax.hf.load import Weights, load_moe, moe_layers, tensors_of_layer
 from freeio_jax.hf.options import moe_config, moe_options
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "moe_layers",
     "moe_options",
     "open",
+    "tensors_of_layer",
 ]

@@ -106,6 +106,17 @@ def load_moe(
     return Weights(arrays, arrays.pop("bias", None))
 
 
+def tensors_of_layer(ckpt: Checkpoint, layer: int | str) -> tuple[str, ...]:
+    """The names of the tensors that :func:`load_moe` reads for a layer, each once."""
+    layout = Layout(ckpt, layer)
+    names = [
+        part.tensor
+        for name, (shape, _) in layout.shapes.items()
+        for part in layout.parts(name, slice(0, shape[0]))
+    ]
+    return tuple(dict.fromkeys(names))
+
+
 class Layout:
     """Where the parameters of one MoE layer are in a checkpoint.
 

@@ -117,15 +117,47 @@ MODELS = {
 }
 
 
-def make(name: str, seed: int):
+#: The largest values of settings in models for fixtures, which are files of a few KB.
+SMALL = {
+    "hidden_size": 8,
+    "d_model": 8,
+    "intermediate_size": 6,
+    "ffn_hidden_size": 6,
+    "moe_intermediate_size": 4,
+    "shared_expert_intermediate_size": 6,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+}
+
+
+def shrink(settings: dict) -> dict:
+    """The settings with the values of :data:`SMALL`."""
+    return {
+        name: shrink(value)
+        if isinstance(value, dict)
+        else min(value, SMALL[name])
+        if name in SMALL
+        else value
+        for name, value in settings.items()
+    }
+
+
+def make(name: str, seed: int, small: bool = False):
     """The model, all of whose parameters and biases are random."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type = name.split("/")[0]
     settings = MODELS[name] if model_type == "dbrx" else COMMON | MODELS[name]
+    settings = shrink(settings) if small else settings
     config = AutoConfig.for_model(model_type, **settings)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    # "eager" is a loop over the experts, for any sizes.
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)
     for _, array in (*model.named_parameters(), *model.named_buffers()):
         if array.is_floating_point():
