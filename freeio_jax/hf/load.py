@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from freeio_jax.flax import nnx
 from freeio_jax.flax.config import ROUTER_ARRAYS
 from freeio_jax.flax.mesh import check_divides
 from freeio_jax.hf.checkpoint import Checkpoint
@@ -41,6 +43,22 @@ class Weights:
     def nnx(self) -> dict[str, jax.Array]:
         """The state for an nnx layer: ``nnx.update(layer, weights.nnx)``."""
         return self.parameters | ({} if self.bias is None else {"bias": self.bias})
+
+    @classmethod
+    def of_linen(cls, variables: Mapping[str, Any]) -> Weights:
+        """Those of a linen layer's variables: ``{"params": ..., "router_state": ...}``."""
+        variables = nn.meta.unbox(variables)
+        return cls(dict(variables["params"]), variables.get("router_state", {}).get("bias"))
+
+    @classmethod
+    def of_nnx(cls, layer: nnx.MoE) -> Weights:
+        """Those of an nnx layer."""
+        bias = getattr(layer, "bias", None)
+        names = layer.config.parameters(layer.router.shape[0])
+        return cls(
+            {name: getattr(layer, name)[...] for name in names},
+            None if bias is None else bias[...],
+        )
 
 
 def moe_layers(ckpt: Checkpoint) -> tuple[int | str, ...]:
