@@ -78,6 +78,16 @@ class Checkpoint:
         self._check_known(name)
         return self._file_of.get(name) or self._file_of[name + quantized.MXFP4_BLOCKS]
 
+    def check_complete(self, name: str) -> None:
+        """Raises ValueError where the file ends before the weight does; reads headers alone."""
+        self._check_known(name)
+        parts = (name, name + quantized.FP8_SCALES)
+        if name not in self._file_of:
+            parts = (name + quantized.MXFP4_BLOCKS, name + quantized.MXFP4_SCALES)
+        for part in parts:
+            if part in self._file_of:
+                self._file(part).check_complete(part)
+
     def is_quantized(self, name: str) -> bool:
         """Whether :meth:`tensor` computes the weight from a quantized one."""
         self._check_known(name)
@@ -172,7 +182,7 @@ class Checkpoint:
         file = self._file_of[name]
         if file not in self._files:
             self._files[file] = SafetensorsFile(self.folder / file)
-        if name not in self._files[file].names():
+        if name not in self._files[file]:
             raise ValueError(
                 f"hf: by {INDEX} the tensor {name!r} is in {file}, but that file of {self.folder} "
                 "does not have it. Download index and files again."

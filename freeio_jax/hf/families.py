@@ -91,7 +91,8 @@ class Family:
       activation: the name of the activation between the products.
       weights: where each parameter is in the files. Alternatives are tried in order.
       layer: where a decoder layer's tensors are, after one of :data:`BASES`.
-      block: the path of the MoE block in the model of transformers, after ``layer``.
+      blocks: the modules in the model of transformers, after ``layer``, whose outputs' sum is the
+        layer's output. The first one has the experts; others may be missing.
       only: settings that the layer can express with some values alone.
     """
 
@@ -108,7 +109,7 @@ class Family:
     experts: Callable[[Callable[[Any], Any], Callable], Experts] | None = None
     activation: Key = Key(("hidden_act",), "silu")
     layer: str = "layers.{layer}."
-    block: str = "mlp"
+    blocks: tuple[str, ...] = ("mlp",)
     only: tuple[Only, ...] = ()
 
 
@@ -398,7 +399,7 @@ FAMILIES: tuple[Family, ...] = (
             "bias": _as_is("feed_forward.expert_bias"),
             **_per_expert("feed_forward", "w1", "w3", "w2"),
         },
-        block="feed_forward",
+        blocks=("feed_forward",),
     ),
     Family(
         "Ernie 4.5",
@@ -447,7 +448,7 @@ FAMILIES: tuple[Family, ...] = (
             "down": _as_is("feed_forward.experts.down_proj"),
             **_shared("feed_forward.shared_expert"),
         },
-        block="feed_forward",
+        blocks=("feed_forward",),
     ),
     Family(
         "Granite MoE",
@@ -464,7 +465,7 @@ FAMILIES: tuple[Family, ...] = (
             "shared_gate_up": _linear("shared_mlp.input_linear.weight"),
             "shared_down": _linear("shared_mlp.output_linear.weight"),
         },
-        block="block_sparse_moe",
+        blocks=("block_sparse_moe", "shared_mlp"),
     ),
     Family(
         "DBRX",
@@ -487,7 +488,7 @@ FAMILIES: tuple[Family, ...] = (
             "down": (Weight(("ffn.experts.mlp.w2",), transposed=False, flat=True),),
         },
         layer="blocks.{layer}.",
-        block="ffn",
+        blocks=("ffn",),
     ),
     Family(
         "Jamba",
@@ -497,7 +498,7 @@ FAMILIES: tuple[Family, ...] = (
         expert_width=_key("intermediate_size", default=14336),
         router={"renormalize": False},
         weights={"router": _linear("feed_forward.router.weight"), **_per_expert("feed_forward")},
-        block="feed_forward",
+        blocks=("feed_forward",),
     ),
     Family(
         "Hunyuan",
@@ -537,7 +538,7 @@ FAMILIES: tuple[Family, ...] = (
             "shared_up": _linear("mixer.shared_experts.up_proj.weight"),
             "shared_down": _linear("mixer.shared_experts.down_proj.weight"),
         },
-        block="mixer",
+        blocks=("mixer",),
         only=(
             Only(
                 _key("moe_latent_size", default=None),

@@ -141,6 +141,7 @@ class Layout:
     Attributes:
       ckpt: the checkpoint.
       config: of the layer.
+      width: H.
       shapes: shape and mesh axes of each parameter, and of ``"bias"``.
       start: what the names of the layer's tensors begin with.
     """
@@ -151,9 +152,9 @@ class Layout:
         number = layer if isinstance(layer, int) else None
         family = family_of(ckpt.config)
         self.ckpt, self._weights = ckpt, family.weights
-        width, self.config = moe_config(ckpt.config, number, axis_name=axis_name)
+        self.width, self.config = moe_config(ckpt.config, number, axis_name=axis_name)
         self.start = self._find_start(family, layer)
-        self.shapes = dict(self.config.parameters(width))
+        self.shapes = dict(self.config.parameters(self.width))
         if self.config.router.bias_update_rate is not None:
             self.shapes["bias"] = ((self.config.num_experts,), (None,))
 
@@ -227,6 +228,17 @@ class Layout:
             out[part.place] = tensor
         return out
 
+    def faults(self) -> list[str]:
+        """What is wrong with the layer's tensors, by their headers."""
+        found = []
+        for name, (shape, _) in self.shapes.items():
+            for part in self.parts(name, slice(0, shape[0])):
+                try:
+                    self._check(part)
+                except ValueError as error:
+                    found.append(str(error))
+        return found
+
     def _check(self, part):
         got = self.ckpt.shape(part.tensor)
         # Ernie's bias is [1, E].
@@ -236,6 +248,7 @@ class Layout:
                 f"{list(got)}, but by config.json it must be {list(part.whole)}. Is config.json "
                 f"that of these files?"
             )
+        self.ckpt.check_complete(part.tensor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,14 @@ def save(folder: str | os.PathLike, ckpt: Checkpoint, layers: Mapping[int | str,
         weight_map = {n: file for file, names in names_of_file.items() for n in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    copy_other_files(ckpt, folder)
+
+
+def copy_other_files(ckpt: Checkpoint, folder: Path) -> None:
+    """Copies what is no weight into ``folder``: config.json, the tokenizer, texts.
+
+    config.json does not say that weights are quantized, for they are no longer.
+    """
     config = {k: v for k, v in ckpt.config.items() if k != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in ckpt.folder.iterdir():

@@ -9,8 +9,12 @@ import compare
 import numpy as np
 import quantize
 import tiny_models
+import torch
+from transformers import AutoModelForCausalLM
 
 from freeio_jax import hf
+from freeio_jax.hf.__main__ import main
+from freeio_jax.hf.check import differences
 
 
 @pytest.mark.parametrize("name", tiny_models.MODELS)
@@ -40,3 +44,47 @@ def test_a_family(name, tmp_path, rng, record_property):
 def test_quantized_weights_are_bit_equal(name, dtype, tmp_path, rng):
     quantize.write(tmp_path / "ckpt", name, rng)
     quantize.assert_equal(tmp_path / "ckpt", dtype)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_next", "deepseek_v3", "granitemoeshared"])
+def test_check_compares_every_layer(name, tmp_path, capfd):
+    model = tiny_models.make(name, seed=0)
+    model.save_pretrained(tmp_path)
+    assert main(["check", str(tmp_path)]) == 0
+    layers = hf.moe_layers(hf.open(tmp_path))
+    out = capfd.readouterr().out
+    assert layers
+    for layer in layers:
+        assert f"layer {layer}: largest difference from transformers" in out
+
+
+def test_check_finds_a_difference(tmp_path, capfd):
+    tiny_models.make("mixtral", seed=0).save_pretrained(tmp_path)
+    ckpt = hf.open(tmp_path)
+    ckpt.config["hidden_act"] = "gelu"  # what transformers does not see
+    lines = list(differences(ckpt))
+    assert [is_fault for _, _, is_fault in lines] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "dbrx"])
+def test_transformers_reads_what_is_saved(name, tmp_path):
+    model = tiny_models.make(name, seed=0)
+    model.save_pretrained(tmp_path / "model")
+    ckpt = hf.open(tmp_path / "model")
+    layers = {n: hf.load_moe(ckpt, n) for n in hf.moe_layers(ckpt)}
+    changed = {
+        n: hf.Weights({k: a + 1 for k, a in weights.parameters.items()}, weights.bias)
+        for n, weights in layers.items()
+    }
+    hf.save(tmp_path / "changed", ckpt, changed)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "changed", dtype=torch.float32)
+    experts = [n for n, _ in model.named_parameters() if ".experts." in n]
+    assert experts
+    own, new = dict(model.named_parameters()), dict(again.named_parameters())
+    for name, parameter in own.items():
+        expected = (
+            parameter + 1
+            if name in experts or "router" in name or ".gate." in name
+            else (parameter)
+        )
+        torch.testing.assert_close(new[name], expected, rtol=0, atol=1e-6)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from freeio_jax.hf.families import BASES
-from freeio_jax.hf.options import family_of
+from freeio_jax.hf.check import moe_modules, output_of
 
 COMMON = {
     "vocab_size": 32,
@@ -167,28 +166,19 @@ def make(name: str, seed: int, small: bool = False):
 
 
 def moe_block(model):
-    """The number of the last decoder layer with an MoE block, and the block."""
-    family = family_of(model.config.to_dict())
-    modules = dict(model.named_modules())
+    """The number of the last decoder layer with an MoE block, and the block's modules."""
     for layer in reversed(range(model.config.num_hidden_layers)):
-        for base in BASES:
-            path = base + family.layer.format(layer=layer)
-            block = modules.get(path + family.block)
-            if block is None or not hasattr(block, "experts"):
-                continue
-            shared = modules.get(path + "shared_mlp")
-            return layer, block if shared is None else lambda x, b=block, s=shared: b(x) + s(x)
+        if modules := moe_modules(model, layer):
+            return layer, modules
     raise ValueError(f"there is no MoE block in {type(model).__name__}")
 
 
-def output_and_gradients(block, x: np.ndarray, weight: np.ndarray):
+def output_and_gradients(modules, x: np.ndarray, weight: np.ndarray):
     """The output for ``x`` and the gradient of ``sum(output * weight)``; parameters get theirs."""
     import torch
 
     x = torch.tensor(x, requires_grad=True)
-    y = block(x)
-    y = y[0] if isinstance(y, tuple) else y
-    y = y.reshape(x.shape)
+    y = sum(output_of(module, x) for module in modules)
     (y * torch.tensor(weight)).sum().backward()
     return y.detach().numpy(), x.grad.numpy()
 
