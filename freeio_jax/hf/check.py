@@ -13,10 +13,9 @@ import jax
 import numpy as np
 
 from freeio_jax.flax import linen
-from freeio_jax.flax.config import ROUTER_ARRAYS
 from freeio_jax.hf.checkpoint import Checkpoint
 from freeio_jax.hf.families import BASES
-from freeio_jax.hf.load import Layout, load_moe, moe_layers
+from freeio_jax.hf.load import Layout, is_of_router, load_moe, moe_layers
 from freeio_jax.hf.options import family_of, text_config
 
 #: Larger differences from transformers are told as a fault: as a share of the largest output.
@@ -115,7 +114,7 @@ def _bytes_of_device(ckpt, layouts, num_ranks, dtype, memory):
     spread = others = 0
     for layout in layouts:
         for name, (shape, _) in layout.shapes.items():
-            of_router = name in ROUTER_ARRAYS
+            of_router = is_of_router(name)
             size = math.prod(shape) * (4 if of_router else dtype.itemsize)
             if layout.is_spread(name):
                 spread += -(-size // num_ranks)

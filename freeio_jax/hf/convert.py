@@ -13,10 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from freeio_jax.flax.config import ROUTER_ARRAYS
 from freeio_jax.flax.mesh import check_divides
 from freeio_jax.hf.checkpoint import Checkpoint
-from freeio_jax.hf.load import Weights, load_moe, moe_layers, tensors_of_layer
+from freeio_jax.hf.load import Weights, is_of_router, load_moe, moe_layers, tensors_of_layer
 from freeio_jax.hf.options import moe_config
 from freeio_jax.hf.save import copy_other_files
 
@@ -99,7 +98,7 @@ def restore_moe(
             spec = PartitionSpec(*axes.get(name, ()))
             device = SingleDeviceSharding(jax.local_devices()[0])
             sharding = device if mesh.empty else NamedSharding(mesh, spec)
-            keeps = dtype is None or name in ROUTER_ARRAYS
+            keeps = dtype is None or is_of_router(name)
             wanted = metadata.dtype if keeps else np.dtype(dtype)
             return jax.ShapeDtypeStruct(metadata.shape, wanted, sharding=sharding)
 

@@ -14,7 +14,6 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from freeio_jax.flax import nnx
-from freeio_jax.flax.config import ROUTER_ARRAYS
 from freeio_jax.flax.mesh import check_divides
 from freeio_jax.hf.checkpoint import Checkpoint
 from freeio_jax.hf.families import BASES, Weight
@@ -118,10 +117,15 @@ def load_moe(
     check_divides(layout.config, mesh)
     dtype = np.dtype(ckpt.default_dtype if dtype is None else dtype)
     arrays = {
-        name: _sharded(layout, name, mesh, np.dtype(np.float32) if name in ROUTER_ARRAYS else dtype)
+        name: _sharded(layout, name, mesh, np.dtype(np.float32) if is_of_router(name) else dtype)
         for name in layout.shapes
     }
     return Weights(arrays, arrays.pop("bias", None))
+
+
+def is_of_router(name: str) -> bool:
+    """Whether a parameter is the router's. These are float32 always, and replicated."""
+    return name == "bias" or name.startswith("router")
 
 
 def tensors_of_layer(ckpt: Checkpoint, layer: int | str) -> tuple[str, ...]:
