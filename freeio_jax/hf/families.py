@@ -180,16 +180,37 @@ _MIXTRAL_FILES = {
     "router": _linear("block_sparse_moe.gate.weight"),
     **_per_expert("block_sparse_moe", "w1", "w3", "w2"),
 }
+_QWEN_FILES = (
+    _MOE_FILES
+    | _shared("mlp.shared_expert")
+    | {"shared_expert_gate": _linear("mlp.shared_expert_gate.weight")}
+)
 _DEEPSEEK_FILES = _MOE_FILES | _shared("mlp.shared_experts")
-_SHARED_OF_DEEPSEEK = Product((_MOE_WIDTH, _key("n_shared_experts", default=0)))
-_ROUTER_OF_DEEPSEEK_V3 = {
-    "score": "sigmoid",
-    "renormalize": _key("norm_topk_prob", default=True),
-    "weight_scale": _key("routed_scaling_factor", default=1.0),
-    "num_groups": _key("n_group", default=1),
-    "groups_per_token": _key("topk_group", default=1),
-    "bias_update_rate": 0.0,
+_SHARED_OF_DEEPSEEK = Product((_MOE_WIDTH, _key("n_shared_experts")))
+_GRANITE_FILES = {
+    "router": _linear("block_sparse_moe.router.layer.weight"),
+    "gate_up": _linear("block_sparse_moe.input_linear.weight"),
+    "down": _linear("block_sparse_moe.output_linear.weight"),
 }
+
+
+def _router_of_deepseek_v3(**defaults):
+    """With the defaults of config.json's keys, where all models of a family share them."""
+    renormalize, scale, groups, of_token = (
+        _key(name, default=defaults.get(name, _REQUIRED))
+        for name in ("norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group")
+    )
+    return {
+        "score": "sigmoid",
+        "renormalize": renormalize,
+        "weight_scale": scale,
+        "num_groups": groups,
+        "groups_per_token": of_token,
+        "bias_update_rate": 0.0,
+    }
+
+
+_WITHOUT_GROUPS = {"norm_topk_prob": True, "n_group": 1, "topk_group": 1}
 _NO_BIAS_IN_MLP = Only(
     _key("use_bias", default=False), (False,), "a bias in the shared experts alone"
 )
@@ -228,18 +249,26 @@ FAMILIES: tuple[Family, ...] = (
         weights=_MIXTRAL_FILES,
     ),
     Family(
-        "Qwen2-MoE, Qwen3-Next, Qwen3.5-MoE",
-        ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"),
+        "Qwen2-MoE, Qwen3-Next",
+        ("qwen2_moe", "qwen3_next"),
         num_experts=_key("num_experts", "num_local_experts"),
         top_k=_EXPERTS_PER_TOKEN,
         expert_width=_MOE_WIDTH,
         shared_expert_width=_key("shared_expert_intermediate_size"),
         shared_expert_gate=True,
-        # Qwen3.5 has no such key, and divides by the sum always.
-        router={"renormalize": _key("norm_topk_prob", default=True)},
-        weights=_MOE_FILES
-        | _shared("mlp.shared_expert")
-        | {"shared_expert_gate": _linear("mlp.shared_expert_gate.weight")},
+        router={"renormalize": _key("norm_topk_prob")},
+        weights=_QWEN_FILES,
+    ),
+    Family(
+        "Qwen3.5-MoE",
+        ("qwen3_5_moe_text",),
+        num_experts=_key("num_experts", "num_local_experts", default=256),
+        top_k=_key("num_experts_per_tok", default=8),
+        expert_width=_key("moe_intermediate_size", default=512),
+        shared_expert_width=_key("shared_expert_intermediate_size", default=512),
+        shared_expert_gate=True,
+        router=_SOFTMAX_RENORMALIZED,
+        weights=_QWEN_FILES,
     ),
     Family(
         "Qwen3-MoE",
@@ -265,7 +294,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("n_routed_experts", "num_experts", default=64),
         top_k=_EXPERTS_PER_TOKEN,
         expert_width=_MOE_WIDTH,
-        shared_expert_width=_SHARED_OF_DEEPSEEK,
+        shared_expert_width=Product((_MOE_WIDTH, _key("n_shared_experts", default=2))),
         router={
             "renormalize": False,
             "weight_scale": _key("routed_scaling_factor", default=1.0),
@@ -311,7 +340,7 @@ FAMILIES: tuple[Family, ...] = (
         top_k=_EXPERTS_PER_TOKEN,
         expert_width=_MOE_WIDTH,
         shared_expert_width=_SHARED_OF_DEEPSEEK,
-        router=_ROUTER_OF_DEEPSEEK_V3,
+        router=_router_of_deepseek_v3(),
         weights=_DEEPSEEK_FILES | {"bias": _as_is("mlp.gate.e_score_correction_bias")},
         only=(
             Only(
@@ -326,7 +355,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("n_routed_experts", default=256),
         top_k=_key("num_experts_per_tok", default=8),
         expert_width=_key("moe_intermediate_size", default=2048),
-        router=_ROUTER_OF_DEEPSEEK_V3,
+        router=_router_of_deepseek_v3(routed_scaling_factor=1.0, **_WITHOUT_GROUPS),
         weights=_MOE_FILES | {"bias": _as_is("mlp.gate.e_score_correction_bias")},
     ),
     Family(
@@ -341,8 +370,7 @@ FAMILIES: tuple[Family, ...] = (
                 _key("num_shared_experts", default=1),
             )
         ),
-        router=_ROUTER_OF_DEEPSEEK_V3
-        | {"weight_scale": _key("routed_scaling_factor", default=2.5)},
+        router=_router_of_deepseek_v3(routed_scaling_factor=2.5, **_WITHOUT_GROUPS),
         weights=_DEEPSEEK_FILES | {"bias": _as_is("mlp.e_score_correction_bias")},
     ),
     Family(
@@ -452,16 +480,24 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "Granite MoE",
-        ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+        ("granitemoe",),
         num_experts=_key("num_local_experts", default=8),
         top_k=_key("num_experts_per_tok", default=2),
-        expert_width=_key("intermediate_size"),
-        shared_expert_width=_key("shared_intermediate_size", default=0),
+        expert_width=_key("intermediate_size", default=11008),
         router=_SOFTMAX_RENORMALIZED,
-        weights={
-            "router": _linear("block_sparse_moe.router.layer.weight"),
-            "gate_up": _linear("block_sparse_moe.input_linear.weight"),
-            "down": _linear("block_sparse_moe.output_linear.weight"),
+        weights=_GRANITE_FILES,
+        blocks=("block_sparse_moe",),
+    ),
+    Family(
+        "Granite MoE with a shared expert, Granite 4",
+        ("granitemoeshared", "granitemoehybrid"),
+        num_experts=_key("num_local_experts", default=8),
+        top_k=_key("num_experts_per_tok", default=2),
+        expert_width=_key("intermediate_size", default=11008),
+        shared_expert_width=_key("shared_intermediate_size"),
+        router=_SOFTMAX_RENORMALIZED,
+        weights=_GRANITE_FILES
+        | {
             "shared_gate_up": _linear("shared_mlp.input_linear.weight"),
             "shared_down": _linear("shared_mlp.output_linear.weight"),
         },
@@ -521,7 +557,7 @@ FAMILIES: tuple[Family, ...] = (
         top_k=_key("num_experts_per_tok", default=2),
         expert_width=_key("moe_intermediate_size", default=7688),
         shared_expert_width=_key("moe_shared_expert_intermediate_size", default=7688),
-        router=_ROUTER_OF_DEEPSEEK_V3,
+        router=_router_of_deepseek_v3(routed_scaling_factor=1.0, **_WITHOUT_GROUPS),
         experts=_without_gate,
         activation=_key("mlp_hidden_act", default="relu2"),
         weights={

@@ -119,7 +119,7 @@ def _value(config, setting, family, layer):
         condition, wanted = setting.only_if
         if _value(config, condition, family, layer) != wanted:
             return setting.default
-    name, value = _look_up(config, setting)
+    name, value = look_up(config, setting)
     if name is None or (value is None and not setting.values and not setting.is_required):
         if setting.is_required:
             raise ValueError(
@@ -140,7 +140,8 @@ def _value(config, setting, family, layer):
     return setting.values[value]
 
 
-def _look_up(config, key):
+def look_up(config: Mapping[str, Any], key: Key) -> tuple[str | None, Any]:
+    """The name under which a config.json has a setting, and its value; None where it has none."""
     for name in key.names:
         value = config
         for part in name.split("."):

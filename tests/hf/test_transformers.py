@@ -1,5 +1,7 @@
 """The layers with a checkpoint's weights, against the MoE blocks of transformers that wrote it."""
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("torch", reason="compares with transformers, which needs torch")
@@ -10,11 +12,13 @@ import numpy as np
 import quantize
 import tiny_models
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from freeio_jax import hf
 from freeio_jax.hf.__main__ import main
 from freeio_jax.hf.check import differences
+from freeio_jax.hf.families import FAMILIES, Key, Product
+from freeio_jax.hf.options import family_of, look_up
 
 
 @pytest.mark.parametrize("name", tiny_models.MODELS)
@@ -88,3 +92,26 @@ def test_transformers_reads_what_is_saved(name, tmp_path):
             else (parameter)
         )
         torch.testing.assert_close(new[name], expected, rtol=0, atol=1e-6)
+
+
+def keys_of(family):
+    """All settings that a family looks up."""
+    found = [getattr(family, field.name) for field in dataclasses.fields(family)]
+    found += [*family.router.values(), *(only.key for only in family.only)]
+    for product in [value for value in found if isinstance(value, Product)]:
+        found += product.factors
+    return [value for value in found if isinstance(value, Key)]
+
+
+@pytest.mark.parametrize(
+    "model_type", [t for family in FAMILIES for t in family.model_types if t in CONFIG_MAPPING]
+)
+def test_defaults_are_those_of_transformers(model_type):
+    """What an older config.json leaves out means the same as for transformers."""
+    config = CONFIG_MAPPING[model_type]().to_dict()
+    for key in keys_of(family_of({"model_type": model_type})):
+        name, value = look_up(config, key)
+        if key.is_required or value is None:
+            continue
+        value = key.values[value] if key.values else value
+        assert key.default == value, f"{name} is {value!r} by default"

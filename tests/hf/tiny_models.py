@@ -109,6 +109,15 @@ MODELS = {
     "exaone_moe": QWEN,
     "hy_v3": QWEN,
     "mimo_v2_flash": DEEPSEEK,
+    "nemotron_h": DEEPSEEK
+    | {
+        "moe_shared_expert_intermediate_size": 20,
+        "layers_block_type": ["moe", "mlp"],
+        "num_hidden_layers": 2,
+        "mamba_num_heads": 2,
+        "mamba_head_dim": 8,
+        "n_groups": 1,
+    },
     "granitemoeshared": MIXTRAL | {"shared_intermediate_size": 20},
     "granitemoehybrid": MIXTRAL
     | {"shared_intermediate_size": 20, "mamba_n_heads": 2, "layer_types": ["attention"] * 2},
