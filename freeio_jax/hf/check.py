@@ -167,7 +167,7 @@ def differences(ckpt: Checkpoint) -> Iterator[tuple[str, str, bool]]:
             continue
         layout = Layout(ckpt, layer)
         x = rng.normal(size=(1, _NUM_TOKENS, layout.width)).astype(np.float32)
-        module = linen.MoE.from_hf(ckpt.config, layer if isinstance(layer, int) else None)
+        module = linen.MoE.from_hf(ckpt.config, layer)
         weights = load_moe(ckpt, layer, dtype=np.float32)
         with jax.default_matmul_precision("highest"):
             got = np.asarray(jax.jit(module.apply, static_argnums=2)(weights.linen, x, True))
@@ -179,12 +179,15 @@ def differences(ckpt: Checkpoint) -> Iterator[tuple[str, str, bool]]:
 
 def _transformers_model(ckpt):
     import torch
-    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, FineGrainedFP8Config
 
+    auto = AutoModelForCausalLM
+    if ckpt.config.get("is_encoder_decoder"):
+        auto = AutoModelForSeq2SeqLM
     options = {}
     if (ckpt.config.get("quantization_config") or {}).get("quant_method") == "fp8":
         options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto.from_pretrained(
         ckpt.folder, dtype=torch.float32, experts_implementation="eager", **options
     )
     return model.eval()

@@ -85,8 +85,7 @@ def restore_moe(
         )
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
     raw = json.loads((folder / "config.json").read_text())
-    number = layer if isinstance(layer, int) else None
-    width, config = moe_config(raw, number, axis_name=axis_name)
+    width, config = moe_config(raw, layer, axis_name=axis_name)
     check_divides(config, mesh)
     axes = {name: names for name, (_, names) in config.parameters(width).items()}
 

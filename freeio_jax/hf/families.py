@@ -551,6 +551,27 @@ FAMILIES: tuple[Family, ...] = (
         },
     ),
     Family(
+        # transformers drops the tokens of a sequence that exceed expert_capacity at one expert.
+        "Switch Transformers, without their capacity for each expert and sequence",
+        ("switch_transformers",),
+        num_experts=_key("num_experts", default=8),
+        top_k=Key((), 1),
+        expert_width=_key("d_ff", default=2048),
+        width=_key("d_model", default=768),
+        router={"renormalize": False, "logits_bias": _key("router_bias", default=False)},
+        experts=_without_gate,
+        activation=_key("dense_act_fn", default="relu"),
+        weights={
+            "router": _linear("mlp.router.classifier.weight"),
+            "router_bias": _as_is("mlp.router.classifier.bias"),
+            "up": _linear("mlp.experts.expert_{expert}.wi.weight"),
+            "down": _linear("mlp.experts.expert_{expert}.wo.weight"),
+        },
+        # Encoder and decoder have layers of the same numbers, so they go by their names.
+        layer="block.{layer}.",
+        only=(Only(_key("is_gated_act", default=False), (False,), "experts with a gate"),),
+    ),
+    Family(
         "Nemotron-H",
         ("nemotron_h",),
         num_experts=_key("n_routed_experts", default=8),
@@ -591,7 +612,6 @@ INEXPRESSIBLE: dict[str, str] = {
     "phimoe": "a router of its own (sparsemixer)",
     "longcat_flash": "zero experts, which return their input",
     "gemma4_text": "a router with a norm and scales of its own, on another input than the experts'",
-    "switch_transformers": "a capacity for each expert and sequence",
     "deepseek_v4": "a score sqrt(softplus(x)), and layers that choose experts by token id",
     "nllb-moe": "a capacity for each expert",
 }

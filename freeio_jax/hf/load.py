@@ -153,10 +153,9 @@ class Layout:
     def __init__(
         self, ckpt: Checkpoint, layer: int | str, axis_name: str | tuple[str, ...] = "expert"
     ):
-        number = layer if isinstance(layer, int) else None
         family = family_of(ckpt.config)
         self.ckpt, self._weights = ckpt, family.weights
-        self.width, self.config = moe_config(ckpt.config, number, axis_name=axis_name)
+        self.width, self.config = moe_config(ckpt.config, layer, axis_name=axis_name)
         self.start = self._find_start(family, layer)
         self.shapes = dict(self.config.parameters(self.width))
         if self.config.router.bias_update_rate is not None:

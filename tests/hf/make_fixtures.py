@@ -26,6 +26,7 @@ import tiny_models
 
 from freeio_jax import hf
 from freeio_jax.hf import safetensors
+from freeio_jax.hf.check import moe_modules
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -47,6 +48,8 @@ NAMES = (
     "dbrx",
     "jamba",
     "hunyuan_v1_moe",
+    "nemotron_h",
+    "switch_transformers",
 )
 
 
@@ -66,13 +69,13 @@ def write_family(name: str, seed: int, temporary: Path) -> None:
     model = tiny_models.make(name, seed, small=True)
     for array in (*model.parameters(), *model.buffers()):
         array.data = array.data.to(torch.bfloat16).to(array.dtype)
-    layer, block = tiny_models.moe_block(model)
     model.save_pretrained(temporary / "model")
     ckpt = hf.open(temporary / "model")
-    width = hf.moe_options(ckpt.config, layer)["width"]
+    layer = hf.moe_layers(ckpt)[-1]
+    width = hf.moe_options(ckpt.config)["width"]
     rng = np.random.default_rng(seed)
     x, weight = rng.normal(size=(2, 3, 4, width)).astype(np.float32)
-    y, dx = tiny_models.output_and_gradients(block, x, weight)
+    y, dx = tiny_models.output_and_gradients(moe_modules(model, layer), x, weight)
     tiny_models.replace_by_gradients(model)
     model.save_pretrained(temporary / "gradients")
     gradients = hf.open(temporary / "gradients")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from freeio_jax.hf.check import moe_modules, output_of
+from freeio_jax.hf.check import output_of
 
 COMMON = {
     "vocab_size": 32,
@@ -109,6 +109,17 @@ MODELS = {
     "exaone_moe": QWEN,
     "hy_v3": QWEN,
     "mimo_v2_flash": DEEPSEEK,
+    "switch_transformers": {
+        "d_model": 16,
+        "d_ff": 24,
+        "d_kv": 8,
+        "num_heads": 2,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "num_experts": 8,
+    },
     "nemotron_h": DEEPSEEK
     | {
         "moe_shared_expert_intermediate_size": 20,
@@ -129,6 +140,7 @@ MODELS = {
 SMALL = {
     "hidden_size": 8,
     "d_model": 8,
+    "d_ff": 6,
     "intermediate_size": 6,
     "ffn_hidden_size": 6,
     "moe_intermediate_size": 4,
@@ -157,14 +169,15 @@ def shrink(settings: dict) -> dict:
 def make(name: str, seed: int, small: bool = False):
     """The model, all of whose parameters and biases are random."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     model_type = name.split("/")[0]
-    settings = MODELS[name] if model_type == "dbrx" else COMMON | MODELS[name]
+    settings = MODELS[name] if "d_model" in MODELS[name] else COMMON | MODELS[name]
     settings = shrink(settings) if small else settings
     config = AutoConfig.for_model(model_type, **settings)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     # "eager" is a loop over the experts, for any sizes.
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    model = auto.from_config(config, experts_implementation="eager")
     model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)
     for _, array in (*model.named_parameters(), *model.named_buffers()):
@@ -172,14 +185,6 @@ def make(name: str, seed: int, small: bool = False):
             scale = max(array.shape[-1], 1) ** -0.5 if array.ndim >= 2 else 0.3
             array.data = torch.randn(array.shape, generator=generator) * scale
     return model
-
-
-def moe_block(model):
-    """The number of the last decoder layer with an MoE block, and the block's modules."""
-    for layer in reversed(range(model.config.num_hidden_layers)):
-        if modules := moe_modules(model, layer):
-            return layer, modules
-    raise ValueError(f"there is no MoE block in {type(model).__name__}")
 
 
 def output_and_gradients(modules, x: np.ndarray, weight: np.ndarray):
