@@ -43,7 +43,7 @@ def expert_axes(op: str, axis_name: Any) -> tuple[tuple[str, ...], int]:
     return axes, lax.axis_size(axes)
 
 
-def dispatch_arguments(tokens, topk_idx, *, num_experts, axis_name, capacity, alignment):
+def dispatch_arguments(tokens, topk_idx, *, num_experts, axis_name, capacity, alignment, zero_tail):
     """Returns (leaves, treedef, topk_idx, layout, axes), or raises what the contract names."""
     axes, num_ranks = expert_axes("dispatch", axis_name)
     topk_idx = jnp.asarray(topk_idx)
@@ -87,6 +87,7 @@ def dispatch_arguments(tokens, topk_idx, *, num_experts, axis_name, capacity, al
         num_experts=num_experts,
         capacity=capacity,
         alignment=alignment,
+        zero_tail=zero_tail,
     )
     return leaves, treedef, topk_idx, layout, axes
 

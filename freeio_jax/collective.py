@@ -18,6 +18,7 @@ def dispatch(
     axis_name: str | tuple[str, ...],
     capacity: int | None = None,
     alignment: int = 1,
+    zero_tail: bool = True,
 ) -> Dispatched:
     """Sends each token row to the ranks that host its experts, packed there for a grouped matmul.
 
@@ -37,12 +38,17 @@ def dispatch(
         distinct. What does not fit in a smaller one is dropped, last in packed order first, and
         counted in ``handle.num_dropped``.
       alignment: group sizes are rounded up to a multiple of it, with rows of zeros.
+      zero_tail: whether rows past ``sum(group_sizes)`` are zero. False: they are unspecified, NaN
+        included, in ``out.tokens`` and in its derivatives. So are those rows in the gradient of
+        what is passed to :func:`combine` with this handle. This saves the time to write them. Pass
+        it where nothing looks at such rows, as :mod:`freeio_jax.grouped_matmul` does not.
 
     Returns:
       ``out.tokens`` ``[capacity, ...]`` for each leaf: packed expert-major, that is, the rows of
       local expert 0, then 1, ...; within an expert by source rank, then token, then k. Zero past
-      the end. ``out.group_sizes`` int32 ``[E/R]``, what ``jax.lax.ragged_dot`` takes; never more
-      than ``capacity`` in sum. ``out.handle`` for :func:`combine`.
+      the end, unless ``zero_tail`` is False. ``out.group_sizes`` int32 ``[E/R]``, what
+      ``jax.lax.ragged_dot`` takes; never more than ``capacity`` in sum. ``out.handle`` for
+      :func:`combine`.
 
     Raises:
       NameError: called outside ``shard_map`` over ``axis_name``.
@@ -82,6 +88,7 @@ def dispatch(
         axis_name=axis_name,
         capacity=capacity,
         alignment=alignment,
+        zero_tail=zero_tail,
     )
     rows, routes, counts = run_dispatch(topk_idx, *leaves, axes=axes, layout=layout)
     group_sizes, load, dropped, invalid = counts

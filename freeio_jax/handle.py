@@ -69,7 +69,8 @@ class Dispatched:
     """Result of ``dispatch``.
 
     Attributes:
-      tokens: ``[capacity, ...]`` for each leaf: rows packed expert-major, zero past the end.
+      tokens: ``[capacity, ...]`` for each leaf: rows packed expert-major. Past the end they are
+        zero, or with ``zero_tail=False`` anything.
       group_sizes: int32 ``[E/R]``: rows of each local expert, what ``lax.ragged_dot`` takes.
       handle: pass it to ``combine``.
     """

@@ -10,6 +10,7 @@ import math
 import operator
 
 import jax.numpy as jnp
+import numpy as np
 
 INT32_MAX = 2**31 - 1
 
@@ -77,6 +78,7 @@ class Layout:
       num_experts: E, experts of all ranks together.
       capacity: rows of one rank's packed output.
       alignment: every group size is a multiple of it.
+      zero_tail: whether the packed rows past the last group are zero; else they are unspecified.
     """
 
     num_ranks: int
@@ -85,6 +87,7 @@ class Layout:
     num_experts: int
     capacity: int
     alignment: int = 1
+    zero_tail: bool = True
 
     @classmethod
     def create(
@@ -96,11 +99,12 @@ class Layout:
         num_experts: int,
         capacity: int | None = None,
         alignment: int = 1,
+        zero_tail: bool = True,
     ) -> Layout:
         """Checks the geometry; ``capacity=None`` means the dropless bound.
 
         Raises:
-          TypeError: a size is not an int.
+          TypeError: a size is not an int, or ``zero_tail`` not a bool.
           ValueError: a size is out of range, or the sizes do not fit together.
         """
         for name, value, least in (
@@ -121,6 +125,11 @@ class Layout:
                 )
             if size < least:
                 raise ValueError(f"dispatch: {name} must be at least {least}, got {value}.")
+        if not isinstance(zero_tail, (bool, np.bool_)):
+            raise TypeError(
+                f"dispatch: zero_tail must be True or False, got {zero_tail!r} of type "
+                f"{type(zero_tail).__name__}. It decides what is compiled, so it cannot be traced."
+            )
         num_experts, alignment = int(num_experts), int(alignment)
         if num_experts % num_ranks:
             below = num_experts // num_ranks * num_ranks
@@ -145,7 +154,8 @@ class Layout:
                 "group size could not be one either. Use "
                 f"capacity={round_up(capacity, alignment)}."
             )
-        layout = cls(num_ranks, num_tokens, top_k, num_experts, capacity, alignment)
+        sizes = num_ranks, num_tokens, top_k, num_experts, capacity, alignment
+        layout = cls(*sizes, bool(zero_tail))
         for name, rows in (
             ("capacity", capacity),
             ("alignment", alignment),

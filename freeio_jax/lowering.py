@@ -100,6 +100,7 @@ def lower(ctx, *operands, axes, layout, engine, scratch=(), **attributes):
         num_experts=np.int64(layout.num_experts),
         capacity=np.int64(layout.capacity),
         alignment=np.int64(layout.alignment),
+        zero_tail=np.int64(layout.zero_tail),
         **engine.attributes(ctx.module_context),
         **{name: np.int64(value) for name, value in attributes.items()},
     )

@@ -93,8 +93,13 @@ def _take(rows, index):
     return _by_bits(take, rows, index)
 
 
-def dispatch(tokens, topk_idx, *, num_experts, axis_name, capacity=None, alignment=1) -> Dispatched:
-    """As :func:`freeio_jax.dispatch`, in plain ``jax.lax``; the handles are interchangeable."""
+def dispatch(
+    tokens, topk_idx, *, num_experts, axis_name, capacity=None, alignment=1, zero_tail=True
+) -> Dispatched:
+    """As :func:`freeio_jax.dispatch`, in plain ``jax.lax``; the handles are interchangeable.
+
+    With ``zero_tail=False``, too, the rows past the end are zero here.
+    """
     leaves, treedef, topk_idx, layout, axes = dispatch_arguments(
         tokens,
         topk_idx,
@@ -102,6 +107,7 @@ def dispatch(tokens, topk_idx, *, num_experts, axis_name, capacity=None, alignme
         axis_name=axis_name,
         capacity=capacity,
         alignment=alignment,
+        zero_tail=zero_tail,
     )
     me = lax.axis_index(axes)
     num_ranks, num_sent = layout.num_ranks, layout.num_assignments

@@ -70,6 +70,14 @@ def pytest_report_header(config):
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_tails():
+    """Rows that zero_tail=False leaves unspecified are NaN, in every test on CPU."""
+    from freeio_jax import _native
+
+    _native.poison_tails(True)
+
+
 def pytest_collection_modifyitems(items):
     # A thread watches the time: a test that hangs inside a native call does not see a signal.
     for item in items:

@@ -215,6 +215,17 @@ def test_sizes_are_not_traced(option):
         jax.eval_shape(lambda n: trace_dispatch(**{option: n}), jnp.int32(4))
 
 
+@pytest.mark.parametrize("value", [0, None, "no"])
+def test_zero_tail_is_a_bool(value):
+    with raises(TypeError, "dispatch", "zero_tail", "True or False", repr(value)):
+        trace_dispatch(zero_tail=value)
+
+
+def test_zero_tail_is_not_traced():
+    with raises(TypeError, "dispatch", "zero_tail", "traced"):
+        jax.eval_shape(lambda flag: trace_dispatch(zero_tail=flag), jnp.bool_(True))
+
+
 def test_numpy_ints_are_sizes():
     sizes = {"num_experts": np.int64(4), "capacity": np.int32(8), "alignment": np.uint8(4)}
     assert trace_dispatch(**sizes).shape == (RANKS * 8, 5)

@@ -127,8 +127,14 @@ def test_every_number_of_ranks_and_every_skew(num_ranks, rng):
         Geometry(4, 5, 2, 12, alignment=3),
         Geometry(4, 5, 1, 4),
         Geometry(4, 5, 6, 4),
+        Geometry(4, 6, 3, 8, zero_tail=False),
+        Geometry(4, 6, 3, 8, capacity=8, alignment=4, zero_tail=False),
+        Geometry(4, 5, 2, 12, capacity=200, alignment=8, zero_tail=False),
     ],
-    ids=["cut", "cut, aligned", "no rows", "ample, aligned", "aligned", "top-1", "K > E"],
+    ids=[
+        *("cut", "cut, aligned", "no rows", "ample, aligned", "aligned", "top-1", "K > E"),
+        *("any tail", "any tail, cut, aligned", "any tail, ample, aligned"),
+    ],
 )
 def test_capacity_and_alignment(geometry, rng):
     check_exchange(rng, geometry, make_mesh(4), skews=("uniform", "hot", "one rank", "invalid"))

@@ -18,6 +18,7 @@
 #include "cpu/handlers.h"
 #include "cpu/instance_name.h"
 #include "cpu/notes.h"
+#include "cpu/padding.h"
 #include "cpu/peer_exchanges.h"
 #include "cpu/peer_memory.h"
 #include "cpu/session.h"
@@ -83,6 +84,9 @@ PYBIND11_MODULE(_native, module) {
 #endif
       },
       py::arg("num_sms"));
+  module.def("poison_tails", &freeio::cpu::poison_tails, py::arg("poison"),
+             "Whether the CPU engine fills rows that zero_tail=False leaves unspecified with NaN. "
+             "Only tests call this.");
   module.def(
       "compilation_ended", &freeio::cpu::compilation_ended, py::arg("seconds"),
       "Call this when a module with exchanges has been compiled, or loaded from the compilation "

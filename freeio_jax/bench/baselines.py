@@ -146,8 +146,12 @@ class _Baseline:
         axis_name: str | tuple[str, ...],
         capacity: int | None = None,
         alignment: int = 1,
+        zero_tail: bool = True,
     ) -> Dispatched:
-        """As :func:`freeio_jax.dispatch`; only this class's ``combine`` takes its handle."""
+        """As :func:`freeio_jax.dispatch`; only this class's ``combine`` takes its handle.
+
+        Rows past the end are zero, whatever ``zero_tail`` says.
+        """
         leaves, treedef, topk_idx, layout, axes = dispatch_arguments(
             tokens,
             topk_idx,
@@ -155,6 +159,7 @@ class _Baseline:
             axis_name=axis_name,
             capacity=capacity,
             alignment=alignment,
+            zero_tail=zero_tail,
         )
         me = lax.axis_index(axes)
         num_ranks, local = layout.num_ranks, layout.experts_per_rank

@@ -22,6 +22,13 @@ class Experts(abc.ABC):
     each expert on its own; vectors (biases) start as zeros. The layer keeps some names for itself,
     and says so.
 
+    Attributes:
+      ignores_tail: whether rows past ``sum(group_sizes)`` have no effect, NaN or not: neither on
+        other rows of the result, nor on the gradient of a parameter, whose cotangent may hold
+        anything there, too. The layer then does not have these rows zeroed. It is so where only
+        :func:`~freeio_jax.grouped_matmul.grouped_matmul` and :func:`bias_of_rows` take parameters,
+        and everything else is done element by element. False by default.
+
     >>> import dataclasses, jax, jax.numpy as jnp
     >>> from freeio_jax.flax.experts import Experts
     >>> from freeio_jax.flax.linen import MoE
@@ -38,6 +45,8 @@ class Experts(abc.ABC):
     >>> variables["params"]["kernel"].value.shape
     (4, 8, 8)
     """
+
+    ignores_tail: ClassVar[bool] = False
 
     @abc.abstractmethod
     def parameters(self, width: int, expert_width: int) -> dict[str, tuple[int, ...]]:
@@ -57,7 +66,7 @@ class Experts(abc.ABC):
         Args:
           parameters: by name, with a first dimension ``[G]`` for the experts.
           rows: ``[M, H]``, packed expert-major, as ``dispatch`` returns them. Rows past
-            ``sum(group_sizes)`` may hold anything.
+            ``sum(group_sizes)`` are zero, or may hold anything if ``ignores_tail`` is true.
           group_sizes: int32 ``[G]``.
 
         Returns:
@@ -92,6 +101,8 @@ class Experts(abc.ABC):
 class _TwoProducts(Experts):
     """``hidden(x @ first) @ down``, each product with a bias if ``biases`` is true."""
 
+    ignores_tail = True
+
     biases: bool
     #: Name of the first matrix, and how many columns it has for each hidden feature.
     first: ClassVar[str]
@@ -99,7 +110,7 @@ class _TwoProducts(Experts):
 
     @abc.abstractmethod
     def hidden(self, product: jax.Array) -> jax.Array:
-        """``[..., F]`` from ``[..., columns * F]``, the first product."""
+        """``[..., F]`` from ``[..., columns * F]``, the first product, each row by itself."""
 
     def parameters(self, width: int, expert_width: int) -> dict[str, tuple[int, ...]]:
         shapes = {self.first: (width, self.columns * expert_width), "down": (expert_width, width)}

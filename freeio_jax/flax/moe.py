@@ -349,6 +349,7 @@ def _routed(experts, tokens, routing, config):
         axis_name=config.expert_axes,
         capacity=capacity,
         alignment=config.alignment,
+        zero_tail=not config.experts.ignores_tail,
     )
     y = exchange.combine(config.experts(experts, out.tokens, out.group_sizes), out.handle, weights)
     if weighted_input:

@@ -58,7 +58,9 @@ def _pointers(*names):
 
 
 _MAX_LEAVES = 16
-_LAYOUT = ("num_ranks", "num_tokens", "top_k", "num_experts", "capacity", "alignment")
+_LAYOUT = (
+    *("num_ranks", "num_tokens", "top_k", "num_experts", "capacity", "alignment", "zero_tail"),
+)
 _Site = _struct(
     "Site",
     *((name, c.c_int64) for name in _LAYOUT),

@@ -10,7 +10,6 @@ from emulated import PROTOCOLS, capacity_of
 from helpers import (
     ROUTINGS,
     Geometry,
-    assert_bitwise,
     assert_combined,
     power_of_two_weights,
     random_bits,
@@ -21,6 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from operations import (
     check_dispatched,
+    check_rows,
     check_transposed,
     combine,
     combine_transpose,
@@ -57,6 +57,12 @@ GEOMETRIES = {
     "many tokens": Geometry(3, 70, 3, 9),
     "many tokens, drops": Geometry(2, 64, 4, 8, capacity=100),
     "several tiles": Geometry(2, 1500, 8, 8, capacity=600),
+    "any tail": Geometry(2, 37, 3, 8, zero_tail=False),
+    "any tail, aligned": Geometry(3, 29, 4, 12, alignment=8, zero_tail=False),
+    "any tail, much alignment": Geometry(2, 19, 2, 8, capacity=256, alignment=64, zero_tail=False),
+    "any tail, drops": Geometry(3, 20, 3, 12, capacity=24, alignment=8, zero_tail=False),
+    "any tail, several tiles": Geometry(2, 1500, 8, 8, capacity=20_000, zero_tail=False),
+    "any tail, no tokens": Geometry(2, 0, 2, 4, capacity=8, alignment=4, zero_tail=False),
 }
 
 
@@ -193,7 +199,13 @@ def test_the_most_places_that_are_sent(machine, rng, num_tokens):
     check_dispatched(out, geometry, topk_idx, [x])
 
 
-@pytest.mark.parametrize("name", ["small", "three ranks", "drops", "eight ranks", "no tokens"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("small", "three ranks", "drops", "eight ranks", "no tokens"),
+        *(name for name in GEOMETRIES if name.startswith("any tail")),
+    ],
+)
 def test_dispatch_along_a_handle(machine, rng, name):
     geometry = GEOMETRIES[name]
     _, out, placement = run_dispatch(machine, rng, geometry)
@@ -209,7 +221,8 @@ def test_dispatch_along_a_handle(machine, rng, name):
     machine.synchronize()
     for i, leaf in enumerate(leaves):
         for rank, rows in enumerate(oracle.dispatch(leaf, placement)):
-            assert_bitwise(along[rank][i], rows)
+            sizes = placement.group_sizes[rank]
+            check_rows(along[rank][i], rows, geometry, sizes, f"leaf {i} of rank {rank}")
 
 
 # --- combine -------------------------------------------------------------------------------------

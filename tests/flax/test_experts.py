@@ -1,13 +1,16 @@
 """Experts over packed rows against one expert at a time in numpy."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from freeio_jax.flax import MoEConfig, linen
+import freeio_jax
+from freeio_jax import reference
+from freeio_jax.flax import MoEConfig, linen, moe
 from freeio_jax.flax import nnx as fio_nnx
 from freeio_jax.flax.experts import GLU, MLP, Experts, SwiGLU, squared_relu
 
@@ -140,6 +143,53 @@ class Named(Experts):
 
     def __call__(self, parameters, rows, group_sizes):
         raise AssertionError
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered(Experts):
+    """Rows past the end count as the last expert's, so they have a part in its gradient."""
+
+    def parameters(self, width, expert_width):
+        return {"offset": (width,)}
+
+    def __call__(self, parameters, rows, group_sizes):
+        group = jnp.repeat(jnp.arange(4), group_sizes, total_repeat_length=rows.shape[0])
+        return rows + parameters["offset"][group]
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [SwiGLU(biases=True), MLP(biases=True), Gathered()],
+    ids=lambda experts: type(experts).__name__,
+)
+def test_only_experts_that_ignore_the_tail_get_any(experts, rng):
+    """On CPU the tests' engine fills a tail that need not be zero with NaN."""
+    config = MoEConfig(4, 2, 16, experts=experts)
+    shapes = config.parameters(WIDTH)
+    parameters = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, (s, _) in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(3, WIDTH)), jnp.float32)
+
+    def loss(parameters, x, exchange):
+        return jnp.sum(
+            jnp.sin(moe(parameters, x, dataclasses.replace(config, exchange=exchange))[0])
+        )
+
+    asked = []
+
+    class Recording:
+        combine = staticmethod(freeio_jax.combine)
+
+        @staticmethod
+        def dispatch(*args, zero_tail, **options):
+            asked.append(zero_tail)
+            return freeio_jax.dispatch(*args, zero_tail=zero_tail, **options)
+
+    got, expected = (
+        jax.value_and_grad(partial(loss, exchange=exchange), (0, 1))(parameters, x)
+        for exchange in (Recording, reference)
+    )
+    assert set(asked) == {isinstance(experts, Gathered)}
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
 def test_experts_that_do_not_fit():

@@ -57,6 +57,7 @@ inline ffi::ErrorOr<CallAttributes> read_attributes(const ffi::Dictionary& attri
   read("num_experts", layout.num_experts);
   read("capacity", layout.capacity);
   read("alignment", layout.alignment);
+  read("zero_tail", layout.zero_tail);
   auto groups = attributes.get<ffi::Span<const int64_t>>("groups");
   if (!groups.has_value()) missing = "groups";
   if (!missing.empty()) {
@@ -102,7 +103,8 @@ inline std::vector<int64_t> identity_of(int64_t operation, const CallAttributes&
                                         const ffi::Dictionary& attributes) {
   const Layout& layout = call.layout;
   std::vector<int64_t> values = {operation,          layout.num_tokens, layout.top_k,
-                                 layout.num_experts, layout.capacity,   layout.alignment};
+                                 layout.num_experts, layout.capacity,   layout.alignment,
+                                 layout.zero_tail};
   if (const auto call_in_module = attributes.get<int64_t>("call"); call_in_module.has_value()) {
     values.push_back(*call_in_module);
   }

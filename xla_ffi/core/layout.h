@@ -20,6 +20,7 @@ struct Layout {
   int64_t num_experts = 1;  // E, of all ranks
   int64_t capacity = 0;     // rows of one rank's packed output
   int64_t alignment = 1;    // group sizes are multiples of it
+  int64_t zero_tail = 1;    // 0: packed rows past the last group are not written
 
   int64_t experts_per_rank() const { return num_experts / num_ranks; }
   int64_t num_assignments() const { return num_tokens * top_k; }
@@ -50,6 +51,15 @@ template <typename Int>
 FREEIO_HOST_DEVICE Int row_behind(Int start, Int rows, Int capacity) {
   const Int end = start + rows;
   return end < capacity ? end : capacity;
+}
+
+// Whether a packed row that belongs to no assignment pads a group to the alignment; else it lies
+// past the last group. Groups begin at multiples of `alignment`, and their assignments come first.
+// So each block of that many rows in a group begins with an assignment. remainder(n) is n %
+// alignment.
+template <typename Int, typename Remainder>
+FREEIO_HOST_DEVICE bool pads_group(const int32_t* row_source, Int row, const Remainder& remainder) {
+  return row_source[row - remainder(row)] >= 0;
 }
 
 // The groups of one rank's packed rows: the first row of each, at most capacity, and its size.

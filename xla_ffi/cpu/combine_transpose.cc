@@ -114,7 +114,8 @@ void exchange(const Layout& layout, const std::vector<const CombineTranspose*>& 
         rows,
         [&](int64_t rank, int64_t begin, int64_t end) {
           auto* out = static_cast<std::byte*>(ranks[rank]->rows);
-          zero_padding({{nullptr, out, bytes, {}}}, ranks[rank]->routes.row_source, begin, end);
+          zero_padding(layout, {{nullptr, out, bytes, {}}}, ranks[rank]->routes.row_source, begin,
+                       end);
           if (!alone) pull_scaled_rows<Element>(layout, ranks, homes, rank, begin, end);
         });
   });

@@ -39,8 +39,8 @@ void pull_rows(const Layout& layout, const std::vector<const Op*>& ranks, const 
 }
 
 // Moves every assignment's row from its token to its place in the output of its expert's rank, and
-// zeroes the rows that no assignment fills. `Op` is Dispatch or DispatchAlong. `routes` is by rank;
-// those of ranks of other processes are not read.
+// zeroes the rows that no assignment fills, the tail only if it is asked for. `Op` is Dispatch or
+// DispatchAlong. `routes` is by rank; those of ranks of other processes are not read.
 template <typename Op>
 void move_rows(const Layout& layout, const std::vector<const Op*>& ranks, const Homes& homes,
                const std::vector<Routes>& routes) {
@@ -66,7 +66,7 @@ void move_rows(const Layout& layout, const std::vector<const Op*>& ranks, const 
       },
       rows,
       [&](int64_t rank, int64_t begin, int64_t end) {
-        zero_padding(ranks[rank]->leaves, routes[rank].row_source, begin, end);
+        zero_padding(layout, ranks[rank]->leaves, routes[rank].row_source, begin, end);
         if (!alone) pull_rows(layout, ranks, homes, routes[rank], rank, begin, end);
       });
 }

@@ -1,35 +1,21 @@
 // Zeros the rows of packed tensors that no assignment fills.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "core/layout.h"
 #include "cpu/operands.h"
 
 namespace freeio::cpu {
 
-// Calls f(begin, end) for each run of padding rows in [begin, end).
-template <typename F>
-void for_padding(const int32_t* row_source, int64_t begin, int64_t end, const F& f) {
-  for (int64_t row = begin; row < end;) {
-    if (row_source[row] >= 0) {
-      ++row;
-      continue;
-    }
-    const int64_t first = row;
-    while (row < end && row_source[row] < 0) ++row;
-    f(first, row);
-  }
-}
+// Fills the rows that a call leaves unspecified with ones in all bits, so that floats there are
+// NaN. Tests switch this on, to find what looks at such rows.
+void poison_tails(bool poison);
 
-inline void zero_padding(const std::vector<Leaf>& leaves, const int32_t* row_source, int64_t begin,
-                         int64_t end) {
-  for_padding(row_source, begin, end, [&](int64_t first, int64_t last) {
-    for (const Leaf& leaf : leaves) {
-      std::memset(leaf.rows + first * leaf.row_bytes, 0, (last - first) * leaf.row_bytes);
-    }
-  });
-}
+// Fills the rows in [begin, end) that belong to no assignment.
+void zero_padding(const Layout& layout, const std::vector<Leaf>& leaves, const int32_t* row_source,
+                  int64_t begin, int64_t end);
 
 }  // namespace freeio::cpu

@@ -21,7 +21,7 @@ std::string describe(const Layout& layout, const Operands& operands) {
   text << name_of(operands) << "(num_ranks=" << layout.num_ranks
        << ", num_tokens=" << layout.num_tokens << ", top_k=" << layout.top_k
        << ", num_experts=" << layout.num_experts << ", capacity=" << layout.capacity
-       << ", alignment=" << layout.alignment;
+       << ", alignment=" << layout.alignment << (layout.zero_tail != 0 ? "" : ", zero_tail=False");
   std::visit(
       [&](const auto& op) {
         using Op = std::decay_t<decltype(op)>;

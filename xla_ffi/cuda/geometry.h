@@ -39,6 +39,8 @@ inline int32_t block_rows(int32_t capacity) {
   constexpr int32_t kMost = 8;
   return std::clamp(capacity / 4096, 1, kMost);
 }
+// Where no row is zeroed: padding is only marked in the handle.
+constexpr int32_t kMarkedBlockRows = 32;
 
 // A step through the blocks of packed rows that visits each once, consecutive ones far apart.
 inline int32_t spreading_stride(int32_t blocks) {

@@ -280,6 +280,7 @@ Status find_group(const Layout& layout, const GroupMember& member, Exchange& exc
   exchange.num_experts = static_cast<int32_t>(layout.num_experts);
   exchange.capacity = static_cast<int32_t>(layout.capacity);
   exchange.alignment = Divisor(static_cast<int32_t>(layout.alignment));
+  exchange.zero_tail = layout.zero_tail != 0;
   return {};
 }
 

@@ -25,12 +25,13 @@ struct Exchange {
   int32_t num_experts;
   int32_t capacity;
   Divisor alignment;  // divides capacity
+  bool zero_tail;     // else packed rows past the last group are not written
   uint32_t signature[kSignatureWords];
   uint64_t posted[kMaxAddresses];  // addresses of this rank's buffers, for the peers
 };
 
 // How warps look for padding among the packed rows: in `count` blocks of `rows` rows. The next
-// block is `stride` blocks further.
+// block is `stride` blocks further. Without blocks there is nothing to look for.
 struct Blocks {
   int32_t rows;
   int32_t count;

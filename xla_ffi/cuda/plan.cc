@@ -86,9 +86,13 @@ void cut_rows(const Types& types, bool wide, std::pair<int64_t, int32_t> slices,
   set_slices(static_cast<int32_t>(slices.first), params);
 }
 
-Blocks blocks_of(int32_t capacity) {
-  const int32_t rows = block_rows(capacity);
-  const int32_t count = (capacity - 1) / rows + 1;
+// `marks`: whether the call marks padding in the handle, too.
+Blocks blocks_of(const Exchange& x, bool marks) {
+  // Groups are not padded if their sizes need not be multiples of more than 1.
+  const bool zeroes = x.zero_tail || x.alignment.divisor > 1;
+  if (x.capacity == 0 || (!zeroes && !marks)) return {1, 0, 1};
+  const int32_t rows = zeroes ? block_rows(x.capacity) : kMarkedBlockRows;
+  const int32_t count = (x.capacity - 1) / rows + 1;
   return {rows, count, spreading_stride(count)};
 }
 
@@ -249,7 +253,7 @@ Status make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
     plan.posted = params.places_in_scratch ? leaves | bit(kScratch) : leaves;
   }
   set_slices(params.num_slices, params);
-  params.padding = blocks_of(params.exchange.capacity);
+  params.padding = blocks_of(x, types.routed);
   plan.rows = rows.folded();
   return {};
 }
@@ -351,7 +355,7 @@ Status make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
   params.sends_routes = sends_routes(x, types.dtype);
   if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights);
   plan.posted |= bit(kWeightGrads) | bit(kFirstLeaf);
-  params.padding = blocks_of(x.capacity);
+  if (types.rows) params.padding = blocks_of(x, false);
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.rows, types.weights})
                   .folded();
   plan.kernel = combine_transpose(types.dtype, wide);

@@ -34,7 +34,7 @@ struct NamedBuffers {
 
 // One rank's call, except for its types and buffers. emulated.py has a twin.
 struct Site {
-  int64_t num_ranks, num_tokens, top_k, num_experts, capacity, alignment;
+  int64_t num_ranks, num_tokens, top_k, num_experts, capacity, alignment, zero_tail;
   const int32_t* gpus;  // by rank: their numbers
   uint32_t mesh_device;
   uint32_t instance;
@@ -84,8 +84,8 @@ std::vector<int64_t> numbers_of(const CombineTransposeTypes& types) {
 }
 
 Layout layout_of(const Site& site) {
-  return {site.num_ranks,   site.num_tokens, site.top_k,
-          site.num_experts, site.capacity,   site.alignment};
+  return {site.num_ranks, site.num_tokens, site.top_k,    site.num_experts,
+          site.capacity,  site.alignment,  site.zero_tail};
 }
 
 // A visitor of operand_order.h that takes each buffer's address by name.
@@ -133,7 +133,7 @@ const char* run_call(Operation operation, const Site& site, const typename Opera
   std::vector<int64_t> key = numbers_of(types);
   key.insert(key.end(),
              {site.num_ranks, site.num_tokens, site.top_k, site.num_experts, site.capacity,
-              site.alignment, site.rank, site.mesh_device, site.instance});
+              site.alignment, site.zero_tail, site.rank, site.mesh_device, site.instance});
   key.insert(key.end(), member.gpus.begin(), member.gpus.end());
   auto [found, is_new] = calls.try_emplace(
       std::move(key), CallSite{operation, layout, std::move(member), site.instance}, types);

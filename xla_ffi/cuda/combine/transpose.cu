@@ -170,9 +170,8 @@ struct PullingWarp {
   }
 
   __device__ void zero_padding(int64_t first_row) const {
-    const int64_t row = first_row + lane_id();
-    const bool padding = lane_id() < p.padding.rows && row < x.capacity && p.row_source[row] < 0;
-    for (uint32_t rest = __ballot_sync(kFullWarp, padding); rest != 0; rest &= rest - 1) {
+    uint32_t rest = rows_to_zero(x, p.padding, p.row_source, first_row);
+    for (; rest != 0; rest &= rest - 1) {
       const int64_t zero_row = first_row + __ffs(static_cast<int>(rest)) - 1;
       Element* to = static_cast<Element*>(p.rows) + zero_row * p.width;
       for (int column = lane_id() * kCount; column < p.width; column += kStep) {
@@ -210,7 +209,7 @@ __device__ void exchange(const CombineTransposeParams& p, CtaState& s, void* sha
     ready = !__syncthreads_or(has_failed(s));
     if (!ready) return;
     const Warp warp{p, x, s, routes, dots, tile};
-    const Work work(tile, tile.size() * p.num_slices * x.num_ranks, p.rows != nullptr, p.padding);
+    const Work work(tile, tile.size() * p.num_slices * x.num_ranks, p.padding);
     run_work(
         work, s, [&](int item) { warp.pull(item); }, [&](int64_t row) { warp.zero_padding(row); });
     if (p.weight_grads != nullptr) warp.send_weight_grads();

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/layout.h"
 #include "cuda/device/shares.cuh"
 #include "cuda/geometry.h"
 
@@ -12,22 +13,21 @@ namespace freeio::cuda {
 // Accesses of one lane that are in flight together: hides the latency of a peer's memory.
 constexpr int kUnroll = kCopySlice / kWarpSize;
 
-// A tile's work: pulling rows from the ranks, and a share of the padding to zero. Both are mixed
+// A tile's work: pulling rows from the ranks, and a share of the padding to look at. Both are mixed
 // evenly, so that link and memory are busy together from the first item to the last.
 struct Work {
   int pulls;
   Team team;
   int first_block;
-  int blocks;        // to zero in this tile
+  int blocks;        // of this tile, in which padding is zeroed
   Blocks all;        // of all CTAs of the team
   uint32_t density;  // blocks for each item, rounded up, times 2^shift
   int shift;
 
-  // `padded`: whether there is padding to zero.
-  __device__ Work(const Tile& tile, int num_pulls, bool padded, const Blocks& padding,
+  __device__ Work(const Tile& tile, int num_pulls, const Blocks& padding,
                   const Team& of = Team::all())
       : pulls(num_pulls), team(of), first_block(0), blocks(0), all(padding) {
-    if (padded) {
+    if (padding.count > 0) {
       const Chunk mine((padding.count - 1) / team.size + 1, tile.number, tile.count);
       first_block = mine.begin;
       blocks = mine.size();
@@ -67,6 +67,19 @@ __device__ void run_work(const Work& work, CtaState& s, const Pull& pull, const 
       pull(item - blocks);
     }
   }
+}
+
+// Which rows of a block a call along a handle zeros, in the lanes: those that belong to no
+// assignment, of the tail only if it is asked for. Whole warp.
+__device__ inline uint32_t rows_to_zero(const Exchange& x, const Blocks& padding,
+                                        const int32_t* row_source, int64_t first_row) {
+  const int64_t row = first_row + lane_id();
+  bool zeroes = lane_id() < padding.rows && row < x.capacity && row_source[row] < 0;
+  if (zeroes && !x.zero_tail) {
+    zeroes = pads_group(row_source, static_cast<int32_t>(row),
+                        [&](int32_t n) { return x.alignment.remainder(n); });
+  }
+  return __ballot_sync(kFullWarp, zeroes);
 }
 
 // The source of a pull.

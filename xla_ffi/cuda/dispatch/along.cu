@@ -23,12 +23,10 @@ __device__ void read_rows(const DispatchParams& p, const CtaState& s, const Tile
   }
 }
 
-// Zeros those rows of a block that belong to no assignment. Whole warp.
+// Zeros those rows of a block that belong to no assignment, the tail only if it is asked for. Whole
+// warp.
 __device__ void zero_padding(const DispatchParams& p, int64_t first_row) {
-  const int64_t row = first_row + lane_id();
-  const bool padding =
-      lane_id() < p.padding.rows && row < p.exchange.capacity && p.row_source[row] < 0;
-  zero_rows(p, first_row, __ballot_sync(kFullWarp, padding));
+  zero_rows(p, first_row, rows_to_zero(p.exchange, p.padding, p.row_source, first_row));
 }
 
 __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {

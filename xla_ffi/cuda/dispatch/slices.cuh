@@ -93,8 +93,17 @@ __device__ inline void zero_rows(const DispatchParams& p, int64_t first_row, uin
   }
 }
 
-// Whether the packed row belongs to no assignment, found from the groups' starts and loads.
-__device__ inline bool is_padding(const DispatchParams& p, const Routing& routing, int64_t row) {
+// A packed row's group, and its number there.
+struct PlaceInGroup {
+  uint32_t load;  // assignments to the group
+  uint32_t number;
+
+  __device__ bool is_padding() const { return number >= load; }
+};
+
+// Found from the groups' starts. A row past the last group counts as one of that group.
+__device__ inline PlaceInGroup place_of_row(const DispatchParams& p, const Routing& routing,
+                                            int64_t row) {
   const Exchange& x = p.exchange;
   const int first = x.rank * (x.num_experts / x.num_ranks);
   // The last group that starts at or before the row; groups without rows share their start.
@@ -107,17 +116,24 @@ __device__ inline bool is_padding(const DispatchParams& p, const Routing& routin
       high = middle;
     }
   }
-  return static_cast<uint32_t>(row) - routing.start[low] >= routing.load[first + low];
+  return {routing.load[first + low], static_cast<uint32_t>(row) - routing.start[low]};
 }
 
-// Zeros those rows of a block that belong to no assignment, and says so in the handle. Whole warp.
+// Zeros those rows of a block that belong to no assignment, the tail only if it is asked for. Says
+// of all of them in the handle that they have none. Whole warp.
 __device__ inline void zero_padding(const DispatchParams& p, const Routing& routing,
                                     int64_t first_row) {
+  const Exchange& x = p.exchange;
   const int64_t row = first_row + lane_id();
-  const bool padding =
-      lane_id() < p.padding.rows && row < p.exchange.capacity && is_padding(p, routing, row);
-  if (padding) p.row_source[row] = -1;
-  zero_rows(p, first_row, __ballot_sync(kFullWarp, padding));
+  bool zeroes = false;
+  if (lane_id() < p.padding.rows && row < x.capacity) {
+    const PlaceInGroup place = place_of_row(p, routing, row);
+    if (place.is_padding()) {
+      p.row_source[row] = -1;
+      zeroes = x.zero_tail || place.number < rows_of_group(x, place.load);
+    }
+  }
+  zero_rows(p, first_row, __ballot_sync(kFullWarp, zeroes));
 }
 
 // The packed rows of a failed exchange.
@@ -147,7 +163,7 @@ __device__ inline void spoil_results(const DispatchParams& p, const Team& spoile
 
 // The work of a tile whose rows are pulled.
 __device__ inline Work pulling_of(const DispatchParams& p, const Units& units, const Tile& tile) {
-  return Work(tile, units.of(tile).size() * p.exchange.num_ranks, true, p.padding);
+  return Work(tile, units.of(tile).size() * p.exchange.num_ranks, p.padding);
 }
 
 // Pulls the rows of a tile, and zeros its share of the padding with zero(first_row). All threads.

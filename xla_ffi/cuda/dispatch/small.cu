@@ -123,7 +123,7 @@ __device__ void move_two(const DispatchParams& p, CtaState& s, const Tile& tile,
 __device__ Work work_of(const DispatchParams& p, const Units& units, const Tile& tile,
                         const Team& team) {
   const int pulls = units.of(tile).size() * p.exchange.num_ranks;
-  return Work(tile, (pulls + 1) / 2, true, p.padding, team);
+  return Work(tile, (pulls + 1) / 2, p.padding, team);
 }
 
 template <typename Access>
