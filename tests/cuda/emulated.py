@@ -172,7 +172,8 @@ def capacity_of(geometry):
 class _Buffer:
     """Device memory of one array, with guards on both sides.
 
-    Operands have a ``value``. They and scratch are dead when the kernel of their GPU has ended: XLA
+    Operands have a ``value``. They are there when XLA's stream comes to the call. They and scratch
+    are dead when the kernel of their GPU has ended, or at done if the call has only started it: XLA
     may use their memory for something else, and so does `Emulator`.
     """
 
@@ -191,8 +192,7 @@ class _Buffer:
         self.array = self.bytes.view(dtype).reshape(shape)
         self.before = None
         if value is not None:
-            self.array[...] = value
-            self.before = self.bytes.copy()
+            self.before = np.array(value, dtype).reshape(-1).view(np.uint8)
         self.at_end = np.empty(size, np.uint8)  # of the kernel
         self.address = self.memory.ctypes.data + self.begin
 
@@ -242,6 +242,7 @@ class Emulator:
         self._library.emulator_steps.restype = c.c_uint64
         self._library.emulator_driver_function.restype = c.c_void_p
         self._buffers = []  # of launches that have not run
+        self._filled = []  # likewise: on their GPU's stream
         self._new_buffers = []  # of the next launch
         self._broken = False
         self._launches = {}  # by (lane, GPU, peer)
@@ -387,6 +388,7 @@ class Emulator:
         """
         error = self._library.emulator_synchronize()
         buffers, self._buffers = self._buffers, []
+        self._filled.clear()
         if error:
             self._broken = True
             raise MachineError(error.decode())
@@ -556,6 +558,7 @@ class Emulator:
         site = self._site(group, rank, geometry, instance, start)
         function = getattr(self._library, f"engine_{name}")
         mine, self._new_buffers = self._new_buffers, []
+        self._fill(group.gpus[rank], mine)
         self._check(function(c.byref(site), c.byref(types), c.byref(named)))
         gpu = group.gpus[rank]
         if start is None:
@@ -565,6 +568,18 @@ class Emulator:
         for peer in group.gpus:
             pair = (_lane_of({"start": start}), gpu, peer)
             self._launches[pair] = self._epoch(*pair)
+
+    def _fill(self, gpu, buffers):
+        """XLA's stream computes the operands before the call."""
+        self._filled += buffers
+        for buffer in buffers:
+            if buffer.before is not None:
+                self._library.emulator_fill(
+                    self._ordinals[gpu],
+                    c.c_void_p(buffer.address),
+                    c.c_size_t(buffer.bytes.size),
+                    buffer.before.ctypes.data_as(c.c_void_p),
+                )
 
     def _retire(self, gpu, buffers):
         """XLA may use the memory of dead buffers when its stream comes here."""

@@ -266,7 +266,11 @@ ffi::Error execute_start(CustomCall<Operands>* custom_call, void* stream, int32_
                          ffi::RunId run, ffi::Buffer<ffi::U32, 0> device, ffi::RemainingArgs args,
                          ffi::RemainingRets rets, ffi::Dictionary) {
   // XLA has made all custom calls of the program before it runs.
-  if (!custom_call->pair->has_wait) return to_error(never_waited_for(custom_call->operation));
+  if (!custom_call->pair->has_wait) {
+    Connection gpu;
+    if (find_gpu(ordinal, gpu).ok()) gpu.overlap->wait_for_all(stream);
+    return to_error(never_waited_for(custom_call->operation));
+  }
   CallBuffers buffers;
   buffers.arguments.push_back(device.typed_data());
   if (ffi::Error error = add_buffers(args, rets, buffers); error.failure()) return error;

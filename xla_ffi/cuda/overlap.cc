@@ -65,13 +65,22 @@ std::shared_ptr<StartPair> pair(uint64_t program, int64_t number, Flag own) {
   return found;
 }
 
-// Whether a wait has the buffers of the start: its arguments are the start's arguments and results,
-// and its results are the first ones of the start's.
-bool fits(const CallBuffers& wait, const CallBuffers& start) {
+// Compares the buffers of a wait with those of the start: the arguments of the wait are the start's
+// arguments and results, and its results are the first ones of the start's. Empty: they are the
+// same. Else the first one that is not.
+std::string difference(const CallBuffers& wait, const CallBuffers& start) {
   std::vector<const void*> all = start.arguments;
   all.insert(all.end(), start.results.begin(), start.results.end());
-  return wait.arguments == all && wait.results.size() <= start.results.size() &&
-         std::equal(wait.results.begin(), wait.results.end(), start.results.begin());
+  if (wait.arguments.size() != all.size() || wait.results.size() > start.results.size()) {
+    return "their number";
+  }
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (wait.arguments[i] != all[i]) return "operand " + std::to_string(i);
+  }
+  for (size_t i = 0; i < wait.results.size(); ++i) {
+    if (wait.results[i] != start.results[i]) return "result " + std::to_string(i);
+  }
+  return "";
 }
 
 std::string start_name(Operation operation) {
@@ -161,12 +170,14 @@ Status Overlap::start(const StartName& name, Operation operation, CallBuffers bu
 
 Status Overlap::wait(const StartName& name, const CallBuffers& buffers, void* stream) {
   std::lock_guard lock(mutex_);
+  // A program that XLA has unrolled may have several starts of one name in flight.
   auto found = in_flight_.end();
-  bool is_same = false;
-  for (auto one = in_flight_.begin(); one != in_flight_.end() && !is_same; ++one) {
+  std::string differs;
+  for (auto one = in_flight_.begin(); one != in_flight_.end(); ++one) {
     if (!(one->name == name)) continue;
-    is_same = fits(buffers, one->buffers);
-    if (is_same || found == in_flight_.end()) found = one;
+    differs = difference(buffers, one->buffers);
+    found = one;
+    if (differs.empty()) break;
   }
   if (found == in_flight_.end()) {
     return {Code::kInvalidArgument,
@@ -174,17 +185,16 @@ Status Overlap::wait(const StartName& name, const CallBuffers& buffers, void* st
             "on this GPU, or for which it has waited before. Call done() once for each start, in "
             "the program and loop body that has the start."};
   }
-  const InFlight one = std::move(*found);
+  const Operation operation = found->operation;
+  Status status = wait_for(found->end, stream);
+  free_.push_back(found->end);
   in_flight_.erase(found);
-  free_.push_back(one.end);
-  Status status = wait_for(one.end, stream);
-  if (!status.ok() || is_same) return status;
-  return {
-      Code::kInternal,
-      start_name(one.operation) +
-          ": XLA has given done() other buffers than the start, so it has copied or reused "
-          "some while the exchange used them. Call done() in the program and loop body that has "
-          "the start, and use the arrays of what it returns only."};
+  if (!status.ok() || differs.empty()) return status;
+  return {Code::kInternal,
+          start_name(operation) + ": XLA has given done() other buffers than the start (" +
+              differs +
+              "), so it has copied or reused one while the exchange used it. Call done() in the "
+              "program and loop body that has the start, and use only the arrays that it returns."};
 }
 
 void Overlap::wait_for_all(void* stream) {

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <cstdint>
+#include <functional>
 #include <iterator>
 #include <map>
 #include <memory>
@@ -188,17 +189,24 @@ EMULATOR_API void emulator_compute(int ordinal, uint32_t ctas, int64_t turns) {
   };
   emulator::enqueue(ordinal, std::move(compute));
 }
-// Copies the buffer when everything that was launched on the GPU has run. `dead`: then also fills
-// it with garbage.
-EMULATOR_API void emulator_retire(int gpu, void* buffer, size_t bytes, void* copy, int dead) {
-  emulator::Launch retire;
-  retire.gpu = gpu;
-  retire.takes_multiprocessors = false;
-  retire.call = [=] {
+// A copy on XLA's stream of the GPU, as something that takes no multiprocessor.
+static void copy_on_stream(int ordinal, std::function<void()> copy) {
+  emulator::Launch launch;
+  launch.gpu = ordinal;
+  launch.takes_multiprocessors = false;
+  launch.call = std::move(copy);
+  emulator::enqueue(ordinal, std::move(launch));
+}
+// Fills the buffer when XLA's stream comes here, as if a program had just computed it.
+EMULATOR_API void emulator_fill(int ordinal, void* buffer, size_t bytes, const void* contents) {
+  copy_on_stream(ordinal, [=] { memcpy(buffer, contents, bytes); });
+}
+// Copies the buffer when XLA's stream comes here. `dead`: then also fills it with garbage.
+EMULATOR_API void emulator_retire(int ordinal, void* buffer, size_t bytes, void* copy, int dead) {
+  copy_on_stream(ordinal, [=] {
     memcpy(copy, buffer, bytes);
     if (dead != 0) memset(buffer, kGarbage, bytes);
-  };
-  emulator::enqueue(gpu, std::move(retire));
+  });
 }
 EMULATOR_API void emulator_set_patience(uint32_t turns) { emulator::set_patience(turns); }
 EMULATOR_API void emulator_set_capturing(int capturing) { emulator::set_capturing(capturing != 0); }
