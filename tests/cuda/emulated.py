@@ -68,6 +68,8 @@ _Site = _struct(
     ("mesh_device", c.c_uint32),
     ("instance", c.c_uint32),
     ("rank", c.c_int32),
+    ("is_start", c.c_int32),
+    *((name, c.c_int64) for name in ("program", "number", "run", "num_sms", "starts_num_sms")),
 )
 _ROUTES = ("dest_rank", "dest_row", "row_source")
 _ROW_TYPE = [("dtype", c.c_int32), ("width", c.c_int64)]
@@ -136,6 +138,26 @@ class Group:
         return (self.mesh_devices or self.gpus)[rank]
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The name of a call that only starts its exchange. `Emulator.done` waits for it.
+
+    Attributes:
+      number: of the start in its program.
+      program: which one.
+      run: of the program.
+      num_sms: multiprocessors of the exchange; 0: the setting.
+    """
+
+    number: int
+    program: int = 1
+    run: int = 1
+    num_sms: int = 0
+
+
+_NO_GEOMETRY = SimpleNamespace(**dict.fromkeys(_LAYOUT, 1))
+
+
 def capacity_of(geometry):
     """Packed rows of one rank."""
     if geometry.capacity is not None:
@@ -152,7 +174,8 @@ def capacity_of(geometry):
 class _Buffer:
     """Device memory of one array, with guards on both sides.
 
-    Operands have a ``value``. They and scratch are dead when the kernel of their GPU has ended: XLA
+    Operands have a ``value``. They are there when XLA's stream comes to the call. They and scratch
+    are dead when the kernel of their GPU has ended, or at done if the call has only started it: XLA
     may use their memory for something else, and so does `Emulator`.
     """
 
@@ -160,6 +183,7 @@ class _Buffer:
         dtype = np.dtype(dtype)
         size = int(np.prod(shape)) * dtype.itemsize
         self.what = what
+        self.scratch = scratch
         self.dead = scratch or value is not None
         self.memory = allocate(size + 2 * GUARD_BYTES + 256)
         self.memory[...] = GARBAGE
@@ -170,8 +194,7 @@ class _Buffer:
         self.array = self.bytes.view(dtype).reshape(shape)
         self.before = None
         if value is not None:
-            self.array[...] = value
-            self.before = self.bytes.copy()
+            self.before = np.array(value, dtype).reshape(-1).view(np.uint8)
         self.at_end = np.empty(size, np.uint8)  # of the kernel
         self.address = self.memory.ctypes.data + self.begin
 
@@ -207,7 +230,8 @@ class Emulator:
         for name in (
             *("emulator_synchronize", "engine_start", "engine_dispatch", "engine_combine"),
             *("engine_combine_transpose", "engine_join", "engine_leave", "engine_take_failure"),
-            *("engine_state_of", "engine_set_epochs", "engine_take_note"),
+            *("engine_state_of", "engine_set_epochs", "engine_take_note", "engine_done"),
+            "engine_pairs",
         ):
             getattr(self._library, name).restype = c.c_char_p
         self._library.engine_bytes_of.restype = c.c_int64
@@ -220,9 +244,14 @@ class Emulator:
         self._library.emulator_steps.restype = c.c_uint64
         self._library.emulator_driver_function.restype = c.c_void_p
         self._buffers = []  # of launches that have not run
+        self._filled = []  # likewise: on their GPU's stream
         self._new_buffers = []  # of the next launch
         self._broken = False
-        self._launches = {}  # by (GPU, peer)
+        self._launches = {}  # by (lane, GPU, peer)
+        self._in_flight = {}  # by (GPU, start): its site and buffers
+        #: Of the program whose synchronous calls come: the most multiprocessors that one of its
+        #: starts asks for; None: it has no starts.
+        self.starts_num_sms = None
         self._library.emulator_set_devices(num_gpus, num_sms)
         self._library.emulator_set_shared_bytes(c.c_int64(shared_bytes))
         self._library.emulator_set_native_atomics(c.c_int(native_atomics))
@@ -304,6 +333,23 @@ class Emulator:
     def set_num_sms(self, num_sms):
         self._library.engine_set_num_sms(c.c_int64(num_sms))
 
+    def set_overlap_num_sms(self, num_sms):
+        self._library.engine_set_overlap_num_sms(c.c_int64(num_sms))
+
+    @property
+    def max_in_flight(self):
+        return self._library.engine_max_in_flight()
+
+    def pairs(self, program, calls):
+        """For each start of the program, whether it has a done; ``calls``: "s" or "d", in order."""
+        found = self._library.engine_pairs(c.c_int64(program), calls.encode())
+        return [one == ord("1") for one in found or b""]
+
+    def compute(self, gpu, *, ctas=8, turns=200):
+        """Launches a kernel that exchanges nothing, as a matrix product, on XLA's stream."""
+        ordinal = self._ordinals[gpu]
+        self._library.emulator_compute(ordinal, c.c_uint32(ctas), c.c_int64(turns))
+
     def set_protocol(self, name):
         """One of PROTOCOLS, for calls that allow it. Other calls use the next one."""
         slices = 2**31 if name == "small" else -1
@@ -344,6 +390,7 @@ class Emulator:
         """
         error = self._library.emulator_synchronize()
         buffers, self._buffers = self._buffers, []
+        self._filled.clear()
         if error:
             self._broken = True
             raise MachineError(error.decode())
@@ -369,9 +416,10 @@ class Emulator:
         words, _, _ = self._scratch(group, rank, geometry)
         places = self._new("places", (words,), np.uint64, scratch=True)
         by_source = places.array.reshape(geometry.num_ranks, -1)
+        lane = _lane_of(call)
         for source, words in enumerate(by_source):
             # The worst that can be in the memory: words that look as if they had arrived.
-            words[...] = self._epoch(group.gpus[rank], group.gpus[source]) << 32 | 1
+            words[...] = self._epoch(lane, group.gpus[rank], group.gpus[source]) << 32 | 1
         types, leaf_buffers, packed = self._leaves(leaves, rows, offset)
         types.routed = True
         buffers = {"topk_idx": self._in("topk_idx", topk_idx), "places": places}
@@ -438,9 +486,9 @@ class Emulator:
 
     # --- Buffers and launches --------------------------------------------------------------------
 
-    def _epoch(self, ordinal, peer):
-        """Number of the next exchange of two GPUs."""
-        return self._launches.get((ordinal, peer), 0) + 1
+    def _epoch(self, lane, gpu, peer):
+        """Number of the next exchange of two GPUs in a lane."""
+        return self._launches.get((lane, gpu, peer), 0) + 1
 
     def _keep(self, buffer):
         self._new_buffers.append(buffer)
@@ -474,9 +522,12 @@ class Emulator:
         buffers = {buffer.what: buffer for buffer in (*tokens, *packed)}
         return types, buffers, [buffer.array for buffer in packed]
 
-    def _site(self, group, rank, geometry, instance=1):
+    def _site(self, group, rank, geometry, instance=1, start=None):
         """With an array that it points to, which lives as long."""
+        name = {"is_start": 0} if start is None else {"is_start": 1, **dataclasses.asdict(start)}
         site = _Site(
+            starts_num_sms=-1 if self.starts_num_sms is None else self.starts_num_sms,
+            **name,
             **{
                 **{name: getattr(geometry, name) for name in _LAYOUT},
                 "capacity": capacity_of(geometry),
@@ -496,7 +547,9 @@ class Emulator:
         self._library.engine_scratch(c.byref(site), c.c_int64(width), elements)
         return tuple(elements)
 
-    def _launch(self, name, group, rank, geometry, types, buffers, *, instance=1, device=None):
+    def _launch(
+        self, name, group, rank, geometry, types, buffers, *, instance=1, device=None, start=None
+    ):
         """``buffers``: by their names in xla_ffi/core/operand_order.h."""
         expected = group.mesh_device(rank)
         device = self._in("device", np.uint32(expected if device is None else device))
@@ -504,22 +557,57 @@ class Emulator:
         names = (c.c_char_p * len(buffers))(*(key.encode() for key in buffers))
         addresses = (c.c_void_p * len(buffers))(*(buffer.address for buffer in buffers.values()))
         named = _NamedBuffers(len(buffers), c.addressof(names), c.addressof(addresses))
-        site = self._site(group, rank, geometry, instance)
+        site = self._site(group, rank, geometry, instance, start)
         function = getattr(self._library, f"engine_{name}")
         mine, self._new_buffers = self._new_buffers, []
+        self._fill(group.gpus[rank], mine)
         self._check(function(c.byref(site), c.byref(types), c.byref(named)))
-        self._buffers += mine
-        for buffer in mine:
+        gpu = group.gpus[rank]
+        if start is None:
+            self._retire(gpu, mine)
+        else:
+            self._in_flight[gpu, start] = site, mine
+        for peer in group.gpus:
+            pair = (_lane_of({"start": start}), gpu, peer)
+            self._launches[pair] = self._epoch(*pair)
+
+    def _fill(self, gpu, buffers):
+        """XLA's stream computes the operands before the call."""
+        self._filled += buffers
+        for buffer in buffers:
+            if buffer.before is not None:
+                self._library.emulator_fill(
+                    self._ordinals[gpu],
+                    c.c_void_p(buffer.address),
+                    c.c_size_t(buffer.bytes.size),
+                    buffer.before.ctypes.data_as(c.c_void_p),
+                )
+
+    def _retire(self, gpu, buffers):
+        """XLA may use the memory of dead buffers when its stream comes here."""
+        self._buffers += buffers
+        for buffer in buffers:
             self._library.emulator_retire(
-                self._ordinals[group.gpus[rank]],
+                self._ordinals[gpu],
                 c.c_void_p(buffer.address),
                 c.c_size_t(buffer.bytes.size),
                 buffer.at_end.ctypes.data_as(c.c_void_p),
                 buffer.dead,
             )
-        for peer in group.gpus:
-            pair = (group.gpus[rank], peer)
-            self._launches[pair] = self._epoch(*pair)
+
+    def done(self, group, rank, start, *, copied=False):
+        """Waits for what a call with ``start=`` has started; then its results are there.
+
+        ``copied``: as if XLA had copied a result before.
+        """
+        gpu = group.gpus[rank]
+        site, buffers = self._in_flight.pop((gpu, start), (None, []))
+        if site is None:  # it was never started, or has been waited for
+            site = self._site(group, rank, _NO_GEOMETRY, start=start)
+        scratch = sum(buffer.scratch for buffer in buffers)
+        error = self._library.engine_done(c.byref(site), scratch, copied)
+        self._retire(gpu, buffers)
+        self._check(error)
 
     def _check(self, error):
         if error:
@@ -533,3 +621,8 @@ def _dtype_number(dtype):
 
 def _accumulator(dtype):
     return np.float64 if dtype == np.float64 else np.float32
+
+
+def _lane_of(call):
+    """Of a call with these options."""
+    return 0 if call.get("start") is None else 1

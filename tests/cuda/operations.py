@@ -82,7 +82,7 @@ def combine(machine, geometry, handles, expert_out, weights=None, group=None, **
 
 
 def combine_transpose(
-    machine, geometry, handles, cotangent, *, weights=None, expert_out=None, group=None
+    machine, geometry, handles, cotangent, *, weights=None, expert_out=None, group=None, **options
 ):
     group = group or first_gpus(geometry)
     return [
@@ -90,9 +90,16 @@ def combine_transpose(
             *(group, rank, geometry, handles[rank], cotangent[rank]),
             weights=None if weights is None else weights[rank],
             expert_out=None if expert_out is None else expert_out[rank],
+            **options,
         )
         for rank in range(group.size)
     ]
+
+
+def done(machine, group, start):
+    """All ranks wait for what they have started."""
+    for rank in range(group.size):
+        machine.done(group, rank, start)
 
 
 def check_transposed(out, geometry, placement, cotangent, weights, expert_out):

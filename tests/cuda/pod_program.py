@@ -18,7 +18,7 @@ import traceback
 
 import numpy as np
 import oracle
-from emulated import PROTOCOLS, Emulator, EngineError, Group, Place, capacity_of
+from emulated import PROTOCOLS, Emulator, EngineError, Group, Place, Start, capacity_of
 from helpers import Geometry, assert_bitwise, routing, values
 from test_emulated_memory import Driver
 
@@ -62,9 +62,13 @@ class Process:
         self.machine, self.place, self.rng, self.sockets = machine, place, rng, sockets
         self.mine = sorted(place.ordinals())
         self.group = Group(tuple(range(len(place.gpus))))
+        self.runs = 0
 
-    def layer(self, group=None, *, protocol=PROTOCOLS[0]):
-        """dispatch, dispatch along, combine and its gradients; every result is checked."""
+    def layer(self, group=None, *, protocol=PROTOCOLS[0], starts=False):
+        """dispatch, dispatch along, combine and its gradients; every result is checked.
+
+        ``starts``: all but combine are started, and run beside combine and compute.
+        """
         rng, group = self.rng, group or self.group
         geometry = Geometry(
             group.size,
@@ -83,21 +87,35 @@ class Process:
         machine.set_protocol(protocol)
         placement = geometry.place(topk_idx, capacity_of(geometry))
         rows = oracle.dispatch(x, placement)
-        out = {r: machine.dispatch(group, r, geometry, topk_idx[r], [x[r]]) for r in mine}
-        machine.synchronize()
+        call = [{"start": Start(n, run=self.runs)} if starts else {} for n in range(3)]
+        self.runs += 1
+
+        def finish(*numbers):
+            for r in mine if starts else ():
+                machine.compute(group.gpus[r])
+                for number in numbers:
+                    machine.done(group, r, call[number]["start"])
+            machine.synchronize()
+
+        out = {
+            r: machine.dispatch(group, r, geometry, topk_idx[r], [x[r]], **call[0]) for r in mine
+        }
+        finish(0)
         for r in mine:
             assert_bitwise(out[r].rows[0], rows[r], "rows")
             assert_bitwise(out[r].group_sizes, placement.group_sizes[r], "group_sizes")
             assert_bitwise(out[r].num_dropped, placement.num_dropped[r], "num_dropped")
-        along = {r: machine.dispatch_along(group, r, geometry, out[r], [x[r]]) for r in mine}
-        z = {r: machine.combine(group, r, geometry, out[r], rows[r], weights[r]) for r in mine}
+        along = {
+            r: machine.dispatch_along(group, r, geometry, out[r], [x[r]], **call[1]) for r in mine
+        }
         grads = {
             r: machine.combine_transpose(
-                group, r, geometry, out[r], x[r], weights=weights[r], expert_out=rows[r]
+                group, r, geometry, out[r], x[r], weights=weights[r], expert_out=rows[r], **call[2]
             )
             for r in mine
         }
-        machine.synchronize()
+        z = {r: machine.combine(group, r, geometry, out[r], rows[r], weights[r]) for r in mine}
+        finish(1, 2)
         expected = oracle.combine(rows, placement, geometry.topk_shape, weights)
         for r in mine:
             assert_bitwise(along[r][0], rows[r], "rows along the handle")
@@ -128,6 +146,13 @@ def wait_for_all():
 def layers(process):
     for i in range(8):
         process.layer(protocol=PROTOCOLS[i % len(PROTOCOLS)])
+
+
+def started_layers(process):
+    process.machine.set_overlap_num_sms(1)
+    process.machine.starts_num_sms = 0
+    for i in range(8):
+        process.layer(protocol=PROTOCOLS[i % len(PROTOCOLS)], starts=True)
 
 
 def groups(process):
@@ -212,6 +237,49 @@ def killed(process):
             call()
         except EngineError as error:
             print(f"ERROR after {time.monotonic() - begin:.2f} s: {error}")
+
+
+def _start(process, number=1):
+    """Starts a dispatch on this process's GPUs; its name."""
+    start, geometry = Start(number, run=process.runs), Geometry(process.group.size, 6, 2, 4)
+    process.machine.starts_num_sms = 0
+    for rank in process.mine:
+        ids, x = np.zeros((6, 2), np.int32), np.ones((6, 4), np.float32)
+        process.machine.dispatch(process.group, rank, geometry, ids, [x], start=start)
+    return start
+
+
+def _finish(process, start):
+    for rank in process.mine:
+        process.machine.done(process.group, rank, start)
+    process.machine.synchronize()
+
+
+def killed_in_flight(process):
+    """A process dies where its exchange is in flight. The other one hears of it at done."""
+    process.layer(starts=True)
+    start = _start(process)
+    if process.place.process == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    process.machine.synchronize()
+    for call in (lambda: _finish(process, start), lambda: _start(process, 2), process.layer):
+        try:
+            call()
+        except EngineError as error:
+            print(f"ERROR after {time.monotonic() - begin:.2f} s: {error}")
+
+
+def leaves_in_flight(process):
+    """shutdown() waits for what is in flight. Its done comes too late."""
+    process.layer(starts=True)
+    start = _start(process)
+    process.machine.leave()
+    assert process.machine.mapped_bytes == 0
+    try:
+        _finish(process, start)
+    except EngineError as error:
+        print(f"ERROR {error}")
 
 
 def _sends(process, text):

@@ -132,6 +132,11 @@ def test_layers(pod, gpus_of):
     assert pod("layers", gpus_of).run() == [[]] * len(gpus_of)
 
 
+@pytest.mark.parametrize("gpus_of", [(1, 1), (1, 2, 1)], ids=str)
+def test_layers_whose_exchanges_are_started(pod, gpus_of):
+    assert pod("started_layers", gpus_of).run() == [[]] * len(gpus_of)
+
+
 def test_groups_within_a_process_and_across(pod):
     assert pod("groups", (2, 2)).run() == [[], []]
 
@@ -177,6 +182,21 @@ def test_a_killed_process_is_noticed_at_once(pod):
     for error in errors:
         assert f"rank 1 of {running.who(1)} ended" in error
         assert float(error.split()[2]) < 30
+
+
+def test_a_process_that_is_killed_with_an_exchange_in_flight(pod):
+    running = pod("killed_in_flight", (1, 1))
+    errors, there = running.run()
+    assert there == ["DIED"]
+    assert len(errors) == 3
+    for error in errors:
+        assert f"rank 1 of {running.who(1)} ended" in error
+        assert float(error.split()[2]) < 30
+
+
+def test_leaving_with_an_exchange_in_flight(pod):
+    for (line,) in pod("leaves_in_flight", (1, 1)).run():
+        assert "shutdown() was called" in line
 
 
 @pytest.mark.parametrize(

@@ -80,13 +80,13 @@ class Calls:
         self.handles = {}  # group -> (geometry, results, placement)
         self.checks = []
 
-    def launch(self, group):
+    def launch(self, group, **options):
         """Some operation: dispatch, or one along the last handle of the group."""
         rng, handle = self.rng, self.handles.get(group)
         self.machine.set_protocol(rng.choice(PROTOCOLS))
         operation = rng.integers(4) if handle else 0
         if operation == 0:
-            self._dispatch(group)
+            self._dispatch(group, **options)
             return
         geometry, out, placement = handle
         ranks, tokens = geometry.num_ranks, geometry.num_tokens
@@ -96,13 +96,13 @@ class Calls:
         expert_out = values(rng, (ranks, capacity_of(geometry), width), "float32")
         if operation == 1:
             rows = [
-                self.machine.dispatch_along(group, rank, geometry, out[rank], [x[rank]])
+                self.machine.dispatch_along(group, rank, geometry, out[rank], [x[rank]], **options)
                 for rank in range(ranks)
             ]
             expected = oracle.dispatch(x, placement)
             self.checks.append(lambda: assert_bitwise(np.stack([r[0] for r in rows]), expected))
         elif operation == 2:
-            z = combine(self.machine, geometry, out, expert_out, weights, group)
+            z = combine(self.machine, geometry, out, expert_out, weights, group, **options)
             shape = geometry.topk_shape
             self.checks.append(
                 lambda: assert_combined(
@@ -110,14 +110,15 @@ class Calls:
                 )
             )
         else:
+            inputs = {"weights": weights, "expert_out": expert_out}
             grads = combine_transpose(
-                self.machine, geometry, out, x, weights=weights, expert_out=expert_out, group=group
+                self.machine, geometry, out, x, **inputs, group=group, **options
             )
             self.checks.append(
                 lambda: check_transposed(grads, geometry, placement, x, weights, expert_out)
             )
 
-    def _dispatch(self, group):
+    def _dispatch(self, group, **options):
         rng = self.rng
         geometry = Geometry(
             group.size,
@@ -129,7 +130,7 @@ class Calls:
         topk_idx = routing(rng, geometry, "invalid")
         width = int(rng.choice([3, 8, 260]))
         x = values(rng, (group.size, geometry.num_tokens, width), "float32")
-        out = dispatch(self.machine, geometry, topk_idx, [x], group)
+        out = dispatch(self.machine, geometry, topk_idx, [x], group, **options)
         placement = geometry.place(topk_idx, capacity_of(geometry))
         # Along it only once it has run: the operands are copied when a call is launched.
         self.handles.pop(group, None)

@@ -1,5 +1,7 @@
 #include "cuda/call.h"
 
+#include <utility>
+
 #include "cuda/current_device.h"
 
 namespace freeio::cuda {
@@ -51,7 +53,7 @@ Status Call<Operands>::prepare(int32_t alignment) {
   params_ = {};
   addresses_ = {};  // the regions that it knows may be those of an earlier pod
   Exchange& exchange = params_.exchange;
-  Status status = find_group(site_.layout, site_.member, exchange, connection_);
+  Status status = find_group(site_.layout, site_.member, site_.share, exchange, connection_);
   if (!status.ok()) return status;
   status = make_plan(types_, alignment, static_cast<int32_t>(connection_.num_ctas), params_, plan_);
   if (!status.ok()) return status;
@@ -76,8 +78,9 @@ Status Call<Operands>::post_addresses() {
   return {};
 }
 
+// Everything before the launch.
 template <typename Operands>
-Status Call<Operands>::run(const Operands& operands, void* stream) {
+Status Call<Operands>::fill(const Operands& operands) {
   const int32_t alignment = alignment_of(types_, operands);
   if (engine_version_ != engine_version() || alignment_ != alignment) {
     Status status = prepare(alignment);
@@ -85,9 +88,46 @@ Status Call<Operands>::run(const Operands& operands, void* stream) {
   }
   if (has_failure(*connection_.host)) return failure_of(*connection_.host);
   set_operands(operands, params_);
-  Status status = post_addresses();
-  if (!status.ok()) return status;
-  return kernel_.launch(connection_.num_ctas, params_.exchange.num_experts, &params_, stream);
+  return post_addresses();
+}
+
+template <typename Operands>
+Launch Call<Operands>::launch() {
+  return {connection_.num_ctas, params_.exchange.num_experts, &params_};
+}
+
+template <typename Operands>
+Status Call<Operands>::run(const Operands& operands, void* stream) {
+  Status status = fill(operands);
+  if (status.ok()) status = kernel_.launch(launch(), stream);
+  if (!status.ok() && connection_.overlap != nullptr) connection_.overlap->wait_for_all(stream);
+  return status;
+}
+
+template <typename Operands>
+Status Call<Operands>::start(const Operands& operands, const StartName& name, CallBuffers buffers,
+                             void* stream) {
+  Status status = fill(operands);
+  if (status.ok()) {
+    status = connection_.overlap->start(name, site_.operation, std::move(buffers), kernel_,
+                                        launch(), stream);
+  }
+  if (!status.ok() && connection_.overlap != nullptr) connection_.overlap->wait_for_all(stream);
+  return status;
+}
+
+Status WaitingCall::run(int ordinal, const StartName& name, const CallBuffers& buffers,
+                        void* stream) {
+  if (const uint64_t version = engine_version(); engine_version_ != version) {
+    engine_version_ = 0;
+    Status status = find_gpu(ordinal, connection_);
+    if (!status.ok()) return status;
+    engine_version_ = version;
+  }
+  Status status = connection_.overlap->wait(name, buffers, stream);
+  if (!status.ok()) connection_.overlap->wait_for_all(stream);
+  if (has_failure(*connection_.host)) return failure_of(*connection_.host);
+  return status;
 }
 
 template class Call<DispatchOperands>;

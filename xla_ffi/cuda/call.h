@@ -15,6 +15,7 @@
 #include "cuda/gpus.h"
 #include "cuda/launch.h"
 #include "cuda/operands.h"
+#include "cuda/overlap.h"
 #include "cuda/peers.h"
 #include "cuda/plan.h"
 
@@ -26,6 +27,7 @@ struct CallSite {
   Layout layout;
   GroupMember member;
   uint32_t instance = 0;  // a digest of the custom call and its program
+  LaneShare share;
 };
 
 // Turns addresses of this process's buffers into addresses for the peers: a region's number and an
@@ -51,7 +53,13 @@ class Call {
   // cudaStream_t. An error if an earlier exchange on the GPU has failed.
   Status run(const Operands& operands, void* stream);
 
+  // The same for a call in the lane kOverlap. The kernel runs beside what comes later on `stream`.
+  // A WaitingCall waits for it, and finds it by `name`.
+  Status start(const Operands& operands, const StartName& name, CallBuffers buffers, void* stream);
+
  private:
+  Status fill(const Operands& operands);
+  Launch launch();
   Status prepare(int32_t alignment);
   Status post_addresses();
 
@@ -66,6 +74,19 @@ class Call {
   LoadedKernel kernel_;
   typename Operands::Params params_ = {};
   SharedAddresses addresses_;
+};
+
+// The custom call that waits for what Call::start() has started, as one GPU runs it. Two threads
+// must not use it at the same time.
+class WaitingCall {
+ public:
+  // `ordinal`: CUDA's, of the calling thread's GPU. An error as that of Overlap::wait(), or if an
+  // exchange on the GPU has failed.
+  Status run(int ordinal, const StartName& name, const CallBuffers& buffers, void* stream);
+
+ private:
+  uint64_t engine_version_ = 0;  // as Call's
+  Connection connection_;
 };
 
 }  // namespace freeio::cuda

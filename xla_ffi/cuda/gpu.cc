@@ -41,7 +41,7 @@ Status allocate_block(int ordinal, const std::vector<int>& shared_by, BlockMemor
   Status status;
   if (shared_by.empty()) {
     void* memory = nullptr;
-    status = cuda_status(cudaMalloc(&memory, block.bytes), "cudaMalloc (GPU block)");
+    status = cuda_status(cudaMalloc(&memory, block.bytes), "cudaMalloc (GPU blocks)");
     block.own.reset(memory);
   } else {
     status = Allocation::create(ordinal, block.bytes, block.allocation);
@@ -63,7 +63,8 @@ Status make_gpu(int ordinal, int num_gpus, const std::vector<int>& shared_by, ui
   Status status = cuda_status(current.error(), "cudaSetDevice");
   if (!status.ok()) return status;
   gpu.ordinal = ordinal;
-  gpu.block.bytes = gpu_block_bytes(num_gpus);
+  gpu.block.block_bytes = gpu_block_bytes(num_gpus);
+  gpu.block.bytes = kLanes * static_cast<size_t>(gpu.block.block_bytes);
   status = allocate_block(ordinal, shared_by, gpu.block);
   if (!status.ok()) return status;
   void* host = nullptr;
@@ -71,7 +72,9 @@ Status make_gpu(int ordinal, int num_gpus, const std::vector<int>& shared_by, ui
       cudaHostAlloc(&host, sizeof(HostBlock), cudaHostAllocMapped | cudaHostAllocPortable),
       "cudaHostAlloc");
   if (!status.ok()) return status;
-  gpu.host.reset(new (host) HostBlock{{}, timeout_ns, {}, 0});
+  gpu.host.reset(new (host) HostBlock{{}, timeout_ns, {}, {}});
+  status = Overlap::make(gpu.overlap);
+  if (!status.ok()) return status;
   status =
       cuda_status(cudaDeviceGetAttribute(&gpu.num_sms, cudaDevAttrMultiProcessorCount, ordinal),
                   "cudaDeviceGetAttribute");

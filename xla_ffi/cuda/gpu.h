@@ -9,6 +9,7 @@
 #include "core/status.h"
 #include "cuda/gpu_block.h"
 #include "cuda/memory.h"
+#include "cuda/overlap.h"
 
 namespace freeio::cuda {
 
@@ -20,17 +21,25 @@ struct FreeHost {
   void operator()(void* pointer) const;
 };
 
-// Memory of a GPU block. Where other processes take part it is `allocation`, which they can map,
-// and `mapping`. Else it is `own`.
+// Memory of a GPU's blocks, one for each lane. Where other processes take part it is `allocation`,
+// which they can map, and `mapping`. Else it is `own`.
 struct BlockMemory {
   std::unique_ptr<void, FreeDevice> own;
   Allocation allocation;
   Mapping mapping;
   size_t bytes = 0;
+  int64_t block_bytes = 0;  // of each block
 
+  // Of the first lane.
   GpuBlock* get() const {
     return static_cast<GpuBlock*>(own != nullptr ? own.get() : mapping.base());
   }
+};
+
+// The wait that take_note() read last in a lane.
+struct KnownWait {
+  Wait last{};
+  double next_note = 0;  // seconds; it reports a wait that has lasted longer
 };
 
 // One GPU of this process.
@@ -38,10 +47,10 @@ struct Gpu {
   int ordinal = 0;
   BlockMemory block;
   std::unique_ptr<HostBlock, FreeHost> host;
+  std::unique_ptr<Overlap> overlap;
   int num_sms = 0;
   bool is_failure_reported = false;  // take_failure() has returned it
-  Wait last_wait{};                  // what take_note() read last
-  double next_note = 0;              // seconds; take_note() reports a wait that has lasted longer
+  KnownWait waits[kLanes];
 };
 
 // Makes the blocks of this process's GPUs, lets each GPU access the memory of the others, and loads

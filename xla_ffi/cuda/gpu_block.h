@@ -1,8 +1,8 @@
-// The memory that the GPUs of an exchange share: a GPU block on each GPU, which its peers write to,
-// and a host block for each GPU.
+// The memory that the GPUs of an exchange share: on each GPU a GPU block for each lane, which its
+// peers write to, and a host block for each GPU.
 //
-// A GPU block lies in its GPU's memory, and all peers map it. It is the only device memory that the
-// engine owns. Its size depends on neither tokens nor row widths.
+// The GPU blocks of a GPU lie one behind the other in its memory, and all peers map them. They are
+// the only device memory that the engine owns. Their size depends on neither tokens nor row widths.
 #pragma once
 
 #include <cstddef>
@@ -34,6 +34,12 @@ constexpr int kMaxSentSlices = 4096;
 // The most slices of rows that are not accessed 16 bytes at a time. With more slices the stores
 // take longer than a large call's opening.
 constexpr int kMaxSlicesInParts = 1024;
+
+// A GPU can run one exchange in each lane at the same time. Everything that a running exchange uses
+// exists once for each lane. The exchanges of a lane run one after the other, because each lane has
+// one stream: synchronous ones run on XLA's, and those that a program starts and waits for later
+// run on the engine's own (overlap.h). A failure ends the exchanges of all lanes.
+enum Lane : int { kSynchronous, kOverlap, kLanes };
 
 // In these words two ranks must agree before one reads the other's memory. failure.cc has their
 // names in this order.
@@ -98,8 +104,8 @@ struct Inbox {
   uint32_t arrival_epochs[kMaxArrivals];
 };
 
-// The index of arrays over peers is the peer's GPU number. It is the same in all processes of the
-// host and in all programs, while ranks differ from group to group.
+// What one lane of a GPU uses. The index of arrays over peers is the peer's GPU number. It is the
+// same in all processes of the host and in all programs, while ranks differ from group to group.
 struct GpuBlock {
   // Written by peers. Even and odd exchanges with a peer use different mailboxes. A peer starts
   // exchange n+2 only after it has this GPU's words of n+1. This GPU sends these after all its CTAs
@@ -119,6 +125,7 @@ struct GpuBlock {
   uint32_t num_opened_ctas;            // of the running kernel: they know the epochs; 0: all do
   uint32_t num_leaving_ctas;           // of the running kernel: they are at its end; 0: all are
   uint32_t has_failed;           // not 0: an exchange failed, and the engine runs no more here
+  uint32_t is_failure_recorded;  // in the first lane, for all lanes; not 0: some thread does it
   uint32_t num_failing_ctas;     // of the failed exchange: they know of the failure
   uint32_t are_results_spoiled;  // not 0: the results of the failed exchange are overwritten
 
@@ -131,9 +138,15 @@ struct GpuBlock {
   Inbox inbox[kMaxRanks];
 };
 
-// Bytes of a GPU block if the host has `num_gpus` GPUs that exchange rows.
-inline size_t gpu_block_bytes(int num_gpus) {
-  return sizeof(GpuBlock) - (kMaxRanks - num_gpus) * sizeof(Inbox);
+// Bytes of a GPU block if the host has `num_gpus` GPUs that exchange rows. The block of the next
+// lane begins behind them.
+inline int64_t gpu_block_bytes(int num_gpus) {
+  return static_cast<int64_t>(sizeof(GpuBlock) - (kMaxRanks - num_gpus) * sizeof(Inbox));
+}
+
+// The block of a lane on a GPU whose first lane has `first`.
+inline GpuBlock* block_of_lane(GpuBlock* first, int lane, int64_t block_bytes) {
+  return reinterpret_cast<GpuBlock*>(reinterpret_cast<std::byte*>(first) + lane * block_bytes);
 }
 
 // Steps at which a rank waits or gives up. Texts for the error are in failure.cc.
@@ -169,8 +182,8 @@ struct Failure {
   int32_t step;
 };
 
-// A long wait, which its GPU shows to the host. It is the wait of one of the threads that wait. The
-// peer may be waiting, too.
+// A long wait, which its GPU shows to the host. It is the wait of one of the threads that wait in a
+// lane. The peer may be waiting, too.
 struct Wait {
   uint32_t ticks;       // of 2^kWaitTick ns, so far; 0: no thread has waited that long
   uint8_t op_and_step;  // step << 4 | op
@@ -186,7 +199,7 @@ struct HostBlock {
   Failure failure;
   uint64_t timeout_ns;
   uint32_t why_gone[kMaxRanks];  // a WhyGone; 0: the GPU's process takes part
-  uint64_t wait;                 // a Wait
+  uint64_t wait[kLanes];         // a Wait of each lane
 };
 
 }  // namespace freeio::cuda

@@ -15,6 +15,7 @@
 #include "cuda/current_device.h"
 #include "cuda/failure.h"
 #include "cuda/gpu.h"
+#include "cuda/overlap.h"
 #include "cuda/peers.h"
 
 namespace freeio::cuda {
@@ -29,12 +30,14 @@ struct Engine {
   // Of pods that this process has left. Calls that were prepared before may still read them.
   std::vector<std::unique_ptr<Peers>> old_peers;
   std::vector<std::unique_ptr<HostBlock, FreeHost>> old_hosts;
+  std::vector<std::unique_ptr<Overlap>> old_overlaps;
   std::vector<std::string> unreported_failures;  // on GPUs that the engine had before leave()
   bool is_started = false;
   std::atomic<uint64_t> generation{0};
   std::atomic<uint64_t> version{1};
   std::atomic<uint64_t> timeout_ns{600'000'000'000};
   std::atomic<int64_t> num_sms{0};
+  std::atomic<int64_t> overlap_num_sms{24};
 
   double timeout() const { return static_cast<double>(timeout_ns) * 1e-9; }
 };
@@ -49,13 +52,29 @@ Engine& engine() {
 // once, and about as many as can share the tokens' work. Unless the user asks for more, some
 // multiprocessors stay free for other kernels that wait for their peers, as NCCL's do. If two such
 // kernels each filled a GPU that the other one needs, neither would end.
-uint32_t grid_size(const Layout& layout, const Gpu& gpu) {
+//
+// For the same reason the kernels of both lanes fit on a GPU together. A synchronous call leaves
+// room for the starts of its program. (In a program without starts nothing is in flight when a
+// synchronous call runs: a program waits for all that it has started.) So the number depends on the
+// program, and not on what runs. It is the same on all ranks.
+uint32_t grid_size(const Layout& layout, const LaneShare& share, const Gpu& gpu) {
   constexpr int64_t kLeast = 16;
   constexpr int64_t kSpare = 4;
-  const int64_t asked = engine().num_sms;
-  const int64_t ctas = asked > 0 ? std::min<int64_t>(asked, gpu.num_sms)
-                                 : std::max<int64_t>(gpu.num_sms - kSpare, 1);
   constexpr int64_t kOfToken = 8;
+  const int64_t most = std::max<int64_t>(gpu.num_sms - kSpare, 1);
+  const int64_t of_starts = std::min<int64_t>(engine().overlap_num_sms, most);
+  int64_t ctas = 0;
+  if (share.lane == kOverlap) {
+    ctas = share.num_sms > 0 ? std::min(share.num_sms, most) : of_starts;
+  } else {
+    const int64_t asked = engine().num_sms;
+    const int64_t both_lanes = asked > 0 ? gpu.num_sms : most;
+    ctas = asked > 0 ? std::min(asked, both_lanes) : both_lanes;
+    if (share.starts_num_sms != LaneShare::kNoStarts) {
+      const int64_t room = std::min(std::max(share.starts_num_sms, of_starts), most);
+      ctas = std::min(ctas, std::max<int64_t>(both_lanes - room, 1));
+    }
+  }
   return static_cast<uint32_t>(std::min(ctas, std::max(kLeast, kOfToken * layout.num_tokens)));
 }
 
@@ -138,6 +157,11 @@ void set_num_sms(int64_t num_sms) {
   outdate_calls();
 }
 
+void set_overlap_num_sms(int64_t num_sms) {
+  engine().overlap_num_sms = std::max<int64_t>(num_sms, 1);
+  outdate_calls();
+}
+
 MemoryUse memory_use() {
   std::lock_guard lock(engine().mutex);
   MemoryUse memory;
@@ -178,8 +202,8 @@ Status join(pod::Pod& pod, int process, const std::vector<PodGpu>& pod_gpus) {
   if (!status.ok()) return status;
   std::vector<OwnGpu> own;
   for (const auto& [number, gpu] : gpus) {
-    own.push_back({number, gpu.ordinal, gpu.block.get(), gpu.host.get(), &gpu.block.allocation,
-                   gpu.block.bytes});
+    own.push_back({number, gpu.ordinal, gpu.block.get(), gpu.block.block_bytes, gpu.host.get(),
+                   &gpu.block.allocation, gpu.block.bytes});
   }
   auto peers = std::make_unique<Peers>(pod, process, std::move(processes), std::move(own));
   Peers* const connecting = peers.get();
@@ -210,6 +234,7 @@ Status leave() {
   for (auto& [number, gpu] : engine().gpus) {
     engine().hosts[number] = nullptr;
     engine().old_hosts.push_back(std::move(gpu.host));
+    engine().old_overlaps.push_back(std::move(gpu.overlap));
   }
   engine().gpus.clear();
   engine().is_started = false;
@@ -242,8 +267,22 @@ Status state_of(const std::vector<int64_t>& gpus) {
   return has_own ? state : not_connected(missing);
 }
 
-Status find_group(const Layout& layout, const GroupMember& member, Exchange& exchange,
-                  Connection& connection) {
+Status find_gpu(int ordinal, Connection& connection) {
+  std::lock_guard lock(engine().mutex);
+  connection = {};
+  for (const auto& [number, gpu] : engine().gpus) {
+    if (gpu.ordinal != ordinal) continue;
+    connection.host = gpu.host.get();
+    connection.overlap = gpu.overlap.get();
+    return {};
+  }
+  return {Code::kInternal, "freeio_jax: CUDA device " + std::to_string(ordinal) +
+                               " is not connected: freeio_jax.shutdown() was called, or it was not "
+                               "there when the engine started."};
+}
+
+Status find_group(const Layout& layout, const GroupMember& member, const LaneShare& share,
+                  Exchange& exchange, Connection& connection) {
   std::lock_guard lock(engine().mutex);
   connection = {};
   Peers* const peers = engine().peers.get();
@@ -266,8 +305,15 @@ Status find_group(const Layout& layout, const GroupMember& member, Exchange& exc
     if (!is_own) connection.peers = peers;
     if (static_cast<int>(rank) == member.rank) {
       exchange.host = own->second.host.get();
-      connection.num_ctas = grid_size(layout, own->second);
+      exchange.block_bytes = own->second.block.block_bytes;
+      connection.overlap = own->second.overlap.get();
+      connection.num_ctas = grid_size(layout, share, own->second);
     }
+  }
+  exchange.lane = share.lane;
+  for (size_t rank = 0; rank < member.gpus.size(); ++rank) {
+    exchange.gpu_block[rank] =
+        block_of_lane(exchange.gpu_block[rank], share.lane, exchange.block_bytes);
   }
   connection.host = exchange.host;
   exchange.expected_device = member.mesh_device;
@@ -297,20 +343,23 @@ std::string take_failure() {
 std::string take_note() {
   std::lock_guard lock(engine().mutex);
   for (auto& [number, gpu] : engine().gpus) {
-    const uint64_t word = *const_cast<const volatile uint64_t*>(&gpu.host->wait);
-    Wait wait;
-    std::memcpy(&wait, &word, sizeof(wait));
-    // A wait that is shorter than the last one is a new wait.
-    if (wait.ticks < gpu.last_wait.ticks || gpu.next_note == 0) {
-      gpu.next_note = patience_in_seconds();
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint64_t word = const_cast<const volatile uint64_t&>(gpu.host->wait[lane]);
+      Wait wait;
+      std::memcpy(&wait, &word, sizeof(wait));
+      KnownWait& known = gpu.waits[lane];
+      // A wait that is shorter than the last one is a new wait.
+      if (wait.ticks < known.last.ticks || known.next_note == 0) {
+        known.next_note = patience_in_seconds();
+      }
+      const bool goes_on = wait.ticks != known.last.ticks;
+      known.last = wait;
+      const int seconds = seconds_of(wait);
+      if (!goes_on || seconds < known.next_note) continue;
+      known.next_note = 2.0 * seconds;
+      const Peers* const peers = engine().peers.get();
+      return to_note(wait, engine().timeout(), peers != nullptr ? peers->who(wait.peer_gpu) : "");
     }
-    const bool goes_on = wait.ticks != gpu.last_wait.ticks;
-    gpu.last_wait = wait;
-    const int seconds = seconds_of(wait);
-    if (!goes_on || seconds < gpu.next_note) continue;
-    gpu.next_note = 2.0 * seconds;
-    const Peers* const peers = engine().peers.get();
-    return to_note(wait, engine().timeout(), peers != nullptr ? peers->who(wait.peer_gpu) : "");
   }
   return "";
 }

@@ -12,6 +12,7 @@
 
 namespace freeio::cuda {
 
+class Overlap;
 class Peers;
 
 // How many seconds a kernel waits for a peer. Also changes the waits that have begun.
@@ -19,6 +20,9 @@ void set_timeout(double seconds);
 
 // Multiprocessors that a kernel may use; 0: the default.
 void set_num_sms(int64_t num_sms);
+
+// Multiprocessors of an exchange that runs beside compute, if its start does not say how many.
+void set_overlap_num_sms(int64_t num_sms);
 
 // Starts the engine for a program of one process. Makes the GPU blocks of these GPUs, lets each GPU
 // access the memory of the others, and loads every kernel on each. (A kernel that CUDA loads lazily
@@ -62,9 +66,22 @@ struct GroupMember {
   uint32_t mesh_device;   // index in the mesh of this member's device
 };
 
+// The lane of a call, and what decides how many multiprocessors it gets.
+struct LaneShare {
+  Lane lane = kSynchronous;
+  // What the start asks for; 0: the setting.
+  int64_t num_sms = 0;
+  // Of a synchronous call: the most that a start of its program asks for. kNoStarts: the program
+  // has none.
+  int64_t starts_num_sms = kNoStarts;
+
+  static constexpr int64_t kNoStarts = -1;
+};
+
 // What a member needs to know of its own GPU and process.
 struct Connection {
   const HostBlock* host = nullptr;  // of its GPU; valid until the process ends
+  Overlap* overlap = nullptr;       // of its GPU; valid until the process ends
   Peers* peers = nullptr;           // null: all GPUs of the group are in this process
   uint32_t num_ctas = 0;            // of a kernel
 };
@@ -76,8 +93,12 @@ uint64_t engine_version();
 void outdate_calls();
 
 // Finds the GPUs of a group. Fills `exchange` except for the signature, `device` and `posted`.
-Status find_group(const Layout& layout, const GroupMember& member, Exchange& exchange,
-                  Connection& connection);
+Status find_group(const Layout& layout, const GroupMember& member, const LaneShare& share,
+                  Exchange& exchange, Connection& connection);
+
+// The same for a custom call that exchanges nothing, on this process's GPU with this ordinal. Fills
+// `host` and `overlap`.
+Status find_gpu(int ordinal, Connection& connection);
 
 // How many seconds an exchange waits for a peer.
 double timeout();

@@ -9,15 +9,24 @@
 
 namespace freeio::cuda {
 
+// What a launch needs beside the kernel and the stream.
+struct Launch {
+  uint32_t ctas;
+  int32_t num_experts;  // for the error message
+  void* params;         // the kernel's only parameter
+};
+
 // A kernel as the driver knows it on one GPU.
 class LoadedKernel {
  public:
   // Finds the kernel on the calling thread's GPU.
   static Status load(const Kernel& kernel, LoadedKernel& loaded);
 
-  // Launches it on `stream`, a cudaStream_t of that GPU. `params` points to the kernel's only
-  // parameter. `num_experts` appears in the error message.
-  Status launch(uint32_t ctas, int32_t num_experts, void* params, void* stream) const;
+  // Launches it on `stream`, a cudaStream_t of that GPU.
+  Status launch(const Launch& launch, void* stream) const;
+
+  // Also records `begun`, a cudaEvent_t, when all CTAs of the kernel have begun; null: it does not.
+  Status launch(const Launch& launch, void* stream, void* begun) const;
 
  private:
   Status explain(int error, int32_t num_experts) const;

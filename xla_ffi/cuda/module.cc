@@ -15,6 +15,7 @@
 #include "cuda/handlers.h"
 #include "cuda/measure.h"
 #include "cuda/nothing.h"
+#include "cuda/overlap.h"
 #include "cuda/plan.h"
 #include "pod/pod.h"
 
@@ -52,6 +53,9 @@ void add_module(py::module_& native) {
   module.attr("max_experts") = kMaxExperts;
   module.attr("max_top_k") = kMaxTopK;
   module.attr("max_leaves") = kMaxLeaves;
+  module.def(
+      "max_in_flight", [] { return kMaxInFlight; },
+      "The most exchanges of a GPU that a program may have started and not waited for.");
   module.def(
       "dispatch_scratch",
       [](int64_t num_ranks, int64_t num_tokens, int64_t top_k) {

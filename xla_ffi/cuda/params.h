@@ -11,7 +11,7 @@ namespace freeio::cuda {
 
 // The part of the parameters that every kernel has.
 struct Exchange {
-  GpuBlock* gpu_block[kMaxRanks];  // by rank
+  GpuBlock* gpu_block[kMaxRanks];  // by rank, of this exchange's lane
   int32_t gpu[kMaxRanks];          // by rank
   HostBlock* host;
   const uint32_t* device;  // a buffer of XLA's with this device's index in the mesh
@@ -28,6 +28,8 @@ struct Exchange {
   bool zero_tail;     // else packed rows past the last group are not written
   uint32_t signature[kSignatureWords];
   uint64_t posted[kMaxAddresses];  // addresses of this rank's buffers, for the peers
+  int32_t lane;                    // a Lane
+  int64_t block_bytes;             // from the GPU block of a lane to that of the next one
 };
 
 // How warps look for padding among the packed rows: in `count` blocks of `rows` rows. The next

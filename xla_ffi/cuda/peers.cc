@@ -77,7 +77,7 @@ WhyGone why_gone(pod::Departure how) {
 // the same program on the same host.
 struct Peers::Message {
   enum class Kind : int32_t {
-    kBlock,    // the GPU block of `gpu`, of `bytes`; the file is its memory
+    kBlock,    // the GPU blocks of `gpu`, of `bytes`; the file is their memory
     kRegion,   // the sender's region with the number `region`; the file is its memory
     kMapped,   // the sender has mapped the receiver's region
     kRefused,  // the sender cannot map the receiver's region; the reason follows as text
@@ -277,9 +277,12 @@ Status Peers::enter_base(int process, uint32_t region, uint64_t base) const {
     const auto stream = static_cast<cudaStream_t>(streams_[i]);
     for (const auto& [gpu, owner] : processes_) {
       if (owner != process || !status.ok()) continue;
-      status = cuda_status(cudaMemcpyAsync(&own_[i].block->region_base[gpu][region], &base,
-                                           sizeof(base), cudaMemcpyHostToDevice, stream),
-                           "cudaMemcpyAsync");
+      for (int lane = 0; lane < kLanes && status.ok(); ++lane) {
+        uint64_t* const entry = &own_[i].block_of(lane)->region_base[gpu][region];
+        status =
+            cuda_status(cudaMemcpyAsync(entry, &base, sizeof(base), cudaMemcpyHostToDevice, stream),
+                        "cudaMemcpyAsync");
+      }
     }
     if (status.ok()) status = cuda_status(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
   }

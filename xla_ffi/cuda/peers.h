@@ -29,10 +29,13 @@ namespace freeio::cuda {
 struct OwnGpu {
   int gpu;  // its GPU number
   int ordinal;
-  GpuBlock* block;
+  GpuBlock* block;  // of the first lane
+  int64_t block_bytes;
   HostBlock* host;
-  const Allocation* allocation;  // of the GPU block
+  const Allocation* allocation;  // of the GPU blocks
   size_t bytes;
+
+  GpuBlock* block_of(int lane) const { return block_of_lane(block, lane, block_bytes); }
 };
 
 // A region of this process that all peers have mapped.
@@ -61,7 +64,7 @@ class Peers final : public pod::Guest {
   // at most `timeout` seconds. Every process must call it.
   Status connect(double timeout);
 
-  // The GPU block of a GPU of another process; null: it is not mapped here.
+  // The GPU block of the first lane on a GPU of another process; null: it is not mapped here.
   GpuBlock* block(int gpu) const;
 
   // Finds the region that `pointer` lies in. Exports it to the other processes if it is new, and

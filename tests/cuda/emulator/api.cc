@@ -4,9 +4,12 @@
 #include <string.h>
 
 #include <cstdint>
+#include <functional>
 #include <iterator>
 #include <map>
+#include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -14,6 +17,7 @@
 #include "cuda/call.h"
 #include "cuda/gpus.h"
 #include "cuda/operands.h"
+#include "cuda/overlap.h"
 #include "cuda/plan.h"
 #include "driver.h"
 #include "machine.h"
@@ -39,6 +43,11 @@ struct Site {
   uint32_t mesh_device;
   uint32_t instance;
   int32_t rank;
+  // Of a call that only starts its exchange: not 0. `program`, `number` and `run` are its name.
+  int32_t is_start;
+  int64_t program, number, run;
+  int64_t num_sms;         // LaneShare's
+  int64_t starts_num_sms;  // LaneShare's
 };
 
 namespace {
@@ -92,23 +101,34 @@ Layout layout_of(const Site& site) {
 struct ByName {
   const std::map<std::string, void*>& addresses;
   int32_t num_leaves = 0;
+  CallBuffers buffers = {};  // in XLA's order
 
   template <typename T>
   void argument(const std::string& name, T*& field) {
     field = static_cast<T*>(addresses.at(name));
+    buffers.arguments.push_back(field);
   }
   template <typename T>
   void result(const std::string& name, T*& field) {
-    argument(name, field);
+    field = static_cast<T*>(addresses.at(name));
+    buffers.results.push_back(field);
   }
   void rows(const std::string& name, const void*& field) { argument(name, field); }
   void leaves(LeafBuffers (&leaves)[kMaxLeaves]) {
     for (int i = 0; i < num_leaves; ++i) {
       const std::string number = "[" + std::to_string(i) + "]";
-      leaves[i] = {addresses.at("tokens" + number), addresses.at("rows" + number)};
+      argument("tokens" + number, leaves[i].tokens);
+      result("rows" + number, leaves[i].rows);
     }
   }
 };
+
+StartName name_of(const Site& site) {
+  return {static_cast<uint64_t>(site.program), site.number, site.run};
+}
+
+// The buffers of each start, which XLA gives the call that waits for it, too.
+std::map<std::tuple<int, int64_t, int64_t, int64_t>, CallBuffers> buffers_of_starts;
 
 int32_t num_leaves_of(const DispatchTypes& types) { return types.num_leaves; }
 template <typename Types>
@@ -126,19 +146,27 @@ const char* run_call(Operation operation, const Site& site, const typename Opera
   Operands operands = {};
   operands.device = static_cast<const uint32_t*>(addresses.at("device"));
   ByName by_name{addresses, num_leaves_of(types)};
+  by_name.buffers.arguments.push_back(operands.device);
   visit_buffers(types, operands, by_name);
   static std::map<std::vector<int64_t>, Call<Operands>> calls;
   const Layout layout = layout_of(site);
   GroupMember member{{site.gpus, site.gpus + site.num_ranks}, site.rank, site.mesh_device};
   std::vector<int64_t> key = numbers_of(types);
-  key.insert(key.end(),
-             {site.num_ranks, site.num_tokens, site.top_k, site.num_experts, site.capacity,
-              site.alignment, site.zero_tail, site.rank, site.mesh_device, site.instance});
+  key.insert(key.end(), {site.num_ranks, site.num_tokens, site.top_k, site.num_experts,
+                         site.capacity, site.alignment, site.zero_tail, site.rank, site.mesh_device,
+                         site.instance, site.is_start, site.num_sms, site.starts_num_sms});
   key.insert(key.end(), member.gpus.begin(), member.gpus.end());
-  auto [found, is_new] = calls.try_emplace(
-      std::move(key), CallSite{operation, layout, std::move(member), site.instance}, types);
-  cudaSetDevice(ordinal_of(site.gpus[site.rank]));
-  return text(found->second.run(operands, nullptr));
+  auto [found, is_new] =
+      calls.try_emplace(std::move(key),
+                        CallSite{operation, layout, std::move(member), site.instance,
+                                 LaneShare{site.is_start != 0 ? kOverlap : kSynchronous,
+                                           site.num_sms, site.starts_num_sms}},
+                        types);
+  const int gpu = site.gpus[site.rank];
+  cudaSetDevice(ordinal_of(gpu));
+  if (site.is_start == 0) return text(found->second.run(operands, nullptr));
+  buffers_of_starts[{gpu, site.program, site.number, site.run}] = by_name.buffers;
+  return text(found->second.start(operands, name_of(site), by_name.buffers, nullptr));
 }
 
 }  // namespace
@@ -151,16 +179,34 @@ EMULATOR_API void emulator_set_shared_bytes(int64_t bytes) {
 }
 EMULATOR_API void emulator_set_seed(uint64_t seed) { emulator::set_seed(seed); }
 EMULATOR_API void emulator_set_real_time(int real) { emulator::set_real_time(real != 0); }
-// Copies the buffer when everything that was launched on the GPU has run. `dead`: then also fills
-// it with garbage.
-EMULATOR_API void emulator_retire(int gpu, void* buffer, size_t bytes, void* copy, int dead) {
-  emulator::Launch retire;
-  retire.gpu = gpu;
-  retire.call = [=] {
+// Launches a kernel on XLA's stream that waits for nobody, with CTAs that run for `turns` turns.
+EMULATOR_API void emulator_compute(int ordinal, uint32_t ctas, int64_t turns) {
+  emulator::Launch compute;
+  compute.gpu = ordinal;
+  compute.ctas = ctas;
+  compute.call = [=] {
+    for (int64_t i = 0; i < turns; ++i) emulator::preempt();
+  };
+  emulator::enqueue(ordinal, std::move(compute));
+}
+// A copy on XLA's stream of the GPU, as something that takes no multiprocessor.
+static void copy_on_stream(int ordinal, std::function<void()> copy) {
+  emulator::Launch launch;
+  launch.gpu = ordinal;
+  launch.takes_multiprocessors = false;
+  launch.call = std::move(copy);
+  emulator::enqueue(ordinal, std::move(launch));
+}
+// Fills the buffer when XLA's stream comes here, as if a program had just computed it.
+EMULATOR_API void emulator_fill(int ordinal, void* buffer, size_t bytes, const void* contents) {
+  copy_on_stream(ordinal, [=] { memcpy(buffer, contents, bytes); });
+}
+// Copies the buffer when XLA's stream comes here. `dead`: then also fills it with garbage.
+EMULATOR_API void emulator_retire(int ordinal, void* buffer, size_t bytes, void* copy, int dead) {
+  copy_on_stream(ordinal, [=] {
     memcpy(copy, buffer, bytes);
     if (dead != 0) memset(buffer, kGarbage, bytes);
-  };
-  emulator::enqueue(gpu, std::move(retire));
+  });
 }
 EMULATOR_API void emulator_set_patience(uint32_t turns) { emulator::set_patience(turns); }
 EMULATOR_API void emulator_set_capturing(int capturing) { emulator::set_capturing(capturing != 0); }
@@ -176,6 +222,8 @@ EMULATOR_API const char* emulator_synchronize() { return text(emulator::synchron
 
 EMULATOR_API void engine_set_timeout(double seconds) { set_timeout(seconds); }
 EMULATOR_API void engine_set_num_sms(int64_t num_sms) { set_num_sms(num_sms); }
+EMULATOR_API void engine_set_overlap_num_sms(int64_t num_sms) { set_overlap_num_sms(num_sms); }
+EMULATOR_API int32_t engine_max_in_flight() { return kMaxInFlight; }
 EMULATOR_API void engine_set_most_sent(int64_t routes, int64_t slices) {
   set_most_sent(routes, slices);
 }
@@ -184,10 +232,13 @@ EMULATOR_API void engine_set_most_sent(int64_t routes, int64_t slices) {
 EMULATOR_API const char* engine_set_epochs(const int32_t* gpus, int count, uint32_t epoch) {
   Exchange exchange = {};
   Connection connection;
-  const Status status =
-      find_group({count, 1, 1, count, 1, 1}, {{gpus, gpus + count}, 0, 0}, exchange, connection);
+  const Status status = find_group({count, 1, 1, count, 1, 1}, {{gpus, gpus + count}, 0, 0}, {},
+                                   exchange, connection);
   for (int rank = 0; status.ok() && rank < count; ++rank) {
-    for (int peer = 0; peer < count; ++peer) exchange.gpu_block[rank]->epoch[gpus[peer]] = epoch;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      GpuBlock* const block = block_of_lane(exchange.gpu_block[rank], lane, exchange.block_bytes);
+      for (int peer = 0; peer < count; ++peer) block->epoch[gpus[peer]] = epoch;
+    }
   }
   return text(status);
 }
@@ -263,6 +314,34 @@ EMULATOR_API const char* engine_dispatch(const Site* site, const DispatchTypes* 
   return run_call<DispatchOperands>(
       types->routed ? Operation::kDispatch : Operation::kDispatchAlong, *site, *types, *buffers);
 }
+// The custom call that waits for a start, which has the same site. `scratch`: how many of the
+// start's results it does not return. `copied`: XLA has copied the first result before.
+EMULATOR_API const char* engine_done(const Site* site, int scratch, int copied) {
+  static std::map<std::tuple<int, int64_t, int64_t>, WaitingCall> calls;
+  const int gpu = site->gpus[site->rank];
+  const CallBuffers& start = buffers_of_starts[{gpu, site->program, site->number, site->run}];
+  CallBuffers buffers = start;
+  buffers.arguments.insert(buffers.arguments.end(), start.results.begin(), start.results.end());
+  buffers.results.resize(start.results.size() - static_cast<size_t>(scratch));
+  if (copied != 0) buffers.results[0] = &buffers;
+  const int ordinal = ordinal_of(gpu);
+  cudaSetDevice(ordinal);
+  return text(
+      calls[{gpu, site->program, site->number}].run(ordinal, name_of(*site), buffers, nullptr));
+}
+// Whether a program that has these custom calls, in this order ('s' or 'd'), has both of a pair:
+// for each start in order '1' or '0'.
+EMULATOR_API const char* engine_pairs(int64_t program, const char* calls) {
+  std::vector<std::shared_ptr<StartPair>> starts, waits;
+  for (const char* call = calls; *call != 0; ++call) {
+    if (*call == 's') starts.push_back(pair_start(static_cast<uint64_t>(program), 1));
+    if (*call == 'd') waits.push_back(pair_wait(static_cast<uint64_t>(program), 1));
+  }
+  std::string found;
+  for (const auto& start : starts) found += start->has_wait ? '1' : '0';
+  return text(found);
+}
+
 EMULATOR_API const char* engine_combine(const Site* site, const CombineTypes* types,
                                         const NamedBuffers* buffers) {
   return run_call<CombineOperands>(Operation::kCombine, *site, *types, *buffers);

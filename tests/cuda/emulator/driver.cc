@@ -16,6 +16,7 @@
 #include <string>
 
 #include "machine.h"
+#include "runtime.h"
 
 namespace emulator {
 namespace {
@@ -86,6 +87,7 @@ void* find_driver_function(const char* name) {
   }
   static const std::map<std::string, void*> functions = {
       EMULATOR_ENTRY(cuLaunchKernel),
+      EMULATOR_ENTRY(cuLaunchKernelEx),
       EMULATOR_ENTRY(cuGetErrorString),
       EMULATOR_ENTRY(cuMemGetAllocationGranularity),
       EMULATOR_ENTRY(cuMemCreate),
@@ -305,6 +307,22 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned, unsigned
                         void** arguments, void**) {
   const cudaError_t error =
       cudaLaunchKernel(function, dim3(grid_x), dim3(block_x), arguments, shared_bytes, stream);
+  cudaGetLastError();  // the driver keeps no error
+  return static_cast<CUresult>(error);
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments,
+                          void**) {
+  CUevent begun = nullptr;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const CUlaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id != CU_LAUNCH_ATTRIBUTE_LAUNCH_COMPLETION_EVENT) {
+      return CUDA_ERROR_NOT_SUPPORTED;
+    }
+    begun = attribute.value.launchCompletionEvent.event;
+  }
+  const cudaError_t error = launch_kernel(function, config->gridDimX, config->blockDimX, arguments,
+                                          config->sharedMemBytes, config->hStream, begun);
   cudaGetLastError();  // the driver keeps no error
   return static_cast<CUresult>(error);
 }

@@ -136,8 +136,18 @@ struct Cta {
 
 struct RunningKernel {
   Launch launch;
-  std::vector<std::unique_ptr<Cta>> ctas;
-  size_t live = 0;
+  std::vector<std::unique_ptr<Cta>> ctas;  // that have begun
+  size_t live = 0;                         // CTAs that have not ended
+  uint64_t begun_record = 0;               // of launch.begun
+  bool records_begun_late = false;         // when the kernel has ended, as CUDA may do
+};
+
+// What a stream does next: it launches a kernel, records an event, or waits for one.
+struct Item {
+  Launch launch;
+  Event* recorded = nullptr;
+  const Event* awaited = nullptr;
+  uint64_t record = 0;  // of the event
 };
 
 struct LineInFlight {
@@ -155,16 +165,30 @@ class Machine {
   void seed(uint64_t seed) { random_ = Random(seed); }
   void set_real_time(bool real) { real_time_ = real; }
   void set_patience(uint32_t turns) { patience_ = turns; }
-  void enqueue(int stream, Launch launch) { queues_[stream].push_back(std::move(launch)); }
+  void set_multiprocessors(unsigned count) {
+    for (unsigned& free : free_multiprocessors_) free = count;
+  }
+  void enqueue(int stream, Launch launch) {
+    Item item;
+    if (launch.begun != nullptr) item.record = ++launch.begun->recorded;
+    item.launch = std::move(launch);
+    queues_[stream].push_back(std::move(item));
+  }
+  void record(int stream, Event& event) {
+    queues_[stream].push_back({{}, &event, nullptr, ++event.recorded});
+  }
+  void wait(int stream, const Event& event) {
+    queues_[stream].push_back({{}, nullptr, &event, event.recorded});
+  }
 
   std::string run(int stream) {
     draw_policy();
     while (error_.empty() && has_work(stream)) {
-      start_kernels(false);
+      const bool any = start_kernels(false);
       Cta* cta = choose();
       if (cta != nullptr) {
         run_cta(*cta);
-      } else if (!start_kernels(true) && !deliver_late() && !wake_changed()) {
+      } else if (!any && !start_kernels(true) && !deliver_late() && !wake_changed()) {
         idle();
       }
       if (random_.one_in(4)) deliver_some(random_.below(kMaxGpus));
@@ -352,53 +376,88 @@ class Machine {
                                             [](const auto& q) { return !q.second.empty(); });
   }
 
-  // Starts launches of idle streams: `all`, or a random choice, so that a GPU may be late. Returns
-  // whether it has started any.
+  // Does what the streams come to: `all` of it, or a random choice, so that a GPU may be late.
+  // Returns whether there was anything.
   bool start_kernels(bool all) {
     bool any = false;
     for (auto& [stream, queue] : queues_) {
       if (queue.empty() || running_.count(stream) != 0) continue;
       if (!all && random_.one_in(2)) continue;
-      running_[stream] = begin_kernel(std::move(queue.front()));
-      queue.pop_front();
-      any = true;
+      any |= take_item(stream, queue);
+    }
+    return start_ctas(all) || any;
+  }
+
+  // False: the stream waits.
+  bool take_item(int stream, std::deque<Item>& queue) {
+    Item& item = queue.front();
+    if (item.awaited != nullptr && item.awaited->happened < item.record) return false;
+    if (item.recorded != nullptr) happens(*item.recorded, item.record);
+    if (item.recorded == nullptr && item.awaited == nullptr) {
+      auto kernel = std::make_unique<RunningKernel>();
+      kernel->launch = std::move(item.launch);
+      kernel->live = kernel->launch.ctas;
+      kernel->begun_record = item.record;
+      kernel->records_begun_late = random_.one_in(4);
+      running_[stream] = std::move(kernel);
+    }
+    queue.pop_front();
+    return true;
+  }
+
+  static void happens(Event& event, uint64_t record) {
+    event.happened = std::max(event.happened, record);
+  }
+
+  // Starts CTAs for which there are multiprocessors, those with priority first.
+  bool start_ctas(bool all) {
+    bool any = false;
+    for (const bool has_priority : {true, false}) {
+      for (auto& [stream, kernel] : running_) {
+        if (kernel->launch.has_priority != has_priority) continue;
+        while (kernel->ctas.size() < kernel->launch.ctas && start_cta(*kernel)) any = true;
+        if (!all && random_.one_in(2)) break;
+      }
     }
     return any;
   }
 
-  std::unique_ptr<RunningKernel> begin_kernel(Launch launch) {
-    auto kernel = std::make_unique<RunningKernel>();
-    kernel->launch = std::move(launch);
-    const Launch& it = kernel->launch;
-    kernel->live = it.ctas;
-    for (unsigned number = 0; number < it.ctas; ++number) {
-      auto cta = std::make_unique<Cta>();
-      cta->kernel = kernel.get();
-      cta->number = number;
-      cta->live = it.threads;
-      cta->priority = random_.next();
-      cta->stacks = new_stacks(it.threads);
-      const size_t shared_bytes = it.shared_bytes + kGuardBytes;
-      cta->dynamic_memory = std::make_unique<std::byte[]>(shared_bytes + 16);
-      cta->dynamic = cta->dynamic_memory.get() + 16 -
-                     reinterpret_cast<uint64_t>(cta->dynamic_memory.get()) % 16;
-      std::fill_n(cta->dynamic, shared_bytes, kGarbage);
-      cta->statically = std::make_unique<std::byte[]>(section_bytes());
-      std::fill_n(cta->statically.get(), section_bytes(), kGarbage);
-      cta->threads.resize(it.threads);
-      cta->warps.resize((it.threads + kLanes - 1) / kLanes);
-      for (unsigned i = 0; i < it.threads; ++i) {
-        Thread& thread = cta->threads[i];
-        thread.cta = cta.get();
-        thread.number = static_cast<int>(i);
-        make_context(thread.context, stack_of(thread), stack_bytes(thread), &run_thread);
-        cta->warps[i / kLanes].all |= 1u << i % kLanes;
-        ready(thread);
-      }
-      active_ctas_.push_back(cta.get());
-      kernel->ctas.push_back(std::move(cta));
+  // False: no multiprocessor is free.
+  bool start_cta(RunningKernel& kernel) {
+    const Launch& it = kernel.launch;
+    unsigned& free = free_multiprocessors_[it.gpu];
+    if (it.takes_multiprocessors && free == 0) return false;
+    if (it.takes_multiprocessors) --free;
+    auto cta = std::make_unique<Cta>();
+    cta->kernel = &kernel;
+    cta->number = static_cast<unsigned>(kernel.ctas.size());
+    cta->live = it.threads;
+    cta->priority = random_.next();
+    cta->stacks = new_stacks(it.threads);
+    const size_t shared_bytes = it.shared_bytes + kGuardBytes;
+    cta->dynamic_memory = std::make_unique<std::byte[]>(shared_bytes + 16);
+    cta->dynamic =
+        cta->dynamic_memory.get() + 16 - reinterpret_cast<uint64_t>(cta->dynamic_memory.get()) % 16;
+    std::fill_n(cta->dynamic, shared_bytes, kGarbage);
+    cta->statically = std::make_unique<std::byte[]>(section_bytes());
+    std::fill_n(cta->statically.get(), section_bytes(), kGarbage);
+    cta->threads.resize(it.threads);
+    cta->warps.resize((it.threads + kLanes - 1) / kLanes);
+    for (unsigned i = 0; i < it.threads; ++i) {
+      Thread& thread = cta->threads[i];
+      thread.cta = cta.get();
+      thread.number = static_cast<int>(i);
+      make_context(thread.context, stack_of(thread), stack_bytes(thread), &run_thread);
+      cta->warps[i / kLanes].all |= 1u << i % kLanes;
+      ready(thread);
     }
-    return kernel;
+    active_ctas_.push_back(cta.get());
+    kernel.ctas.push_back(std::move(cta));
+    const bool all_have_begun = kernel.ctas.size() == it.ctas;
+    if (all_have_begun && it.begun != nullptr && !kernel.records_begun_late) {
+      happens(*it.begun, kernel.begun_record);
+    }
+    return true;
   }
 
   void end_cta(Cta& cta) {
@@ -411,7 +470,9 @@ class Machine {
     if (loaded_ == &cta) loaded_ = nullptr;
     active_ctas_.erase(std::find(active_ctas_.begin(), active_ctas_.end(), &cta));
     RunningKernel& kernel = *cta.kernel;
+    if (kernel.launch.takes_multiprocessors) ++free_multiprocessors_[kernel.launch.gpu];
     if (--kernel.live > 0) return;
+    if (kernel.launch.begun != nullptr) happens(*kernel.launch.begun, kernel.begun_record);
     deliver_all(static_cast<size_t>(kernel.launch.gpu));
     for (auto it = running_.begin(); it != running_.end(); ++it) {
       if (it->second.get() != &kernel) continue;
@@ -642,7 +703,7 @@ class Machine {
     leap_ *= 8;
     bool any = false;
     for (Cta* cta : active_ctas_) any |= look_at_clock(*cta);
-    if (!any && !active_ctas_.empty()) report_deadlock();
+    if (!any) report_deadlock();
   }
 
   static std::string name_of(const Thread& thread) {
@@ -669,6 +730,10 @@ class Machine {
     }
     std::ostringstream text;
     text << "emulator: deadlock.";
+    for (const auto& [stream, queue] : queues_) {
+      if (running_.count(stream) != 0 || queue.empty()) continue;
+      text << " Stream " << stream << " waits for an event that does not happen.";
+    }
     for (const auto& [where, who] : waits) {
       text << " " << who.first << " threads wait for " << where << ": " << name_of(*who.second)
            << ".";
@@ -681,6 +746,7 @@ class Machine {
   uint32_t yield_interval_ = 64;
   uint32_t until_yield_ = 64;
   uint32_t gpu_priority_[kMaxGpus] = {};
+  unsigned free_multiprocessors_[kMaxGpus] = {};
   bool real_time_ = false;
   uint32_t patience_ = 1000;
   uint64_t now_ = 1'000'000'000;
@@ -689,7 +755,7 @@ class Machine {
   uint64_t steps_ = 0;
   std::string error_;
 
-  std::map<int, std::deque<Launch>> queues_;  // by stream
+  std::map<int, std::deque<Item>> queues_;  // by stream
   std::map<int, std::unique_ptr<RunningKernel>> running_;
   std::vector<Cta*> active_ctas_;
   Cta* loaded_ = nullptr;  // whose static shared memory is in the section
@@ -722,7 +788,10 @@ void Machine::run_thread() {
 void set_seed(uint64_t seed) { machine().seed(seed); }
 void set_real_time(bool real) { machine().set_real_time(real); }
 void set_patience(uint32_t turns) { machine().set_patience(turns); }
+void set_multiprocessors(unsigned count) { machine().set_multiprocessors(count); }
 void enqueue(int stream, Launch launch) { machine().enqueue(stream, std::move(launch)); }
+void record(int stream, Event& event) { machine().record(stream, event); }
+void wait(int stream, const Event& event) { machine().wait(stream, event); }
 std::string run(int stream) { return machine().run(stream); }
 void close() { machine().close(); }
 uint64_t steps() { return machine().steps(); }

@@ -30,6 +30,12 @@ struct SourceLine {
 
 // --- For the host side ---------------------------------------------------------------------------
 
+// An event of CUDA. A stream waits for the last record that was made before the wait.
+struct Event {
+  uint64_t recorded = 0;  // number of the last record
+  uint64_t happened = 0;  // number of the last record to which its stream has come
+};
+
 // One kernel launch, ready to run. `call` runs it as one thread.
 struct Launch {
   int gpu = 0;
@@ -37,6 +43,11 @@ struct Launch {
   unsigned threads = 1;
   size_t shared_bytes = 0;
   std::function<void()> call;
+  // Each CTA takes a multiprocessor of the GPU while it runs. Else the launch stands for something
+  // that takes none, such as a copy.
+  bool takes_multiprocessors = true;
+  bool has_priority = false;  // over the CTAs of other launches that have not begun
+  Event* begun = nullptr;     // recorded when all CTAs have begun; null: none
 };
 
 // Seeds the scheduler. The same seed and calls give the same schedule.
@@ -51,8 +62,16 @@ void set_real_time(bool real);
 // clock. (They also do when no other thread can go on.)
 void set_patience(uint32_t turns);
 
-// Appends a launch to a stream. Launches of one stream run one after the other.
+// Of each GPU.
+void set_multiprocessors(unsigned count);
+
+// Appends a launch to a stream. Launches of one stream run one after the other. Up to kMaxGpus a
+// stream is the one with the GPU's number.
 void enqueue(int stream, Launch launch);
+
+// Appends a record of the event, or a wait for its last record, to a stream.
+void record(int stream, Event& event);
+void wait(int stream, const Event& event);
 
 // Runs the launches of all streams concurrently, until this stream (-1: every stream) has none
 // left. Returns an error if the kernels used the machine in a wrong way, for instance a deadlock.

@@ -13,8 +13,13 @@
 #include "kernel_table.h"
 #include "machine.h"
 
-// Streams are for copies. Kernels run in the null stream of their GPU.
-struct CUstream_st {};
+// The null stream of a GPU is XLA's.
+struct CUstream_st {
+  int number;  // the machine's
+  int gpu;
+  bool has_priority;
+};
+struct CUevent_st : emulator::Event {};
 
 namespace emulator {
 namespace {
@@ -50,6 +55,16 @@ cudaError_t run_stream(int stream) {
   return result(error.empty() ? cudaSuccess : cudaErrorLaunchFailure);
 }
 
+constexpr int kGreatestPriority = -5;
+
+int number_of(cudaStream_t stream) { return stream != nullptr ? stream->number : current_device; }
+
+cudaError_t make_stream(cudaStream_t* stream, bool has_priority) {
+  static std::atomic<int> last{kMaxGpus};
+  *stream = new CUstream_st{++last, current_device, has_priority};
+  return cudaSuccess;
+}
+
 cudaError_t allocate(void** pointer, size_t bytes) {
   if (spoils_capture()) return result(cudaErrorStreamCaptureUnsupported);
   *pointer = aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
@@ -81,6 +96,7 @@ void set_bytes(std::byte* bytes, int value, size_t size) {
 void set_devices(int count, int multiprocessors_of_each) {
   device_count = count;
   multiprocessors = multiprocessors_of_each;
+  set_multiprocessors(static_cast<unsigned>(multiprocessors_of_each));
 }
 
 void set_shared_bytes(size_t bytes) { shared_bytes_of_gpu = bytes; }
@@ -88,6 +104,32 @@ void set_shared_bytes(size_t bytes) { shared_bytes_of_gpu = bytes; }
 void set_capturing(bool is_capturing) { capturing = is_capturing; }
 
 void set_native_atomics(bool are_native) { native_atomics = are_native; }
+
+cudaError_t launch_kernel(const void* function, unsigned ctas, unsigned threads, void** arguments,
+                          size_t shared_bytes, cudaStream_t stream, cudaEvent_t begun) {
+  if (stream != nullptr && stream->gpu != current_device) return result(cudaErrorInvalidValue);
+  if (!machine_error.empty()) return result(cudaErrorLaunchFailure);
+  cudaFuncAttributes attributes;
+  cudaFuncGetAttributes(&attributes, function);
+  if (threads > 1024 || ctas == 0 || threads == 0 ||
+      shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) {
+    return result(cudaErrorInvalidValue);
+  }
+  if (ctas > static_cast<unsigned>(multiprocessors)) {
+    return result(cudaErrorCooperativeLaunchTooLarge);
+  }
+  Launch launch;
+  launch.gpu = current_device;
+  launch.ctas = ctas;
+  launch.threads = threads;
+  launch.shared_bytes = shared_bytes;
+  launch.call = bind_kernel(function, arguments[0]);
+  launch.has_priority = stream != nullptr && stream->has_priority;
+  launch.begun = begun;
+  if (launch.call == nullptr) return result(cudaErrorInvalidDeviceFunction);
+  enqueue(number_of(stream), std::move(launch));
+  return cudaSuccess;
+}
 
 std::string synchronize() { return run_stream(-1) == cudaSuccess ? std::string() : machine_error; }
 
@@ -109,6 +151,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "peer access is already enabled";
     case cudaErrorMemoryAllocation:
       return "out of memory";
+    case cudaErrorNotReady:
+      return "device not ready";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
     case cudaErrorStreamCaptureUnsupported:
@@ -210,14 +254,25 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   }
   Launch copy;
   copy.gpu = current_device;
+  copy.takes_multiprocessors = false;
   copy.call = [=] { memcpy(to, from, bytes); };
   enqueue(current_device, std::move(copy));
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = new CUstream_st;
+  return make_stream(stream, false);
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  *least = 0;
+  *greatest = kGreatestPriority;
   return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int priority) {
+  if (priority > 0 || priority < kGreatestPriority) return result(cudaErrorInvalidValue);
+  return make_stream(stream, priority == kGreatestPriority);
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
@@ -228,6 +283,31 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (spoils_capture()) return result(cudaErrorStreamCaptureUnsupported);
   return stream != nullptr ? cudaSuccess : run_stream(current_device);
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+  if (flags != 0) return result(cudaErrorInvalidValue);
+  wait(number_of(stream), *event);
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+  if (flags != cudaEventDisableTiming) return result(cudaErrorInvalidValue);
+  *event = new CUevent_st;
+  return cudaSuccess;
+}
+
+// CUDA lets what waits for the event go on. The machine keeps it, as its streams may still name it.
+cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  record(number_of(stream), *event);
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (spoils_capture()) return result(cudaErrorStreamCaptureUnsupported);
+  return event->happened == event->recorded ? cudaSuccess : cudaErrorNotReady;
 }
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
@@ -254,25 +334,11 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
 
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
                              size_t shared_bytes, cudaStream_t stream) {
-  if (stream != nullptr) return result(cudaErrorInvalidValue);
-  if (!machine_error.empty()) return result(cudaErrorLaunchFailure);
-  cudaFuncAttributes attributes;
-  cudaFuncGetAttributes(&attributes, function);
-  if (block.x > 1024 || grid.x == 0 || block.x == 0 ||
-      shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) {
-    return result(cudaErrorInvalidValue);
-  }
-  if (grid.x > static_cast<unsigned>(multiprocessors)) {
-    return result(cudaErrorCooperativeLaunchTooLarge);
-  }
-  Launch launch;
-  launch.gpu = current_device;
-  launch.ctas = grid.x;
-  launch.threads = block.x;
-  launch.shared_bytes = shared_bytes;
-  launch.call = bind_kernel(function, arguments[0]);
-  if (launch.call == nullptr) return result(cudaErrorInvalidDeviceFunction);
-  enqueue(current_device, std::move(launch));
+  return launch_kernel(function, grid.x, block.x, arguments, shared_bytes, stream, nullptr);
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 12030;
   return cudaSuccess;
 }
 

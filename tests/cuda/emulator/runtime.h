@@ -1,6 +1,8 @@
 // Settings of the emulated CUDA runtime, and the end of its launches.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <string>
 
 namespace emulator {
@@ -17,6 +19,11 @@ void set_capturing(bool capturing);
 
 // Whether the GPUs' links have native atomics, as NVLink has.
 void set_native_atomics(bool native);
+
+// Launches a kernel as cudaLaunchKernel() does, and records `begun` when all of its CTAs have
+// begun; null: it does not.
+cudaError_t launch_kernel(const void* function, unsigned ctas, unsigned threads, void** arguments,
+                          size_t shared_bytes, cudaStream_t stream, cudaEvent_t begun);
 
 // Runs all launches. Returns the error, or "".
 std::string synchronize();

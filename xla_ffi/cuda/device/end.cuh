@@ -111,7 +111,11 @@ __device__ inline void spoil(const Team& spoilers, void* result, int64_t bytes) 
 template <typename Spoil>
 [[gnu::noinline]] __device__ void leave_failed(const Exchange& x, CtaState& s,
                                                const Spoil& spoil_results) {
-  if (threadIdx.x == 0) s.spoilers = await_spoiling(x);
+  if (threadIdx.x == 0) {
+    // It may be the failure of another lane or of an earlier exchange, with other peers.
+    tell_peers(x);
+    s.spoilers = await_spoiling(x);
+  }
   __syncthreads();
   spoil_results(s.spoilers);
 }

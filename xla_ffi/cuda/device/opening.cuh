@@ -110,7 +110,7 @@ __device__ inline bool receive_addresses(const Exchange& x, CtaState& s, uint32_
     const Mailbox& box = mailbox_from(x, s, rank);
     if (word < kSignatureWords) {
       // A peer may have posted all this and given up afterwards. Then XLA may have reused its
-      // buffers. Partner: the store in fail().
+      // buffers. Partner: the store in tell_peers().
       const uint32_t aborted = load_relaxed_device(&self(x).has_given_up[x.gpu[rank]]);
       Word found = load_word(&box.signature[word]);
       if (aborted != 0) {

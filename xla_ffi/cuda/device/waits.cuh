@@ -9,12 +9,28 @@ namespace freeio::cuda {
 
 // Functions for rare events are not inlined. This makes small calls faster.
 
-// Ends the exchange with an error: records it, if it is this GPU's first, and tells the peers.
+// Tells the peers of this exchange that this GPU makes no further one, in any lane.
+[[gnu::noinline]] __device__ inline void tell_peers(const Exchange& x) {
+  for (int rank = 0; rank < x.num_ranks; ++rank) {
+    if (rank == x.rank) continue;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      // Partner: the load in may_wait().
+      store_release_system(&block_of_lane(x, rank, lane).has_given_up[x.gpu[x.rank]], 1);
+    }
+  }
+}
+
+// Ends the exchange with an error: records it, if it is this GPU's first, tells the peers, and ends
+// the exchanges of the other lanes.
 [[gnu::noinline]] __device__ inline void fail(const Exchange& x, CtaState& s, Step step, int peer,
                                               int word = 0, uint32_t expected = 0,
                                               uint32_t found = 0) {
   s.has_failed = 1;
   if (atomicExch(&self(x).has_failed, 1u) != 0) return;
+  if (atomicExch(&block_of_lane(x, x.rank, 0).is_failure_recorded, 1u) != 0) return;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    atomicExch(&block_of_lane(x, x.rank, lane).has_failed, 1u);
+  }
   Failure& failure = x.host->failure;
   failure.rank = x.rank;
   failure.peer = peer;
@@ -26,10 +42,7 @@ namespace freeio::cuda {
   failure.op = x.signature[kOp];
   fence_system();
   *const_cast<volatile int32_t*>(&failure.step) = step;
-  for (int rank = 0; rank < x.num_ranks; ++rank) {
-    // Partner: the load in may_wait().
-    if (rank != x.rank) store_release_system(&x.gpu_block[rank]->has_given_up[x.gpu[x.rank]], 1);
-  }
+  tell_peers(x);
 }
 
 // Copies what the host block says to waiting threads into this GPU's memory. Only one of the
@@ -57,7 +70,7 @@ __device__ inline void look_at_host(const Exchange& x, uint64_t now, uint64_t be
     const uint32_t who = static_cast<uint32_t>(step) << 4 | x.signature[kOp] |
                          static_cast<uint32_t>(x.rank) << 8 | static_cast<uint32_t>(peer) << 16 |
                          static_cast<uint32_t>(x.gpu[peer]) << 24;
-    host.wait = static_cast<uint64_t>(who) << 32 | static_cast<uint32_t>(ticks);
+    host.wait[x.lane] = static_cast<uint64_t>(who) << 32 | static_cast<uint32_t>(ticks);
   }
 }
 
@@ -69,7 +82,7 @@ __device__ __forceinline__ uint64_t may_wait(const Exchange& x, CtaState& s, Ste
     s.has_failed = 1;
     return 0;
   }
-  // Partner: the store in fail().
+  // Partner: the store in tell_peers().
   if (load_acquire_system(&self(x).has_given_up[x.gpu[peer]]) != 0) {
     fail(x, s, kPeerGaveUp, peer);
     return 0;

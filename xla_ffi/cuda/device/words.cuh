@@ -9,6 +9,12 @@ namespace freeio::cuda {
 
 __device__ inline GpuBlock& self(const Exchange& x) { return *x.gpu_block[x.rank]; }
 
+// The GPU block of any lane on the GPU of a rank.
+__device__ inline GpuBlock& block_of_lane(const Exchange& x, int rank, int lane) {
+  auto* const own = reinterpret_cast<std::byte*>(x.gpu_block[rank]);
+  return *reinterpret_cast<GpuBlock*>(own + (lane - x.lane) * x.block_bytes);
+}
+
 __device__ inline Word make_word(uint32_t epoch, uint32_t value) {
   return static_cast<Word>(epoch) << 32 | value;
 }

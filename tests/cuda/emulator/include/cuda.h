@@ -18,6 +18,8 @@ struct CUfunc_st;
 using CUfunction = CUfunc_st*;
 struct CUstream_st;
 using CUstream = CUstream_st*;
+struct CUevent_st;
+using CUevent = CUevent_st*;
 using CUdeviceptr = unsigned long long;
 using CUmemGenericAllocationHandle = unsigned long long;
 
@@ -57,6 +59,25 @@ struct CUmemAccessDesc {
   CUmemAccess_flags flags;
 };
 
+enum CUlaunchAttributeID { CU_LAUNCH_ATTRIBUTE_LAUNCH_COMPLETION_EVENT = 12 };
+struct CUlaunchAttribute {
+  CUlaunchAttributeID id;
+  struct {
+    struct {
+      CUevent event;
+      int flags;
+    } launchCompletionEvent;
+  } value;
+};
+struct CUlaunchConfig {
+  unsigned gridDimX, gridDimY, gridDimZ;
+  unsigned blockDimX, blockDimY, blockDimZ;
+  unsigned sharedMemBytes;
+  CUstream hStream;
+  CUlaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
 CUresult cuGetErrorString(CUresult error, const char** text);
 CUresult cuMemGetAllocationGranularity(size_t* granularity, const CUmemAllocationProp* properties,
                                        CUmemAllocationGranularity_flags option);
@@ -80,4 +101,6 @@ CUresult cuMemGetAddressRange(CUdeviceptr* base, size_t* bytes, CUdeviceptr addr
 CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                         unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                         CUstream stream, void** arguments, void** extra);
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments,
+                          void** extra);
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr address);
