@@ -38,8 +38,8 @@ class MoEConfig:
       dtype: of the experts' computation; None: the common dtype of input and parameters. The router
         computes in float32 always.
       exchange: a hashable object with functions ``dispatch`` and ``combine``, such as
-        ``freeio_jax.reference`` or an object of ``freeio_jax.bench.baselines``. None:
-        ``freeio_jax`` itself.
+        ``freeio_jax.reference`` or an object of ``freeio_jax.bench.baselines``. Its handles have
+        ``has_row()``, as :class:`freeio_jax.Handle`. None: ``freeio_jax`` itself.
       experts: what the experts compute, the shared one included, and their parameters.
       shared_expert_gate: whether the shared expert's output is multiplied with
         ``sigmoid(x @ shared_expert_gate)``, one number for each token (Qwen2-MoE, Qwen3-Next).

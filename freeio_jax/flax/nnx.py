@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ from freeio_jax.flax.moe import moe
 from freeio_jax.flax.parameters import initializer
 from freeio_jax.flax.report import Report
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
+
+#: Names that parameters of an MoE layer have with some settings.
+_OF_SOME_LAYER = re.compile(r"(shared|router|gate|up|down)(_|$)")
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 
@@ -315,11 +319,12 @@ class MoE(nnx.Module):
     ) -> jax.Array:
         router = self.config.router
         training = not (self.deterministic if deterministic is None else deterministic)
-        names = self.config.parameters(x.shape[-1])
-        # A checkpoint may have put one there for which the layer has no use: moe() says so.
+        # A checkpoint may have put some there for which the layer has no use: moe() says so.
+        names = {*self.config.parameters(x.shape[-1]), *filter(_OF_SOME_LAYER.match, vars(self))}
+        variables = {name: getattr(self, name, None) for name in sorted(names)}
         bias = getattr(self, "bias", None)
         y, report = moe(
-            {name: getattr(self, name)[...] for name in names},
+            {name: v[...] for name, v in variables.items() if isinstance(v, nnx.Variable)},
             x,
             self.config,
             router_input=router_input,
@@ -342,5 +347,7 @@ class MoE(nnx.Module):
             variable = getattr(self, name)
             if kind is AuxLoss:
                 variable.add(value)
+            elif variable.shape != value.shape:  # source_drops of another mesh
+                variable.set_value(value)
             else:
                 variable[...] = value

@@ -69,6 +69,8 @@ def on_any_mesh(tree):
     def summed(node):
         if not isinstance(node, Report):
             return node
-        return dataclasses.replace(node, source_drops=jnp.sum(node.source_drops))
+        return dataclasses.replace(
+            node, source_drops=np.sum(np.asarray(node.source_drops), dtype=np.int32)
+        )
 
     return jax.tree.map(summed, tree, is_leaf=lambda node: isinstance(node, Report))

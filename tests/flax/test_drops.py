@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import Geometry, make_mesh, per_shard, routing
 from jax.sharding import AxisType
 
 from freeio_jax import reference
 from freeio_jax.bench.baselines import Dense
-from freeio_jax.flax import MoEConfig, Router, moe
+from freeio_jax.flax import MoEConfig, Router, linen, moe
+from freeio_jax.flax import nnx as fio_nnx
 from freeio_jax.flax.drops import keep_evenly
 from freeio_jax.flax.router import route
 from freeio_jax.layout import balanced_capacity
@@ -227,3 +229,26 @@ def test_without_drops_the_reports_are_zero(rng):
         report = dense_moe.on_any_mesh(moe(parameters, x, changed)[1])
         assert int(report.dropped) == int(report.source_drops) == 0
         assert not report.expert_drops.any()
+
+
+def test_linen_and_nnx_report_drops():
+    """Also an nnx layer that was made without the mesh: the ranks are those of its last call."""
+    config, parameters, x = chosen_by_hand(4, [0] * 4 + list(range(12)))
+    names = ("num_experts", "top_k", "expert_width", "capacity_factor", "router")
+    options = {name: getattr(config, name) for name in names}
+    layer, model = linen.MoE(**options), fio_nnx.MoE(WIDTH, **options, rngs=nnx.Rngs(0))
+    assert model.source_drops[...].shape == (1,)
+    nnx.update(model, parameters)
+    with jax.set_mesh(make_mesh(4, axis_types=(AxisType.Auto,))):
+        _, report = moe(parameters, x, config)
+        _, state = layer.apply({"params": parameters}, x, mutable=["intermediates"])
+        nnx.jit(lambda model, x: model(x))(model, x)
+        made_here = fio_nnx.MoE(WIDTH, **options, rngs=nnx.Rngs(0))
+    assert made_here.source_drops[...].shape == (4,)
+    assert int(report.dropped) > 0
+    for name in ("dropped", "expert_drops", "source_drops"):
+        expected = np.asarray(getattr(report, name))
+        np.testing.assert_array_equal(state["intermediates"][name][0], expected)
+        np.testing.assert_array_equal(getattr(model, name)[...], expected)
+    expected = [sum(report.expert_drops.tolist())] * 2
+    assert [int(report.dropped), sum(report.source_drops.tolist())] == expected

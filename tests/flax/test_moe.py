@@ -387,6 +387,13 @@ def test_parameters_that_are_not_those_of_the_configuration(rng):
         moe(more, x, config)
     with pytest.raises(ValueError, match=message):
         linen.MoE(**settings()).apply({"params": more}, x)
+    layer = fio_nnx.MoE(WIDTH, **settings(), rngs=nnx.Rngs(0))
+    nnx.update(layer, {"router_bias": nnx.Param(jnp.ones(8))})
+    with pytest.raises(ValueError, match=message):
+        layer(x)
+    del layer.router_bias, layer.down
+    with pytest.raises(ValueError, match=r"lacks \['down'\]"):
+        layer(x)
     with pytest.raises(ValueError, match=r"lacks \['router_bias'\]"):
         moe(parameters, x, MoEConfig(**settings(router=Router(logits_bias=True))))
     with pytest.raises(ValueError, match=r"'down' has shape \(8, 16, 24\).*\(8, 24, 16\)"):

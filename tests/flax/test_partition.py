@@ -94,8 +94,9 @@ def without_partition(name, options):
     return plain, make_mesh(sizes, names, axis_types=(AUTO,) * len(names))
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "kind"), [*((name, AUTO) for name in LAYERS), ("separate_with_biases", EXPLICIT)]
+)
 @on_meshes
 def test_equal_numbers(name, layer, kind, rng):
     options = LAYER | LAYERS[layer]
@@ -193,8 +194,11 @@ def test_what_crosses_the_links(rng):
     assert collectives("model") == {"all_gather": 0, "reduce_scatter": 0}
 
 
-@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-@pytest.mark.parametrize("manual", [None, {"expert"}, {"data", "model"}], ids=str)
+@pytest.mark.parametrize(
+    ("manual", "check_vma"),
+    [(None, True), (None, False), ({"expert"}, True), ({"data", "model"}, False)],
+    ids=["all", "all_unchecked", "expert", "others_unchecked"],
+)
 def test_inside_a_shard_map(manual, check_vma, rng):
     options = LAYER | {"experts": SwiGLU(separate=True, biases=True)} | MESHES["both"][2]
     config, mesh = MoEConfig(**options), mesh_of("both")
