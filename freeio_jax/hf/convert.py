@@ -64,13 +64,13 @@ def restore_moe(
     *,
     mesh: Mesh | None = None,
     dtype: Any = None,
-    axis_name: str | tuple[str, ...] = "expert",
+    **options: Any,
 ) -> Weights:
     """Restores an MoE layer of a converted checkpoint onto any mesh.
 
     Args:
       folder: of :func:`convert`.
-      layer, mesh, axis_name: as :func:`freeio_jax.hf.load_moe` takes them.
+      layer, mesh, options: as :func:`freeio_jax.hf.load_moe` takes them.
       dtype: of the experts' parameters; None: as they were written.
 
     Raises:
@@ -85,7 +85,7 @@ def restore_moe(
         )
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
     raw = json.loads((folder / "config.json").read_text())
-    width, config = moe_config(raw, layer, axis_name=axis_name)
+    width, config = moe_config(raw, layer, **options)
     check_divides(config, mesh)
     axes = {name: names for name, (_, names) in config.parameters(width).items()}
 
