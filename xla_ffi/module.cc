@@ -84,6 +84,18 @@ PYBIND11_MODULE(_native, module) {
       },
       py::arg("num_sms"));
   module.def(
+      "set_overlap_num_sms",
+      [](int64_t num_sms) {
+#ifdef FREEIO_CUDA
+        freeio::cuda::set_overlap_num_sms(num_sms);
+#else
+        static_cast<void>(num_sms);
+#endif
+      },
+      py::arg("num_sms"),
+      "Multiprocessors of an exchange that runs beside compute, if its start does not say how "
+      "many.");
+  module.def(
       "compilation_ended", &freeio::cpu::compilation_ended, py::arg("seconds"),
       "Call this when a module with exchanges has been compiled, or loaded from the compilation "
       "cache. seconds: the time that this took.");

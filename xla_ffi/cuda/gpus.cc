@@ -35,6 +35,7 @@ struct Engine {
   std::atomic<uint64_t> version{1};
   std::atomic<uint64_t> timeout_ns{600'000'000'000};
   std::atomic<int64_t> num_sms{0};
+  std::atomic<int64_t> overlap_num_sms{24};
 
   double timeout() const { return static_cast<double>(timeout_ns) * 1e-9; }
 };
@@ -135,6 +136,11 @@ Status failure_of(const HostBlock& host) {
 
 void set_num_sms(int64_t num_sms) {
   engine().num_sms = num_sms;
+  outdate_calls();
+}
+
+void set_overlap_num_sms(int64_t num_sms) {
+  engine().overlap_num_sms = std::max<int64_t>(num_sms, 1);
   outdate_calls();
 }
 

@@ -20,6 +20,9 @@ void set_timeout(double seconds);
 // Multiprocessors that a kernel may use; 0: the default.
 void set_num_sms(int64_t num_sms);
 
+// Multiprocessors of an exchange that runs beside compute, if its start does not say how many.
+void set_overlap_num_sms(int64_t num_sms);
+
 // Starts the engine for a program of one process. Makes the GPU blocks of these GPUs, lets each GPU
 // access the memory of the others, and loads every kernel on each. (A kernel that CUDA loads lazily
 // waits for the kernels that run, and these may wait for it.) `ordinals`: CUDA's; a GPU's number is
