@@ -12,15 +12,20 @@ except ImportError as error:
 from freeio_jax import reference
 from freeio_jax.collective import combine, dispatch
 from freeio_jax.handle import Dispatched, Handle
+from freeio_jax.overlap.pending import Pending, between, combine_start, dispatch_start
 from freeio_jax.runtime import initialize, shutdown
 from freeio_jax.settings import config
 
 __all__ = [
     "Dispatched",
     "Handle",
+    "Pending",
+    "between",
     "combine",
+    "combine_start",
     "config",
     "dispatch",
+    "dispatch_start",
     "initialize",
     "reference",
     "shutdown",

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from freeio_jax.dtypes import (
@@ -90,6 +91,27 @@ def dispatch_arguments(tokens, topk_idx, *, num_experts, axis_name, capacity, al
         zero_tail=zero_tail,
     )
     return leaves, treedef, topk_idx, layout, axes
+
+
+def overlap_sms(op: str, num_sms: int | None) -> int:
+    """``num_sms`` as the engines take it: 0 stands for None.
+
+    Raises:
+      TypeError: it is no int.
+      ValueError: it is less than 1.
+    """
+    if num_sms is None:
+        return 0
+    if isinstance(num_sms, bool) or not isinstance(num_sms, (int, np.integer)):
+        raise TypeError(
+            f"{op}: num_sms must be an int or None, got {num_sms!r} of type "
+            f"{type(num_sms).__name__}."
+        )
+    if num_sms < 1:
+        raise ValueError(
+            f"{op}: num_sms must be at least 1, got {num_sms}. None is the setting overlap_num_sms."
+        )
+    return int(num_sms)
 
 
 def combine_arguments(expert_out, handle, topk_weights):

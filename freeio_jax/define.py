@@ -26,21 +26,26 @@ def define(name: str, abstract_eval: Callable, *, multiple_results: bool = True)
     """
     primitive = core.Primitive(f"freeio_{name}")
     primitive.multiple_results = multiple_results
-    primitive.def_impl(partial(_refuse_outside_shard_map, name))
+    primitive.def_impl(partial(refuse_outside_shard_map, name))
 
     @primitive.def_effectful_abstract_eval
     def _(*avals, axes, **params):
         effects = {core.NamedAxisEffect(axis) for axis in axes}
         return abstract_eval(*avals, **params), effects
 
-    batching.fancy_primitive_batchers[primitive] = partial(_batch_as_loop, primitive)
+    batching.fancy_primitive_batchers[primitive] = partial(batch_as_loop, primitive)
     return primitive
+
+
+def vary_alike(operands, axes: tuple[str, ...]) -> list:
+    """The operands, which all vary over the same axes then, ``axes`` included."""
+    everywhere = varying_axes(*operands).union(axes)
+    return [vary(x, everywhere) for x in operands]
 
 
 def bind(primitive: core.Primitive, *operands, axes: tuple[str, ...], **params):
     """Evaluates ``primitive`` with operands that all vary over the same axes, ``axes`` included."""
-    everywhere = varying_axes(*operands).union(axes)
-    return primitive.bind(*(vary(x, everywhere) for x in operands), axes=axes, **params)
+    return primitive.bind(*vary_alike(operands, axes), axes=axes, **params)
 
 
 def result_aval(like, shape, dtype):
@@ -62,36 +67,48 @@ def split_routes(operands):
     return Routes(*operands[:num_routes]), operands[num_routes:]
 
 
-def define_derivatives_along(primitive: core.Primitive, *, jvp: Callable, transpose: Callable):
+#: The rules ``tangents`` that :func:`define_derivatives_along` was given, by primitive.
+tangent_rules: dict[core.Primitive, Callable] = {}
+
+
+def define_derivatives_along(
+    primitive: core.Primitive, *, tangents: Callable, transpose: Callable
+) -> None:
     """Registers the derivatives of a primitive whose first operands are the routes of a handle.
 
     Routes are integers and have no derivatives. So the rules get them as one value:
 
-      ``jvp(routes, operands, tangents, **params)`` returns (result, its tangent).
-      ``transpose(ct, routes, *operands, **params)`` returns a cotangent for each operand; None for
-      an operand that is known.
+      ``tangents(routes, operands, tangents, results, run=, **params)`` returns the tangents of the
+      results.
+      ``transpose(ct, routes, *operands, run=, **params)`` returns a cotangent for each operand;
+      None for an operand that is known.
+
+    ``run(primitive, *operands, **params)`` evaluates the primitives of which a derivative is made.
+    It is :func:`bind`, unless the derivative is to be started and done (``overlap/derivative.py``).
     """
 
-    def jvp_with_routes(primals, tangents, **params):
+    def jvp_with_routes(primals, operand_tangents, **params):
         routes, operands = split_routes(primals)
-        _, operand_tangents = split_routes(tangents)
-        return jvp(routes, operands, operand_tangents, **params)
+        results = bind(primitive, *primals, **params)
+        of_operands = split_routes(operand_tangents)[1]
+        return results, tangents(routes, operands, of_operands, results, **params)
 
     def transpose_with_routes(ct, *args, **params):
         routes, operands = split_routes(args)
         return [*(None for _ in routes), *transpose(ct, routes, *operands, **params)]
 
+    tangent_rules[primitive] = tangents
     ad.primitive_jvps[primitive] = jvp_with_routes
     ad.primitive_transposes[primitive] = transpose_with_routes
 
 
-def _refuse_outside_shard_map(name, *_, **__):
+def refuse_outside_shard_map(name, *_, **__):
     raise RuntimeError(
         f"freeio_jax: {name} was evaluated outside jax.shard_map. Call it per shard inside one."
     )
 
 
-def _batch_as_loop(primitive, axis_data, args, dims, *, axes, **params):
+def batch_as_loop(primitive, axis_data, args, dims, *, axes, **params):
     """vmap as a loop: every rank runs the same exchanges in the same order."""
     if axis_data.name in axes:
         raise NotImplementedError(

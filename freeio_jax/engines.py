@@ -39,11 +39,16 @@ class _Modules(threading.local):
         # Each module has an iterator of its own; contexts within a module share it.
         if module_context.channel_iterator is not self.key:
             self.key, self.calls, self.places = module_context.channel_iterator, 0, set()
+            self.starts = {}
 
     def next_call(self, module_context) -> int:
         self._enter(module_context)
         self.calls += 1
         return self.calls - 1
+
+    def starts_of(self, module_context) -> dict:
+        self._enter(module_context)
+        return self.starts
 
     def is_first_at(self, module_context, gpus: tuple[int, ...]) -> bool:
         """Whether these GPUs have no call yet in the block of operations that is being lowered."""
@@ -83,6 +88,7 @@ class _Engine:
     Attributes:
       needs_devices: whether the mesh's devices must be known when a call is lowered.
       takes_empty: whether custom calls may have buffers without elements on that platform.
+      starts_apart: whether it has custom calls that start an exchange and do not wait for it.
     """
 
     def __init__(self, native):
@@ -120,6 +126,10 @@ class _Engine:
         _with_exchanges.add(name)
         return {"module": name, "call": np.int64(self._modules.next_call(module_context))}
 
+    def starts(self, module_context) -> dict:
+        """The starts of the module that is being lowered, by number, for their dones."""
+        return self._modules.starts_of(module_context)
+
     def program_check(self, module_context):
         """Attributes of a custom call ``freeio_check``, which a program needs beside its others.
 
@@ -135,6 +145,7 @@ class CpuEngine(_Engine):
 
     needs_devices = False
     takes_empty = True
+    starts_apart = False
 
     def __init__(self):
         super().__init__(_native)
@@ -184,6 +195,7 @@ class CudaEngine(_Engine):
     """GPUs that reach each other's memory: of one process, or of several on one host."""
 
     takes_empty = False  # XLA:GPU crashes when it compiles such a call
+    starts_apart = True
 
     def __init__(self):
         super().__init__(_native.cuda)

@@ -22,12 +22,16 @@ from jax.sharding import Mesh, PartitionSpec
 from freeio_jax import log
 from freeio_jax.engines import ENGINES
 
+#: The rules that :func:`register` was given, by primitive.
+lowerings: dict[core.Primitive, Callable] = {}
+
 
 def register(primitive: core.Primitive, lowering: Callable) -> None:
     """Lowers ``primitive`` by ``lowering(ctx, *operands, engine=, **params)`` for each engine.
 
     On a platform without an engine the lowering raises NotImplementedError.
     """
+    lowerings[primitive] = lowering
     rules = {platform: partial(lowering, engine=engine) for platform, engine in ENGINES.items()}
 
     def lower_per_platform(ctx, *operands, **params):
@@ -45,15 +49,16 @@ def register(primitive: core.Primitive, lowering: Callable) -> None:
         dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
-def _lower_without_engine(ctx, *_, **__):
+def _lower_without_engine(ctx, *_, op=None, **__):
+    name = (op or ctx.primitive).name.removeprefix("freeio_")
     raise NotImplementedError(
-        f"freeio_jax.{ctx.primitive.name.removeprefix('freeio_')} has no engine for platform(s) "
+        f"freeio_jax.{name} has no engine for platform(s) "
         f"{tuple(ctx.module_context.platforms)} in this installation; there is one for "
         f"{', '.join(ENGINES)}. freeio_jax.reference runs on every platform."
     )
 
 
-def lower(ctx, *operands, axes, layout, engine, scratch=(), **attributes):
+def lower(ctx, *operands, axes, layout, engine, scratch=(), start=None, **attributes):
     """The custom call of ``ctx.primitive``, which is the name of its target, too.
 
     Args:
@@ -64,6 +69,8 @@ def lower(ctx, *operands, axes, layout, engine, scratch=(), **attributes):
       engine: one of ``ENGINES``.
       scratch: (shape, dtype) of each buffer that the engine needs beside the results. XLA owns
         them because they are results of the custom call. They are not returned.
+      start: None, or a function that makes the call which only starts the exchange. It takes
+        (ctx, target, operands, attributes), and returns the results.
       attributes: further attributes of the custom call, as integers.
 
     Returns:
@@ -89,21 +96,24 @@ def lower(ctx, *operands, axes, layout, engine, scratch=(), **attributes):
         jax.ffi.ffi_lowering("freeio_check", has_side_effect=True)(
             ctx.replace(avals_in=[], avals_out=[]), **check
         )
-    results = jax.ffi.ffi_lowering(target)(
-        ctx.replace(avals_in=[_INDEX, *avals_in], avals_out=[*avals_out]),
-        _device_index(ctx),
-        *operands,
-        groups=_groups(mesh, axes).reshape(-1),
-        num_ranks=np.int64(layout.num_ranks),
-        num_tokens=np.int64(layout.num_tokens),
-        top_k=np.int64(layout.top_k),
-        num_experts=np.int64(layout.num_experts),
-        capacity=np.int64(layout.capacity),
-        alignment=np.int64(layout.alignment),
-        zero_tail=np.int64(layout.zero_tail),
+    call_ctx = ctx.replace(avals_in=[_INDEX, *avals_in], avals_out=[*avals_out])
+    operands = [_device_index(ctx), *operands]
+    attributes = {
+        "groups": _groups(mesh, axes).reshape(-1),
+        "num_ranks": np.int64(layout.num_ranks),
+        "num_tokens": np.int64(layout.num_tokens),
+        "top_k": np.int64(layout.top_k),
+        "num_experts": np.int64(layout.num_experts),
+        "capacity": np.int64(layout.capacity),
+        "alignment": np.int64(layout.alignment),
+        "zero_tail": np.int64(layout.zero_tail),
         **engine.attributes(ctx.module_context),
         **{name: np.int64(value) for name, value in attributes.items()},
-    )
+    }
+    if start is None:
+        results = jax.ffi.ffi_lowering(target)(call_ctx, *operands, **attributes)
+    else:
+        results = start(call_ctx, target, operands, attributes)
     return [
         result if aval.size else _zeros(aval)
         for result, aval in zip(results, ctx.avals_out, strict=False)  # without the scratch

@@ -46,6 +46,9 @@ from freeio_jax.lowering import lower, lower_along, register
 #     rows[row(a)] = leaf[t]   for each assignment a = (t, k), on the rank that hosts its expert
 
 
+_NUM_COUNTS = 4  # group_sizes, expert_load, num_dropped, num_invalid
+
+
 def _dispatch_abstract_eval(topk_idx, *leaves, layout):
     i32 = partial(result_aval, topk_idx, dtype=np.int32)
     rows = [_rows_aval(leaf, layout) for leaf in leaves]
@@ -64,25 +67,20 @@ def _rows_aval(leaf, layout):
 
 def run_dispatch(topk_idx, *leaves, **params):
     """(rows, routes, counts) of a dispatch: all that it returns, by what it is for."""
-    outs = bind(dispatch_p, topk_idx, *leaves, **params)
-    routes, counts = split_routes(keep(*outs[len(leaves) :]))
-    return outs[: len(leaves)], routes, counts
+    return split_dispatched(bind(dispatch_p, topk_idx, *leaves, **params))
+
+
+def split_dispatched(results):
+    """(rows, routes, counts) of a dispatch's results. ``jax.checkpoint`` keeps the last two."""
+    num_leaves = len(results) - len(Routes._fields) - _NUM_COUNTS
+    routes, counts = split_routes(keep(*results[num_leaves:]))
+    return results[:num_leaves], routes, counts
 
 
 def _dispatch_jvp(primals, tangents, **params):
     rows, routes, counts = run_dispatch(*primals, **params)
-    row_tangents = _dispatch_tangents(routes, rows, tangents[1:], **params)
+    row_tangents = _dispatch_along_tangents(routes, primals[1:], tangents[1:], rows, **params)
     return [*rows, *routes, *counts], [*row_tangents, *map(p2tz, routes), *map(p2tz, counts)]
-
-
-def _dispatch_tangents(routes, rows, leaf_tangents, **params):
-    """The tangents of the rows: those of the leaves that are not zero, dispatched along."""
-    nonzero = [tangent for tangent in leaf_tangents if not is_zero(tangent)]
-    dispatched = iter(bind(dispatch_along_p, *routes, *nonzero, **params) if nonzero else ())
-    return [
-        p2tz(row) if is_zero(tangent) else next(dispatched)
-        for row, tangent in zip(rows, leaf_tangents, strict=True)
-    ]
 
 
 def _dispatch_partial_eval(trace, topk_idx, *leaves, **params):
@@ -128,9 +126,14 @@ def _dispatch_along_abstract_eval(*operands, layout):
     return [_rows_aval(leaf, layout) for leaf in leaves]
 
 
-def _dispatch_along_jvp(routes, leaves, tangents, **params):
-    rows = bind(dispatch_along_p, *routes, *leaves, **params)
-    return rows, _dispatch_tangents(routes, rows, tangents, **params)
+def _dispatch_along_tangents(routes, leaves, tangents, rows, *, run=bind, **params):
+    """The tangents of the rows: those of the leaves that are not zero, dispatched along."""
+    nonzero = [tangent for tangent in tangents if not is_zero(tangent)]
+    dispatched = iter(run(dispatch_along_p, *routes, *nonzero, **params) if nonzero else ())
+    return [
+        p2tz(row) if is_zero(tangent) else next(dispatched)
+        for row, tangent in zip(rows, tangents, strict=True)
+    ]
 
 
 def _dispatch_along_transpose(cts, routes, *leaves, **params):
@@ -142,7 +145,7 @@ def _dispatch_along_transpose(cts, routes, *leaves, **params):
     return [gradient(ct, leaf) for ct, leaf in zip(cts, leaves, strict=True)]
 
 
-def _combine_any(routes, rows, **params):
+def _combine_any(routes, rows, *, run=bind, **params):
     """Combine with unit weights; complex rows are summed as pairs of reals."""
     if jnp.issubdtype(rows.dtype, jnp.complexfloating):
         pair = jnp.stack([rows.real, rows.imag], axis=-1)
@@ -154,12 +157,12 @@ def _combine_any(routes, rows, **params):
             f"exist for {combine_dtype_names()}. Cast the tokens, or stop the "
             "gradient with jax.lax.stop_gradient."
         )
-    return bind(combine_p, *routes, rows, **params)
+    return run(combine_p, *routes, rows, **params)
 
 
 dispatch_along_p = define("dispatch_along", _dispatch_along_abstract_eval)
 define_derivatives_along(
-    dispatch_along_p, jvp=_dispatch_along_jvp, transpose=_dispatch_along_transpose
+    dispatch_along_p, tangents=_dispatch_along_tangents, transpose=_dispatch_along_transpose
 )
 register(dispatch_along_p, lower_along)
 
@@ -180,29 +183,27 @@ def _sums_aval(expert_out, layout):
     return result_aval(expert_out, (layout.num_tokens, *expert_out.shape[1:]), expert_out.dtype)
 
 
-def _combine_jvp(routes, operands, tangents, **params):
-    out = bind(combine_p, *routes, *operands, **params)
+def _combine_tangents(routes, operands, tangents, out, *, run=bind, **params):
     if all(map(is_zero, tangents)):
-        return out, p2tz(out)
+        return p2tz(out)
     if len(operands) == 2 and not any(map(is_zero, tangents)):
-        return out, bind(combine_tangent_p, *routes, *tangents, *operands, **params)
+        return run(combine_tangent_p, *routes, *tangents, *operands, **params)
     mixed = [x if is_zero(t) else t for x, t in zip(operands, tangents, strict=True)]
-    return out, bind(combine_p, *routes, *mixed, **params)
+    return run(combine_p, *routes, *mixed, **params)
 
 
-def _combine_transpose(ct, routes, expert_out, *weights, **params):
+def _combine_transpose(ct, routes, expert_out, *weights, run=bind, **params):
     if not ad.is_undefined_primal(expert_out):
         (w,) = weights
-        return [
-            None,
-            ad.Zero(w.aval) if is_zero(ct) else _weights_gradient(routes, ct, expert_out, **params),
-        ]
+        if is_zero(ct):
+            return [None, ad.Zero(w.aval)]
+        return [None, _weights_gradient(routes, ct, expert_out, run=run, **params)]
     if is_zero(ct):
         gradient = ad.Zero(expert_out.aval)
     elif weights:
-        gradient = _weighted_rows(routes, ct, *weights, **params)
+        gradient = _weighted_rows(routes, ct, *weights, run=run, **params)
     else:
-        (gradient,) = bind(dispatch_along_p, *routes, ct, **params)
+        (gradient,) = run(dispatch_along_p, *routes, ct, **params)
     return [gradient, *(None for _ in weights)]
 
 
@@ -220,7 +221,7 @@ def _combine_lowering(ctx, *operands, layout, engine, **params):
 
 
 combine_p = define("combine", _combine_abstract_eval, multiple_results=False)
-define_derivatives_along(combine_p, jvp=_combine_jvp, transpose=_combine_transpose)
+define_derivatives_along(combine_p, tangents=_combine_tangents, transpose=_combine_transpose)
 register(combine_p, _combine_lowering)
 
 
@@ -239,15 +240,14 @@ def _combine_tangent_abstract_eval(*operands, layout):
     return _sums_aval(expert_out, layout)
 
 
-def _combine_tangent_jvp(routes, operands, tangents, **params):
+def _combine_tangent_tangents(routes, operands, tangents, out, *, run=bind, **params):
     e_dot, w_dot, e, w = operands
     t_e_dot, t_w_dot, t_e, t_w = tangents
-    out = bind(combine_tangent_p, *routes, *operands, **params)
     pairs = ((t_e_dot, w), (e_dot, t_w), (t_e, w_dot), (e, t_w_dot))
     terms = [
-        bind(combine_p, *routes, *pair, **params) for pair in pairs if not any(map(is_zero, pair))
+        run(combine_p, *routes, *pair, **params) for pair in pairs if not any(map(is_zero, pair))
     ]
-    return out, _sum_tangents(out, terms)
+    return _sum_tangents(out, terms)
 
 
 def _sum_tangents(out, terms):
@@ -255,16 +255,16 @@ def _sum_tangents(out, terms):
     return sum(terms[1:], terms[0]) if terms else p2tz(out)
 
 
-def _combine_tangent_transpose(ct, routes, e_dot, w_dot, e, w, **params):
+def _combine_tangent_transpose(ct, routes, e_dot, w_dot, e, w, *, run=bind, **params):
     wants_rows, wants_weights = map(ad.is_undefined_primal, (e_dot, w_dot))
     if is_zero(ct):
         grads = [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in (e_dot, w_dot)]
     elif wants_rows and wants_weights:
-        grads = bind(combine_transpose_p, *routes, ct, e, w, rows=True, weights=True, **params)
+        grads = run(combine_transpose_p, *routes, ct, e, w, rows=True, weights=True, **params)
     elif wants_rows:
-        grads = [_weighted_rows(routes, ct, w, **params), None]
+        grads = [_weighted_rows(routes, ct, w, run=run, **params), None]
     else:
-        grads = [None, _weights_gradient(routes, ct, e, **params)]
+        grads = [None, _weights_gradient(routes, ct, e, run=run, **params)]
     return [*grads, None, None]
 
 
@@ -281,7 +281,7 @@ combine_tangent_p = define(
     "combine_tangent", _combine_tangent_abstract_eval, multiple_results=False
 )
 define_derivatives_along(
-    combine_tangent_p, jvp=_combine_tangent_jvp, transpose=_combine_tangent_transpose
+    combine_tangent_p, tangents=_combine_tangent_tangents, transpose=_combine_tangent_transpose
 )
 register(combine_tangent_p, _combine_tangent_lowering)
 
@@ -304,13 +304,13 @@ def _combine_transpose_abstract_eval(*operands, layout, rows, weights):
     return _only(outs, rows, weights)
 
 
-def _weighted_rows(routes, x, w, **params):
-    (out,) = bind(combine_transpose_p, *routes, x, w, rows=True, weights=False, **params)
+def _weighted_rows(routes, x, w, *, run=bind, **params):
+    (out,) = run(combine_transpose_p, *routes, x, w, rows=True, weights=False, **params)
     return out
 
 
-def _weights_gradient(routes, x, expert_out, **params):
-    (out,) = bind(combine_transpose_p, *routes, x, expert_out, rows=False, weights=True, **params)
+def _weights_gradient(routes, x, expert_out, *, run=bind, **params):
+    (out,) = run(combine_transpose_p, *routes, x, expert_out, rows=False, weights=True, **params)
     return out
 
 
@@ -325,9 +325,10 @@ def _in_place(values, *present):
     return [next(values) if is_present else None for is_present in present]
 
 
-def _combine_transpose_jvp(routes, operands, tangents, *, rows, weights, **params):
-    evaluate = partial(bind, combine_transpose_p, *routes, rows=rows, weights=weights, **params)
-    outs = evaluate(*operands)
+def _combine_transpose_tangents(
+    routes, operands, tangents, outs, *, rows, weights, run=bind, **params
+):
+    evaluate = partial(run, combine_transpose_p, *routes, rows=rows, weights=weights, **params)
     x, *others = operands
     t_x, t_e, t_w = _in_place(tangents, True, weights, rows)
     terms = [[] for _ in outs]
@@ -335,13 +336,13 @@ def _combine_transpose_jvp(routes, operands, tangents, *, rows, weights, **param
         for of_out, term in zip(terms, evaluate(t_x, *others), strict=True):
             of_out.append(term)
     if rows and not is_zero(t_w):
-        terms[0].append(_weighted_rows(routes, x, t_w, **params))
+        terms[0].append(_weighted_rows(routes, x, t_w, run=run, **params))
     if weights and not is_zero(t_e):
-        terms[-1].append(_weights_gradient(routes, x, t_e, **params))
-    return outs, [_sum_tangents(out, of_out) for out, of_out in zip(outs, terms, strict=True)]
+        terms[-1].append(_weights_gradient(routes, x, t_e, run=run, **params))
+    return [_sum_tangents(out, of_out) for out, of_out in zip(outs, terms, strict=True)]
 
 
-def _combine_transpose_transpose(cts, routes, *operands, rows, weights, **params):
+def _combine_transpose_transpose(cts, routes, *operands, rows, weights, run=bind, **params):
     x, e, w = _in_place(operands, True, weights, rows)
     ct_rows, ct_weights = _in_place(cts, rows, weights)
     has_rows = rows and not is_zero(ct_rows)
@@ -349,22 +350,32 @@ def _combine_transpose_transpose(cts, routes, *operands, rows, weights, **params
     of_x = of_e = of_w = None
     if ad.is_undefined_primal(x):
         if has_rows and has_weights:
-            of_x = bind(combine_tangent_p, *routes, ct_rows, ct_weights, e, w, **params)
+            of_x = run(combine_tangent_p, *routes, ct_rows, ct_weights, e, w, **params)
         elif has_rows:
-            of_x = bind(combine_p, *routes, ct_rows, w, **params)
+            of_x = run(combine_p, *routes, ct_rows, w, **params)
         elif has_weights:
-            of_x = bind(combine_p, *routes, e, ct_weights, **params)
+            of_x = run(combine_p, *routes, e, ct_weights, **params)
         else:
             of_x = ad.Zero(x.aval)
     elif weights and ad.is_undefined_primal(e):
-        of_e = _weighted_rows(routes, x, ct_weights, **params) if has_weights else ad.Zero(e.aval)
+        of_e = (
+            _weighted_rows(routes, x, ct_weights, run=run, **params)
+            if has_weights
+            else ad.Zero(e.aval)
+        )
     else:
-        of_w = _weights_gradient(routes, x, ct_rows, **params) if has_rows else ad.Zero(w.aval)
+        of_w = (
+            _weights_gradient(routes, x, ct_rows, run=run, **params)
+            if has_rows
+            else ad.Zero(w.aval)
+        )
     return _only([of_x, of_e, of_w], True, weights, rows)
 
 
 combine_transpose_p = define("combine_transpose", _combine_transpose_abstract_eval)
 define_derivatives_along(
-    combine_transpose_p, jvp=_combine_transpose_jvp, transpose=_combine_transpose_transpose
+    combine_transpose_p,
+    tangents=_combine_transpose_tangents,
+    transpose=_combine_transpose_transpose,
 )
 register(combine_transpose_p, lower_along)

@@ -34,9 +34,17 @@ def _sms(value: Any) -> int | None:
     return sms
 
 
+def _overlap_sms(value: Any) -> int:
+    sms = int(value)
+    if sms < 1:
+        raise ValueError("it must be a positive number of multiprocessors")
+    return sms
+
+
 _SETTINGS = {
     "timeout": _Setting(600.0, _seconds, _native.set_timeout),
     "num_sms": _Setting(None, _sms, lambda sms: _native.set_num_sms(sms or 0)),
+    "overlap_num_sms": _Setting(24, _overlap_sms, _native.set_overlap_num_sms),
     "verbosity": _Setting(0, log.parse_verbosity, log.set_verbosity),
 }
 _values: dict[str, Any] = {}
@@ -88,6 +96,10 @@ def config(**settings: Any) -> dict[str, Any]:
         four, which are left to other kernels; environment variable ``FREEIO_NUM_SMS``. Holds for
         programs and command buffers that begin after the call. It must be the same on all ranks:
         set it in all processes, while no program that exchanges rows runs.
+      overlap_num_sms: multiprocessors of a GPU that one exchange may use beside compute, that is,
+        between :func:`dispatch_start` or :func:`combine_start` and ``done``, where the start does
+        not say how many. Default 24; environment variable ``FREEIO_OVERLAP_NUM_SMS``. It holds as
+        ``num_sms`` does, and must be the same on all ranks, too.
       verbosity: what goes to the logger ``freeio_jax``: 0 warnings and errors, 1 also what was
         chosen when something started (engine, processes, how long it took), 2 also each exchange
         that is compiled. The logger writes to stderr if the program has not set up Python's
@@ -101,7 +113,7 @@ def config(**settings: Any) -> dict[str, Any]:
     >>> fio.config(timeout=30)["timeout"]
     30.0
     >>> fio.config(timeout=600.0)
-    {'timeout': 600.0, 'num_sms': None, 'verbosity': 0}
+    {'timeout': 600.0, 'num_sms': None, 'overlap_num_sms': 24, 'verbosity': 0}
     """
     unknown = set(settings) - set(_SETTINGS)
     if unknown:

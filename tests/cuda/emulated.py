@@ -609,6 +609,12 @@ class Emulator:
         self._retire(gpu, buffers)
         self._check(error)
 
+    def abandon(self, group, rank, start):
+        """As XLA does when a program ends with an error before done: takes back the buffers."""
+        gpu = group.gpus[rank]
+        _, buffers = self._in_flight.pop((gpu, start))
+        self._retire(gpu, buffers)
+
     def _check(self, error):
         if error:
             self._broken = True

@@ -273,28 +273,49 @@ def test_a_failure_between_start_and_done(new_machine):
 
 @pytest.mark.parametrize("failing", ["synchronous", "started"])
 def test_a_failure_in_one_lane_ends_the_other(new_machine, failing):
-    """Long before its own time-out, also for a rank that takes part only in the other lane."""
-    machine = new_machine(timeout=5, num_sms=6)
+    """At once, and also for a rank that takes part only in the exchange of the other lane."""
+    machine = new_machine(timeout=1e6, num_sms=6)
     machine.set_num_sms(2)
     machine.starts_num_sms = 0
-    failed, other = Group((0, 1)), Group((0, 2))
-    is_start = failing == "started"
-    ours, others = (Start(1), None) if is_start else (None, Start(1))
-    # GPU 1 never comes. GPU 0 takes part in an exchange with GPU 2 meanwhile, whose rank 1 is late.
-    results = [
-        launch_dispatch(machine, failed, 0, start=ours),
-        launch_dispatch(machine, other, 0, start=others),
-    ]
+    names = [None, Start(1)] if failing == "synchronous" else [Start(1), None]
+    differing, late = Group((0, 1)), Group((0, 2))
+    # GPU 0 waits for GPU 2, which is late, when it finds that GPU 1 makes another call.
+    ended = launch_dispatch(machine, late, 0, start=names[1])
+    launch_dispatch(machine, differing, 0, instance=1, start=names[0])
+    launch_dispatch(machine, differing, 1, instance=2, start=names[0])
     machine.synchronize()
-    for out in results if others is None else results[:1]:
-        assert_spoiled(out)
-    with pytest.raises(EngineError, match="rank 0 waited 5 s for rank 1"):
-        machine.done(Group((0, 1)), 0, Start(1))
-    launch_dispatch(machine, other, 1, start=others)
-    if others is not None:
-        machine.done(other, 1, others)
+    assert machine.take_note() is None, "it has waited for long"
+    cause = "differ in the call of the program"
+    if failing == "synchronous":
+        with pytest.raises(EngineError, match=cause):
+            machine.done(late, 0, Start(1))
+        machine.synchronize()
+    assert_spoiled(ended)
+    with pytest.raises(EngineError, match=rf"{cause}|gave this call up"):
+        machine.check_state(differing)
+    launch_dispatch(machine, late, 1, start=names[1])
     machine.synchronize()
-    assert_failed(errors_of(machine, Group((0, 2)), [1]), "rank 1: rank 0 gave this call up")
+    assert_failed(errors_of(machine, late, [1]), "rank 1: rank 0 gave this call up")
+
+
+@pytest.mark.parametrize("what", ["synchronous", "start", "done"])
+def test_an_error_before_done_waits_for_what_is_in_flight(new_machine, what):
+    """The program ends, and XLA takes back the buffers of what it has started."""
+    machine = new_machine(num_gpus=2, num_sms=6, shared_bytes=99 << 10)
+    group = Group((0, 1))
+    for rank in range(2):
+        launch_dispatch(machine, group, rank, start=Start(1))
+    for rank in range(2):
+        with pytest.raises(EngineError):
+            if what == "done":
+                machine.done(group, rank, Start(2))
+            else:
+                machine.set_protocol("large")
+                geometry = Geometry(2, 6, 2, 4096, capacity=24)
+                start = Start(2) if what == "start" else None
+                launch_dispatch(machine, group, rank, geometry, start=start)
+        machine.abandon(group, rank, Start(1))
+    machine.synchronize()
 
 
 def test_ranks_at_different_starts_of_the_program(new_machine):
