@@ -237,6 +237,9 @@ class GLU(_TwoProducts):
     activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu
     biases: bool = False
 
+    def added_once(self) -> tuple[str, ...] | None:
+        return None  # as all of the gate precedes all of up, a slice of the columns has not both
+
     def hidden(self, product: jax.Array) -> jax.Array:
         gate, up = jnp.split(product, 2, axis=-1)
         return self.activation(gate) * up

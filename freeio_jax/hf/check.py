@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from freeio_jax.flax import linen
@@ -79,6 +81,8 @@ def _settings(layout):
         f"width {layout.width}, {config.num_experts} experts of width {config.expert_width}, "
         f"{config.top_k} for each token"
     )
+    if config.num_zero_experts:
+        yield f"{config.num_zero_experts} zero experts"
     if config.shared_expert_width is not None:
         gated = ", with a gate" if config.shared_expert_gate else ""
         yield f"a shared expert of width {config.shared_expert_width}{gated}"
@@ -101,10 +105,11 @@ def _divisibility(num_experts, num_ranks):
     if num_experts % num_ranks == 0:
         return "ranks", f"{num_ranks}, {num_experts // num_ranks} experts each", False
     fits = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+    padded = -(-num_experts // num_ranks) * num_ranks
     return (
         "ranks",
-        f"{num_experts} experts do not divide among {num_ranks} ranks; they do among "
-        f"{', '.join(map(str, fits))}",
+        f"{num_experts} experts do not divide among {num_ranks} ranks. Use "
+        f"pad_experts_to={padded}, or {', '.join(map(str, fits))} ranks",
         True,
     )
 
@@ -143,6 +148,7 @@ def differences(ckpt: Checkpoint) -> Iterator[tuple[str, str, bool]]:
     if missing:
         yield "compared", f"not with transformers: {' and '.join(missing)} not installed", False
         return
+    import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if model_type not in CONFIG_MAPPING_NAMES:
@@ -161,17 +167,20 @@ def differences(ckpt: Checkpoint) -> Iterator[tuple[str, str, bool]]:
     model = _transformers_model(ckpt)
     rng = np.random.default_rng(0)
     for layer in moe_layers(ckpt):
-        block = transformers_block(model, layer)
-        if block is None:
+        function = moe_function(model, layer)
+        if function is None:
             yield "compared", f"not layer {layer}: transformers does not use it", False
             continue
         layout = Layout(ckpt, layer)
         x = rng.normal(size=(1, _NUM_TOKENS, layout.width)).astype(np.float32)
+        router_input = router_input_of(ckpt.config, x)
         module = linen.MoE.from_hf(ckpt.config, layer)
         weights = load_moe(ckpt, layer, dtype=np.float32)
         with jax.default_matmul_precision("highest"):
-            got = np.asarray(jax.jit(module.apply, static_argnums=2)(weights.linen, x, True))
-        expected = block(x)
+            apply = jax.jit(functools.partial(module.apply, deterministic=True))
+            got = np.asarray(apply(weights.linen, x, router_input=router_input))
+        with torch.no_grad():
+            expected = function(torch.tensor(x)).numpy()
         difference = np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-30)
         text = f"layer {layer}: largest difference from transformers {difference:.1e}"
         yield "compared", text, not difference <= TOLERANCE
@@ -193,44 +202,46 @@ def _transformers_model(ckpt):
     return model.eval()
 
 
-def transformers_block(model, layer: int | str) -> Callable[[np.ndarray], np.ndarray] | None:
-    """The MoE block of a model of transformers, as a function of arrays ``[B, T, H]``.
+def moe_function(model, layer: int | str) -> Callable[[Any], Any] | None:
+    """What a model of transformers computes in the MoE block of a layer: from ``[..., H]`` torch.
+
+    Where the router has an input of its own, it is that of the experts, rolled by one feature.
 
     Args:
-      model: a model, or one with a model in it.
+      model: a model of transformers.
       layer: as :func:`freeio_jax.hf.moe_layers` names it.
 
     Returns:
       None where the model has no such block.
     """
-    import torch
-
-    modules = moe_modules(model, layer)
-    if not modules:
-        return None
-
-    def apply(x):
-        x = torch.tensor(x)
-        with torch.no_grad():
-            return sum(output_of(module, x) for module in modules).numpy()
-
-    return apply
-
-
-def moe_modules(model, layer: int | str) -> list[Any]:
-    """The modules of a model of transformers whose outputs' sum is that of the MoE layer."""
     family = family_of(model.config.to_dict())
     modules = dict(model.named_modules())
     paths = [layer.removesuffix(".") + "."] if isinstance(layer, str) else []
     if isinstance(layer, int):
         paths = [base + family.layer.format(layer=layer) for base in BASES]
     for path in paths:
-        if hasattr(modules.get(path + family.blocks[0]), "experts"):
-            return [modules[path + b] for b in family.blocks if path + b in modules]
-    return []
+        block = modules.get((path + family.blocks[0]).removesuffix("."))
+        if not hasattr(block, "experts"):
+            continue
+        if family.router_input:
+            return lambda x: _of_router_and_experts(block, x)
+        found = [modules[path + name] for name in family.blocks if path + name in modules]
+        return lambda x: sum(_output_of(module, x) for module in found)
+    return None
 
 
-def output_of(module, x):
-    """What a module computes of x: of several results the first, in the shape of x."""
+def _output_of(module, x):
+    """Of several results the first, in the shape of x."""
     y = module(x)
     return (y[0] if isinstance(y, tuple) else y).reshape(x.shape)
+
+
+def _of_router_and_experts(layer, x):
+    tokens = x.reshape(-1, x.shape[-1])
+    _, weights, ids = layer.router(tokens.roll(1, -1))
+    return layer.experts(tokens, ids, weights).reshape(x.shape)
+
+
+def router_input_of(config: Mapping[str, Any], x: jax.Array) -> jax.Array | None:
+    """What the layer's router is to see in a comparison with :func:`moe_function`."""
+    return jnp.roll(x, 1, -1) if family_of(config).router_input else None

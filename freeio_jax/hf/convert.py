@@ -75,7 +75,8 @@ def restore_moe(
 
     Raises:
       FileNotFoundError: there is no such layer.
-      ValueError: the experts do not divide among the ranks.
+      ValueError: the experts do not divide among the ranks, or with these options the parameters
+        are others than those that were written.
     """
     folder = Path(folder).absolute()
     path = folder / _LAYERS / str(layer)
@@ -86,20 +87,26 @@ def restore_moe(
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
     raw = json.loads((folder / "config.json").read_text())
     width, config = moe_config(raw, layer, **options)
-    check_divides(config, mesh)
-    axes = {name: names for name, (_, names) in config.parameters(width).items()}
+    check_divides(config, mesh, width)
+    parameters = config.parameters(width)
 
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(path).item_metadata
+        stored = dict(checkpointer.metadata(path).item_metadata)
+        shapes = {name: tuple(array.shape) for name, array in stored["params"].items()}
+        if shapes != {name: shape for name, (shape, _) in parameters.items()}:
+            raise ValueError(
+                f"hf.restore_moe: {path} has parameters of the shapes {shapes}, as the layer has "
+                f"them by default. With {options} it has others: load it by hf.load_moe."
+            )
 
         def place(path, metadata):
             name = path[-1].key
-            spec = PartitionSpec(*axes.get(name, ()))
+            _, names = parameters.get(name, (None, ()))
             device = SingleDeviceSharding(jax.local_devices()[0])
-            sharding = device if mesh.empty else NamedSharding(mesh, spec)
+            sharding = device if mesh.empty else NamedSharding(mesh, PartitionSpec(*names))
             keeps = dtype is None or is_of_router(name)
             wanted = metadata.dtype if keeps else np.dtype(dtype)
             return jax.ShapeDtypeStruct(metadata.shape, wanted, sharding=sharding)
 
-        abstract = jax.tree_util.tree_map_with_path(place, dict(stored))
+        abstract = jax.tree_util.tree_map_with_path(place, stored)
         return Weights.of_linen(checkpointer.restore(path, abstract))

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 
 from freeio_jax.flax.experts import MLP, Experts, SwiGLU, squared_relu
+from freeio_jax.flax.router import Router
+from freeio_jax.flax.routers import NormalizedRouter, SparseMixer
 
 _REQUIRED = object()
 
@@ -66,6 +68,7 @@ class Weight:
       names: of the tensors whose columns, one after the other, are the parameter's columns; from
         the decoder layer on. With ``{expert}`` each expert has a tensor of its own. Without it the
         tensor of a parameter of all experts has a first dimension for them.
+      half: which half of the tensors' columns is meant; None: all.
       transposed: whether the files have ``[out, in]``, as torch's Linear. The layer's are
         ``[in, out]``.
       flat: whether the dimension of the experts and the next one are a single one (DBRX).
@@ -74,6 +77,7 @@ class Weight:
     names: tuple[str, ...]
     transposed: bool = True
     flat: bool = False
+    half: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,11 @@ class Family:
       num_experts, top_k, expert_width, shared_expert_width: the layer's settings.
       shared_expert_gate: the layer's setting.
       width: H.
-      router: settings of ``freeio_jax.flax.Router``; those that are not here are the defaults.
+      num_zero_experts: the layer's setting.
+      router_kind: ``freeio_jax.flax.Router``, or a class of ``freeio_jax.flax.routers``.
+      router: its settings; those that are not here are the defaults.
+      router_input: whether the router sees another input than the experts, so that the layer is
+        called with ``router_input=``.
       experts: gives the experts from a function that looks settings up.
       activation: the name of the activation between the products.
       weights: where each parameter is in the files. Alternatives are tried in order.
@@ -105,12 +113,21 @@ class Family:
     shared_expert_width: Key | Product | None = None
     shared_expert_gate: bool = False
     width: Key = Key(("hidden_size",))
+    num_zero_experts: Key | None = None
+    router_kind: type = Router
     router: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    router_input: bool = False
     experts: Callable[[Callable[[Any], Any], Callable], Experts] | None = None
     activation: Key = Key(("hidden_act",), "silu")
     layer: str = "layers.{layer}."
     blocks: tuple[str, ...] = ("mlp",)
     only: tuple[Only, ...] = ()
+
+    @property
+    def router_tensor(self) -> str:
+        """The tensor of the router's matrix: where it is, a decoder layer has an MoE block."""
+        (weight,) = self.weights.get("router") or self.weights["router_kernel"]
+        return weight.names[0]
 
 
 #: What may come before ``Family.layer`` in the names of tensors: whole models, their text parts,
@@ -155,6 +172,11 @@ def _as_is(*names):
     return (Weight(names, transposed=False),)
 
 
+def _either_way(name):
+    """All experts in one tensor: ``[E, in, out]`` as published, or as transformers has it."""
+    return (Weight((name,), transposed=False), Weight((name,)))
+
+
 def _per_expert(prefix, gate="gate_proj", up="up_proj", down="down_proj"):
     """Each expert's own tensors; or those of all experts, as transformers has them in memory."""
     names = [f"{prefix}.experts.{{expert}}.{name}.weight" for name in (gate, up, down)]
@@ -172,7 +194,7 @@ def _shared(prefix):
 
 
 _SOFTMAX_RENORMALIZED = {"renormalize": True}
-_SOFTMAX_BY_CONFIG = {"renormalize": _key("norm_topk_prob", default=False)}
+_BY_NORM_TOPK_PROB = {"renormalize": _key("norm_topk_prob", default=False)}
 _EXPERTS_PER_TOKEN = _key("num_experts_per_tok")
 _MOE_WIDTH = _key("moe_intermediate_size")
 _MOE_FILES = {"router": _linear("mlp.gate.weight"), **_per_expert("mlp")}
@@ -211,6 +233,20 @@ def _router_of_deepseek_v3(**defaults):
 
 
 _WITHOUT_GROUPS = {"norm_topk_prob": True, "n_group": 1, "topk_group": 1}
+_KIMI_SETTINGS = {
+    "num_experts": _key("num_experts"),
+    "top_k": _key("num_experts_per_token", "num_experts_per_tok"),
+    "expert_width": _MOE_WIDTH,
+    "shared_expert_width": Product((_MOE_WIDTH, _key("num_shared_experts"))),
+    "router": {
+        "score": "sigmoid",
+        "renormalize": _key("moe_renormalize", "norm_topk_prob"),
+        "weight_scale": _key("routed_scaling_factor"),
+        "num_groups": _key("num_expert_group", "n_group"),
+        "groups_per_token": _key("topk_group"),
+        "bias_update_rate": 0.0,
+    },
+}
 _NO_BIAS_IN_MLP = Only(
     _key("use_bias", default=False), (False,), "a bias in the shared experts alone"
 )
@@ -271,13 +307,36 @@ FAMILIES: tuple[Family, ...] = (
         weights=_QWEN_FILES,
     ),
     Family(
-        "Qwen3-MoE",
-        ("qwen3_moe",),
-        num_experts=_key("num_experts", "num_local_experts", default=128),
-        top_k=_key("num_experts_per_tok", default=8),
-        expert_width=_key("moe_intermediate_size", default=768),
-        router=_SOFTMAX_BY_CONFIG,
+        "Qwen3-MoE, Mellum",
+        ("qwen3_moe", "mellum"),
+        num_experts=_key("num_experts", "num_local_experts"),
+        top_k=_EXPERTS_PER_TOKEN,
+        expert_width=_MOE_WIDTH,
+        router={"renormalize": _key("norm_topk_prob")},
         weights=_MOE_FILES,
+    ),
+    Family(
+        "Qwen3-VL-MoE",
+        ("qwen3_vl_moe_text",),
+        num_experts=_key("num_experts", "num_local_experts", default=60),
+        top_k=_key("num_experts_per_tok", default=4),
+        expert_width=_key("moe_intermediate_size", default=1408),
+        router=_SOFTMAX_RENORMALIZED,
+        weights={
+            "router": _linear("mlp.gate.weight"),
+            "gate_up": _either_way("mlp.experts.gate_up_proj"),
+            "down": _either_way("mlp.experts.down_proj"),
+        },
+    ),
+    Family(
+        "Lara-mini",
+        ("lara_mini",),
+        num_experts=_key("num_experts", default=128),
+        top_k=_key("num_experts_per_tok", default=4),
+        expert_width=_key("moe_intermediate_size", default=512),
+        shared_expert_width=_key("shared_expert_intermediate_size", default=512),
+        router={"renormalize": _key("norm_topk_prob", default=True)},
+        weights=_MOE_FILES | _shared("mlp.shared_expert"),
     ),
     Family(
         "OLMoE, FlexOlmo",
@@ -285,7 +344,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("num_experts", "num_local_experts"),
         top_k=_EXPERTS_PER_TOKEN,
         expert_width=_key("intermediate_size"),
-        router=_SOFTMAX_BY_CONFIG,
+        router=_BY_NORM_TOPK_PROB,
         weights=_MOE_FILES,
     ),
     Family(
@@ -325,13 +384,14 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     Family(
-        "DeepSeek-V3, V3.1, V3.2, R1, Kimi K2, GLM-4.5 to GLM-5, dots.llm1, Solar Open",
+        "DeepSeek-V3, V3.1, V3.2, R1, Kimi K2, GLM-4.5 to GLM-5, GLM-4.5V, dots.llm1, Solar Open",
         (
             "deepseek_v3",
             "deepseek_v32",
             "kimi_k2",
             "glm4_moe",
             "glm4_moe_lite",
+            "glm4v_moe_text",
             "glm_moe_dsa",
             "dots1",
             "solar_open",
@@ -348,6 +408,87 @@ FAMILIES: tuple[Family, ...] = (
             ),
             Only(_key("scoring_func", default="sigmoid"), ("sigmoid",), "another score"),
         ),
+    ),
+    Family(
+        "Mistral 4",
+        ("mistral4",),
+        num_experts=_key("n_routed_experts", default=128),
+        top_k=_key("num_experts_per_tok", default=4),
+        expert_width=_key("moe_intermediate_size", default=2048),
+        shared_expert_width=Product(
+            (
+                _key("moe_intermediate_size", default=2048),
+                _key("n_shared_experts", default=1),
+            )
+        ),
+        router={
+            "renormalize": _key("norm_topk_prob", default=True),
+            "weight_scale": _key("routed_scaling_factor", default=1.0),
+            "num_groups": _key("n_group", default=1),
+            "groups_per_token": _key("topk_group", default=1),
+        },
+        weights=_DEEPSEEK_FILES,
+    ),
+    Family(
+        "Kimi Linear",
+        ("kimi_linear",),
+        **_KIMI_SETTINGS,
+        weights={
+            "router": _linear("block_sparse_moe.gate.weight"),
+            "bias": _as_is("block_sparse_moe.gate.e_score_correction_bias"),
+            **_per_expert("block_sparse_moe", "w1", "w3", "w2"),
+            **_shared("block_sparse_moe.shared_experts"),
+        },
+    ),
+    Family(
+        "Ling and Ring with linear attention",
+        ("bailing_hybrid",),
+        **_KIMI_SETTINGS,
+        weights=_DEEPSEEK_FILES | {"bias": _as_is("mlp.gate.expert_bias")},
+    ),
+    Family(
+        "AFMoE",
+        ("afmoe",),
+        num_experts=_key("num_experts", default=64),
+        top_k=_key("num_experts_per_tok", default=6),
+        expert_width=_key("moe_intermediate_size", default=1408),
+        shared_expert_width=Product(
+            (
+                _key("moe_intermediate_size", default=1408),
+                _key("num_shared_experts", default=2),
+            )
+        ),
+        router={
+            "score": "sigmoid",
+            "renormalize": True,
+            "weight_scale": _key("route_scale", default=1.0),
+            "bias_update_rate": 0.0,
+        },
+        weights=_DEEPSEEK_FILES
+        | {
+            "router": _linear("mlp.router.gate.weight"),
+            "bias": _as_is("mlp.expert_bias"),
+        },
+    ),
+    Family(
+        "Aria",
+        ("aria_text",),
+        num_experts=_key("moe_num_experts", default=8),
+        top_k=_key("moe_topk", default=2),
+        expert_width=_key("intermediate_size", default=4096),
+        shared_expert_width=Product(
+            (
+                _key("intermediate_size", default=4096),
+                _key("moe_num_shared_experts", default=2),
+            )
+        ),
+        router=_SOFTMAX_RENORMALIZED,
+        weights={
+            "router": _linear("mlp.router.weight"),
+            "gate_up": _as_is("mlp.experts.fc1.weight"),
+            "down": _as_is("mlp.experts.fc2.weight"),
+            **_shared("mlp.shared_experts"),
+        },
     ),
     Family(
         "MiMo-V2-Flash",
@@ -600,18 +741,70 @@ FAMILIES: tuple[Family, ...] = (
             Only(
                 _key("moe_latent_size", default=None),
                 (None,),
-                "experts on a projection of the router's input",
+                "experts on a projection of what router and shared expert see",
             ),
             Only(_key("mlp_bias", default=False), (False,), "a bias in the shared experts alone"),
         ),
+    ),
+    Family(
+        # In training Phi-3.5 draws experts at random, which the layer does not.
+        "Phi-3.5-MoE, as in evaluation",
+        ("phimoe",),
+        num_experts=_key("num_local_experts", default=16),
+        top_k=_key("num_experts_per_tok", default=2),
+        expert_width=_key("intermediate_size", default=6400),
+        router_kind=SparseMixer,
+        router={"jitter_eps": _key("router_jitter_noise", default=0.01)},
+        weights={
+            "router_kernel": _linear("block_sparse_moe.gate.weight"),
+            **_per_expert("block_sparse_moe", "w1", "w3", "w2"),
+        },
+    ),
+    Family(
+        "LongCat-Flash",
+        ("longcat_flash",),
+        num_experts=_key("n_routed_experts", default=512),
+        top_k=_key("moe_topk", "num_experts_per_tok", default=12),
+        expert_width=_key("expert_ffn_hidden_size", default=2048),
+        num_zero_experts=_key("zero_expert_num", default=256),
+        router={
+            "renormalize": False,
+            "weight_scale": _key("routed_scaling_factor", default=6.0),
+            "bias_update_rate": 0.0,
+        },
+        weights={
+            "router": _linear("mlp.router.classifier.weight"),
+            "bias": _as_is("mlp.router.e_score_correction_bias"),
+            **_per_expert("mlp"),
+        },
+        only=(
+            Only(_key("router_bias", default=False), (False,), "a bias that no one uses"),
+            Only(_key("zero_expert_type", default="identity"), ("identity",), "other zero experts"),
+        ),
+    ),
+    Family(
+        "Gemma 4, whose router has an input of its own",
+        ("gemma4_text",),
+        num_experts=_key("num_experts"),
+        top_k=_key("top_k_experts"),
+        expert_width=_key("moe_intermediate_size"),
+        router_kind=NormalizedRouter,
+        router={"eps": _key("rms_norm_eps", default=1e-6)},
+        router_input=True,
+        activation=_key("hidden_activation", default="gelu_pytorch_tanh"),
+        weights={
+            "router_kernel": _linear("router.proj.weight"),
+            "router_scale": _as_is("router.scale"),
+            "router_per_expert_scale": _as_is("router.per_expert_scale"),
+            "gate_up": _linear("experts.gate_up_proj"),
+            "down": _linear("experts.down_proj"),
+        },
+        blocks=("",),
     ),
 )
 
 #: Families that are known and cannot be expressed, by model_type: what they would need.
 INEXPRESSIBLE: dict[str, str] = {
-    "phimoe": "a router of its own (sparsemixer)",
-    "longcat_flash": "zero experts, which return their input",
-    "gemma4_text": "a router with a norm and scales of its own, on another input than the experts'",
     "deepseek_v4": "a score sqrt(softplus(x)), and layers that choose experts by token id",
     "nllb-moe": "a capacity for each expert",
 }

@@ -67,12 +67,10 @@ def moe_layers(ckpt: Checkpoint) -> tuple[int | str, ...]:
     their tensors' names.
     """
     family = family_of(ckpt.config)
-    suffixes = [weight.names[0] for weight in family.weights["router"]]
     starts = {
-        name.removesuffix(suffix): None
+        name.removesuffix(family.router_tensor): None
         for name in ckpt.names()
-        for suffix in suffixes
-        if name.endswith(f".{suffix}")
+        if name.endswith(f".{family.router_tensor}")
     }
     numbers = {}
     for base in BASES:
@@ -115,7 +113,7 @@ def load_moe(
     """
     layout = Layout(ckpt, layer, **options)
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
-    check_divides(layout.config, mesh)
+    check_divides(layout.config, mesh, layout.width)
     dtype = np.dtype(ckpt.default_dtype if dtype is None else dtype)
     arrays = {
         name: _sharded(layout, name, mesh, np.dtype(np.float32) if is_of_router(name) else dtype)
@@ -154,6 +152,7 @@ class Layout:
     def __init__(self, ckpt: Checkpoint, layer: int | str, **options: Any):
         family = family_of(ckpt.config)
         self.ckpt, self._weights = ckpt, family.weights
+        self._has_own_experts = family.experts is not None
         self.width, self.config = moe_config(ckpt.config, layer, **options)
         self.start = self._find_start(family, layer)
         self.shapes = dict(self.config.parameters(self.width))
@@ -165,69 +164,120 @@ class Layout:
             starts = [layer.removesuffix(".") + "."]
         else:
             starts = [base + family.layer.format(layer=layer) for base in BASES]
-        router = family.weights["router"][0].names[0]
         for start in starts:
-            if start + router in self.ckpt:
+            if start + family.router_tensor in self.ckpt:
                 return start
         raise ValueError(
             f"hf: layer {layer!r} of {self.ckpt.folder} has no MoE block: there is no tensor "
-            f"{starts[0] + router!r}. Layers with one are {list(moe_layers(self.ckpt))}."
+            f"{starts[0] + family.router_tensor!r}. Layers with one are "
+            f"{list(moe_layers(self.ckpt))}."
         )
 
     def weight(self, name: str) -> Weight:
-        """Where a parameter is: the first alternative whose first tensor exists, else the first."""
-        alternatives = self._weights[name]
-        for weight in alternatives:
-            if self.start + weight.names[0].format(expert=0) in self.ckpt:
-                return weight
-        return alternatives[0]
+        """Where a parameter is: the alternative whose tensors exist, and have the right shape.
+
+        Where none is right it is the first whose first tensor exists, for the error to be about it.
+
+        Raises:
+          ValueError: the shape does not tell which way round a tensor is.
+        """
+        alternatives = self._weights.get(name) or self._halves(name)
+        found = [w for w in alternatives if self._first_tensor(w) in self.ckpt]
+        if len(found) < 2:
+            return (found or alternatives)[0]
+        fits = []
+        for weight in found:
+            part = next(self.parts(name, slice(0, 1), weight))
+            if self.ckpt.shape(part.tensor) == part.whole:
+                fits.append(weight)
+        if len(fits) > 1:
+            raise ValueError(
+                f"hf: by its shape {list(part.whole)} the tensor {part.tensor!r} may have its "
+                "inputs or its outputs first. Files of this family have either, so it cannot be "
+                "loaded."
+            )
+        return (fits or found)[0]
+
+    def _first_tensor(self, weight):
+        return self.start + weight.names[0].format(expert=0)
+
+    def _halves(self, name: str) -> tuple[Weight, ...]:
+        """Where gate or up is that the files have together, for ``SwiGLU(separate=True)``."""
+        halves = ("gate", "up")
+        if name.removeprefix("shared_") not in halves or self._has_own_experts:
+            raise ValueError(
+                f"hf: the layer has a parameter {name!r}, but the family's files have "
+                f"{sorted(self._weights)} alone. Load it with the experts of "
+                "hf.moe_options(config). SwiGLU(separate=True) is possible instead of SwiGLU()."
+            )
+        which = halves.index(name.removeprefix("shared_"))
+        both = self._weights["shared_gate_up" if name.startswith("shared_") else "gate_up"]
+        return tuple(
+            dataclasses.replace(weight, half=which)
+            if len(weight.names) == 1
+            else dataclasses.replace(weight, names=weight.names[which : which + 1])
+            for weight in both
+        )
 
     def is_spread(self, name: str) -> bool:
         """Whether each expert has a parameter of its own: not those of router or shared expert."""
         return not is_of_router(name) and not name.startswith("shared_")
 
-    def parts(self, name: str, experts: slice) -> Iterator[Part]:
+    def parts(self, name: str, experts: slice, weight: Weight | None = None) -> Iterator[Part]:
         """The pieces of tensors that make up ``experts`` of a parameter.
 
-        A parameter that is replicated is made up as a whole.
+        A parameter that is replicated is made up as a whole. Experts that are only padding are in
+        no tensor.
+
+        Args:
+          name: of the parameter.
+          experts: which of them.
+          weight: where the parameter is; None: :meth:`weight` finds it.
         """
-        weight, (shape, _) = self.weight(name), self.shapes[name]
+        weight, (shape, _) = weight or self.weight(name), self.shapes[name]
         spread = self.is_spread(name)
         matrix = shape[1:] if spread else shape
-        num_columns = matrix[-1] // len(weight.names)
+        num_experts = self.config.num_experts
+        experts = slice(*(min(e, num_experts) for e in (experts.start, experts.stop)))
+        count = experts.stop - experts.start
+        width = matrix[-1] // len(weight.names)
         for i, tensor in enumerate(weight.names):
-            columns = slice(i * num_columns, (i + 1) * num_columns)
-            piece = (*matrix[:-1], num_columns)
+            columns = slice(i * width, (i + 1) * width)
+            taken = slice(0, width)
+            if weight.half is not None:
+                taken = slice(weight.half * width, (weight.half + 1) * width)
+            piece = (*matrix[:-1], width if weight.half is None else 2 * width)
             if weight.transposed and len(piece) == 2:
                 piece = piece[::-1]
             if "{expert}" in tensor:
                 for expert in range(experts.start, experts.stop):
-                    full = self.start + tensor.format(expert=expert)
-                    yield Part(full, piece, None, (expert - experts.start, ..., columns), piece)
-            elif not spread:
-                yield Part(self.start + tensor, piece, None, (..., columns), piece)
-            elif weight.flat:
+                    full, place = tensor.format(expert=expert), expert - experts.start
+                    yield Part(self.start + full, piece, None, piece, taken, (place, ..., columns))
+                continue
+            full = self.start + tensor
+            if not spread:
+                yield Part(full, piece, None, piece, taken, (..., columns))
+            elif count and weight.flat:
                 rows = slice(experts.start * piece[0], experts.stop * piece[0])
-                whole = (shape[0] * piece[0], *piece[1:])
-                count = experts.stop - experts.start
-                yield Part(self.start + tensor, whole, rows, (..., columns), (count, *piece))
-            else:
-                whole, count = (shape[0], *piece), experts.stop - experts.start
-                yield Part(self.start + tensor, whole, experts, (..., columns), (count, *piece))
+                whole, place = (num_experts * piece[0], *piece[1:]), (slice(count), ..., columns)
+                yield Part(full, whole, rows, (count, *piece), taken, place)
+            elif count:
+                whole, place = (num_experts, *piece), (slice(count), ..., columns)
+                yield Part(full, whole, experts, (count, *piece), taken, place)
 
     def read(self, name: str, experts: slice, dtype: np.dtype) -> np.ndarray:
-        """``experts`` of a parameter, or all of a replicated one."""
+        """``experts`` of a parameter, or all of a replicated one. Padding is zero."""
         shape, _ = self.shapes[name]
         if self.is_spread(name):
             shape = (experts.stop - experts.start, *shape[1:])
-        out = np.empty(shape, dtype)
+        out = np.zeros(shape, dtype)
         transposed = self.weight(name).transposed
         for part in self.parts(name, experts):
             self._check(part)
             tensor = self.ckpt.tensor(part.tensor, part.rows, dtype).reshape(part.shape)
             if transposed and tensor.ndim >= 2:
                 tensor = np.swapaxes(tensor, -1, -2)
-            out[part.place] = tensor
+            out[part.place] = tensor[..., part.columns]
         return out
 
     def faults(self) -> list[str]:
@@ -261,15 +311,17 @@ class Part:
       tensor: its name.
       whole: the tensor's shape.
       rows: which of its first dimension; None: all.
-      place: where it goes, an index.
       shape: of the piece as it is read, with a dimension for the experts if there are several.
+      columns: which of the piece's columns belong to the parameter.
+      place: where they go, an index.
     """
 
     tensor: str
     whole: tuple[int, ...]
     rows: slice | None
-    place: tuple
     shape: tuple[int, ...]
+    columns: slice
+    place: tuple
 
 
 def _sharded(layout: Layout, name: str, mesh: Mesh, dtype: np.dtype) -> jax.Array:

@@ -7,7 +7,6 @@ from typing import Any
 
 from freeio_jax.flax.config import MoEConfig
 from freeio_jax.flax.experts import GLU, SwiGLU
-from freeio_jax.flax.router import Router
 from freeio_jax.hf.families import ACTIVATIONS, FAMILIES, INEXPRESSIBLE, Family, Key, Product
 
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
@@ -83,6 +82,11 @@ def moe_options(config: Mapping[str, Any], layer: int | str | None = None) -> di
     else:
         experts = SwiGLU() if activation is ACTIVATIONS["silu"] else GLU(activation)
     shared = family.shared_expert_width
+    router = family.router_kind(
+        load_balance_coef=0.0,
+        z_loss_coef=0.0,
+        **{name: get(setting) for name, setting in family.router.items()},
+    )
     return {
         "width": get(family.width),
         "num_experts": get(family.num_experts),
@@ -91,11 +95,8 @@ def moe_options(config: Mapping[str, Any], layer: int | str | None = None) -> di
         "shared_expert_width": (get(shared) if shared is not None else None) or None,
         "shared_expert_gate": family.shared_expert_gate,
         "experts": experts,
-        "router": Router(
-            load_balance_coef=0.0,
-            z_loss_coef=0.0,
-            **{name: get(setting) for name, setting in family.router.items()},
-        ),
+        "num_zero_experts": get(family.num_zero_experts) or 0,
+        "router": router,
     }
 
 

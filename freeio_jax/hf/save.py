@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from freeio_jax.hf import safetensors
@@ -71,10 +72,22 @@ def copy_other_files(ckpt: Checkpoint, folder: Path) -> None:
             shutil.copy(path, folder)
 
 
+def _together(arrays):
+    """The arrays with gate and up in one, as layers have them by default."""
+    arrays = dict(arrays)
+    for start in ("", "shared_"):
+        for end in ("", "_bias"):
+            gate, up = f"{start}gate{end}", f"{start}up{end}"
+            if gate in arrays and up in arrays:
+                both = (arrays.pop(gate), arrays.pop(up))
+                arrays[f"{start}gate_up{end}"] = jnp.concatenate(both, axis=-1)
+    return arrays
+
+
 def tensors(ckpt: Checkpoint, layer: int | str, weights: Weights) -> dict[str, np.ndarray]:
     """The tensors of a layer, by name, in the layouts and dtypes of ``ckpt``."""
     layout = Layout(ckpt, layer)
-    arrays = weights.nnx
+    arrays = _together(weights.nnx)
     if arrays.keys() != layout.shapes.keys():
         raise ValueError(
             f"hf.save: layer {layer!r} must have the arrays {sorted(layout.shapes)}, but got "
@@ -83,6 +96,8 @@ def tensors(ckpt: Checkpoint, layer: int | str, weights: Weights) -> dict[str, n
     out: dict[str, np.ndarray] = {}
     for name, (shape, _) in layout.shapes.items():
         array = arrays[name]
+        if layout.is_spread(name):
+            array = array[: shape[0]]  # without the experts that are padding
         if array.shape != shape:
             raise ValueError(
                 f"hf.save: {name!r} of layer {layer!r} has shape {list(array.shape)}, but by "

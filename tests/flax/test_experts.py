@@ -209,3 +209,9 @@ def test_experts_that_do_not_fit():
             experts=Named("load"),
             rngs=fio_nnx.nnx.Rngs(0),
         )
+
+
+def test_a_glu_cannot_be_split():
+    """A slice of its columns has not both of gate and up."""
+    with pytest.raises(ValueError, match=r"model_axes.*GLU.*cannot be split"):
+        MoEConfig(4, 2, 16, experts=GLU(), model_axes=("model",))

@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from freeio_jax import hf
 from freeio_jax.flax import linen
 from freeio_jax.flax import nnx as fio_nnx
+from freeio_jax.hf.check import router_input_of
 
 #: As a share of the largest value, in float32.
 TOLERANCE = 1e-5
@@ -21,13 +22,18 @@ TOLERANCE = 1e-5
 
 def by_linen(config, layer, parameters, bias, x):
     module = linen.MoE.from_hf(config, layer)
-    return module.apply(hf.Weights(parameters, bias).linen, x, deterministic=True)
+    return module.apply(
+        hf.Weights(parameters, bias).linen,
+        x,
+        deterministic=True,
+        router_input=router_input_of(config, x),
+    )
 
 
 def by_nnx(config, layer, parameters, bias, x):
     module = nnx.eval_shape(lambda: fio_nnx.MoE.from_hf(config, layer, rngs=nnx.Rngs(0)))
     nnx.update(module, hf.Weights(parameters, bias).nnx)
-    return module(x, deterministic=True)
+    return module(x, deterministic=True, router_input=router_input_of(config, x))
 
 
 def largest_difference(apply, num_devices, ckpt, gradients, layer, x, weight, y, dx) -> float:

@@ -26,7 +26,7 @@ import tiny_models
 
 from freeio_jax import hf
 from freeio_jax.hf import safetensors
-from freeio_jax.hf.check import moe_modules
+from freeio_jax.hf.check import moe_function
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -50,6 +50,9 @@ NAMES = (
     "hunyuan_v1_moe",
     "nemotron_h",
     "switch_transformers",
+    "phimoe",
+    "longcat_flash",
+    "gemma4_text",
 )
 
 
@@ -75,7 +78,7 @@ def write_family(name: str, seed: int, temporary: Path) -> None:
     width = hf.moe_options(ckpt.config)["width"]
     rng = np.random.default_rng(seed)
     x, weight = rng.normal(size=(2, 3, 4, width)).astype(np.float32)
-    y, dx = tiny_models.output_and_gradients(moe_modules(model, layer), x, weight)
+    y, dx = tiny_models.output_and_gradients(moe_function(model, layer), x, weight)
     tiny_models.replace_by_gradients(model)
     model.save_pretrained(temporary / "gradients")
     gradients = hf.open(temporary / "gradients")

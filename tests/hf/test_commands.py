@@ -50,7 +50,10 @@ def test_check_counts_bytes(capfd):
 def test_check_says_what_does_not_fit(capfd, tmp_path):
     status, out = check(capfd, FIXTURES / "mixtral", "--ranks", "8", "--memory", "1e-9")
     assert status == 1
-    assert "WRONG: 4 experts do not divide among 8 ranks; they do among 1, 2, 4" in out
+    assert (
+        "WRONG: 4 experts do not divide among 8 ranks. Use pad_experts_to=8, or 1, 2, 4 ranks"
+        in out
+    )
     assert "WRONG: the MoE layers' parameters do not fit in 1e-09 GiB" in out
 
     folder = shutil.copytree(FIXTURES / "mixtral", tmp_path / "folder")
@@ -110,5 +113,7 @@ def test_converted_layers_restore_on_any_mesh(name, tmp_path, capfd):
     assert without.parameters["router"].dtype == "float32"
     with pytest.raises(FileNotFoundError, match="moe/7"):
         restore_moe(out, 7)
+    with pytest.raises(ValueError, match=r"pad_experts_to.*load it by hf\.load_moe"):
+        restore_moe(out, layer, pad_experts_to=8)
     assert main(["convert", str(folder), str(out)]) == 1
     assert "exists already" in capfd.readouterr().err

@@ -16,8 +16,9 @@ from helpers import make_mesh
 from jax.sharding import AxisType, PartitionSpec
 
 from freeio_jax import hf
-from freeio_jax.flax import Router, linen
+from freeio_jax.flax import linen
 from freeio_jax.flax import nnx as fio_nnx
+from freeio_jax.flax.experts import SwiGLU
 from freeio_jax.hf import safetensors
 from freeio_jax.hf.families import FAMILIES, INEXPRESSIBLE
 
@@ -184,21 +185,70 @@ def test_the_text_part_of_a_multimodal_model(tmp_path):
     np.testing.assert_array_equal(got.parameters["down"], expected.parameters["down"])
 
 
-def test_experts_in_one_tensor_as_transformers_has_them(tmp_path):
-    def fuse(tensors):
-        start = "model.layers.1.mlp.experts"
-        for e in range(4):
-            own = {p: tensors.pop(f"{start}.{e}.{p}_proj.weight") for p in ("gate", "up", "down")}
-            gate_up = np.concatenate([own["gate"], own["up"]])
-            for name, array in (("gate_up_proj", gate_up), ("down_proj", own["down"])):
-                tensors.setdefault(f"{start}.{name}", []).append(array)
-        for name in ("gate_up_proj", "down_proj"):
-            tensors[f"{start}.{name}"] = np.stack(tensors[f"{start}.{name}"])
+def fuse(model_type=None):
+    """Changes of the fixture qwen3_moe: all experts in one tensor."""
+    start = "model.layers.1.mlp.experts"
 
-    ckpt = changed(tmp_path, "qwen3_moe", None, fuse)
+    def change_tensors(tensors):
+        own = [
+            {p: tensors.pop(f"{start}.{e}.{p}_proj.weight") for p in ("gate", "up", "down")}
+            for e in range(4)
+        ]
+        fused = {
+            "gate_up_proj": np.stack([np.concatenate([o["gate"], o["up"]]) for o in own]),
+            "down_proj": np.stack([o["down"] for o in own]),
+        }
+        for name, array in fused.items():
+            tensors[f"{start}.{name}"] = array
+
+    def change_config(config):
+        config["model_type"] = model_type or config["model_type"]
+
+    return change_config, change_tensors
+
+
+def test_experts_in_one_tensor_as_transformers_has_them(tmp_path):
+    ckpt = changed(tmp_path, "qwen3_moe", *fuse())
     plain, layer = open_fixture("qwen3_moe")
     got, expected = hf.load_moe(ckpt, layer), hf.load_moe(plain, layer)
     jax.tree.map(np.testing.assert_array_equal, got.nnx, expected.nnx)
+
+
+def test_experts_in_one_tensor_either_way_round(tmp_path):
+    """The fixture's gate_up is square, [8, 8]: only other sizes tell."""
+    ckpt = changed(tmp_path, "qwen3_moe", *fuse("qwen3_vl_moe_text"))
+    with pytest.raises(ValueError, match=r"\[4, 8, 8\].*gate_up_proj.*inputs or its outputs"):
+        hf.load_moe(ckpt, 1)
+    plain, layer = open_fixture("mixtral")
+    expected = hf.load_moe(plain, layer)
+    for transposed in (False, True):
+
+        def fuse_mixtral(tensors, transposed=transposed):
+            for name in list(tensors):
+                if "experts" in name:
+                    del tensors[name]
+            router = tensors.pop("model.layers.1.block_sparse_moe.gate.weight")
+            tensors["model.layers.1.mlp.gate.weight"] = router
+            for ours, theirs in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
+                array = np.asarray(expected.parameters[ours])
+                array = np.swapaxes(array, 1, 2) if transposed else array
+                tensors[f"model.layers.1.mlp.experts.{theirs}"] = np.ascontiguousarray(array)
+
+        def to_qwen(config):
+            config["model_type"] = "qwen3_vl_moe_text"
+            config["moe_intermediate_size"] = config["intermediate_size"]
+
+        ckpt = changed(tmp_path / str(transposed), "mixtral", to_qwen, fuse_mixtral)
+        got = hf.load_moe(ckpt, layer)
+        jax.tree.map(np.testing.assert_array_equal, got.nnx, expected.nnx)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_experts_that_the_files_do_not_have(biases):
+    """gpt-oss's columns alternate, so no half of them is the gate."""
+    ckpt, layer = open_fixture("gpt_oss")
+    with pytest.raises(ValueError, match=r"'gate'.*files have \['down', 'down_bias', 'gate_up'"):
+        hf.load_moe(ckpt, layer, experts=SwiGLU(separate=True, biases=biases))
 
 
 def test_a_tensor_that_is_missing(tmp_path):
@@ -267,6 +317,47 @@ def test_the_table_names_everything_once():
     types = [t for family in FAMILIES for t in family.model_types] + list(INEXPRESSIBLE)
     assert len(types) == len(set(types))
     for family in FAMILIES:
-        assert {"router"} <= set(family.weights)
-        fields = {field.name for field in dataclasses.fields(Router)}
+        assert family.router_tensor
+        fields = {field.name for field in dataclasses.fields(family.router_kind)}
         assert set(family.router) <= fields
+
+
+def test_padding_for_ranks_that_do_not_divide_the_experts():
+    """Four experts on eight ranks: half of them have padding alone, which is zero."""
+    ckpt, layer = open_fixture("granitemoe")
+    mesh = make_mesh(8, axis_types=(AxisType.Auto,))
+    padded = hf.load_moe(ckpt, layer, mesh=mesh, pad_experts_to=8)
+    plain = hf.load_moe(ckpt, layer)
+    for name in ("gate_up", "down"):
+        got = np.asarray(padded.parameters[name])
+        np.testing.assert_array_equal(got[:4], plain.parameters[name])
+        assert got.shape[0] == 8 and not got[4:].any()
+    np.testing.assert_array_equal(padded.parameters["router"], plain.parameters["router"])
+    x = jax.random.normal(jax.random.key(0), (8, 3, 8))
+    with jax.set_mesh(mesh):
+        module = linen.MoE.from_hf(ckpt.config, layer, pad_experts_to=8)
+        y = module.apply(padded.linen, x, deterministic=True)
+    expected = linen.MoE.from_hf(ckpt.config, layer).apply(plain.linen, x, deterministic=True)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "granitemoe", "llama4_text"])
+def test_parameters_over_further_axes(name):
+    """FSDP and tensor parallelism: gate and up apart, each device with its part of a matrix."""
+    ckpt, layer = open_fixture(name)
+    mesh = make_mesh((2, 2, 2), ("data", "expert", "model"), axis_types=(AxisType.Auto,) * 3)
+    options = {
+        "experts": SwiGLU(separate=True),
+        "token_axes": ("data", "expert"),
+        "fsdp_axes": ("data",),
+        "model_axes": ("model",),
+    }
+    got = hf.load_moe(ckpt, layer, mesh=mesh, **options).parameters
+    expected = hf.load_moe(ckpt, layer).parameters
+    for start in ("", "shared_") if "shared_down" in expected else ("",):
+        gate, up = np.split(np.asarray(expected[f"{start}gate_up"]), 2, axis=-1)
+        np.testing.assert_array_equal(got[f"{start}gate"], gate)
+        np.testing.assert_array_equal(got[f"{start}up"], up)
+        np.testing.assert_array_equal(got[f"{start}down"], expected[f"{start}down"])
+    shard = got["gate"].addressable_shards[0].data.shape
+    assert np.prod(shard) == got["gate"].size // 8

@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from freeio_jax import hf
 from freeio_jax.flax import linen
 from freeio_jax.flax import nnx as fio_nnx
+from freeio_jax.flax.experts import SwiGLU
 from freeio_jax.hf import safetensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -119,3 +120,13 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match=r"'down'.*\[2, 6, 8\].*\[4, 6, 8\]"):
         hf.save(tmp_path, ckpt, {layer: hf.Weights(one)})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama4_text"])
+def test_padding_and_gates_of_their_own_are_saved_as_they_were(name, tmp_path):
+    ckpt = hf.open(FIXTURES / name)
+    (layer,) = hf.moe_layers(ckpt)
+    weights = hf.load_moe(ckpt, layer, experts=SwiGLU(separate=True), pad_experts_to=6)
+    assert weights.parameters["gate"].shape[0] == 6
+    hf.save(tmp_path, ckpt, {layer: weights})
+    assert_same(hf.open(tmp_path), ckpt)

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from freeio_jax import hf
 from freeio_jax.hf.__main__ import main
-from freeio_jax.hf.check import differences, moe_modules
+from freeio_jax.hf.check import differences, moe_function
 from freeio_jax.hf.families import FAMILIES, Key, Product
 from freeio_jax.hf.options import family_of, look_up
 
@@ -29,7 +29,7 @@ def test_a_family(name, tmp_path, rng, record_property):
     layer = hf.moe_layers(ckpt)[-1]
     width = hf.moe_options(ckpt.config)["width"]
     x, weight = rng.normal(size=(2, 4, 6, width)).astype(np.float32)
-    y, dx = tiny_models.output_and_gradients(moe_modules(model, layer), x, weight)
+    y, dx = tiny_models.output_and_gradients(moe_function(model, layer), x, weight)
     # Saved as a model of their own, so that loading brings the gradients into the layer's layout.
     tiny_models.replace_by_gradients(model)
     model.save_pretrained(tmp_path / "gradients")

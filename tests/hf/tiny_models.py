@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from freeio_jax.hf.check import output_of
-
 COMMON = {
     "vocab_size": 32,
     "hidden_size": 16,
@@ -38,6 +36,15 @@ DEEPSEEK = {
     "routed_scaling_factor": 2.5,
 }
 MIXTRAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+KIMI = {
+    "num_experts": 8,
+    "num_experts_per_token": 2,
+    "moe_intermediate_size": 12,
+    "num_shared_experts": 2,
+    "num_expert_group": 4,
+    "topk_group": 2,
+    "layer_types": ["full_attention"] * 2,
+}
 
 #: By model_type, or with a variant after a slash: what differs from COMMON.
 MODELS = {
@@ -109,6 +116,33 @@ MODELS = {
     "exaone_moe": QWEN,
     "hy_v3": QWEN,
     "mimo_v2_flash": DEEPSEEK,
+    "mellum": QWEN,
+    "qwen3_vl_moe_text": QWEN,
+    "lara_mini": QWEN | {"shared_expert_intermediate_size": 20},
+    "glm4v_moe_text": DEEPSEEK,
+    "mistral4": DEEPSEEK | LATENT | {"first_k_dense_replace": 0},
+    "kimi_linear": KIMI | LATENT,
+    "bailing_hybrid": KIMI | LATENT | {"first_k_dense_replace": 0},
+    "afmoe": QWEN | {"num_dense_layers": 1, "num_shared_experts": 2, "route_scale": 1.5},
+    "aria_text": {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 2},
+    "phimoe": MIXTRAL | {"router_jitter_noise": 0.2},
+    "longcat_flash": LATENT
+    | {
+        "n_routed_experts": 8,
+        "zero_expert_num": 4,
+        "moe_topk": 2,
+        "expert_ffn_hidden_size": 12,
+        "num_layers": 2,
+        "ffn_hidden_size": 24,
+    },
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 12,
+        "layer_types": ["full_attention"] * 2,
+        "hidden_size_per_layer_input": 0,
+    },
     "switch_transformers": {
         "d_model": 16,
         "d_ff": 24,
@@ -149,6 +183,8 @@ SMALL = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "moe_num_experts": 4,
+    "zero_expert_num": 2,
+    "expert_ffn_hidden_size": 4,
     "n_group": 2,
     "topk_group": 1,
 }
@@ -169,13 +205,14 @@ def shrink(settings: dict) -> dict:
 def make(name: str, seed: int, small: bool = False):
     """The model, all of whose parameters and biases are random."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     model_type = name.split("/")[0]
     settings = MODELS[name] if "d_model" in MODELS[name] else COMMON | MODELS[name]
     settings = shrink(settings) if small else settings
     config = AutoConfig.for_model(model_type, **settings)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    known = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel)
+    auto = next(kind for kind in known if type(config) in kind._model_mapping)
     # "eager" is a loop over the experts, for any sizes.
     model = auto.from_config(config, experts_implementation="eager")
     model = model.float().eval()
@@ -187,12 +224,12 @@ def make(name: str, seed: int, small: bool = False):
     return model
 
 
-def output_and_gradients(modules, x: np.ndarray, weight: np.ndarray):
+def output_and_gradients(function, x: np.ndarray, weight: np.ndarray):
     """The output for ``x`` and the gradient of ``sum(output * weight)``; parameters get theirs."""
     import torch
 
     x = torch.tensor(x, requires_grad=True)
-    y = sum(output_of(module, x) for module in modules)
+    y = function(x)
     (y * torch.tensor(weight)).sum().backward()
     return y.detach().numpy(), x.grad.numpy()
 
