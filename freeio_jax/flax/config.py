@@ -173,6 +173,11 @@ class MoEConfig:
         shapes = self.router.parameters(width, self.num_choices)
         if isinstance(self.router, Router):
             return shapes
+        if "bias" in shapes and self.router.bias_update_rate is not None:
+            raise ValueError(
+                f"MoE: router={self.router!r} names a parameter 'bias', but with bias_update_rate "
+                "this is the name of the bias on the choice: rename the parameter."
+            )
         return {f"router_{name}": shape for name, shape in shapes.items()}
 
     def parameters(self, width: int, shards: Mapping[str, int] | None = None) -> dict[str, Any]:

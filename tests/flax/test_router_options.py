@@ -57,6 +57,17 @@ class Returns(CustomRouter):
         return tuple(jnp.zeros(shape, dtype) for shape, dtype in self.returned)
 
 
+@dataclasses.dataclass(frozen=True)
+class Named(Returns):
+    """Has vectors of these names."""
+
+    returned: tuple
+    bias_update_rate: float | None = None
+
+    def parameters(self, width, num_experts):
+        return dict.fromkeys(self.returned, (num_experts,))
+
+
 def draw(config, rng, *shape):
     parameters = {
         n: jnp.asarray(rng.normal(size=s) / 2, jnp.float32)
@@ -165,6 +176,10 @@ def test_mistakes_with_routers(rng):
         MoEConfig(**LAYER | {"top_k": 1}, router=SparseMixer())
     with pytest.raises(ValueError, match="top_k=5"):
         MoEConfig(**LAYER | {"top_k": 5}, router=Plain())
+    own_bias = Named(("bias",), bias_update_rate=0.1)
+    with pytest.raises(ValueError, match="rename the parameter"):
+        MoEConfig(**LAYER, router=own_bias).parameters(WIDTH)
+    assert "router_bias" in MoEConfig(**LAYER, router=Named(("bias",))).parameters(WIDTH)
     config = MoEConfig(**LAYER, router=Plain())
     parameters, x = draw(config, rng)
     with pytest.raises(ValueError, match=r"no use for \['router'\].*lacks \['router_kernel'\]"):
