@@ -673,3 +673,32 @@ def test_derivatives_of_derivatives_run_at_once(apart, rng):
     starts = Counter(attribute(a, "start") for target, *_, a in calls if target.endswith("start"))
     dones = Counter(attribute(a, "start") for target, *_, a in calls if target == "done")
     assert starts == dones and set(starts.values()) == {1}
+
+
+def test_synchronous_calls_leave_room_for_the_starts_of_their_program(apart, rng):
+    """Those before the starts, those behind them, those in loops, and gradients."""
+    tokens, topk_idx, weights, params = arguments(rng)
+    options = {"axis_name": "expert", **GEOMETRY.options()}
+
+    def body(_, tokens, topk_idx, weights, params, *, starts):
+        out = fio.dispatch(tokens, topk_idx, **options)
+        for num_sms in starts:
+            started = fio.combine_start(out.tokens, out.handle, weights, num_sms=num_sms)
+            beside, started = fio.between(started, shared, tokens, 1.0)
+            tokens = tokens + started.done() + beside
+
+        def step(total, _):
+            out = fio.dispatch(total, topk_idx, **options)
+            return total + fio.combine(out.tokens, out.handle, weights), ()
+
+        return jax.lax.scan(step, tokens, None, length=2)[0]
+
+    for starts, most in (((), []), ((None,), ["0"]), ((None, 7, 3), ["7"])):
+        loss = gradients_of(None, topk_idx, body=partial(body, starts=starts))
+        calls = calls_of(loss, tokens, weights, params)
+        synchronous = [a for target, *_, a in calls if not re.search("start|done", target)]
+        assert len(synchronous) >= 4
+        for attributes in synchronous:
+            assert re.findall(r"\bstarts_num_sms = (\S+) : i64", attributes) == most
+        others = [a for target, *_, a in calls if re.search("start|done", target)]
+        assert not any("starts_num_sms" in attributes for attributes in others)
