@@ -305,13 +305,13 @@ def test_a_failure_in_one_lane_ends_the_other(new_machine, failing):
     launch_dispatch(machine, differing, 1, instance=2, start=names[0])
     machine.synchronize()
     assert machine.take_note() is None, "it has waited for long"
-    cause = "differ in the call of the program"
+    cause = "differ in the call of the program|rank 1 gave this call up"
     if failing == "synchronous":
         with pytest.raises(EngineError, match=cause):
             machine.done(late, 0, Start(1))
         machine.synchronize()
     assert_spoiled(ended)
-    with pytest.raises(EngineError, match=rf"{cause}|gave this call up"):
+    with pytest.raises(EngineError, match="differ in the call of the program"):
         machine.check_state(differing)
     launch_dispatch(machine, late, 1, start=names[1])
     machine.synchronize()
