@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -30,6 +31,20 @@ def _register(native, registry: str) -> None:
         jax.ffi.register_ffi_target(name, stages, platform=registry)
 
 
+@dataclasses.dataclass
+class Room:
+    """What the synchronous calls of a module leave to its starts, beside which they may run.
+
+    Attributes:
+      num_sms: the most multiprocessors that one of the starts asks for. 0 means the setting. None:
+        the module has no start so far.
+      calls: the synchronous calls so far, as operations of MLIR.
+    """
+
+    num_sms: int | None = None
+    calls: list[ir.Operation] = dataclasses.field(default_factory=list)
+
+
 class _Modules(threading.local):
     """The module that a thread lowers: its calls so far, and where they are."""
 
@@ -39,7 +54,7 @@ class _Modules(threading.local):
         # Each module has an iterator of its own; contexts within a module share it.
         if module_context.channel_iterator is not self.key:
             self.key, self.calls, self.places = module_context.channel_iterator, 0, set()
-            self.starts = {}
+            self.starts, self.room = {}, Room()
 
     def next_call(self, module_context) -> int:
         self._enter(module_context)
@@ -49,6 +64,10 @@ class _Modules(threading.local):
     def starts_of(self, module_context) -> dict:
         self._enter(module_context)
         return self.starts
+
+    def room_of(self, module_context) -> Room:
+        self._enter(module_context)
+        return self.room
 
     def is_first_at(self, module_context, gpus: tuple[int, ...]) -> bool:
         """Whether these GPUs have no call yet in the block of operations that is being lowered."""
@@ -129,6 +148,10 @@ class _Engine:
     def starts(self, module_context) -> dict:
         """The starts of the module that is being lowered, by number, for their dones."""
         return self._modules.starts_of(module_context)
+
+    def room(self, module_context) -> Room:
+        """What the synchronous calls of the module that is being lowered leave to its starts."""
+        return self._modules.room_of(module_context)
 
     def program_check(self, module_context):
         """Attributes of a custom call ``freeio_check``, which a program needs beside its others.

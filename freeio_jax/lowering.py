@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax._src import core, dispatch
 from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import hlo
 from jax._src.mesh import get_concrete_mesh
 from jax.sharding import Mesh, PartitionSpec
@@ -112,12 +113,32 @@ def lower(ctx, *operands, axes, layout, engine, scratch=(), start=None, **attrib
     }
     if start is None:
         results = jax.ffi.ffi_lowering(target)(call_ctx, *operands, **attributes)
+        room = engine.room(ctx.module_context)
+        room.calls.append(results[0].owner)
+        if room.num_sms is not None:
+            _leave_room(results[0].owner, room.num_sms)
     else:
         results = start(call_ctx, target, operands, attributes)
     return [
         result if aval.size else _zeros(aval)
         for result, aval in zip(results, ctx.avals_out, strict=False)  # without the scratch
     ]
+
+
+def make_room(room, num_sms):
+    """Has all synchronous calls of a module leave room for a start that asks for ``num_sms``."""
+    if room.num_sms is not None and room.num_sms >= num_sms:
+        return
+    room.num_sms = num_sms
+    for call in room.calls:
+        _leave_room(call, num_sms)
+
+
+def _leave_room(call, num_sms):
+    name = "mhlo.backend_config"  # where a custom call has the attributes that its handler gets
+    attributes = {attribute.name: attribute.attr for attribute in call.attributes[name]}
+    attributes["starts_num_sms"] = mlir.ir_attribute(np.int64(num_sms))
+    call.attributes[name] = ir.DictAttr.get(attributes)
 
 
 def lower_along(ctx, *operands, layout, engine, **params):

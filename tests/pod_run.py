@@ -36,6 +36,7 @@ NOT_ON_PODS = (
     "cuda/test_gpu_processes.py",
     "examples",
     "launch",
+    "overlap/test_gpu_programs.py",
     "pod",
     "test_bootstrap.py",
     "test_docs.py",

@@ -86,7 +86,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         nargs="?",
         const=SOAK_CALLS,
         metavar="N",
-        help=f"N checked calls of changing shape, and the memory they leave; default {SOAK_CALLS}",
+        help="N checked calls of changing shape, and the memory they leave; then N programs whose "
+        f"exchanges run beside each other and all else; default {SOAK_CALLS}",
     )
     parts("--decode", action="store_true", help="many layers in one program, and the host's time")
     parts("--layer", action="store_true", help="an MoE layer end to end, over each exchange")
@@ -175,7 +176,7 @@ _at_least_one.__name__ = "int"
 def run_parts(arguments: argparse.Namespace) -> int:
     """The parts, in order, on the first ``arguments.ranks`` devices; 1 if something failed."""
     import freeio_jax
-    from freeio_jax.bench import check, decode, experts, late, layer, scaling, shapes
+    from freeio_jax.bench import check, decode, experts, late, layer, mix, scaling, shapes
     from freeio_jax.bench.floor import Limits
     from freeio_jax.bench.report import Report, plot_scaling, plot_shapes
 
@@ -234,6 +235,7 @@ def run_parts(arguments: argparse.Namespace) -> int:
             late.run(report, suites, ops=arguments.ops, **sizes)
         elif part == "soak":
             check.soak(report, arguments.soak, num_ranks=len(devices))
+            mix.run(report, arguments.soak, num_ranks=len(devices))
         elif part == "decode":
             for suite in _suites(arguments, "large", decode.TOKENS):
                 decode.run(report, suite, **sizes)

@@ -26,7 +26,7 @@ from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import hlo
 
-from freeio_jax.lowering import lowerings
+from freeio_jax.lowering import lowerings, make_room
 
 
 def barrier(values) -> list[ir.Value]:
@@ -78,6 +78,7 @@ def _start_call(ctx, target, operands, attributes, *, engine, num_sms, num_resul
     results = jax.ffi.ffi_lowering(f"{target}_start", has_side_effect=True)(
         ctx, *operands, **attributes, num_sms=np.int64(num_sms), start=np.int64(number)
     )
+    make_room(engine.room(ctx.module_context), num_sms)
     starts[number] = Started(ctx, operands, list(results), num_results)
     return barrier(results[:num_results])
 

@@ -323,6 +323,10 @@ class Emulator:
         """Whether some thread captures a CUDA graph."""
         self._library.emulator_set_capturing(c.c_int(capturing))
 
+    def set_late_events(self, late):
+        """Whether XLA's stream may also wait for the end of what it starts, as CUDA allows."""
+        self._library.emulator_set_late_events(c.c_int(late))
+
     def set_patience(self, turns):
         """Turns of the scheduler between looks at the clock of those who poll, on average."""
         self._library.emulator_set_patience(c.c_uint32(turns))

@@ -55,7 +55,12 @@ def assert_equal_runs(run, *args):
 
 def lowered_calls(fn, *args):
     """How often each exchange is in the program before XLA looks at it."""
-    return Counter(re.findall(r"@freeio_(\w+)", jax.jit(fn).lower(*args).as_text()))
+    return Counter(re.findall(r"@freeio_(\w+)", lowered_for_cpu(fn, *args)))
+
+
+def lowered_for_cpu(fn, *args):
+    """The text of the program, whatever the tests run on."""
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=("cpu",)).as_text()
 
 
 def loss_of(exchange, topk_idx, mapped=None, **kwargs):
@@ -592,7 +597,7 @@ def test_one_of_two_results_is_not_used(rng):
 
 def calls_of(fn, *args):
     """[(target, operands, results, attributes)] of the custom calls, in the program's order."""
-    text = jax.jit(fn).lower(*args).as_text()
+    text = lowered_for_cpu(fn, *args)
     call = r"(?:(%\w+)(?::(\d+))? = )?stablehlo\.custom_call @freeio_(\w+)\((.*?)\) \{(.*)\} : "
     found = []
     for name, count, target, operands, attributes in re.findall(call, text):
@@ -673,3 +678,32 @@ def test_derivatives_of_derivatives_run_at_once(apart, rng):
     starts = Counter(attribute(a, "start") for target, *_, a in calls if target.endswith("start"))
     dones = Counter(attribute(a, "start") for target, *_, a in calls if target == "done")
     assert starts == dones and set(starts.values()) == {1}
+
+
+def test_synchronous_calls_leave_room_for_the_starts_of_their_program(apart, rng):
+    """Those before the starts, those behind them, those in loops, and gradients."""
+    tokens, topk_idx, weights, params = arguments(rng)
+    options = {"axis_name": "expert", **GEOMETRY.options()}
+
+    def body(_, tokens, topk_idx, weights, params, *, starts):
+        out = fio.dispatch(tokens, topk_idx, **options)
+        for num_sms in starts:
+            started = fio.combine_start(out.tokens, out.handle, weights, num_sms=num_sms)
+            beside, started = fio.between(started, shared, tokens, 1.0)
+            tokens = tokens + started.done() + beside
+
+        def step(total, _):
+            out = fio.dispatch(total, topk_idx, **options)
+            return total + fio.combine(out.tokens, out.handle, weights), ()
+
+        return jax.lax.scan(step, tokens, None, length=2)[0]
+
+    for starts, most in (((), []), ((None,), ["0"]), ((None, 7, 3), ["7"])):
+        loss = gradients_of(None, topk_idx, body=partial(body, starts=starts))
+        calls = calls_of(loss, tokens, weights, params)
+        synchronous = [a for target, *_, a in calls if not re.search("start|done", target)]
+        assert len(synchronous) >= 4
+        for attributes in synchronous:
+            assert re.findall(r"\bstarts_num_sms = (\S+) : i64", attributes) == most
+        others = [a for target, *_, a in calls if re.search("start|done", target)]
+        assert not any("starts_num_sms" in attributes for attributes in others)

@@ -208,6 +208,7 @@ EMULATOR_API void emulator_retire(int ordinal, void* buffer, size_t bytes, void*
     if (dead != 0) memset(buffer, kGarbage, bytes);
   });
 }
+EMULATOR_API void emulator_set_late_events(int late) { emulator::set_late_events(late != 0); }
 EMULATOR_API void emulator_set_patience(uint32_t turns) { emulator::set_patience(turns); }
 EMULATOR_API void emulator_set_capturing(int capturing) { emulator::set_capturing(capturing != 0); }
 EMULATOR_API void emulator_set_native_atomics(int native) {

@@ -139,7 +139,7 @@ struct RunningKernel {
   std::vector<std::unique_ptr<Cta>> ctas;  // that have begun
   size_t live = 0;                         // CTAs that have not ended
   uint64_t begun_record = 0;               // of launch.begun
-  bool records_begun_late = false;         // when the kernel has ended, as CUDA may do
+  bool records_begun_late = false;         // when the kernel has ended
 };
 
 // What a stream does next: it launches a kernel, records an event, or waits for one.
@@ -168,6 +168,7 @@ class Machine {
   void set_multiprocessors(unsigned count) {
     for (unsigned& free : free_multiprocessors_) free = count;
   }
+  void set_late_events(bool late) { late_events_ = late; }
   void enqueue(int stream, Launch launch) {
     Item item;
     if (launch.begun != nullptr) item.record = ++launch.begun->recorded;
@@ -398,7 +399,7 @@ class Machine {
       kernel->launch = std::move(item.launch);
       kernel->live = kernel->launch.ctas;
       kernel->begun_record = item.record;
-      kernel->records_begun_late = random_.one_in(4);
+      kernel->records_begun_late = late_events_ && random_.one_in(4);
       running_[stream] = std::move(kernel);
     }
     queue.pop_front();
@@ -748,6 +749,7 @@ class Machine {
   uint32_t gpu_priority_[kMaxGpus] = {};
   unsigned free_multiprocessors_[kMaxGpus] = {};
   bool real_time_ = false;
+  bool late_events_ = true;
   uint32_t patience_ = 1000;
   uint64_t now_ = 1'000'000'000;
   uint64_t leap_ = kMillisecond;
@@ -789,6 +791,7 @@ void set_seed(uint64_t seed) { machine().seed(seed); }
 void set_real_time(bool real) { machine().set_real_time(real); }
 void set_patience(uint32_t turns) { machine().set_patience(turns); }
 void set_multiprocessors(unsigned count) { machine().set_multiprocessors(count); }
+void set_late_events(bool late) { machine().set_late_events(late); }
 void enqueue(int stream, Launch launch) { machine().enqueue(stream, std::move(launch)); }
 void record(int stream, Event& event) { machine().record(stream, event); }
 void wait(int stream, const Event& event) { machine().wait(stream, event); }

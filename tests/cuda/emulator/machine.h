@@ -65,6 +65,10 @@ void set_patience(uint32_t turns);
 // Of each GPU.
 void set_multiprocessors(unsigned count);
 
+// Whether the event of a launch's CTAs may also be recorded late, when the kernel has ended. CUDA
+// allows that.
+void set_late_events(bool late);
+
 // Appends a launch to a stream. Launches of one stream run one after the other. Up to kMaxGpus a
 // stream is the one with the GPU's number.
 void enqueue(int stream, Launch launch);
