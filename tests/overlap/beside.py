@@ -3,14 +3,14 @@
 Both have the same methods, so that a layer can be written once and run either way.
 
 The barriers around ``fn`` change what XLA fuses, and with it the roundings of sums. So the layer
-computes sums and products of small integers and powers of two, in float64: nothing is rounded.
+computes sums and products of small integers, in float64: nothing is rounded.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from helpers import Geometry, make_mesh, power_of_two_weights, routing
+from helpers import Geometry, make_mesh, routing
 from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
@@ -74,7 +74,7 @@ def experts(rows, group_sizes, params):
 def layer(exchange, tokens, topk_idx, weights, params, geometry=GEOMETRY):
     """One rank's MoE layer: tokens [T, 3] -> [T, 3]. Its two exchanges hide two small products."""
     beside, out = exchange.dispatch(
-        shared, (tokens, 0.5), tokens, topk_idx, axis_name="expert", **geometry.options()
+        shared, (tokens, 3.0), tokens, topk_idx, axis_name="expert", **geometry.options()
     )
     rows = experts(out.tokens, out.group_sizes, params)
     beside, z = exchange.combine(shared, (beside, 2.0), rows, out.handle, weights)
@@ -91,7 +91,7 @@ def arguments(rng, geometry=GEOMETRY):
     return (
         integers(len(topk_idx), 3),
         jnp.asarray(topk_idx),
-        jnp.asarray(power_of_two_weights(rng, topk_idx.shape), jnp.float64),
+        integers(*topk_idx.shape),
         integers(geometry.num_experts, 3, 3),
     )
 
