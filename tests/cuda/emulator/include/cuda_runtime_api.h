@@ -56,6 +56,7 @@ struct dim3 {
 };
 
 struct cudaFuncAttributes {
+  int binaryVersion;
   int maxDynamicSharedSizeBytes;
   size_t sharedSizeBytes;
 };
