@@ -63,11 +63,10 @@ int64_t bytes_of(DType dtype) {
   return bytes;
 }
 
-// Whether lanes take several elements of a row at a time.
+// Whether lanes take several elements of a row at a time, and rows are copied in bulk.
 template <typename Types>
 bool is_wide(const Types& types, int32_t alignment) {
-  const int64_t bytes = bytes_of(types.dtype);
-  return access_bytes(types.width * bytes, alignment) >= bytes * pack_of(types.dtype, true);
+  return access_bytes(types.width * bytes_of(types.dtype), alignment) == kBulkUnit;
 }
 
 template <typename Params>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/device/shares.cuh"
+#include "cuda/device/waits.cuh"
 
 namespace freeio::cuda {
 

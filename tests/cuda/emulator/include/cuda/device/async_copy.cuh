@@ -9,7 +9,6 @@
 namespace freeio::cuda {
 
 constexpr bool kHasBulkCopies = true;
-constexpr int kBulkUnit = 16;
 
 // A copy takes place when a thread first looks for its end, and a random time later.
 class CopyBarrier {
@@ -52,6 +51,6 @@ class CopyBarrier {
   uint32_t bytes_ = 0;
 };
 
-inline void publish_barriers() {}
+inline void fence_copies() {}
 
 }  // namespace freeio::cuda
