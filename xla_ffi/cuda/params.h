@@ -110,7 +110,7 @@ struct CombineTransposeParams {
   int32_t num_slices;
   Divisor slices;
   int32_t slice_width;
-  int32_t ring_slots;  // slices of rows for which the kernel has shared memory
+  int32_t ring_slots;  // slices of rows for which the kernel has shared memory; 0: too few
   Blocks padding;
 };
 

@@ -333,13 +333,7 @@ Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Com
       cut_rows(types, wide, slices_of(accesses, slice), params);
       Status status = fit_ring(params.slice_width * bytes_of(types.dtype), plan.kernel, ring);
       if (!status.ok()) return status;
-      if (!ring.is_used || ring.slots >= kMinRingSlots) break;
-      if (slice == kCombineSlice / 2) {
-        return {Code::kInvalidArgument,
-                "freeio_jax: combine has " + std::to_string(plan.kernel.shared_bytes) +
-                    " bytes of shared memory on this GPU, and needs more. Use a GPU that has more "
-                    "(H100, B200), or freeio_jax.reference."};
-      }
+      if (!ring.is_used || ring.slots >= kMinRingSlots || slice == kCombineSlice / 2) break;
       slice /= 2;
     }
     params.ring_slots = ring.slots;
@@ -356,7 +350,7 @@ Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Com
   if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights) | bit(kFlags);
   params.num_slots = static_cast<int32_t>(num_slots(x.top_k, x.num_ranks));
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.weighted,
-                      params.sends_routes, is_small, params.num_slices})
+                      params.sends_routes, is_small})
                   .folded();
   return {};
 }
@@ -412,8 +406,7 @@ Status make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
   if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights);
   plan.posted |= bit(kWeightGrads) | bit(kFirstLeaf);
   if (types.rows) params.padding = blocks_of(x, false);
-  plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.rows, types.weights,
-                      params.num_slices})
+  plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.rows, types.weights})
                   .folded();
   return {};
 }

@@ -16,12 +16,12 @@ namespace freeio::cuda {
 
 // A sum over rows, or another use of them: what the warps do one after the other.
 struct RowItem {
-  int unit = -1;       // -1: there are no more
-  int rank = 0;        // whose token it is
-  int first = 0;       // of the token's assignments in the tile
-  uint32_t mask = 0;   // of those whose rows are here
-  int slot = 0;        // the first one; those of the other rows follow
-  uint32_t phase = 0;  // of that slot's barriers
+  int unit = -1;      // -1: there are no more
+  int rank = 0;       // whose token it is
+  int first = 0;      // of the token's assignments in the tile
+  uint32_t mask = 0;  // of those whose rows are here
+  int slot = 0;       // of the first row; the others follow
+  uint32_t phase = 0;
 };
 
 // Lies in shared memory, in front of the slots.
@@ -65,8 +65,8 @@ struct alignas(16) RowRing {
     Entry& entry = entries[number % kEntries];
     uint64_t tag;
     do {
-      // This ends: the fetching warp waits only for slots, which warps give back that do not wait
-      // for this one. Partner: the store in put().
+      // The fetching warp waits for no other thing than slots, which become free in the order of
+      // items. Partner: the store in put().
       tag = load_acquire_block(&entry.tag);
     } while (tag >> 32 != number + 1);
     RowItem item;
