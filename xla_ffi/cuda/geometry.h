@@ -49,11 +49,8 @@ inline int32_t spreading_stride(int32_t blocks) {
   return stride;
 }
 
-// Addresses and sizes of bulk copies are multiples of so many bytes.
-constexpr int kBulkUnit = 16;
-
-// Elements that one lane takes at a time if rows and buffers are multiples of kBulkUnit: 16 bytes.
-// Elements of one byte: 8, because more sums would not fit in registers.
+// Elements that one lane takes at a time if rows and buffers are aligned for it: 16 bytes. Elements
+// of one byte: 8, because more sums would not fit in registers.
 constexpr int wide_pack(int element_bytes) { return element_bytes == 1 ? 8 : 16 / element_bytes; }
 
 // Slices of a row, in accesses of one lane. In a copy, all accesses of a slice are in flight

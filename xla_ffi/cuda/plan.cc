@@ -63,10 +63,11 @@ int64_t bytes_of(DType dtype) {
   return bytes;
 }
 
-// Whether lanes take several elements of a row at a time, and rows are copied in bulk.
+// Whether lanes take several elements of a row at a time.
 template <typename Types>
 bool is_wide(const Types& types, int32_t alignment) {
-  return access_bytes(types.width * bytes_of(types.dtype), alignment) == kBulkUnit;
+  const int64_t bytes = bytes_of(types.dtype);
+  return access_bytes(types.width * bytes, alignment) >= bytes * pack_of(types.dtype, true);
 }
 
 template <typename Params>

@@ -32,7 +32,7 @@ struct PushingWarp {
   using Sums = Accumulator[kColumns][kCount];
 
   // Whether one warp of the CTA fetches the rows for the others. Else each warp loads its own.
-  static constexpr bool kFetches = kHasBulkCopies && kCount > 1;
+  static constexpr bool kFetches = kHasBulkCopies && sizeof(R) == kBulkUnit;
 
   // This lane's elements of a slice of a row: its accesses are kStep elements apart.
   struct Columns {

@@ -2,10 +2,14 @@
 //
 // The expert's rank pulls the cotangent x of each token of which it has rows, once. It stores
 // weight * x to each of these rows, and sends <expert_out row, x> back to the token's rank.
-#include "cuda/combine/pulling_warp.cuh"
+#include "cuda/device/elements.cuh"
 #include "cuda/device/end.cuh"
 #include "cuda/device/opening.cuh"
+#include "cuda/device/routes.cuh"
+#include "cuda/device/row_ring.cuh"
+#include "cuda/device/rows.cuh"
 #include "cuda/device/shared_memory.cuh"
+#include "cuda/geometry.h"
 #include "cuda/kernels.h"
 
 namespace freeio::cuda {
@@ -18,6 +22,286 @@ constexpr int kRingBytes = 160 << 10;   // for rows on their way
 __host__ __device__ constexpr int tile_capacity(size_t accumulator_bytes, int num_slices) {
   return kSharedBytes / static_cast<int>(2 * sizeof(int) + accumulator_bytes * (1 + num_slices));
 }
+
+// Where each warp loads its own rows: rows of a token for which one read of x is enough. With more
+// rows x is read again.
+constexpr int kRows = 8;
+constexpr int kBatch = 4;    // rows of expert_out in flight together
+constexpr int kColumns = 4;  // accesses of one lane to x in flight together
+constexpr int kPair = 2;     // ... to rows of expert_out
+// Accesses of one lane to a slice that is fetched.
+constexpr int kFetchedColumns = kTransposeSlice / kWarpSize;
+// In place of a pull's rank: a block of rows in which padding is zeroed.
+constexpr int kBlock = -1;
+
+// A tile's work, as one warp does it.
+template <typename Element, int kCount>
+struct PullingWarp {
+  using Accumulator = typename Element::Accumulator;
+  using R = Raw<Element, kCount>;
+  static constexpr int kStep = kWarpSize * kCount;
+
+  // Whether the last warp of the CTA fetches the rows for the others. Else each warp loads its own.
+  static constexpr bool kFetches = kHasBulkCopies && sizeof(R) == kBulkUnit;
+
+  const CombineTransposeParams& p;
+  const Exchange& x;
+  const CtaState& s;
+  const RouteTile<Accumulator>& routes_of;
+  Accumulator* slice_dots;  // [R, tokens, K, num_slices], in shared memory
+  const Tile& tile;
+  const Work& work;
+  RowRing& ring;
+
+  struct Rows {
+    int rows[kRows];
+    int assignments[kRows];
+    Accumulator weights[kRows];
+    Accumulator dots[kRows];
+    int count;
+  };
+
+  // Takes one access to x. Stores it, weighted, to rows [begin, begin + kBatch), and adds its part
+  // of their dot products.
+  __device__ void serve(const R& raw, int column, Rows& rows, int begin,
+                        const R (&expert_rows)[kBatch]) const {
+    Accumulator values[kCount];
+    widen<Element, kCount>(raw, values);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = begin + b;
+      if (i >= rows.count) continue;
+      if (p.rows != nullptr) {
+        Accumulator products[kCount];
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) products[j] = rows.weights[i] * values[j];
+        store_raw<Element, kCount>(
+            static_cast<Element*>(p.rows) + int64_t{rows.rows[i]} * p.width + column,
+            round_to<Element, kCount>(products));
+      }
+      if (p.weight_grads != nullptr) {
+        Accumulator expert_values[kCount];
+        widen<Element, kCount>(expert_rows[b], expert_values);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          rows.dots[i] = fma(expert_values[j], values[j], rows.dots[i]);
+        }
+      }
+    }
+  }
+
+  __device__ void serve_rows(const Element* token, Rows& rows, int begin, int end) const {
+    const auto* expert_out = static_cast<const Element*>(p.expert_out);
+    for (int pass = begin; pass < end; pass += kColumns * kStep) {
+      const int first = pass + lane_id() * kCount;
+      R x_values[kColumns];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int column = first + c * kStep;
+        if (column < end) x_values[c] = load_raw<Element, kCount>(token + column);
+      }
+#pragma unroll
+      for (int pair = 0; pair < kColumns; pair += kPair) {
+#pragma unroll
+        for (int i = 0; i < kRows; i += kBatch) {
+          if (i >= rows.count) continue;
+          R expert_rows[kPair][kBatch];
+#pragma unroll
+          for (int c = 0; c < kPair; ++c) {
+            const int column = first + (pair + c) * kStep;
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) {
+              if (expert_out != nullptr && i + b < rows.count && column < end) {
+                expert_rows[c][b] = load_raw<Element, kCount>(
+                    expert_out + int64_t{rows.rows[i + b]} * p.width + column);
+              }
+            }
+          }
+#pragma unroll
+          for (int c = 0; c < kPair; ++c) {
+            const int column = first + (pair + c) * kStep;
+            if (column < end) serve(x_values[pair + c], column, rows, i, expert_rows[c]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void pull(int item) const {
+    const int rank = source_rank(x, item);
+    const int unit = x.ranks.quotient(item);
+    const int tile_token = p.slices.quotient(unit);
+    const int slice = unit - tile_token * p.num_slices;
+    const TokenRoutes<Accumulator> routes = routes_of.of(rank, tile_token);
+    const auto* tokens = rank == x.rank ? static_cast<const Element*>(p.tokens)
+                                        : s.buffer<const Element>(rank, kFirstLeaf);
+    const int begin = slice * p.slice_width;
+    const int end = min(begin + p.slice_width, p.width);
+    for (uint32_t mask = routes.on(x.rank); mask != 0;) {
+      Rows rows = {};
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int k = mask != 0 ? __ffs(static_cast<int>(mask)) - 1 : 0;
+        rows.count += mask != 0;
+        mask &= mask - 1;
+        rows.assignments[i] = k;
+        rows.rows[i] = __shfl_sync(kFullWarp, routes.row, k);
+        rows.weights[i] = __shfl_sync(kFullWarp, routes.weight, k);
+      }
+      serve_rows(tokens + int64_t{tile.begin + tile_token} * p.width, rows, begin, end);
+      if (p.weight_grads == nullptr) continue;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+          rows.dots[i] += __shfl_xor_sync(kFullWarp, rows.dots[i], distance);
+        }
+        if (i >= rows.count || lane_id() != 0) continue;
+        const int assignment = routes_of.first_of(rank, tile_token) + rows.assignments[i];
+        slice_dots[assignment * p.num_slices + slice] = rows.dots[i];
+      }
+    }
+  }
+
+  // A pull and its rows, or a block of rows in which padding is zeroed: then `rank` is kBlock.
+  __device__ RowItem find(int number) const {
+    RowItem item;
+    const int blocks = work.blocks_before(number);
+    if (work.blocks_before(number + 1) > blocks) {
+      item.unit = blocks;
+      item.rank = kBlock;
+      return item;
+    }
+    item.rank = source_rank(x, number - blocks);
+    item.unit = x.ranks.quotient(number - blocks);
+    item.first = routes_of.first_of(item.rank, p.slices.quotient(item.unit));
+    return item;
+  }
+  __device__ bool has_row(const RowItem& item, int k) const {
+    return item.rank != kBlock && k < x.top_k && routes_of.ranks[item.first + k] == x.rank;
+  }
+  __device__ bool has_lead(const RowItem& item) const {
+    return item.rank == kBlock || item.mask != 0;
+  }
+  // The slice of the token.
+  __device__ RowFetcher::Source lead(const RowItem& item) const {
+    if (item.rank == kBlock) return {};
+    const auto* tokens = item.rank == x.rank ? static_cast<const Element*>(p.tokens)
+                                             : s.buffer<const Element>(item.rank, kFirstLeaf);
+    return slice_of(tokens, tile.begin + p.slices.quotient(item.unit), item.unit);
+  }
+  // The slice of a row of expert_out.
+  __device__ RowFetcher::Source source(const RowItem& item, int k) const {
+    if (p.expert_out == nullptr) return {};
+    return slice_of(static_cast<const Element*>(p.expert_out), routes_of.rows[item.first + k],
+                    item.unit);
+  }
+  __device__ RowFetcher::Source slice_of(const Element* rows, int row, int unit) const {
+    const int begin = p.slices.remainder(unit) * p.slice_width;
+    const int width = min(p.slice_width, p.width - begin);
+    return {rows + int64_t{row} * p.width + begin,
+            static_cast<uint32_t>(width * static_cast<int>(sizeof(Element)))};
+  }
+
+  // Serves what another warp fetches.
+  __device__ void run() const {
+    for (RowItem item = ring.take(); item.unit >= 0; item = ring.take()) {
+      RowsInRing rows(ring, p.slice_width * static_cast<int>(sizeof(Element)), p.ring_slots, item);
+      if (item.rank == kBlock) {
+        rows.wait();
+        rows.release();
+        zero_padding(work.block_row(item.unit));
+      } else {
+        serve_fetched(item, rows);
+      }
+    }
+  }
+
+  // As serve_rows(), one row after the other.
+  __device__ void serve_fetched(const RowItem& item, RowsInRing& rows) const {
+    const int slice = p.slices.remainder(item.unit);
+    const int left = p.width - slice * p.slice_width;
+    const int lane = lane_id() * kCount;
+    const int end = min(p.slice_width, left) - lane;
+    const bool lane_is_in = lane_id() < x.top_k;
+    const int row_of_lane = lane_is_in ? routes_of.rows[item.first + lane_id()] : 0;
+    const Accumulator weight_of_lane =
+        lane_is_in ? routes_of.weights[item.first + lane_id()] : Accumulator{0};
+    R token[kFetchedColumns] = {};
+    const auto* const token_slot = reinterpret_cast<const Element*>(rows.wait()) + lane;
+#pragma unroll
+    for (int c = 0; c < kFetchedColumns; ++c) {
+      if (c * kStep < end) token[c] = load_raw<Element, kCount>(token_slot + c * kStep);
+    }
+    rows.release();
+    for (uint32_t rest = item.mask; rest != 0; rest &= rest - 1) {
+      const int k = __ffs(static_cast<int>(rest)) - 1;
+      const int64_t row = __shfl_sync(kFullWarp, row_of_lane, k);
+      const Accumulator weight = __shfl_sync(kFullWarp, weight_of_lane, k);
+      if (p.rows != nullptr) {
+        Element* const to =
+            static_cast<Element*>(p.rows) + row * p.width + slice * p.slice_width + lane;
+#pragma unroll
+        for (int c = 0; c < kFetchedColumns; ++c) {
+          if (c * kStep >= end) continue;
+          Accumulator values[kCount];
+          widen<Element, kCount>(token[c], values);
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) values[j] *= weight;
+          store_raw<Element, kCount>(to + c * kStep, round_to<Element, kCount>(values));
+        }
+      }
+      if (p.weight_grads == nullptr) continue;
+      const auto* const from = reinterpret_cast<const Element*>(rows.wait()) + lane;
+      Accumulator dot = 0;
+#pragma unroll
+      for (int c = 0; c < kFetchedColumns; ++c) {
+        if (c * kStep >= end) continue;
+        Accumulator values[kCount], factors[kCount];
+        widen<Element, kCount>(load_raw<Element, kCount>(from + c * kStep), values);
+        widen<Element, kCount>(token[c], factors);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) dot = fma(values[j], factors[j], dot);
+      }
+      rows.release();
+#pragma unroll
+      for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+        dot += __shfl_xor_sync(kFullWarp, dot, distance);
+      }
+      if (lane_id() == 0) slice_dots[(item.first + k) * p.num_slices + slice] = dot;
+    }
+  }
+
+  // Adds up the slices' dot products, in order, and stores them on the tokens' ranks. All threads.
+  __device__ void send_weight_grads() const {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < routes_of.size(); i += kThreads) {
+      const int rank = routes_of.rank_of(i);
+      const bool own = rank == x.rank;
+      if (routes_of.ranks[i] != x.rank && !(own && routes_of.ranks[i] < 0)) continue;
+      Accumulator dot = 0;
+      if (routes_of.ranks[i] == x.rank) {
+        for (int slice = 0; slice < p.num_slices; ++slice) {
+          dot += slice_dots[i * p.num_slices + slice];
+        }
+      }
+      Accumulator* grads = own ? static_cast<Accumulator*>(p.weight_grads)
+                               : s.buffer<Accumulator>(rank, kWeightGrads);
+      grads[int64_t{tile.begin} * x.top_k + i % routes_of.per_rank] = dot;
+    }
+  }
+
+  __device__ void zero_padding(int64_t first_row) const {
+    uint32_t rest = rows_to_zero(x, p.padding, p.row_source, first_row);
+    for (; rest != 0; rest &= rest - 1) {
+      const int64_t zero_row = first_row + __ffs(static_cast<int>(rest)) - 1;
+      Element* to = static_cast<Element*>(p.rows) + zero_row * p.width;
+      for (int column = lane_id() * kCount; column < p.width; column += kStep) {
+        store_raw<Element, kCount>(to + column, R{});
+      }
+    }
+  }
+};
 
 template <typename Element, int kCount>
 __device__ void exchange(const CombineTransposeParams& p, CtaState& s, void* shared_memory) {

@@ -12,13 +12,14 @@ constexpr bool kHasBulkCopies = false;
 #else
 constexpr bool kHasBulkCopies = true;
 #endif
+constexpr int kBulkUnit = 16;  // addresses and sizes are multiples of so many bytes
 
 // A barrier in shared memory. A phase of it ends when one thread has arrived and the copy that this
 // thread started, if any, is complete. Who sees the end of a phase by has_ended() sees what was
 // copied, and everything that the thread wrote before it arrived.
 class CopyBarrier {
  public:
-  // One thread. fence_copies() and a barrier of the CTA must follow.
+  // One thread. publish_barriers() and a barrier of the CTA must follow.
   __device__ void begin() {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()) : "memory");
   }
@@ -28,7 +29,7 @@ class CopyBarrier {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory");
   }
 
-  // Arrives, and copies. Addresses and size are multiples of kBulkUnit. One thread.
+  // Arrives, and copies. Addresses and size are multiples of 16 bytes. One thread.
   __device__ void copy(void* shared, const void* global, uint32_t bytes) {
     const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()),
@@ -64,8 +65,7 @@ class CopyBarrier {
   uint64_t state_;
 };
 
-// Comes between what this thread wrote or has seen, barriers included, and copies that depend on
-// it.
-__device__ inline void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Makes barriers that this thread began known to copies.
+__device__ inline void publish_barriers() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 }  // namespace freeio::cuda

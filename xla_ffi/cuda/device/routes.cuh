@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cuda/device/shares.cuh"
-#include "cuda/device/waits.cuh"
 
 namespace freeio::cuda {
 

@@ -54,7 +54,7 @@ struct alignas(16) RowRing {
       empty[threadIdx.x].begin();
     }
     if (threadIdx.x == 0) num_taken = 0;
-    fence_copies();
+    publish_barriers();
   }
 
   // The next item. Whole warp.
@@ -140,8 +140,6 @@ struct RowFetcher {
     const int first_lane = lane_id() - lane;
     const uint32_t of_item = (lanes == kWarpSize ? ~0u : (1u << lanes) - 1) << first_lane;
     const uint32_t before = (1u << lane_id()) - 1;
-    // The rows were written by other kernels, those of peers by kernels of other GPUs.
-    fence_copies();
     // Items that the lanes look at together. They take each slot at most once. Else a lane could
     // not tell by its slot's phase whether the slot's use before was over, or that before it.
     const int together = min(kWarpSize / lanes, num_slots / (lanes + 1));

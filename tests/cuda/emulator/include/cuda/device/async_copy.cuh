@@ -9,6 +9,7 @@
 namespace freeio::cuda {
 
 constexpr bool kHasBulkCopies = true;
+constexpr int kBulkUnit = 16;
 
 // A copy takes place when a thread first looks for its end, and a random time later.
 class CopyBarrier {
@@ -51,6 +52,6 @@ class CopyBarrier {
   uint32_t bytes_ = 0;
 };
 
-inline void fence_copies() {}
+inline void publish_barriers() {}
 
 }  // namespace freeio::cuda
