@@ -57,25 +57,16 @@ constexpr int wide_pack(int element_bytes) { return element_bytes == 1 ? 8 : 16 
 // together.
 constexpr int kCopySlice = 8 * 32;
 
-// In combine, where each CTA has enough slices, and else half of it.
-constexpr int kCombineSlice = 8 * 32;
-constexpr int kFewSlices = 32;  // of one CTA
+// In combine.
+constexpr int kCombineSlice = 4 * 32;
 
 // In combine's transpose. With few tokens more warps share a row; with many, the fixed cost of a
 // slice matters more.
-constexpr int kTransposeSlice = 8 * 32;
-inline int transpose_slice(int64_t num_tokens) {
-  return num_tokens <= 1024 ? 2 * 32 : kTransposeSlice;
-}
+inline int transpose_slice(int64_t num_tokens) { return num_tokens <= 1024 ? 2 * 32 : 8 * 32; }
 
 // By how many slices the pushes of a CTA of combine are ahead of its sums. Meanwhile a partial sum
 // crosses the link, and its flag, which is raised some pushes later, follows.
 inline int combine_ahead(int num_ranks) { return 12 + 8 / std::max(1, num_ranks - 1); }
-
-// Slots for slices of rows on their way to shared memory. All rows of a token must fit, and the
-// token.
-constexpr int kMaxRingSlots = 64;
-constexpr int kMinRingSlots = 33;
 
 // Accesses in a slice that is sent in lines; with their flags they are a kilobyte: lines.cuh.
 constexpr int kSentSlice = 60;

@@ -11,7 +11,6 @@ namespace freeio::cuda {
 struct Kernel {
   const void* function = nullptr;
   size_t shared_bytes = 0;
-  size_t ring_at = 0;  // where slots for rows on their way begin in it; 0: there are none
 };
 
 // DispatchParams. `assignments_of_all`: of all ranks together. `in_parts`: for rows that cannot all

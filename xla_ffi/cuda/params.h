@@ -85,8 +85,7 @@ struct CombineParams {
   int32_t num_slices;
   Divisor slices;
   int32_t slice_width;
-  int32_t ahead;       // slices by which pushing is ahead of summing
-  int32_t ring_slots;  // slices of rows for which the kernel has shared memory
+  int32_t ahead;  // slices by which pushing is ahead of summing
   // Routes are sent to the GPU blocks, where the arrival flags are, too. Else routes are read from
   // the peers' handles, and `flags` is used.
   bool sends_routes;
@@ -110,7 +109,6 @@ struct CombineTransposeParams {
   int32_t num_slices;
   Divisor slices;
   int32_t slice_width;
-  int32_t ring_slots;  // slices of rows for which the kernel has shared memory; 0: too few
   Blocks padding;
 };
 

@@ -1,14 +1,11 @@
 #include "cuda/plan.h"
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 #include <atomic>
 #include <string>
 #include <utility>
 
 #include "core/digest.h"
-#include "cuda/current_device.h"
 #include "cuda/geometry.h"
 #include "cuda/gpus.h"
 
@@ -97,29 +94,6 @@ Blocks blocks_of(const Exchange& x, bool marks) {
   const int32_t rows = zeroes ? block_rows(x.capacity) : kMarkedBlockRows;
   const int32_t count = (x.capacity - 1) / rows + 1;
   return {rows, count, spreading_stride(count)};
-}
-
-// The ring of a kernel whose rows one warp fetches.
-struct Ring {
-  bool is_used;   // else each warp loads its own rows
-  int32_t slots;  // for slices
-};
-
-// Fits the ring into the shared memory that this GPU has. It may have less than the kernel asks
-// for.
-Status fit_ring(int64_t slice_bytes, Kernel& kernel, Ring& ring) {
-  cudaFuncAttributes attributes;
-  Status status =
-      cuda_status(cudaFuncGetAttributes(&attributes, kernel.function), "cudaFuncGetAttributes");
-  if (!status.ok()) return status;
-  constexpr int kHopper = 90;
-  ring.is_used = attributes.binaryVersion >= kHopper;
-  const auto most = static_cast<size_t>(attributes.maxDynamicSharedSizeBytes);
-  kernel.shared_bytes = std::min(kernel.shared_bytes, most);
-  const int64_t bytes =
-      static_cast<int64_t>(kernel.shared_bytes) - static_cast<int64_t>(kernel.ring_at);
-  ring.slots = static_cast<int32_t>(std::clamp<int64_t>(bytes / slice_bytes, 0, kMaxRingSlots));
-  return {};
 }
 
 constexpr uint32_t bit(int address) { return 1u << address; }
@@ -234,7 +208,7 @@ int64_t dispatch_scratch(const Layout& layout) {
 CombineScratch combine_scratch(const Layout& layout, int64_t width) {
   // The narrowest accesses make the most slices.
   const int64_t slots = layout.num_tokens * num_slots(layout.top_k, layout.num_ranks);
-  return {slots, slots * slices_of(width, kCombineSlice / 2).first};
+  return {slots, slots * slices_of(width, kCombineSlice).first};
 }
 
 // --- dispatch ------------------------------------------------------------------------------------
@@ -322,23 +296,7 @@ Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Com
   const auto sent = sent_slices_of(accesses);
   const bool is_small =
       sends && pack * bytes_of(types.dtype) == kSentAccess && is_small_call(x, sent.first);
-  plan.kernel = is_small ? combine_small(types.dtype) : combine_large(types.dtype, wide);
-  if (is_small) {
-    cut_rows(types, wide, sent, params);
-  } else {
-    // With few slices for each CTA, more of them are shared out more evenly.
-    int64_t slice = kCombineSlice;
-    if (x.num_tokens * ceil_div(accesses, slice) < int64_t{kFewSlices} * ctas) slice /= 2;
-    Ring ring = {};
-    while (true) {
-      cut_rows(types, wide, slices_of(accesses, slice), params);
-      Status status = fit_ring(params.slice_width * bytes_of(types.dtype), plan.kernel, ring);
-      if (!status.ok()) return status;
-      if (!ring.is_used || ring.slots >= kMinRingSlots || slice == kCombineSlice / 2) break;
-      slice /= 2;
-    }
-    params.ring_slots = ring.slots;
-  }
+  cut_rows(types, wide, is_small ? sent : slices_of(accesses, kCombineSlice), params);
   params.sends_routes =
       is_small || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
   if (is_small) {
@@ -353,6 +311,7 @@ Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Com
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.weighted,
                       params.sends_routes, is_small})
                   .folded();
+  plan.kernel = is_small ? combine_small(types.dtype) : combine_large(types.dtype, wide);
   return {};
 }
 
@@ -383,32 +342,21 @@ Status make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
                  CombineTransposeParams& params, Plan& plan) {
   plan = {};
   const Exchange& x = params.exchange;
+  const bool wide = is_wide(types, alignment);
   const int assignments = x.num_ranks * x.top_k;
   const size_t accumulator_bytes = types.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  bool wide = is_wide(types, alignment);
-  while (true) {
-    int64_t slice = transpose_slice(x.num_tokens);
-    do {
-      cut_rows(types, wide, slices_of(types.width / pack_of(types.dtype, wide), slice), params);
-      slice *= 2;
-    } while (!combine_transpose_fits(accumulator_bytes, params.num_slices, assignments));
-    plan.kernel = combine_transpose(types.dtype, wide);
-    if (!wide) break;
-    Ring ring = {};
-    Status status = fit_ring(params.slice_width * bytes_of(types.dtype), plan.kernel, ring);
-    if (!status.ok()) return status;
-    params.ring_slots = ring.slots;
-    const bool fits = params.slice_width <= kTransposeSlice * pack_of(types.dtype, wide) &&
-                      ring.slots >= kMinRingSlots;
-    if (!ring.is_used || fits) break;
-    wide = false;
-  }
+  int64_t slice = transpose_slice(x.num_tokens);
+  do {
+    cut_rows(types, wide, slices_of(types.width / pack_of(types.dtype, wide), slice), params);
+    slice *= 2;
+  } while (!combine_transpose_fits(accumulator_bytes, params.num_slices, assignments));
   params.sends_routes = sends_routes(x, types.dtype);
   if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights);
   plan.posted |= bit(kWeightGrads) | bit(kFirstLeaf);
   if (types.rows) params.padding = blocks_of(x, false);
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.rows, types.weights})
                   .folded();
+  plan.kernel = combine_transpose(types.dtype, wide);
   return {};
 }
 

@@ -239,7 +239,6 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   const auto bytes = max_shared_bytes.find(function);
   const size_t most = bytes == max_shared_bytes.end() ? kDefaultSharedBytes : bytes->second;
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(most);
-  attributes->binaryVersion = 90;
   attributes->sharedSizeBytes = 0;
   return cudaSuccess;
 }

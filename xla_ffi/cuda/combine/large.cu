@@ -52,7 +52,6 @@ __device__ bool receive_routes(const CombineParams& p, CtaState& s, const Tile& 
 template <typename Element, int kCount>
 __device__ void exchange(const CombineParams& p, CtaState& s, Announcer& announcer,
                          void* shared_memory) {
-  using Warp = PushingWarp<Element, kCount>;
   const Exchange& x = p.exchange;
   const Opening opening(x);
   const Units units(p.slices, x.num_tokens, true);
@@ -69,14 +68,10 @@ __device__ void exchange(const CombineParams& p, CtaState& s, Announcer& announc
   }
   constexpr int kAssignments = tile_assignments<typename Element::Accumulator>();
   RouteTile<typename Element::Accumulator> routes(shared_memory, kAssignments);
-  auto& ring = *reinterpret_cast<RowRing*>(static_cast<std::byte*>(shared_memory) + kTileBytes);
-  const int slot_bytes = p.slice_width * static_cast<int>(sizeof(Element));
-  RowFetcher fetcher{ring, slot_bytes, p.ring_slots};
-  if constexpr (Warp::kFetches) ring.begin();
+  void* const ring = static_cast<std::byte*>(shared_memory) + kTileBytes;
   const Tiles tiles(units.tokens(), kAssignments / (x.num_ranks * x.top_k));
-  // The last warp raises the flags of what the others push. The one before it fetches rows.
-  const int announcing_warp = x.num_ranks > 1 ? kWarps - 1 : kWarps;
-  const int warps = Warp::kFetches ? announcing_warp - 1 : announcing_warp;
+  // The last warp raises the flags of what the others push.
+  const int warps = x.num_ranks > 1 ? kWarps - 1 : kWarps;
   bool ready = true;
   tiles.for_each(s, warps, [&](const Tile& tile) {
     announcer.begin();
@@ -84,13 +79,9 @@ __device__ void exchange(const CombineParams& p, CtaState& s, Announcer& announc
     if (!ready) return;
     // The CTA reads only routes from the peers, and it now has all of them.
     if (tile.number + 1 == tile.count && warp_id() == warps - 1) conclude<false>(x, s);
-    if (warp_id() == announcing_warp) return announcer.run(warps);
-    const Warp warp{p, x, s, routes, tile, announcer, units.of(tile), ring};
-    if constexpr (Warp::kFetches) {
-      if (warp_id() == warps) return warp.fetch(fetcher, warps);
-    }
-    warp.run();
-    if (x.num_ranks > 1) announcer.leave();
+    if (warp_id() == warps) return announcer.run(warps);
+    PushingWarp<Element, kCount>(p, s, routes, tile, announcer, units.of(tile), ring).run();
+    if (warps < kWarps) announcer.leave();
   });
 }
 
@@ -112,8 +103,7 @@ int threads_per_cta() { return kThreads; }
 
 Kernel combine_large(DType dtype, bool wide) {
   Kernel kernel;
-  kernel.ring_at = kTileBytes + sizeof(RowRing);
-  kernel.shared_bytes = kernel.ring_at + kRingBytes;
+  kernel.shared_bytes = kTileBytes + kRingBytes;
   with_element_type(dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     constexpr int kWide = wide_pack(sizeof(Element));

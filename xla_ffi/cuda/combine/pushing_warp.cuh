@@ -3,16 +3,17 @@
 #pragma once
 
 #include "cuda/combine/announcer.cuh"
+#include "cuda/device/async_copy.cuh"
 #include "cuda/device/elements.cuh"
 #include "cuda/device/routes.cuh"
-#include "cuda/device/row_ring.cuh"
 #include "cuda/geometry.h"
 
 namespace freeio::cuda {
 
 constexpr int kTileBytes = 24 << 10;                 // for the routes of a tile, of all ranks
-constexpr int kRingBytes = 192 << 10;                // for rows on their way
 constexpr int kColumns = kCombineSlice / kWarpSize;  // accesses of one lane to a slice
+constexpr int kStages = 2;                           // slices of rows that each warp has on the way
+constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
 
 template <typename Accumulator>
 __host__ __device__ constexpr int tile_assignments() {
@@ -24,15 +25,46 @@ __device__ inline int slot_of(int rank, uint32_t ranks, int own_rank) {
   return __popc(ranks & ~(1u << own_rank) & ((1u << rank) - 1));
 }
 
-// A tile's work, as one warp does it. An item is a sum of slices of some rows.
+// A tile's work, as one warp does it. Each item is a sum of slices of some rows. Meanwhile the next
+// rows are on their way to shared memory. So no register waits for a row, and the memory is busy
+// also while warps wait for the link.
 template <typename Element, int kCount>
 struct PushingWarp {
   using Accumulator = typename Element::Accumulator;
   using R = Raw<Element, kCount>;
   using Sums = Accumulator[kColumns][kCount];
 
-  // Whether one warp of the CTA fetches the rows for the others. Else each warp loads its own.
-  static constexpr bool kFetches = kHasBulkCopies && sizeof(R) == kBulkUnit;
+  // One row of an item's sum, in two words, as registers are scarce.
+  struct Task {
+    // Bits: from the lowest one, the first assignment, the rank, the row, and two marks.
+    static constexpr int kFirstBits = 16, kRankBits = 4, kRowBits = 5;
+    static constexpr int kRank = kFirstBits, kRow = kRank + kRankBits, kMarks = kRow + kRowBits;
+    static constexpr uint32_t kHasRow = 1u << kMarks, kLast = 2u << kMarks;
+    static_assert(tile_assignments<Accumulator>() <= 1 << kFirstBits &&
+                  kMaxRanks <= 1 << kRankBits && kMaxTopK <= 1 << kRowBits);
+
+    int unit = -1;  // -1: there is no further one
+    uint32_t bits = 0;
+
+    __device__ Task() = default;
+    __device__ Task(int its_unit, int first, int rank)
+        : unit(its_unit), bits(static_cast<uint32_t>(first | rank << kRank)) {}
+    // Of the token's assignments in the tile.
+    __device__ int first() const { return static_cast<int>(bits & ((1u << kFirstBits) - 1)); }
+    // Whose token it is.
+    __device__ int rank() const {
+      return static_cast<int>(bits >> kRank & ((1u << kRankBits) - 1));
+    }
+    // Of the row, in the tile.
+    __device__ int assignment() const {
+      return first() + static_cast<int>(bits >> kRow & ((1u << kRowBits) - 1));
+    }
+    __device__ void take_row(int k) { bits |= static_cast<uint32_t>(k) << kRow | kHasRow; }
+    // False: the token has no row here.
+    __device__ bool has_row() const { return (bits & kHasRow) != 0; }
+    // Of the item.
+    __device__ bool is_last() const { return (bits & kLast) != 0; }
+  };
 
   // This lane's elements of a slice of a row: its accesses are kStep elements apart.
   struct Columns {
@@ -40,15 +72,13 @@ struct PushingWarp {
 
     int begin = 0;  // in the row
     int left = 0;   // from there to the end of the slice
-    int count = 0;  // accesses of the first lane
 
+    __device__ Columns() = default;
     __device__ Columns(const CombineParams& params, int unit) {
       const int slice = params.slices.remainder(unit) * params.slice_width;
       const int lane = lane_id() * kCount;
-      const int width = min(params.slice_width, params.width - slice);
       begin = slice + lane;
-      left = width - lane;
-      count = (width + kStep - 1) / kStep;
+      left = min(params.slice_width, params.width - slice) - lane;
     }
     __device__ bool has(int c) const { return c * kStep < left; }
   };
@@ -60,166 +90,150 @@ struct PushingWarp {
   const Tile& tile;
   Announcer& announcer;
   const Chunk units;
-  RowRing& ring;
+  const int items;
+  R* const ring;  // this lane's of [kStages, kColumns, kWarpSize]
 
-  __device__ int slot_bytes() const { return p.slice_width * static_cast<int>(sizeof(Element)); }
+  int next_one;           // item to look at
+  Task fetched;           // whose rows are being fetched
+  Columns columns;        // this lane's of its slice
+  uint32_t mask = 0;      // of its rows that are yet to be fetched
+  bool has_task = false;  // its last task has not been fetched
+  int stage = 0;          // of the next row to sum, and then of the next one to fetch
+  Task tasks;             // of the stages, by lane
+
+  __device__ PushingWarp(const CombineParams& params, CtaState& state,
+                         const RouteTile<Accumulator>& tile_routes, const Tile& whole,
+                         Announcer& of_cta, const Chunk& tile_units, void* ring_memory)
+      : p(params),
+        x(params.exchange),
+        s(state),
+        routes(tile_routes),
+        tile(whole),
+        announcer(of_cta),
+        units(tile_units),
+        items(units.size() == 0 ? 0 : (units.size() + p.ahead) * x.num_ranks),
+        ring(static_cast<R*>(ring_memory) + warp_id() * kStages * kColumns * kWarpSize + lane_id()),
+        next_one(warp_id()) {}
 
   // Pushes partial sums to every peer, and sums the slices that come p.ahead slices before. A sum
   // waits only for pushes that come before it in the order of items, which is the same on the
-  // peers. Warps take items in order. So a wait never delays the push for which it waits.
-  __device__ void run() const {
-    if constexpr (kFetches) {
-      for (RowItem item = ring.take(); item.unit >= 0; item = ring.take()) serve(item);
-    } else {
-      for (int number = warp_id(); number < num_items(); number = next_item(s)) {
-        RowItem item = find(number);
-        item.mask = __ballot_sync(kFullWarp, item.unit >= 0 && has_row(item, lane_id()));
-        if (item.unit >= 0 && (item.mask != 0 || is_sum(item))) serve(item);
+  // peers. Every warp takes its items in order. So a wait never delays the push for which it waits.
+  __device__ void run() {
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) fetch();
+    Sums sums;
+    clear(sums);
+    while (true) {
+      const Task task = task_of(stage);
+      if (task.unit < 0) break;
+      wait_for_copies<kStages - 1>();
+      if (task.has_row()) add_row(routes.weights[task.assignment()], sums);
+      fetch();
+      if (!task.is_last()) continue;
+      if (task.rank() == x.rank) {
+        sum(task, sums);
+      } else {
+        push(task, sums);
       }
+      clear(sums);
     }
   }
-
-  // As the warp that fetches the rows for `warps` others.
-  __device__ void fetch(RowFetcher& fetcher, int warps) const {
-    fetcher.run(s, num_items(), lanes_of(x.top_k), warps, *this);
-  }
-
-  // The item of this number, without its rows. Its unit is -1 if there is none.
-  __device__ RowItem find(int number) const {
-    RowItem item;
-    const int turn = x.ranks.remainder(number);
-    const int unit = x.ranks.quotient(number) - (turn == x.num_ranks - 1 ? p.ahead : 0);
-    if (unit < 0 || unit >= units.size()) return item;
-    item.unit = units.begin + unit;
-    item.rank = rank_of_turn(x, turn);
-    item.first = routes.first_of(item.rank, p.slices.quotient(item.unit) - tile.begin);
-    return item;
-  }
-  __device__ bool has_row(const RowItem& item, int k) const {
-    return k < x.top_k && routes.ranks[item.first + k] == x.rank;
-  }
-  __device__ RowFetcher::Source source(const RowItem& item, int k) const {
-    const int begin = p.slices.remainder(item.unit) * p.slice_width;
-    const int width = min(p.slice_width, p.width - begin);
-    return {row(routes.rows[item.first + k]) + begin,
-            static_cast<uint32_t>(width * static_cast<int>(sizeof(Element)))};
-  }
-  // A sum is needed also if no row of it is here.
-  __device__ bool has_lead(const RowItem& item) const { return item.mask == 0 && is_sum(item); }
-  __device__ RowFetcher::Source lead(const RowItem&) const { return {}; }
 
  private:
-  __device__ int num_items() const {
-    return units.size() == 0 ? 0 : (units.size() + p.ahead) * x.num_ranks;
-  }
-
-  // Of this rank's own token. Else the item is a partial sum for a peer.
-  __device__ bool is_sum(const RowItem& item) const { return item.rank == x.rank; }
-
-  __device__ const Element* row(int number) const {
-    return static_cast<const Element*>(p.expert_out) + int64_t{number} * p.width;
-  }
-
-  __device__ void serve(const RowItem& item) const {
-    Sums sums;
-    clear<0, kColumns>(sums);
-    if constexpr (kFetches) {
-      add_fetched_rows(item, sums);
-    } else {
-      add_loaded_rows(item, sums);
+  // Starts to copy the next row to the stage, whose row has been summed. Goes to the next stage.
+  __device__ void fetch() {
+    if (!has_task) take_item();
+    Task task = fetched;
+    if (has_task) {
+      if (mask != 0) {
+        task.take_row(__ffs(static_cast<int>(mask)) - 1);
+        copy_row(routes.rows[task.assignment()]);
+        mask &= mask - 1;
+      }
+      has_task = mask != 0;
+      if (!has_task) task.bits |= Task::kLast;
     }
-    if (is_sum(item)) {
-      sum(item, sums);
-    } else {
-      push(item, sums);
+    // A group is needed also if no copy was started, because wait_for_copies() counts groups.
+    commit_copies();
+    if (lane_id() == stage) tasks = task;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+
+  __device__ Task task_of(int lane) const {
+    Task task;
+    task.unit = __shfl_sync(kFullWarp, tasks.unit, lane);
+    task.bits = __shfl_sync(kFullWarp, tasks.bits, lane);
+    return task;
+  }
+
+  // The next item with something to do.
+  __device__ void take_item() {
+    fetched.unit = -1;
+    while (next_one < items) {
+      const int item = next_one;
+      next_one = next_item(s);
+      const int turn = x.ranks.remainder(item);
+      const bool pushes = turn != x.num_ranks - 1;
+      const int unit = x.ranks.quotient(item) - (pushes ? 0 : p.ahead);
+      if (unit < 0 || unit >= units.size()) continue;
+      const int token = p.slices.quotient(units.begin + unit);
+      const int rank = rank_of_turn(x, turn);
+      const int first = routes.first_of(rank, token - tile.begin);
+      mask = __ballot_sync(kFullWarp,
+                           lane_id() < x.top_k && routes.ranks[first + lane_id()] == x.rank);
+      if (pushes && mask == 0) continue;
+      fetched = Task(units.begin + unit, first, rank);
+      columns = Columns(p, fetched.unit);
+      has_task = true;
+      return;
     }
   }
 
-  // The weight of the token's assignment to this lane.
-  __device__ Accumulator weight_of_lane(const RowItem& item) const {
-    return lane_id() < x.top_k ? routes.weights[item.first + lane_id()] : Accumulator{0};
-  }
-
-  __device__ void add_fetched_rows(const RowItem& item, Sums& sums) const {
-    const Accumulator weights = weight_of_lane(item);
-    const int columns = Columns(p, item.unit).count;
-    RowsInRing rows(ring, slot_bytes(), p.ring_slots, item);
-    for (uint32_t rest = item.mask; rest != 0; rest &= rest - 1) {
-      const Accumulator weight = __shfl_sync(kFullWarp, weights, __ffs(static_cast<int>(rest)) - 1);
-      const auto* const from = reinterpret_cast<const Element*>(rows.wait()) + lane_id() * kCount;
-      add_columns<0>(weight, from, columns, sums);
-      add_columns<kColumns / 2>(weight, from, columns, sums);
-      rows.release();
-    }
-    if (item.mask == 0) {
-      rows.wait();
-      rows.release();
-    }
-  }
-
-  // Adds half of the columns of a slice in shared memory, from the kBegin-th on.
-  template <int kBegin>
-  __device__ static void add_columns(Accumulator weight, const Element* from, int columns,
-                                     Sums& sums) {
-    constexpr int kEnd = kBegin + kColumns / 2;
-    const auto add_column = [&](int c) {
-      add_weighted<Element, kCount>(weight, load_raw<Element, kCount>(from + c * Columns::kStep),
-                                    sums[c]);
-    };
-    if (columns >= kEnd) {
+  __device__ void copy_row(int row) {
+    const Element* const from =
+        static_cast<const Element*>(p.expert_out) + int64_t{row} * p.width + columns.begin;
+    R* const to = ring + stage * kColumns * kWarpSize;
 #pragma unroll
-      for (int c = kBegin; c < kEnd; ++c) add_column(c);
-    } else {
-#pragma unroll
-      for (int c = kBegin; c < kEnd - 1; ++c) {
-        if (c < columns) add_column(c);
+    for (int c = 0; c < kColumns; ++c) {
+      if (!columns.has(c)) continue;
+      if constexpr (sizeof(R) >= 4) {
+        copy_async<sizeof(R)>(to + c * kWarpSize, from + c * Columns::kStep);
+      } else {
+        to[c * kWarpSize] = load_raw<Element, kCount>(from + c * Columns::kStep);
       }
     }
   }
 
-  __device__ void add_loaded_rows(const RowItem& item, Sums& sums) const {
-    const Accumulator weights = weight_of_lane(item);
-    const Columns columns(p, item.unit);
-    for (uint32_t rest = item.mask; rest != 0; rest &= rest - 1) {
-      const int k = __ffs(static_cast<int>(rest)) - 1;
-      const Accumulator weight = __shfl_sync(kFullWarp, weights, k);
-      const Element* const from = row(routes.rows[item.first + k]) + columns.begin;
-      R values[kColumns];
+  // Adds the row of the stage.
+  __device__ void add_row(Accumulator weight, Sums& sums) const {
+    const R* const from = ring + stage * kColumns * kWarpSize;
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if (columns.has(c)) values[c] = load_raw<Element, kCount>(from + c * Columns::kStep);
-      }
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if (columns.has(c)) add_weighted<Element, kCount>(weight, values[c], sums[c]);
-      }
+    for (int c = 0; c < kColumns; ++c) {
+      add_weighted<Element, kCount>(weight, from[c * kWarpSize], sums[c]);
     }
   }
 
-  template <int kBegin, int kEnd>
   __device__ static void clear(Sums& sums) {
 #pragma unroll
-    for (int c = kBegin; c < kEnd; ++c) {
+    for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) sums[c][j] = 0;
     }
   }
 
-  // Some columns of a slice.
-  template <int kBegin, int kEnd>
   __device__ void store_sums(Element* row, int unit, const Sums& sums) const {
     const Columns stored(p, unit);
     Element* const to = row + stored.begin;
 #pragma unroll
-    for (int c = kBegin; c < kEnd; ++c) {
+    for (int c = 0; c < kColumns; ++c) {
       if (!stored.has(c)) continue;
       store_raw<Element, kCount>(to + c * Columns::kStep, round_to<Element, kCount>(sums[c]));
     }
   }
 
   // One bit for each rank that has a row of the token.
-  __device__ uint32_t ranks_of(const RowItem& item) const {
-    const int rank = lane_id() < x.top_k ? routes.ranks[item.first + lane_id()] : -1;
+  __device__ uint32_t ranks_of(const Task& task) const {
+    const int rank = lane_id() < x.top_k ? routes.ranks[task.first() + lane_id()] : -1;
     return __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
   }
 
@@ -228,16 +242,16 @@ struct PushingWarp {
   }
 
   // This rank's partial sum of a peer's token, to the peer.
-  __device__ void push(const RowItem& item, const Sums& sums) const {
-    const int slot = slot_of(x.rank, ranks_of(item), item.rank);
-    const int64_t row = slot_index(p.slices.quotient(item.unit), slot);
-    store_sums<0, kColumns>(s.buffer<Element>(item.rank, kScratch) + row * p.width, item.unit,
-                            sums);
+  __device__ void push(const Task& task, const Sums& sums) const {
+    const int rank = task.rank();
+    const int slot = slot_of(x.rank, ranks_of(task), rank);
+    const int64_t row = slot_index(p.slices.quotient(task.unit), slot);
+    store_sums(s.buffer<Element>(rank, kScratch) + row * p.width, task.unit, sums);
     // Partner: the load in flag_is_set() on the peer.
     if (p.sends_routes) {
-      announcer.announce(&inbox_to(x, item.rank).arrival_epochs[item.unit], s.epoch[item.rank]);
+      announcer.announce(&inbox_to(x, rank).arrival_epochs[task.unit], s.epoch[rank]);
     } else {
-      announcer.announce(s.buffer<uint32_t>(item.rank, kFlags) + slot_index(item.unit, slot), 1);
+      announcer.announce(s.buffer<uint32_t>(rank, kFlags) + slot_index(task.unit, slot), 1);
     }
   }
 
@@ -259,16 +273,14 @@ struct PushingWarp {
     __syncwarp();
   }
 
-  // Adds the partial sums in the slots of the peers in `ranks`, in order, to some columns of the
-  // totals.
-  template <int kBegin, int kEnd>
+  // Adds the partial sums in the slots of the peers in `ranks`, in order, to the totals.
   __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
     const Columns stored(p, unit);
     const Element* const slots = static_cast<const Element*>(p.partial_sums) +
                                  slot_index(p.slices.quotient(unit), 0) * p.width + stored.begin;
-    constexpr int kBatch = 1;  // partial sums in flight together
+    constexpr int kBatch = 2;  // partial sums in flight together
     while (ranks != 0) {
-      R partials[kBatch][kEnd - kBegin];
+      R partials[kBatch][kColumns];
       const int count = __popc(ranks);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -276,9 +288,9 @@ struct PushingWarp {
         ranks &= ranks - 1;
         const Element* slot = slots + slot_of(rank, all_ranks, x.rank) * int64_t{p.width};
 #pragma unroll
-        for (int c = kBegin; c < kEnd; ++c) {
+        for (int c = 0; c < kColumns; ++c) {
           if (i < count && stored.has(c)) {
-            partials[i][c - kBegin] = load_raw<Element, kCount>(slot + c * Columns::kStep);
+            partials[i][c] = load_raw<Element, kCount>(slot + c * Columns::kStep);
           }
         }
       }
@@ -286,39 +298,27 @@ struct PushingWarp {
       for (int i = 0; i < kBatch; ++i) {
         if (i >= count) break;
 #pragma unroll
-        for (int c = kBegin; c < kEnd; ++c) {
-          add<Element, kCount>(partials[i][c - kBegin], totals[c]);
-        }
+        for (int c = 0; c < kColumns; ++c) add<Element, kCount>(partials[i][c], totals[c]);
       }
     }
   }
 
-  // All partial sums of some columns of one of this rank's tokens, in order of rank: the lower
-  // ranks', its own, and the higher ranks'.
-  template <int kBegin, int kEnd>
-  __device__ void add_up(const RowItem& item, uint32_t ranks, Sums& sums) const {
+  // All partial sums of one of this rank's tokens, in order of rank: the lower ranks', its own, and
+  // the higher ranks'.
+  __device__ void sum(const Task& task, Sums& sums) const {
+    const uint32_t ranks = ranks_of(task);
     const uint32_t lower = (1u << x.rank) - 1;
-    R own[kEnd - kBegin];
+    R own[kColumns];
 #pragma unroll
-    for (int c = kBegin; c < kEnd; ++c) own[c - kBegin] = round_to<Element, kCount>(sums[c]);
-    clear<kBegin, kEnd>(sums);
-    add_slots<kBegin, kEnd>(ranks & lower, ranks, item.unit, sums);
+    for (int c = 0; c < kColumns; ++c) own[c] = round_to<Element, kCount>(sums[c]);
+    clear(sums);
+    wait_for_partial_sums(ranks, task.unit);
+    add_slots(ranks & lower, ranks, task.unit, sums);
 #pragma unroll
-    for (int c = kBegin; c < kEnd; ++c) add<Element, kCount>(own[c - kBegin], sums[c]);
-    add_slots<kBegin, kEnd>(ranks & ~lower & ~(1u << x.rank), ranks, item.unit, sums);
-    Element* const row =
-        static_cast<Element*>(p.sums) + int64_t{p.slices.quotient(item.unit)} * p.width;
-    store_sums<kBegin, kEnd>(row, item.unit, sums);
-  }
-
-  // Half of the columns after the other: registers are scarce.
-  __device__ void sum(const RowItem& item, Sums& sums) const {
-    const uint32_t ranks = ranks_of(item);
-    wait_for_partial_sums(ranks, item.unit);
-    add_up<0, kColumns / 2>(item, ranks, sums);
-    if (Columns(p, item.unit).count > kColumns / 2) {
-      add_up<kColumns / 2, kColumns>(item, ranks, sums);
-    }
+    for (int c = 0; c < kColumns; ++c) add<Element, kCount>(own[c], sums[c]);
+    add_slots(ranks & ~lower & ~(1u << x.rank), ranks, task.unit, sums);
+    Element* row = static_cast<Element*>(p.sums) + int64_t{p.slices.quotient(task.unit)} * p.width;
+    store_sums(row, task.unit, sums);
   }
 };
 

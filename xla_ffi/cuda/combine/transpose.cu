@@ -6,7 +6,6 @@
 #include "cuda/device/end.cuh"
 #include "cuda/device/opening.cuh"
 #include "cuda/device/routes.cuh"
-#include "cuda/device/row_ring.cuh"
 #include "cuda/device/rows.cuh"
 #include "cuda/device/shared_memory.cuh"
 #include "cuda/geometry.h"
@@ -15,34 +14,24 @@
 namespace freeio::cuda {
 namespace {
 
-constexpr int kSharedBytes = 56 << 10;  // for the routes of a tile and its dot products
-constexpr int kRingBytes = 160 << 10;   // for rows on their way
+constexpr int kSharedBytes = 96 << 10;  // for the routes of a tile and its dot products
 
 // Assignments whose routes and dot products fit.
 __host__ __device__ constexpr int tile_capacity(size_t accumulator_bytes, int num_slices) {
   return kSharedBytes / static_cast<int>(2 * sizeof(int) + accumulator_bytes * (1 + num_slices));
 }
 
-// Where each warp loads its own rows: rows of a token for which one read of x is enough. With more
-// rows x is read again.
-constexpr int kRows = 8;
-constexpr int kBatch = 4;    // rows of expert_out in flight together
-constexpr int kColumns = 4;  // accesses of one lane to x in flight together
-constexpr int kPair = 2;     // ... to rows of expert_out
-// Accesses of one lane to a slice that is fetched.
-constexpr int kFetchedColumns = kTransposeSlice / kWarpSize;
-// In place of a pull's rank: a block of rows in which padding is zeroed.
-constexpr int kBlock = -1;
-
 // A tile's work, as one warp does it.
 template <typename Element, int kCount>
 struct PullingWarp {
   using Accumulator = typename Element::Accumulator;
   using R = Raw<Element, kCount>;
+  // Rows of a token for which one read of x is enough. With more rows x is read again.
+  static constexpr int kRows = 8;
+  static constexpr int kBatch = 4;    // rows of expert_out in flight together
+  static constexpr int kColumns = 4;  // accesses of one lane to x in flight together
+  static constexpr int kPair = 2;     // ... to rows of expert_out
   static constexpr int kStep = kWarpSize * kCount;
-
-  // Whether the last warp of the CTA fetches the rows for the others. Else each warp loads its own.
-  static constexpr bool kFetches = kHasBulkCopies && sizeof(R) == kBulkUnit;
 
   const CombineTransposeParams& p;
   const Exchange& x;
@@ -50,8 +39,6 @@ struct PullingWarp {
   const RouteTile<Accumulator>& routes_of;
   Accumulator* slice_dots;  // [R, tokens, K, num_slices], in shared memory
   const Tile& tile;
-  const Work& work;
-  RowRing& ring;
 
   struct Rows {
     int rows[kRows];
@@ -163,115 +150,6 @@ struct PullingWarp {
     }
   }
 
-  // A pull and its rows, or a block of rows in which padding is zeroed: then `rank` is kBlock.
-  __device__ RowItem find(int number) const {
-    RowItem item;
-    const int blocks = work.blocks_before(number);
-    if (work.blocks_before(number + 1) > blocks) {
-      item.unit = blocks;
-      item.rank = kBlock;
-      return item;
-    }
-    item.rank = source_rank(x, number - blocks);
-    item.unit = x.ranks.quotient(number - blocks);
-    item.first = routes_of.first_of(item.rank, p.slices.quotient(item.unit));
-    return item;
-  }
-  __device__ bool has_row(const RowItem& item, int k) const {
-    return item.rank != kBlock && k < x.top_k && routes_of.ranks[item.first + k] == x.rank;
-  }
-  __device__ bool has_lead(const RowItem& item) const {
-    return item.rank == kBlock || item.mask != 0;
-  }
-  // The slice of the token.
-  __device__ RowFetcher::Source lead(const RowItem& item) const {
-    if (item.rank == kBlock) return {};
-    const auto* tokens = item.rank == x.rank ? static_cast<const Element*>(p.tokens)
-                                             : s.buffer<const Element>(item.rank, kFirstLeaf);
-    return slice_of(tokens, tile.begin + p.slices.quotient(item.unit), item.unit);
-  }
-  // The slice of a row of expert_out.
-  __device__ RowFetcher::Source source(const RowItem& item, int k) const {
-    if (p.expert_out == nullptr) return {};
-    return slice_of(static_cast<const Element*>(p.expert_out), routes_of.rows[item.first + k],
-                    item.unit);
-  }
-  __device__ RowFetcher::Source slice_of(const Element* rows, int row, int unit) const {
-    const int begin = p.slices.remainder(unit) * p.slice_width;
-    const int width = min(p.slice_width, p.width - begin);
-    return {rows + int64_t{row} * p.width + begin,
-            static_cast<uint32_t>(width * static_cast<int>(sizeof(Element)))};
-  }
-
-  // Serves what another warp fetches.
-  __device__ void run() const {
-    for (RowItem item = ring.take(); item.unit >= 0; item = ring.take()) {
-      RowsInRing rows(ring, p.slice_width * static_cast<int>(sizeof(Element)), p.ring_slots, item);
-      if (item.rank == kBlock) {
-        rows.wait();
-        rows.release();
-        zero_padding(work.block_row(item.unit));
-      } else {
-        serve_fetched(item, rows);
-      }
-    }
-  }
-
-  // As serve_rows(), one row after the other.
-  __device__ void serve_fetched(const RowItem& item, RowsInRing& rows) const {
-    const int slice = p.slices.remainder(item.unit);
-    const int left = p.width - slice * p.slice_width;
-    const int lane = lane_id() * kCount;
-    const int end = min(p.slice_width, left) - lane;
-    const bool lane_is_in = lane_id() < x.top_k;
-    const int row_of_lane = lane_is_in ? routes_of.rows[item.first + lane_id()] : 0;
-    const Accumulator weight_of_lane =
-        lane_is_in ? routes_of.weights[item.first + lane_id()] : Accumulator{0};
-    R token[kFetchedColumns] = {};
-    const auto* const token_slot = reinterpret_cast<const Element*>(rows.wait()) + lane;
-#pragma unroll
-    for (int c = 0; c < kFetchedColumns; ++c) {
-      if (c * kStep < end) token[c] = load_raw<Element, kCount>(token_slot + c * kStep);
-    }
-    rows.release();
-    for (uint32_t rest = item.mask; rest != 0; rest &= rest - 1) {
-      const int k = __ffs(static_cast<int>(rest)) - 1;
-      const int64_t row = __shfl_sync(kFullWarp, row_of_lane, k);
-      const Accumulator weight = __shfl_sync(kFullWarp, weight_of_lane, k);
-      if (p.rows != nullptr) {
-        Element* const to =
-            static_cast<Element*>(p.rows) + row * p.width + slice * p.slice_width + lane;
-#pragma unroll
-        for (int c = 0; c < kFetchedColumns; ++c) {
-          if (c * kStep >= end) continue;
-          Accumulator values[kCount];
-          widen<Element, kCount>(token[c], values);
-#pragma unroll
-          for (int j = 0; j < kCount; ++j) values[j] *= weight;
-          store_raw<Element, kCount>(to + c * kStep, round_to<Element, kCount>(values));
-        }
-      }
-      if (p.weight_grads == nullptr) continue;
-      const auto* const from = reinterpret_cast<const Element*>(rows.wait()) + lane;
-      Accumulator dot = 0;
-#pragma unroll
-      for (int c = 0; c < kFetchedColumns; ++c) {
-        if (c * kStep >= end) continue;
-        Accumulator values[kCount], factors[kCount];
-        widen<Element, kCount>(load_raw<Element, kCount>(from + c * kStep), values);
-        widen<Element, kCount>(token[c], factors);
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) dot = fma(values[j], factors[j], dot);
-      }
-      rows.release();
-#pragma unroll
-      for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-        dot += __shfl_xor_sync(kFullWarp, dot, distance);
-      }
-      if (lane_id() == 0) slice_dots[(item.first + k) * p.num_slices + slice] = dot;
-    }
-  }
-
   // Adds up the slices' dot products, in order, and stores them on the tokens' ranks. All threads.
   __device__ void send_weight_grads() const {
     __syncthreads();
@@ -322,9 +200,6 @@ __device__ void exchange(const CombineTransposeParams& p, CtaState& s, void* sha
   const int capacity = tile_capacity(sizeof(Accumulator), p.num_slices);
   auto* dots = static_cast<Accumulator*>(shared_memory);
   RouteTile<Accumulator> routes(dots + capacity * p.num_slices, capacity);
-  auto& ring = *reinterpret_cast<RowRing*>(static_cast<std::byte*>(shared_memory) + kSharedBytes);
-  RowFetcher fetcher{ring, p.slice_width * static_cast<int>(sizeof(Element)), p.ring_slots};
-  if constexpr (Warp::kFetches) ring.begin();
   const Tiles tiles(chunk, capacity / (x.num_ranks * x.top_k));
   bool ready = true;
   tiles.for_each(s, kWarps, [&](const Tile& tile) {
@@ -333,17 +208,10 @@ __device__ void exchange(const CombineTransposeParams& p, CtaState& s, void* sha
     routes.take(x, s, tile, p.dest_rank, p.dest_row, p.weights, p.sends_routes);
     ready = !__syncthreads_or(has_failed(s));
     if (!ready) return;
+    const Warp warp{p, x, s, routes, dots, tile};
     const Work work(tile, tile.size() * p.num_slices * x.num_ranks, p.padding);
-    const Warp warp{p, x, s, routes, dots, tile, work, ring};
-    if constexpr (!Warp::kFetches) {
-      run_work(
-          work, s, [&](int item) { warp.pull(item); },
-          [&](int64_t row) { warp.zero_padding(row); });
-    } else if (warp_id() == kWarps - 1) {
-      fetcher.run(s, work.size(), lanes_of(x.top_k), kWarps - 1, warp);
-    } else {
-      warp.run();
-    }
+    run_work(
+        work, s, [&](int item) { warp.pull(item); }, [&](int64_t row) { warp.zero_padding(row); });
     if (p.weight_grads != nullptr) warp.send_weight_grads();
   });
   // The weights' gradients are in the peers' memory; this tells the peers so.
@@ -373,8 +241,7 @@ bool combine_transpose_fits(size_t accumulator_bytes, int num_slices, int assign
 
 Kernel combine_transpose(DType dtype, bool wide) {
   Kernel kernel;
-  kernel.ring_at = kSharedBytes + sizeof(RowRing);
-  kernel.shared_bytes = kernel.ring_at + kRingBytes;
+  kernel.shared_bytes = kSharedBytes;
   with_element_type(dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     constexpr int kWide = wide_pack(sizeof(Element));

@@ -1,71 +1,30 @@
-// Bulk copies into shared memory, which run while all threads go on.
+// Copies into shared memory that run while the thread goes on.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace freeio::cuda {
 
-// GPUs before Hopper have none.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kHasBulkCopies = false;
-#else
-constexpr bool kHasBulkCopies = true;
-#endif
-constexpr int kBulkUnit = 16;  // addresses and sizes are multiples of so many bytes
-
-// A barrier in shared memory. A phase of it ends when one thread has arrived and the copy that this
-// thread started, if any, is complete. Who sees the end of a phase by has_ended() sees what was
-// copied, and everything that the thread wrote before it arrived.
-class CopyBarrier {
- public:
-  // One thread. publish_barriers() and a barrier of the CTA must follow.
-  __device__ void begin() {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()) : "memory");
-  }
-
-  // One thread.
-  __device__ void arrive() {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory");
-  }
-
-  // Arrives, and copies. Addresses and size are multiples of 16 bytes. One thread.
-  __device__ void copy(void* shared, const void* global, uint32_t bytes) {
-    const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()),
-                 "r"(bytes)
+// Starts a copy of 4, 8 or 16 bytes. Only this thread may read them, after wait_for_copies().
+template <int kBytes>
+__device__ inline void copy_async(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(kBytes)
                  : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-        "[%3];" ::"r"(target),
-        "l"(global), "r"(bytes), "r"(address())
-        : "memory");
   }
+}
 
-  // Whether the phase with this parity has ended, where only it and the one before are possible.
-  __device__ bool has_ended(uint32_t parity) const {
-    uint32_t ended;
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(ended)
-        : "r"(address()), "r"(parity)
-        : "memory");
-    return ended != 0;
-  }
+// Makes a group of the copies that this thread has started since its last group. It may be empty.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
- private:
-  __device__ uint32_t address() const {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(&state_));
-  }
-
-  uint64_t state_;
-};
-
-// Makes barriers that this thread began known to copies.
-__device__ inline void publish_barriers() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Waits until all groups of this thread have arrived, except for the last `kGroups`.
+template <int kGroups>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 
 }  // namespace freeio::cuda

@@ -56,7 +56,6 @@ struct dim3 {
 };
 
 struct cudaFuncAttributes {
-  int binaryVersion;
   int maxDynamicSharedSizeBytes;
   size_t sharedSizeBytes;
 };
