@@ -44,6 +44,9 @@ packed rows are 1.25 x T*K, or as many as the routing needs; so are the slots of
 floor = max(link_bytes / link_bw, hbm_bytes / hbm_bw) + 2 flag trips, where the bandwidths and the
 trip are measured first, on the same GPUs, and the bytes are those that must move at least.
 
+--sms compares with what so many SMs can load and store, too. An SM of an H200 stores at most
+59 GB/s, and loads 149 where it is alone and 31 where all do. Other GPUs have no such figure.
+
 wall: of one call in a program of several that wait for each other, programs in a row, for all
 exchanges alike, a kernel of a few numbers between two calls included. Command buffers are off, so
 that no recording of them is timed, unless XLA_FLAGS says otherwise.
@@ -229,7 +232,8 @@ def run_parts(arguments: argparse.Namespace) -> int:
         elif part == "sms":
             suites = _suites(arguments, "large", (128, 4096))
             numbers = shapes.numbers_of_sms()
-            shapes.sweep(report, suites, ops=arguments.ops, sms=numbers, **sizes)
+            limits = Limits.measure(devices)
+            shapes.sweep(report, limits, suites, ops=arguments.ops, sms=numbers, **sizes)
         elif part == "late":
             suites = _suites(arguments, "large", (128, 4096))
             late.run(report, suites, ops=arguments.ops, **sizes)

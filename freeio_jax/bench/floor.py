@@ -27,16 +27,28 @@ class Traffic:
 
     Attributes:
       link_bytes: over the links, out or in, whichever is more: a row for each (token, remote rank).
-      hbm_bytes: in memory, read and written: rows read once, landed rows read for replication,
-        packed rows and the zeros behind them written; or the same backwards.
+      loaded_bytes: from memory: rows read once, landed rows read for replication; or the same
+        backwards.
+      stored_bytes: to memory or to a peer's: packed rows and the zeros behind them; or sums.
     """
 
     link_bytes: int
-    hbm_bytes: int
+    loaded_bytes: int
+    stored_bytes: int
+
+    @property
+    def hbm_bytes(self) -> int:
+        """In memory, read and written."""
+        return self.loaded_bytes + self.stored_bytes
 
 
 def traffic(
-    topk_idx: np.ndarray, *, num_experts: int, capacity: int, row_bytes: int
+    topk_idx: np.ndarray,
+    *,
+    num_experts: int,
+    capacity: int,
+    row_bytes: int,
+    zero_tail: bool = True,
 ) -> dict[str, Traffic]:
     """What each operation of :data:`KERNELS` must move for the routing ``[R, T, K]``."""
     num_ranks, num_tokens, _ = topk_idx.shape
@@ -48,16 +60,36 @@ def traffic(
     out, landed = remote.sum(1), remote.sum(0)
     link = max(out.max(), landed.max())
     kept = np.minimum(rows, capacity)
-    memory = {
-        "dispatch": (num_tokens + landed + capacity).max(),
-        "combine": (kept + landed + out + num_tokens).max(),
+    written = np.full_like(kept, capacity) if zero_tail else kept
+    loaded_and_stored = {
+        "dispatch": (num_tokens + landed, written),
+        "combine": (kept + out, landed + num_tokens),
         # Both gradients: every row of expert_out is read, too.
-        "combine_transpose": (num_tokens + landed + capacity + kept).max(),
+        "combine_transpose": (num_tokens + landed + kept, written),
     }
-    memory["dispatch_along"] = memory["dispatch"]
-    return {
-        op: Traffic(int(link * row_bytes), int(rows * row_bytes)) for op, rows in memory.items()
-    }
+    loaded_and_stored["dispatch_along"] = loaded_and_stored["dispatch"]
+    moved = {}
+    for op, (loaded, stored) in loaded_and_stored.items():
+        busiest = int(np.argmax(loaded + stored))
+        rows = link, loaded[busiest], stored[busiest]
+        moved[op] = Traffic(*(int(number * row_bytes) for number in rows))
+    return moved
+
+
+#: What one SM of an H200 stores at most, bytes per second, by any instruction.
+_SM_STORES = 59e9
+#: What it loads at most, by the number of SMs that load.
+_SM_LOADS = {1: 149e9, 8: 137e9, 16: 123e9, 24: 108e9, 32: 98e9, 64: 63e9, 132: 31e9}
+
+
+def floor_of_sms(moved: Traffic, num_sms: int, device_kind: str) -> float:
+    """Seconds that so many SMs need to load and store; NaN for GPUs that were not measured."""
+    if "H200" not in device_kind:
+        return math.nan
+    loads = np.interp(num_sms, list(_SM_LOADS), list(_SM_LOADS.values()))
+    return max(
+        moved.stored_bytes / (num_sms * _SM_STORES), moved.loaded_bytes / (num_sms * float(loads))
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import freeio_jax as fio
 from freeio_jax.bench import baselines, profile, timing
 from freeio_jax.bench.cases import ROUTINGS, Shape, expert_mesh, loads
-from freeio_jax.bench.floor import KERNELS, Limits, Traffic, traffic
+from freeio_jax.bench.floor import KERNELS, Limits, Traffic, floor_of_sms, traffic
 from freeio_jax.bench.programs import Programs
 from freeio_jax.bench.report import Report
 from freeio_jax.layout import round_up
@@ -218,6 +218,7 @@ def numbers_of_sms() -> tuple[int, ...]:
 
 def sweep(
     report: Report,
+    limits: Limits,
     suites: Sequence[Suite],
     *,
     num_ranks: int,
@@ -225,27 +226,38 @@ def sweep(
     dtype: str,
     sms: Sequence[int],
 ) -> None:
-    """Times each operation of freeio with some of the SMs: how many give 95% of the best speed."""
+    """Times each operation of freeio with some of the SMs: how many give 95% of the best speed.
+
+    Beside each time is its ratio to the floor: what the SMs can load and store at most, or what
+    the link and the memory can move, whichever takes longer.
+    """
     before = fio.config()["num_sms"]
+    kind = jax.devices()[0].device_kind
     for case in cases(suites, num_ranks, dtype):
-        programs = case.programs()
-        report.table(
-            f"SMs: {case.name}, T={case.shape.num_tokens}",
-            {"op": "operation", "enough_sms": f"SMs for {ENOUGH:.0%} of the best"}
-            | {f"sms_{n}": f"{n}: us" for n in sms},
-        )
+        programs, traffic_of = case.programs(), case.traffic()
+        columns = {"op": "operation", "enough_sms": f"SMs for {ENOUGH:.0%} of the best"}
+        for n in sms:
+            columns |= {f"sms_{n}": f"{n}: us", f"floor_{n}": "floor us", f"ratio_{n}": "x floor"}
+        report.table(f"SMs: {case.name}, T={case.shape.num_tokens}", columns)
         for op in ops:
 
-            def measure(op=op, programs=programs, case=case):
-                seconds = {}
+            def measure(op=op, programs=programs, case=case, moved=traffic_of[op]):
+                seconds, floors = {}, {}
                 for number in sms:
                     # Holds for programs compiled from here on.
                     fio.config(num_sms=number)
                     program = programs.build(fio, op, case.calls)
                     seconds[number] = kernel_or_wall_seconds(program, op)
+                    # NaN where either is not known.
+                    floors[number] = float(
+                        np.maximum(floor_of_sms(moved, number, kind), limits.floor(moved))
+                    )
                 fastest = min(seconds.values())
                 enough = min(n for n in sms if fastest / seconds[n] >= ENOUGH)
-                return {"enough_sms": enough} | {f"sms_{n}": s for n, s in seconds.items()}
+                record = {"enough_sms": enough}
+                for n, s in seconds.items():
+                    record |= {f"sms_{n}": s, f"floor_{n}": floors[n], f"ratio_{n}": s / floors[n]}
+                return record
 
             try:
                 report.guarded("sms", {**case.about, "op": op}, measure)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from freeio_jax.bench.cases import ROUTINGS, Shape
-from freeio_jax.bench.floor import Limits, Traffic, traffic
+from freeio_jax.bench.floor import Limits, Traffic, floor_of_sms, traffic
 
 
 def counted(topk_idx, num_experts, capacity):
@@ -48,6 +48,31 @@ def test_traffic(routing, num_ranks, rng):
 
 def test_the_floor_is_the_slower_of_both_and_two_trips():
     limits = Limits(link=100.0, memory=1000.0, trip=0.5)
-    assert limits.floor(Traffic(400, 2000)) == 4 + 1
-    assert limits.floor(Traffic(100, 2000)) == 2 + 1
-    assert Limits(math.inf, 1000.0, 0.0).floor(Traffic(0, 2000)) == 2
+    assert limits.floor(Traffic(400, 1500, 500)) == 4 + 1
+    assert limits.floor(Traffic(100, 500, 1500)) == 2 + 1
+    assert Limits(math.inf, 1000.0, 0.0).floor(Traffic(0, 1000, 1000)) == 2
+
+
+def test_a_tail_that_is_not_zero_is_not_stored():
+    topk_idx = np.zeros((1, 5, 1), int)
+    zero, any_tail = (
+        traffic(topk_idx, num_experts=1, capacity=20, row_bytes=16, zero_tail=zero_tail)
+        for zero_tail in (True, False)
+    )
+    for op in ("dispatch", "dispatch_along", "combine_transpose"):
+        assert (zero[op].stored_bytes, any_tail[op].stored_bytes) == (20 * 16, 5 * 16)
+        assert zero[op].loaded_bytes == any_tail[op].loaded_bytes
+    assert zero["combine"] == any_tail["combine"]
+
+
+def test_few_sms_have_a_floor_of_their_own():
+    """4096 tokens on two H200s: what 16 and 32 SMs must store in dispatch, and load in combine."""
+    dispatch = Traffic(0, 117_440_512, 587_202_560)
+    combine = Traffic(0, 528_482_304, 117_440_512)
+    floors = [
+        floor_of_sms(moved, n, "NVIDIA H200") * 1e6
+        for moved in (dispatch, combine)
+        for n in (16, 32)
+    ]
+    assert [round(floor) for floor in floors] == [622, 311, 269, 169]
+    assert math.isnan(floor_of_sms(dispatch, 16, "NVIDIA A100"))

@@ -113,10 +113,11 @@ def test_sweep(monkeypatch):
     )
     report = Report({})
     options = {"num_ranks": 2, "ops": ["dispatch"], "dtype": "float32"}
-    shapes.sweep(report, [SUITE], sms=(4, 8, 16), **options)
+    shapes.sweep(report, LIMITS, [SUITE], sms=(4, 8, 16), **options)
     (record,) = report.data["sms"]
     assert record["enough_sms"] == 8
     assert record["sms_4"] == 1.0
+    assert np.isnan(record["ratio_4"])  # no figures of this device's multiprocessors
     assert fio.config()["num_sms"] is None
 
 
