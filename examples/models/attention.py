@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from models.rope import Rope
 
 
@@ -23,7 +24,7 @@ def attend(q, k, v, visible, scale, sinks=None):
       v: ``[B, S, G, V]``.
       visible: bool ``[B, L, S]``.
       scale: factor on the scores.
-      sinks: ``[N]``: the score of a key without a value, one for each head (gpt-oss); None for none.
+      sinks: ``[N]``: for each head the score of a key without a value (gpt-oss); None for none.
 
     Returns:
       ``[B, L, N, V]``. The softmax is float32. A query that sees nothing gets arbitrary values.

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from models import families
-from models.cache import Cache, positions_of, visible
 
 from freeio_jax.flax.nnx import MoE
+from models import families
+from models.cache import Cache, positions_of, visible
 
 
 class MLP(nnx.Module):

@@ -7,6 +7,7 @@ import functools
 
 import jax.numpy as jnp
 from flax import nnx
+
 from models.attention import attend
 from models.rope import Rope
 

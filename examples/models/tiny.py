@@ -10,9 +10,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
-from models import weights
 
 from freeio_jax.hf import safetensors
+from models import weights
 
 _END = "<|end|>"
 _COMMON = {

@@ -10,10 +10,10 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from models.decoder import Decoder
 
 from freeio_jax import hf
 from freeio_jax.flax.nnx import MoE
+from models.decoder import Decoder
 
 
 def load(folder: Path, *, mesh, dtype, moe_options: dict[str, Any] | None = None) -> Decoder:
