@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from freeio_jax.layout import Layout
 
@@ -31,7 +32,7 @@ class Routes(NamedTuple):
 class Handle:
     """The way back of one dispatch: a pytree, good for any number of ``combine`` calls.
 
-    Opaque but for three fields.
+    Opaque but for three fields and :meth:`has_row`.
 
     Attributes:
       expert_load: int32 ``[E/R]``: assignments routed to each local expert, before any drop.
@@ -48,6 +49,14 @@ class Handle:
     _row_source: jax.Array
     _layout: Layout = dataclasses.field(metadata={"static": True})
     _axis_name: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def has_row(self) -> jax.Array:
+        """Bool ``[T, K]``: which of this rank's own assignments have a packed row.
+
+        It is false for an id outside ``[0, E)``, and for an assignment that did not fit in the
+        capacity of its expert's rank.
+        """
+        return self._dest_row >= 0
 
     @property
     def _routes(self) -> Routes:
@@ -68,3 +77,26 @@ class Dispatched:
     tokens: Any
     group_sizes: jax.Array
     handle: Handle
+
+    def expert_of_row(self) -> jax.Array:
+        """The expert of each packed row: int32 ``[capacity]``, for products that ask for it.
+
+        Experts are numbered as in ``group_sizes``: ``0`` to ``E/R - 1`` on every rank. The rows
+        that ``alignment`` adds to a group have the group's expert. Rows past
+        ``sum(group_sizes)`` have ``E/R``, which is no expert: ``jax.nn.one_hot`` makes zeros of it,
+        and ``.at[...].add`` and ``jax.ops.segment_sum`` leave such rows out.
+
+        >>> import jax, jax.numpy as jnp, freeio_jax as fio
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> mesh = jax.make_mesh((1,), ("expert",), axis_types=(AxisType.Auto,))
+        >>> def expert_of_row(tokens, topk_idx):
+        ...     out = fio.dispatch(tokens, topk_idx, num_experts=3, axis_name="expert", alignment=2)
+        ...     return out.expert_of_row()
+        >>> call = jax.shard_map(expert_of_row, mesh=mesh, in_specs=P(), out_specs=P("expert"))
+        >>> jax.jit(call)(jnp.ones((3, 1)), jnp.array([[2], [0], [0]])).tolist()
+        [0, 0, 2, 2, 3, 3]
+        """
+        capacity = jax.tree.leaves(self.tokens)[0].shape[0]
+        ends = jnp.cumsum(self.group_sizes, dtype=jnp.int32)
+        row = jnp.arange(capacity, dtype=jnp.int32)
+        return jnp.sum(ends[None] <= row[:, None], axis=1, dtype=jnp.int32)

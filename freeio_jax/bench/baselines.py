@@ -62,6 +62,9 @@ class BaselineHandle:
     _layout: Layout = dataclasses.field(metadata={"static": True})
     _axis_name: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
+    def has_row(self) -> jax.Array:
+        return self._plan.inverse >= 0
+
 
 # --- Rows by index, with gradients that gather, too: XLA's scatters are slow --------------------
 
