@@ -1,4 +1,4 @@
-"""What the experts compute: SwiGLU, an MLP without a gate, or a class of the user's."""
+"""What the experts compute: SwiGLU, a GLU, an MLP without a gate, or a class of the user's."""
 
 from __future__ import annotations
 
@@ -160,6 +160,32 @@ class SwiGLU(_TwoProducts):
 
 #: SwiGLU without limits or biases.
 DEFAULT_EXPERTS = SwiGLU()
+
+
+@dataclasses.dataclass(frozen=True)
+class GLU(_TwoProducts):
+    """``(activation(x @ gate) * (x @ up)) @ down`` (arXiv:2002.05202); :class:`SwiGLU` with SiLU.
+
+    ``GLU()`` is GeGLU by the approximation of tanh (Gemma-4).
+
+    Parameters of an expert: ``gate_up`` ``[H, 2*F]``, all of the gate's columns first, and ``down``
+    ``[F, H]``; with biases ``gate_up_bias`` ``[2*F]`` and ``down_bias`` ``[H]``.
+
+    Attributes:
+      activation: a function of each element, by which layers compare: define it once. JAX compiles
+        anew for each new ``lambda``.
+      biases: whether both products have a bias.
+    """
+
+    first = "gate_up"
+    columns = 2
+
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu
+    biases: bool = False
+
+    def hidden(self, product: jax.Array) -> jax.Array:
+        gate, up = jnp.split(product, 2, axis=-1)
+        return self.activation(gate) * up
 
 
 def squared_relu(x: jax.Array) -> jax.Array:

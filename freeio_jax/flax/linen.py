@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -92,6 +92,34 @@ class MoE(nn.Module):
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
     experts: Experts = DEFAULT_EXPERTS
     shared_expert_gate: bool = False
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], layer: int | None = None, **options: Any) -> MoE:
+        """The layer that computes what the MoE block of a Hugging Face model computes.
+
+        Its losses and jitter are off. ``freeio_jax.hf.load_moe`` loads its weights.
+
+        Args:
+          config: the contents of config.json.
+          layer: the number of the decoder layer, needed where layers differ.
+          options: more attributes of the layer, or others than the model's.
+
+        Raises:
+          ValueError: the family is not known, or the layer cannot express it; the message says what
+            of it.
+
+        >>> from freeio_jax.flax.linen import MoE
+        >>> config = {"model_type": "mixtral", "hidden_size": 8, "intermediate_size": 16}
+        >>> layer = MoE.from_hf(config, alignment=4)
+        >>> layer.num_experts, layer.expert_width, layer.alignment
+        (8, 16, 4)
+        """
+        # Not at the top: the table of families is made of this package's experts and routers.
+        from freeio_jax.hf.options import moe_options
+
+        settings = moe_options(config, layer) | options
+        del settings["width"]
+        return cls(**settings)
 
     @nn.compact
     def __call__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -220,6 +220,41 @@ class MoE(nnx.Module):
             setattr(self, name, nnx.Param(value, out_sharding=names, **placement))
         if router.jitter:  # after the parameters: the streams may be one
             self.rngs = rngs["jitter"].fork()
+
+    @classmethod
+    def from_hf(
+        cls,
+        config: Mapping[str, Any],
+        layer: int | None = None,
+        *,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> MoE:
+        """The layer that computes what the MoE block of a Hugging Face model computes.
+
+        Its losses and jitter are off. ``freeio_jax.hf.load_moe`` loads its weights.
+
+        Args:
+          config: the contents of config.json.
+          layer: the number of the decoder layer, needed where layers differ.
+          rngs: as of the layer.
+          options: more arguments of the layer, or others than the model's.
+
+        Raises:
+          ValueError: the family is not known, or the layer cannot express it; the message says what
+            of it.
+
+        >>> from flax import nnx
+        >>> from freeio_jax.flax.nnx import MoE
+        >>> config = {"model_type": "mixtral", "hidden_size": 8, "intermediate_size": 16}
+        >>> layer = nnx.eval_shape(lambda: MoE.from_hf(config, rngs=nnx.Rngs(0)))
+        >>> layer.gate_up.shape
+        (8, 8, 32)
+        """
+        # Not at the top: the table of families is made of this package's experts and routers.
+        from freeio_jax.hf.options import moe_options
+
+        return cls(**moe_options(config, layer) | options, rngs=rngs)
 
     def __call__(
         self,

@@ -103,7 +103,7 @@ class Checkpoint:
         self._check_known(name)
         if not self.is_quantized(name):
             return self._file(name).tensor(name, rows)
-        dtype = np.dtype(self._default_dtype() if dtype is None else dtype)
+        dtype = np.dtype(self.default_dtype if dtype is None else dtype)
         if name in self._file_of:
             return self._fp8(name, rows, dtype)
         return self._mxfp4(name, rows, dtype)
@@ -181,7 +181,9 @@ class Checkpoint:
     def _stored_shape(self, name):
         return self._file(name).shape(name)
 
-    def _default_dtype(self):
+    @property
+    def default_dtype(self) -> Any:
+        """The ``dtype`` of config.json, else bfloat16."""
         for config in (self.config, self.config.get("text_config") or {}):
             dtype = config.get("dtype") or config.get("torch_dtype")
             if dtype in _FLOATS:

@@ -9,7 +9,7 @@ import pytest
 
 from freeio_jax.flax import MoEConfig, linen
 from freeio_jax.flax import nnx as fio_nnx
-from freeio_jax.flax.experts import MLP, Experts, SwiGLU, squared_relu
+from freeio_jax.flax.experts import GLU, MLP, Experts, SwiGLU, squared_relu
 
 WIDTH, HIDDEN = 6, 8
 SIZES = jnp.array([5, 0, 9], jnp.int32)
@@ -50,6 +50,7 @@ EXPERTS = {
         SwiGLU(limit=0.5, alpha=1.702, biases=True, interleaved=True),
         lambda x: gpt_oss(*clamped(*columns(x))),
     ),
+    "glu": (GLU(jnp.tanh, biases=True), lambda x: np.tanh(halves(x)[0]) * halves(x)[1]),
     "relu": (MLP(), lambda x: np.maximum(x, 0)),
     "relu_squared": (MLP(squared_relu, biases=True), lambda x: np.maximum(x, 0) ** 2),
     "tanh": (MLP(jnp.tanh, biases=True), np.tanh),

@@ -1,0 +1,254 @@
+"""From the tensors of a checkpoint to the parameters of an MoE layer, sharded over a mesh."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from freeio_jax.flax.config import ROUTER_ARRAYS
+from freeio_jax.flax.mesh import check_divides
+from freeio_jax.hf.checkpoint import Checkpoint
+from freeio_jax.hf.families import BASES, Weight
+from freeio_jax.hf.options import family_of, moe_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The arrays of one MoE layer.
+
+    Attributes:
+      parameters: by name, as ``MoEConfig.parameters`` has them.
+      bias: float32 ``[E]``, the router's bias on the choice; None where the family has none.
+    """
+
+    parameters: dict[str, jax.Array]
+    bias: jax.Array | None = None
+
+    @property
+    def linen(self) -> dict[str, dict[str, jax.Array]]:
+        """The variables for ``apply``: ``layer.apply(weights.linen, x)``."""
+        state = {} if self.bias is None else {"router_state": {"bias": self.bias}}
+        return {"params": dict(self.parameters), **state}
+
+    @property
+    def nnx(self) -> dict[str, jax.Array]:
+        """The state for an nnx layer: ``nnx.update(layer, weights.nnx)``."""
+        return self.parameters | ({} if self.bias is None else {"bias": self.bias})
+
+
+def moe_layers(ckpt: Checkpoint) -> tuple[int | str, ...]:
+    """The decoder layers that have an MoE block, as :func:`load_moe` takes them.
+
+    Layers outside the decoder, such as those that predict further tokens, come as the start of
+    their tensors' names.
+    """
+    family = family_of(ckpt.config)
+    suffixes = [weight.names[0] for weight in family.weights["router"]]
+    starts = {
+        name.removesuffix(suffix): None
+        for name in ckpt.names()
+        for suffix in suffixes
+        if name.endswith(f".{suffix}")
+    }
+    numbers = {}
+    for base in BASES:
+        before, after = (base + family.layer).split("{layer}")
+        for start in starts:
+            number = start.removeprefix(before).removesuffix(after)
+            if start == f"{before}{number}{after}" and number.isdecimal():
+                numbers[start] = int(number)
+    ordered = sorted(numbers.values())
+    return (*ordered, *sorted(start.rstrip(".") for start in starts if start not in numbers))
+
+
+def load_moe(
+    ckpt: Checkpoint,
+    layer: int | str,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    axis_name: str | tuple[str, ...] = "expert",
+) -> Weights:
+    """Loads the parameters of one MoE layer.
+
+    Each device gets its own experts. A process reads the tensors of its devices' experts only, one
+    device after the other. Router and shared expert are replicated.
+
+    Args:
+      ckpt: of :func:`freeio_jax.hf.open`.
+      layer: the number of the decoder layer, or the start of its tensors' names
+        (``"mtp.layers.0"``); :func:`moe_layers` lists them.
+      mesh: None: the current mesh (``jax.set_mesh``); without one, the default device.
+      dtype: of the experts' parameters; None: the ``dtype`` of config.json, else bfloat16. The
+        router's arrays are float32 always.
+      axis_name: the mesh axis, or axes, over which the experts are spread.
+
+    Raises:
+      ValueError: the layer has no MoE block; a tensor is missing or has another shape than the
+        configuration asks for; the experts do not divide among the ranks; the family cannot be
+        expressed.
+    """
+    layout = Layout(ckpt, layer, axis_name)
+    mesh = jax.sharding.get_mesh() if mesh is None else mesh
+    check_divides(layout.config, mesh)
+    dtype = np.dtype(ckpt.default_dtype if dtype is None else dtype)
+    arrays = {
+        name: _sharded(layout, name, mesh, np.dtype(np.float32) if name in ROUTER_ARRAYS else dtype)
+        for name in layout.shapes
+    }
+    return Weights(arrays, arrays.pop("bias", None))
+
+
+class Layout:
+    """Where the parameters of one MoE layer are in a checkpoint.
+
+    Attributes:
+      ckpt: the checkpoint.
+      config: of the layer.
+      shapes: shape and mesh axes of each parameter, and of ``"bias"``.
+      start: what the names of the layer's tensors begin with.
+    """
+
+    def __init__(
+        self, ckpt: Checkpoint, layer: int | str, axis_name: str | tuple[str, ...] = "expert"
+    ):
+        number = layer if isinstance(layer, int) else None
+        family = family_of(ckpt.config)
+        self.ckpt, self._weights = ckpt, family.weights
+        width, self.config = moe_config(ckpt.config, number, axis_name=axis_name)
+        self.start = self._find_start(family, layer)
+        self.shapes = dict(self.config.parameters(width))
+        if self.config.router.bias_update_rate is not None:
+            self.shapes["bias"] = ((self.config.num_experts,), (None,))
+
+    def _find_start(self, family, layer):
+        if isinstance(layer, str):
+            starts = [layer.removesuffix(".") + "."]
+        else:
+            starts = [base + family.layer.format(layer=layer) for base in BASES]
+        router = family.weights["router"][0].names[0]
+        for start in starts:
+            if start + router in self.ckpt:
+                return start
+        raise ValueError(
+            f"hf: layer {layer!r} of {self.ckpt.folder} has no MoE block: there is no tensor "
+            f"{starts[0] + router!r}. Layers with one are {list(moe_layers(self.ckpt))}."
+        )
+
+    def weight(self, name: str) -> Weight:
+        """Where a parameter is: the first alternative whose first tensor exists, else the first."""
+        alternatives = self._weights[name]
+        for weight in alternatives:
+            if self.start + weight.names[0].format(expert=0) in self.ckpt:
+                return weight
+        return alternatives[0]
+
+    def is_spread(self, name: str) -> bool:
+        """Whether each expert has a parameter of its own: not those of router or shared expert."""
+        return self.shapes[name][1][0] is not None
+
+    def parts(self, name: str, experts: slice) -> Iterator[Part]:
+        """The pieces of tensors that make up ``experts`` of a parameter.
+
+        A parameter that is replicated is made up as a whole.
+        """
+        weight, (shape, _) = self.weight(name), self.shapes[name]
+        spread = self.is_spread(name)
+        matrix = shape[1:] if spread else shape
+        num_columns = matrix[-1] // len(weight.names)
+        for i, tensor in enumerate(weight.names):
+            columns = slice(i * num_columns, (i + 1) * num_columns)
+            piece = (*matrix[:-1], num_columns)
+            if weight.transposed and len(piece) == 2:
+                piece = piece[::-1]
+            if "{expert}" in tensor:
+                for expert in range(experts.start, experts.stop):
+                    full = self.start + tensor.format(expert=expert)
+                    yield Part(full, piece, None, (expert - experts.start, ..., columns), piece)
+            elif not spread:
+                yield Part(self.start + tensor, piece, None, (..., columns), piece)
+            elif weight.flat:
+                rows = slice(experts.start * piece[0], experts.stop * piece[0])
+                whole = (shape[0] * piece[0], *piece[1:])
+                count = experts.stop - experts.start
+                yield Part(self.start + tensor, whole, rows, (..., columns), (count, *piece))
+            else:
+                whole, count = (shape[0], *piece), experts.stop - experts.start
+                yield Part(self.start + tensor, whole, experts, (..., columns), (count, *piece))
+
+    def read(self, name: str, experts: slice, dtype: np.dtype) -> np.ndarray:
+        """``experts`` of a parameter, or all of a replicated one."""
+        shape, _ = self.shapes[name]
+        if self.is_spread(name):
+            shape = (experts.stop - experts.start, *shape[1:])
+        out = np.empty(shape, dtype)
+        transposed = self.weight(name).transposed
+        for part in self.parts(name, experts):
+            self._check(part)
+            tensor = self.ckpt.tensor(part.tensor, part.rows, dtype).reshape(part.shape)
+            if transposed and tensor.ndim >= 2:
+                tensor = np.swapaxes(tensor, -1, -2)
+            out[part.place] = tensor
+        return out
+
+    def _check(self, part):
+        got = self.ckpt.shape(part.tensor)
+        # Ernie's bias is [1, E].
+        if got != part.whole and got != (1, *part.whole):
+            raise ValueError(
+                f"hf: the tensor {part.tensor!r} of {self.ckpt.file_of(part.tensor)} has shape "
+                f"{list(got)}, but by config.json it must be {list(part.whole)}. Is config.json "
+                f"that of these files?"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece of a tensor, and its place in a parameter.
+
+    Attributes:
+      tensor: its name.
+      whole: the tensor's shape.
+      rows: which of its first dimension; None: all.
+      place: where it goes, an index.
+      shape: of the piece as it is read, with a dimension for the experts if there are several.
+    """
+
+    tensor: str
+    whole: tuple[int, ...]
+    rows: slice | None
+    place: tuple
+    shape: tuple[int, ...]
+
+
+def _sharded(layout: Layout, name: str, mesh: Mesh, dtype: np.dtype) -> jax.Array:
+    shape, names = layout.shapes[name]
+    if mesh.empty:
+        return jnp.asarray(layout.read(name, slice(0, shape[0]), dtype))
+    sharding = NamedSharding(mesh, PartitionSpec(*names))
+    # Devices that differ in other axes need the same experts. They are read once, and kept until
+    # the last of these devices has them.
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    left = collections.Counter(_bounds(index, shape) for index in indices)
+    kept = {}
+
+    def read(index):
+        bounds = _bounds(index, shape)
+        if bounds not in kept:
+            kept[bounds] = layout.read(name, slice(*bounds), dtype)
+        left[bounds] -= 1
+        return kept.pop(bounds) if left[bounds] <= 0 else kept[bounds]
+
+    return jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
+
+
+def _bounds(index, shape) -> tuple[int, int]:
+    start, stop, _ = index[0].indices(shape[0])
+    return start, stop

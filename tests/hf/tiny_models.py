@@ -1,0 +1,169 @@
+"""Tiny random models of transformers, one of each family of the table."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from freeio_jax.hf.families import BASES
+from freeio_jax.hf.options import family_of
+
+COMMON = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "intermediate_size": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+}
+MIXTRAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+
+#: By model_type, or with a variant after a slash: what differs from COMMON.
+MODELS = {
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN | {"shared_expert_intermediate_size": 20},
+    "qwen3_moe": QWEN | {"norm_topk_prob": True},
+    "qwen3_moe/weights not renormalized": QWEN,
+    "qwen3_next": QWEN
+    | {
+        "shared_expert_intermediate_size": 20,
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "olmoe": QWEN,
+    "deepseek_v2": DEEPSEEK | LATENT | {"topk_method": "group_limited_greedy"},
+    "deepseek_v2/lite": DEEPSEEK
+    | LATENT
+    | {"topk_method": "greedy", "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": DEEPSEEK | LATENT,
+    "glm4_moe": DEEPSEEK | {"n_group": 1, "topk_group": 1},
+    "minimax_m2": MIXTRAL | {"rotary_dim": 4},
+    "ernie4_5_moe": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 12,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+    },
+    "gpt_oss": MIXTRAL | {"sliding_window": 8},
+    "llama4_text": MIXTRAL
+    | {"num_experts_per_tok": 1, "intermediate_size_mlp": 20, "interleave_moe_layer_step": 1},
+    "granitemoe": MIXTRAL,
+    "dbrx": {
+        "d_model": 16,
+        "n_heads": 2,
+        "n_layers": 2,
+        "max_seq_len": 64,
+        "vocab_size": 32,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {
+            "hidden_size": 16,
+            "ffn_hidden_size": 24,
+            "moe_num_experts": 8,
+            "moe_top_k": 2,
+        },
+    },
+    "jamba": QWEN
+    | {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 0,
+        "expert_layer_period": 1,
+        "expert_layer_offset": 0,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 4,
+        "mamba_expand": 1,
+        "mamba_dt_rank": 4,
+    },
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2},
+    "lfm2_moe": QWEN | {"num_dense_layers": 1, "layer_types": ["full_attention"] * 2},
+    "minimax": MIXTRAL | {"layer_types": ["full_attention"] * 2},
+    "flex_olmo": QWEN,
+    "dots1": DEEPSEEK,
+    "deepseek_v32": DEEPSEEK | LATENT | {"index_n_heads": 2, "index_head_dim": 8},
+    "glm4_moe_lite": DEEPSEEK | LATENT,
+    "glm_moe_dsa": DEEPSEEK | LATENT | {"index_n_heads": 2, "index_head_dim": 8},
+    "solar_open": DEEPSEEK,
+    "exaone_moe": QWEN,
+    "hy_v3": QWEN,
+    "mimo_v2_flash": DEEPSEEK,
+    "granitemoeshared": MIXTRAL | {"shared_intermediate_size": 20},
+    "granitemoehybrid": MIXTRAL
+    | {"shared_intermediate_size": 20, "mamba_n_heads": 2, "layer_types": ["attention"] * 2},
+    "qwen3_5_moe_text": QWEN | {"shared_expert_intermediate_size": 20},
+}
+
+
+def make(name: str, seed: int):
+    """The model, all of whose parameters and biases are random."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type = name.split("/")[0]
+    settings = MODELS[name] if model_type == "dbrx" else COMMON | MODELS[name]
+    config = AutoConfig.for_model(model_type, **settings)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    for _, array in (*model.named_parameters(), *model.named_buffers()):
+        if array.is_floating_point():
+            scale = max(array.shape[-1], 1) ** -0.5 if array.ndim >= 2 else 0.3
+            array.data = torch.randn(array.shape, generator=generator) * scale
+    return model
+
+
+def moe_block(model):
+    """The number of the last decoder layer with an MoE block, and the block."""
+    family = family_of(model.config.to_dict())
+    modules = dict(model.named_modules())
+    for layer in reversed(range(model.config.num_hidden_layers)):
+        for base in BASES:
+            path = base + family.layer.format(layer=layer)
+            block = modules.get(path + family.block)
+            if block is None or not hasattr(block, "experts"):
+                continue
+            shared = modules.get(path + "shared_mlp")
+            return layer, block if shared is None else lambda x, b=block, s=shared: b(x) + s(x)
+    raise ValueError(f"there is no MoE block in {type(model).__name__}")
+
+
+def output_and_gradients(block, x: np.ndarray, weight: np.ndarray):
+    """The output for ``x`` and the gradient of ``sum(output * weight)``; parameters get theirs."""
+    import torch
+
+    x = torch.tensor(x, requires_grad=True)
+    y = block(x)
+    y = y[0] if isinstance(y, tuple) else y
+    y = y.reshape(x.shape)
+    (y * torch.tensor(weight)).sum().backward()
+    return y.detach().numpy(), x.grad.numpy()
+
+
+def replace_by_gradients(model) -> None:
+    """Replaces each parameter by its gradient, zero where it has none."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
