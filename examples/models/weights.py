@@ -42,7 +42,7 @@ def load(folder: Path, *, mesh, dtype, moe_options: dict[str, Any] | None = None
     nnx.update(model, nnx.from_flat_state(parameters))
     for i, layer in enumerate(model.layers):
         if isinstance(layer.mlp, MoE):
-            nnx.update(layer.mlp, hf.load_moe(checkpoint, layer=i, mesh=mesh, dtype=dtype))
+            nnx.update(layer.mlp, hf.load_moe(checkpoint, i, mesh=mesh, dtype=dtype).nnx)
     return model
 
 
