@@ -28,6 +28,8 @@ from models.generation import Generator
 from models.tokens import open_tokenizer, pad
 from tqdm import tqdm
 
+from freeio_jax import hf
+
 PROMPTS = ("Mixture of experts", "A token is sent to", "Yes")
 #: Steps in which the exchange's share is measured.
 TRACED_STEPS = 8
@@ -108,7 +110,7 @@ def share_of_steps(generator: Generator, prompts, arguments, num_devices: int) -
 
 def generate(arguments, folder: Path, mesh: jax.sharding.Mesh) -> None:
     kind = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    tokenizer = open_tokenizer(folder)
+    checkpoint, tokenizer = hf.open(folder), open_tokenizer(folder)
     texts = arguments.prompt or PROMPTS
     encoded = [tokenizer.encode(text).ids for text in texts]
     empty = [text for text, ids in zip(texts, encoded, strict=True) if not ids]
@@ -116,7 +118,7 @@ def generate(arguments, folder: Path, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"--prompt {empty[0]!r} has no token.")
     with jax.set_mesh(mesh):
         began = time.perf_counter()
-        model = weights.load(folder, mesh=mesh, dtype=jnp.dtype(kind))
+        model = weights.load(checkpoint, mesh=mesh, dtype=jnp.dtype(kind))
         size = sum(a.size for a in jax.tree.leaves(nnx.state(model, nnx.Param)))
         print(
             f"{size / 1e6:.2f} M parameters in {kind}, {len(model.layers)} layers, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,8 +15,10 @@ from freeio_jax.flax.nnx import MoE
 from models.decoder import Decoder
 
 
-def load(folder: Path, *, mesh, dtype, moe_options: dict[str, Any] | None = None) -> Decoder:
-    """The model of a checkpoint folder, on ``mesh``.
+def load(
+    checkpoint: hf.Checkpoint, *, mesh, dtype, moe_options: dict[str, Any] | None = None
+) -> Decoder:
+    """The model of a checkpoint, on ``mesh``.
 
     The experts are spread over the mesh's axis "expert": each device gets its own ones only. All
     other parameters are on every device.
@@ -26,7 +27,6 @@ def load(folder: Path, *, mesh, dtype, moe_options: dict[str, Any] | None = None
       ValueError: the config asks for what the model cannot do, or a weight is missing or has
         another shape.
     """
-    checkpoint = hf.open(folder)
     model = shapes_of(checkpoint.config, mesh=mesh, dtype=dtype, moe_options=moe_options)
     everywhere, parameters = NamedSharding(mesh, P()), []
     for path, name, parameter, transposed in dense_parameters(model):
@@ -34,7 +34,7 @@ def load(folder: Path, *, mesh, dtype, moe_options: dict[str, Any] | None = None
         array = array.T if transposed else array
         if array.shape != parameter.shape:
             raise ValueError(
-                f"{folder}: {name} has shape {array.shape}, but config.json asks for "
+                f"{checkpoint.folder}: {name} has shape {array.shape}, but config.json asks for "
                 f"{parameter.shape}."
             )
         array = jax.device_put(array.astype(dtype), everywhere)
