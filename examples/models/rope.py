@@ -46,11 +46,13 @@ def from_config(config: dict, width: int, default: dict, interleaved: bool = Fal
       config: the file. The settings are in ``rope_parameters``, or in ``rope_scaling`` and
         ``rope_theta`` where an older transformers wrote it.
       width: D of the rotated features.
-      default: settings that hold where the file has none.
+      default: the settings where the file has none. Its ``rope_theta`` holds also where only that
+        one is missing.
       interleaved: the layout of the pairs.
     """
-    settings = default | {"rope_theta": config.get("rope_theta") or default["rope_theta"]}
-    settings |= config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = config.get("rope_theta") or default["rope_theta"]
+    settings = config.get("rope_parameters") or config.get("rope_scaling")
+    settings = {"rope_theta": base} | settings if settings else default | {"rope_theta": base}
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind not in _KINDS:
         raise ValueError(f"config.json: rope_type {kind!r} is none of {sorted(_KINDS)}.")

@@ -236,7 +236,7 @@ def _draw(name, shape, seed):
     if "embed" in name:
         return values
     fan_in = shape[-2] if "experts.gate_up" in name or "experts.down" in name else shape[-1]
-    return values * np.float32(2 / math.sqrt(fan_in))
+    return values * np.float32(1.4 / math.sqrt(fan_in))
 
 
 def _byte_tokenizer():
