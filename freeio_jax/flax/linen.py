@@ -94,7 +94,9 @@ class MoE(nn.Module):
     shared_expert_gate: bool = False
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], layer: int | None = None, **options: Any) -> MoE:
+    def from_hf(
+        cls, config: Mapping[str, Any], layer: int | str | None = None, **options: Any
+    ) -> MoE:
         """The layer that computes what the MoE block of a Hugging Face model computes.
 
         Its losses and jitter are off. ``freeio_jax.hf.load_moe`` loads its weights.

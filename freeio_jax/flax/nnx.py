@@ -225,7 +225,7 @@ class MoE(nnx.Module):
     def from_hf(
         cls,
         config: Mapping[str, Any],
-        layer: int | None = None,
+        layer: int | str | None = None,
         *,
         rngs: nnx.Rngs,
         **options: Any,

@@ -14,7 +14,8 @@ import numpy as np
 from freeio_jax.hf import quantized
 from freeio_jax.hf.safetensors import SafetensorsFile
 
-_INDEX = "model.safetensors.index.json"
+#: The file that names the file of each tensor, where there are several.
+INDEX = "model.safetensors.index.json"
 _ONE_FILE = "model.safetensors"
 #: Values of config.json's ``quantization_config.quant_method`` that this reader understands.
 _QUANTIZATIONS = ("fp8", "mxfp4")
@@ -77,6 +78,16 @@ class Checkpoint:
         self._check_known(name)
         return self._file_of.get(name) or self._file_of[name + quantized.MXFP4_BLOCKS]
 
+    def check_complete(self, name: str) -> None:
+        """Raises ValueError where the file ends before the weight does; reads headers alone."""
+        self._check_known(name)
+        parts = (name, name + quantized.FP8_SCALES)
+        if name not in self._file_of:
+            parts = (name + quantized.MXFP4_BLOCKS, name + quantized.MXFP4_SCALES)
+        for part in parts:
+            if part in self._file_of:
+                self._file(part).check_complete(part)
+
     def is_quantized(self, name: str) -> bool:
         """Whether :meth:`tensor` computes the weight from a quantized one."""
         self._check_known(name)
@@ -110,16 +121,16 @@ class Checkpoint:
 
     def _find_tensors(self) -> dict[str, str]:
         """The file of each stored tensor."""
-        if (self.folder / _INDEX).is_file():
-            index = _read_json(self.folder / _INDEX)
+        if (self.folder / INDEX).is_file():
+            index = _read_json(self.folder / INDEX)
             if not isinstance(index.get("weight_map"), dict):
-                raise ValueError(f"hf.open: {self.folder / _INDEX} has no 'weight_map'.")
+                raise ValueError(f"hf.open: {self.folder / INDEX} has no 'weight_map'.")
             missing = sorted(
                 f for f in set(index["weight_map"].values()) if not (self.folder / f).is_file()
             )
             if missing:
                 raise FileNotFoundError(
-                    f"hf.open: {self.folder / _INDEX} names {len(missing)} files that are not "
+                    f"hf.open: {self.folder / INDEX} names {len(missing)} files that are not "
                     f"there, the first one {missing[0]}. Download them."
                 )
             return index["weight_map"]
@@ -129,7 +140,7 @@ class Checkpoint:
             files = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(
-                f"hf.open: {self.folder} has no safetensors files: neither {_INDEX} nor "
+                f"hf.open: {self.folder} has no safetensors files: neither {INDEX} nor "
                 f"{_ONE_FILE}. Weights of another format (*.bin, *.gguf) must be converted first."
             )
         file_of = {}
@@ -139,7 +150,7 @@ class Checkpoint:
                 if name in file_of:
                     raise ValueError(
                         f"hf.open: the tensor {name!r} is in {file_of[name]} and in {file} of "
-                        f"{self.folder}. Remove one of the files, or add an index, {_INDEX}."
+                        f"{self.folder}. Remove one of the files, or add an index, {INDEX}."
                     )
                 file_of[name] = file
         return file_of
@@ -171,9 +182,9 @@ class Checkpoint:
         file = self._file_of[name]
         if file not in self._files:
             self._files[file] = SafetensorsFile(self.folder / file)
-        if name not in self._files[file].names():
+        if name not in self._files[file]:
             raise ValueError(
-                f"hf: by {_INDEX} the tensor {name!r} is in {file}, but that file of {self.folder} "
+                f"hf: by {INDEX} the tensor {name!r} is in {file}, but that file of {self.folder} "
                 "does not have it. Download index and files again."
             )
         return self._files[file]

@@ -91,7 +91,8 @@ class Family:
       activation: the name of the activation between the products.
       weights: where each parameter is in the files. Alternatives are tried in order.
       layer: where a decoder layer's tensors are, after one of :data:`BASES`.
-      block: the path of the MoE block in the model of transformers, after ``layer``.
+      blocks: the modules in the model of transformers, after ``layer``, whose outputs' sum is the
+        layer's output. The first one has the experts; others may be missing.
       only: settings that the layer can express with some values alone.
     """
 
@@ -108,7 +109,7 @@ class Family:
     experts: Callable[[Callable[[Any], Any], Callable], Experts] | None = None
     activation: Key = Key(("hidden_act",), "silu")
     layer: str = "layers.{layer}."
-    block: str = "mlp"
+    blocks: tuple[str, ...] = ("mlp",)
     only: tuple[Only, ...] = ()
 
 
@@ -179,16 +180,37 @@ _MIXTRAL_FILES = {
     "router": _linear("block_sparse_moe.gate.weight"),
     **_per_expert("block_sparse_moe", "w1", "w3", "w2"),
 }
+_QWEN_FILES = (
+    _MOE_FILES
+    | _shared("mlp.shared_expert")
+    | {"shared_expert_gate": _linear("mlp.shared_expert_gate.weight")}
+)
 _DEEPSEEK_FILES = _MOE_FILES | _shared("mlp.shared_experts")
-_SHARED_OF_DEEPSEEK = Product((_MOE_WIDTH, _key("n_shared_experts", default=0)))
-_ROUTER_OF_DEEPSEEK_V3 = {
-    "score": "sigmoid",
-    "renormalize": _key("norm_topk_prob", default=True),
-    "weight_scale": _key("routed_scaling_factor", default=1.0),
-    "num_groups": _key("n_group", default=1),
-    "groups_per_token": _key("topk_group", default=1),
-    "bias_update_rate": 0.0,
+_SHARED_OF_DEEPSEEK = Product((_MOE_WIDTH, _key("n_shared_experts")))
+_GRANITE_FILES = {
+    "router": _linear("block_sparse_moe.router.layer.weight"),
+    "gate_up": _linear("block_sparse_moe.input_linear.weight"),
+    "down": _linear("block_sparse_moe.output_linear.weight"),
 }
+
+
+def _router_of_deepseek_v3(**defaults):
+    """With the defaults of config.json's keys, where all models of a family share them."""
+    renormalize, scale, groups, of_token = (
+        _key(name, default=defaults.get(name, _REQUIRED))
+        for name in ("norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group")
+    )
+    return {
+        "score": "sigmoid",
+        "renormalize": renormalize,
+        "weight_scale": scale,
+        "num_groups": groups,
+        "groups_per_token": of_token,
+        "bias_update_rate": 0.0,
+    }
+
+
+_WITHOUT_GROUPS = {"norm_topk_prob": True, "n_group": 1, "topk_group": 1}
 _NO_BIAS_IN_MLP = Only(
     _key("use_bias", default=False), (False,), "a bias in the shared experts alone"
 )
@@ -227,18 +249,26 @@ FAMILIES: tuple[Family, ...] = (
         weights=_MIXTRAL_FILES,
     ),
     Family(
-        "Qwen2-MoE, Qwen3-Next, Qwen3.5-MoE",
-        ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"),
+        "Qwen2-MoE, Qwen3-Next",
+        ("qwen2_moe", "qwen3_next"),
         num_experts=_key("num_experts", "num_local_experts"),
         top_k=_EXPERTS_PER_TOKEN,
         expert_width=_MOE_WIDTH,
         shared_expert_width=_key("shared_expert_intermediate_size"),
         shared_expert_gate=True,
-        # Qwen3.5 has no such key, and divides by the sum always.
-        router={"renormalize": _key("norm_topk_prob", default=True)},
-        weights=_MOE_FILES
-        | _shared("mlp.shared_expert")
-        | {"shared_expert_gate": _linear("mlp.shared_expert_gate.weight")},
+        router={"renormalize": _key("norm_topk_prob")},
+        weights=_QWEN_FILES,
+    ),
+    Family(
+        "Qwen3.5-MoE",
+        ("qwen3_5_moe_text",),
+        num_experts=_key("num_experts", "num_local_experts", default=256),
+        top_k=_key("num_experts_per_tok", default=8),
+        expert_width=_key("moe_intermediate_size", default=512),
+        shared_expert_width=_key("shared_expert_intermediate_size", default=512),
+        shared_expert_gate=True,
+        router=_SOFTMAX_RENORMALIZED,
+        weights=_QWEN_FILES,
     ),
     Family(
         "Qwen3-MoE",
@@ -264,7 +294,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("n_routed_experts", "num_experts", default=64),
         top_k=_EXPERTS_PER_TOKEN,
         expert_width=_MOE_WIDTH,
-        shared_expert_width=_SHARED_OF_DEEPSEEK,
+        shared_expert_width=Product((_MOE_WIDTH, _key("n_shared_experts", default=2))),
         router={
             "renormalize": False,
             "weight_scale": _key("routed_scaling_factor", default=1.0),
@@ -310,7 +340,7 @@ FAMILIES: tuple[Family, ...] = (
         top_k=_EXPERTS_PER_TOKEN,
         expert_width=_MOE_WIDTH,
         shared_expert_width=_SHARED_OF_DEEPSEEK,
-        router=_ROUTER_OF_DEEPSEEK_V3,
+        router=_router_of_deepseek_v3(),
         weights=_DEEPSEEK_FILES | {"bias": _as_is("mlp.gate.e_score_correction_bias")},
         only=(
             Only(
@@ -325,7 +355,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("n_routed_experts", default=256),
         top_k=_key("num_experts_per_tok", default=8),
         expert_width=_key("moe_intermediate_size", default=2048),
-        router=_ROUTER_OF_DEEPSEEK_V3,
+        router=_router_of_deepseek_v3(routed_scaling_factor=1.0, **_WITHOUT_GROUPS),
         weights=_MOE_FILES | {"bias": _as_is("mlp.gate.e_score_correction_bias")},
     ),
     Family(
@@ -340,8 +370,7 @@ FAMILIES: tuple[Family, ...] = (
                 _key("num_shared_experts", default=1),
             )
         ),
-        router=_ROUTER_OF_DEEPSEEK_V3
-        | {"weight_scale": _key("routed_scaling_factor", default=2.5)},
+        router=_router_of_deepseek_v3(routed_scaling_factor=2.5, **_WITHOUT_GROUPS),
         weights=_DEEPSEEK_FILES | {"bias": _as_is("mlp.e_score_correction_bias")},
     ),
     Family(
@@ -398,7 +427,7 @@ FAMILIES: tuple[Family, ...] = (
             "bias": _as_is("feed_forward.expert_bias"),
             **_per_expert("feed_forward", "w1", "w3", "w2"),
         },
-        block="feed_forward",
+        blocks=("feed_forward",),
     ),
     Family(
         "Ernie 4.5",
@@ -447,24 +476,32 @@ FAMILIES: tuple[Family, ...] = (
             "down": _as_is("feed_forward.experts.down_proj"),
             **_shared("feed_forward.shared_expert"),
         },
-        block="feed_forward",
+        blocks=("feed_forward",),
     ),
     Family(
         "Granite MoE",
-        ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+        ("granitemoe",),
         num_experts=_key("num_local_experts", default=8),
         top_k=_key("num_experts_per_tok", default=2),
-        expert_width=_key("intermediate_size"),
-        shared_expert_width=_key("shared_intermediate_size", default=0),
+        expert_width=_key("intermediate_size", default=11008),
         router=_SOFTMAX_RENORMALIZED,
-        weights={
-            "router": _linear("block_sparse_moe.router.layer.weight"),
-            "gate_up": _linear("block_sparse_moe.input_linear.weight"),
-            "down": _linear("block_sparse_moe.output_linear.weight"),
+        weights=_GRANITE_FILES,
+        blocks=("block_sparse_moe",),
+    ),
+    Family(
+        "Granite MoE with a shared expert, Granite 4",
+        ("granitemoeshared", "granitemoehybrid"),
+        num_experts=_key("num_local_experts", default=8),
+        top_k=_key("num_experts_per_tok", default=2),
+        expert_width=_key("intermediate_size", default=11008),
+        shared_expert_width=_key("shared_intermediate_size"),
+        router=_SOFTMAX_RENORMALIZED,
+        weights=_GRANITE_FILES
+        | {
             "shared_gate_up": _linear("shared_mlp.input_linear.weight"),
             "shared_down": _linear("shared_mlp.output_linear.weight"),
         },
-        block="block_sparse_moe",
+        blocks=("block_sparse_moe", "shared_mlp"),
     ),
     Family(
         "DBRX",
@@ -487,7 +524,7 @@ FAMILIES: tuple[Family, ...] = (
             "down": (Weight(("ffn.experts.mlp.w2",), transposed=False, flat=True),),
         },
         layer="blocks.{layer}.",
-        block="ffn",
+        blocks=("ffn",),
     ),
     Family(
         "Jamba",
@@ -497,7 +534,7 @@ FAMILIES: tuple[Family, ...] = (
         expert_width=_key("intermediate_size", default=14336),
         router={"renormalize": False},
         weights={"router": _linear("feed_forward.router.weight"), **_per_expert("feed_forward")},
-        block="feed_forward",
+        blocks=("feed_forward",),
     ),
     Family(
         "Hunyuan",
@@ -514,13 +551,34 @@ FAMILIES: tuple[Family, ...] = (
         },
     ),
     Family(
+        # transformers drops the tokens of a sequence that exceed expert_capacity at one expert.
+        "Switch Transformers, without their capacity for each expert and sequence",
+        ("switch_transformers",),
+        num_experts=_key("num_experts", default=8),
+        top_k=Key((), 1),
+        expert_width=_key("d_ff", default=2048),
+        width=_key("d_model", default=768),
+        router={"renormalize": False, "logits_bias": _key("router_bias", default=False)},
+        experts=_without_gate,
+        activation=_key("dense_act_fn", default="relu"),
+        weights={
+            "router": _linear("mlp.router.classifier.weight"),
+            "router_bias": _as_is("mlp.router.classifier.bias"),
+            "up": _linear("mlp.experts.expert_{expert}.wi.weight"),
+            "down": _linear("mlp.experts.expert_{expert}.wo.weight"),
+        },
+        # Encoder and decoder have layers of the same numbers, so they go by their names.
+        layer="block.{layer}.",
+        only=(Only(_key("is_gated_act", default=False), (False,), "experts with a gate"),),
+    ),
+    Family(
         "Nemotron-H",
         ("nemotron_h",),
         num_experts=_key("n_routed_experts", default=8),
         top_k=_key("num_experts_per_tok", default=2),
         expert_width=_key("moe_intermediate_size", default=7688),
         shared_expert_width=_key("moe_shared_expert_intermediate_size", default=7688),
-        router=_ROUTER_OF_DEEPSEEK_V3,
+        router=_router_of_deepseek_v3(routed_scaling_factor=1.0, **_WITHOUT_GROUPS),
         experts=_without_gate,
         activation=_key("mlp_hidden_act", default="relu2"),
         weights={
@@ -537,7 +595,7 @@ FAMILIES: tuple[Family, ...] = (
             "shared_up": _linear("mixer.shared_experts.up_proj.weight"),
             "shared_down": _linear("mixer.shared_experts.down_proj.weight"),
         },
-        block="mixer",
+        blocks=("mixer",),
         only=(
             Only(
                 _key("moe_latent_size", default=None),
@@ -554,7 +612,6 @@ INEXPRESSIBLE: dict[str, str] = {
     "phimoe": "a router of its own (sparsemixer)",
     "longcat_flash": "zero experts, which return their input",
     "gemma4_text": "a router with a norm and scales of its own, on another input than the experts'",
-    "switch_transformers": "a capacity for each expert and sequence",
     "deepseek_v4": "a score sqrt(softplus(x)), and layers that choose experts by token id",
     "nllb-moe": "a capacity for each expert",
 }

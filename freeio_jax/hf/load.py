@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from freeio_jax.flax.config import ROUTER_ARRAYS
+from freeio_jax.flax import nnx
 from freeio_jax.flax.mesh import check_divides
 from freeio_jax.hf.checkpoint import Checkpoint
 from freeio_jax.hf.families import BASES, Weight
@@ -41,6 +42,22 @@ class Weights:
     def nnx(self) -> dict[str, jax.Array]:
         """The state for an nnx layer: ``nnx.update(layer, weights.nnx)``."""
         return self.parameters | ({} if self.bias is None else {"bias": self.bias})
+
+    @classmethod
+    def of_linen(cls, variables: Mapping[str, Any]) -> Weights:
+        """Those of a linen layer's variables: ``{"params": ..., "router_state": ...}``."""
+        variables = nn.meta.unbox(variables)
+        return cls(dict(variables["params"]), variables.get("router_state", {}).get("bias"))
+
+    @classmethod
+    def of_nnx(cls, layer: nnx.MoE) -> Weights:
+        """Those of an nnx layer."""
+        bias = getattr(layer, "bias", None)
+        names = layer.config.parameters(layer.router.shape[0])
+        return cls(
+            {name: getattr(layer, name)[...] for name in names},
+            None if bias is None else bias[...],
+        )
 
 
 def moe_layers(ckpt: Checkpoint) -> tuple[int | str, ...]:
@@ -74,7 +91,7 @@ def load_moe(
     *,
     mesh: Mesh | None = None,
     dtype: Any = None,
-    axis_name: str | tuple[str, ...] = "expert",
+    **options: Any,
 ) -> Weights:
     """Loads the parameters of one MoE layer.
 
@@ -88,22 +105,39 @@ def load_moe(
       mesh: None: the current mesh (``jax.set_mesh``); without one, the default device.
       dtype: of the experts' parameters; None: the ``dtype`` of config.json, else bfloat16. The
         router's arrays are float32 always.
-      axis_name: the mesh axis, or axes, over which the experts are spread.
+      options: the options with which the layer was made, as far as its parameters and their
+        placement depend on them: ``axis_name``, say.
 
     Raises:
       ValueError: the layer has no MoE block; a tensor is missing or has another shape than the
         configuration asks for; the experts do not divide among the ranks; the family cannot be
         expressed.
     """
-    layout = Layout(ckpt, layer, axis_name)
+    layout = Layout(ckpt, layer, **options)
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
     check_divides(layout.config, mesh)
     dtype = np.dtype(ckpt.default_dtype if dtype is None else dtype)
     arrays = {
-        name: _sharded(layout, name, mesh, np.dtype(np.float32) if name in ROUTER_ARRAYS else dtype)
+        name: _sharded(layout, name, mesh, np.dtype(np.float32) if is_of_router(name) else dtype)
         for name in layout.shapes
     }
     return Weights(arrays, arrays.pop("bias", None))
+
+
+def is_of_router(name: str) -> bool:
+    """Whether a parameter is the router's. These are float32 always, and replicated."""
+    return name == "bias" or name.startswith("router")
+
+
+def tensors_of_layer(ckpt: Checkpoint, layer: int | str) -> tuple[str, ...]:
+    """The names of the tensors that :func:`load_moe` reads for a layer, each once."""
+    layout = Layout(ckpt, layer)
+    names = [
+        part.tensor
+        for name, (shape, _) in layout.shapes.items()
+        for part in layout.parts(name, slice(0, shape[0]))
+    ]
+    return tuple(dict.fromkeys(names))
 
 
 class Layout:
@@ -112,21 +146,19 @@ class Layout:
     Attributes:
       ckpt: the checkpoint.
       config: of the layer.
+      width: H.
       shapes: shape and mesh axes of each parameter, and of ``"bias"``.
       start: what the names of the layer's tensors begin with.
     """
 
-    def __init__(
-        self, ckpt: Checkpoint, layer: int | str, axis_name: str | tuple[str, ...] = "expert"
-    ):
-        number = layer if isinstance(layer, int) else None
+    def __init__(self, ckpt: Checkpoint, layer: int | str, **options: Any):
         family = family_of(ckpt.config)
         self.ckpt, self._weights = ckpt, family.weights
-        width, self.config = moe_config(ckpt.config, number, axis_name=axis_name)
+        self.width, self.config = moe_config(ckpt.config, layer, **options)
         self.start = self._find_start(family, layer)
-        self.shapes = dict(self.config.parameters(width))
+        self.shapes = dict(self.config.parameters(self.width))
         if self.config.router.bias_update_rate is not None:
-            self.shapes["bias"] = ((self.config.num_experts,), (None,))
+            self.shapes["bias"] = (self.shapes["router"][0][-1:], (None,))
 
     def _find_start(self, family, layer):
         if isinstance(layer, str):
@@ -152,7 +184,7 @@ class Layout:
 
     def is_spread(self, name: str) -> bool:
         """Whether each expert has a parameter of its own: not those of router or shared expert."""
-        return self.shapes[name][1][0] is not None
+        return not is_of_router(name) and not name.startswith("shared_")
 
     def parts(self, name: str, experts: slice) -> Iterator[Part]:
         """The pieces of tensors that make up ``experts`` of a parameter.
@@ -198,6 +230,17 @@ class Layout:
             out[part.place] = tensor
         return out
 
+    def faults(self) -> list[str]:
+        """What is wrong with the layer's tensors, by their headers."""
+        found = []
+        for name, (shape, _) in self.shapes.items():
+            for part in self.parts(name, slice(0, shape[0])):
+                try:
+                    self._check(part)
+                except ValueError as error:
+                    found.append(str(error))
+        return found
+
     def _check(self, part):
         got = self.ckpt.shape(part.tensor)
         # Ernie's bias is [1, E].
@@ -207,6 +250,7 @@ class Layout:
                 f"{list(got)}, but by config.json it must be {list(part.whole)}. Is config.json "
                 f"that of these files?"
             )
+        self.ckpt.check_complete(part.tensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,22 +277,25 @@ def _sharded(layout: Layout, name: str, mesh: Mesh, dtype: np.dtype) -> jax.Arra
     if mesh.empty:
         return jnp.asarray(layout.read(name, slice(0, shape[0]), dtype))
     sharding = NamedSharding(mesh, PartitionSpec(*names))
+
+    def experts_of(index):
+        """The first expert and the end; of a parameter without experts of its own all rows."""
+        if not layout.is_spread(name):
+            return 0, shape[0]
+        return index[0].indices(shape[0])[:2]
+
     # Devices that differ in other axes need the same experts. They are read once, and kept until
     # the last of these devices has them.
     indices = sharding.addressable_devices_indices_map(shape).values()
-    left = collections.Counter(_bounds(index, shape) for index in indices)
+    left = collections.Counter(experts_of(index) for index in indices)
     kept = {}
 
     def read(index):
-        bounds = _bounds(index, shape)
-        if bounds not in kept:
-            kept[bounds] = layout.read(name, slice(*bounds), dtype)
-        left[bounds] -= 1
-        return kept.pop(bounds) if left[bounds] <= 0 else kept[bounds]
+        experts = experts_of(index)
+        if experts not in kept:
+            kept[experts] = layout.read(name, slice(*experts), dtype)
+        left[experts] -= 1
+        array = kept.pop(experts) if left[experts] <= 0 else kept[experts]
+        return array[:, *index[1:]] if layout.is_spread(name) else array[index]
 
     return jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
-
-
-def _bounds(index, shape) -> tuple[int, int]:
-    start, stop, _ = index[0].indices(shape[0])
-    return start, stop

@@ -43,7 +43,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return _BY_TYPE[model_type]
 
 
-def moe_options(config: Mapping[str, Any], layer: int | None = None) -> dict[str, Any]:
+def moe_options(config: Mapping[str, Any], layer: int | str | None = None) -> dict[str, Any]:
     """The settings of ``freeio_jax.flax.nnx.MoE`` for a config.json; linen's are those but width.
 
     Losses and jitter are off, for they are choices of a training run: ``router=
@@ -100,7 +100,7 @@ def moe_options(config: Mapping[str, Any], layer: int | None = None) -> dict[str
 
 
 def moe_config(
-    config: Mapping[str, Any], layer: int | None = None, **options: Any
+    config: Mapping[str, Any], layer: int | str | None = None, **options: Any
 ) -> tuple[int, MoEConfig]:
     """H, and the ``MoEConfig`` of a config.json; ``options`` are more of its fields."""
     settings = moe_options(config, layer) | options
@@ -119,7 +119,7 @@ def _value(config, setting, family, layer):
         condition, wanted = setting.only_if
         if _value(config, condition, family, layer) != wanted:
             return setting.default
-    name, value = _look_up(config, setting)
+    name, value = look_up(config, setting)
     if name is None or (value is None and not setting.values and not setting.is_required):
         if setting.is_required:
             raise ValueError(
@@ -140,7 +140,8 @@ def _value(config, setting, family, layer):
     return setting.values[value]
 
 
-def _look_up(config, key):
+def look_up(config: Mapping[str, Any], key: Key) -> tuple[str | None, Any]:
+    """The name under which a config.json has a setting, and its value; None where it has none."""
     for name in key.names:
         value = config
         for part in name.split("."):
@@ -155,7 +156,7 @@ def _look_up(config, key):
 def _of_layer(name, values, layer):
     if len(set(values)) == 1:
         return values[0]
-    if layer is None:
+    if not isinstance(layer, int):
         raise ValueError(
             f"hf: {name}={values} differs between layers: say which layer it is, by layer=."
         )

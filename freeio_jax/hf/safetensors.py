@@ -75,6 +75,9 @@ class SafetensorsFile:
         """The names of all tensors, in the header's order."""
         return tuple(self._entries)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor; reads nothing."""
         return tuple(self._entries[name]["shape"])
@@ -97,6 +100,16 @@ class SafetensorsFile:
         Raises:
           ValueError: the file ends before the tensor does, or the header contradicts itself.
         """
+        self.check_complete(name)
+        if self._map is None:
+            self._map = np.memmap(self.path, np.uint8, mode="r")
+        begin, end = self._entries[name]["data_offsets"]
+        data = self._map[self._start + begin : self._start + end]
+        array = np.asarray(data).view(self.dtype(name)).reshape(self.shape(name))
+        return array if rows is None else array[rows]
+
+    def check_complete(self, name: str) -> None:
+        """Raises ValueError where the file ends before the tensor does; reads nothing."""
         shape, dtype = self.shape(name), self.dtype(name)
         begin, end = self._entries[name]["data_offsets"]
         if end - begin != math.prod(shape) * dtype.itemsize:
@@ -110,11 +123,6 @@ class SafetensorsFile:
                 f"{self._start + end} of {self.path}, but the file has {self._size} bytes. It is "
                 "truncated: download it again."
             )
-        if self._map is None:
-            self._map = np.memmap(self.path, np.uint8, mode="r")
-        data = self._map[self._start + begin : self._start + end]
-        array = np.asarray(data).view(dtype).reshape(shape)
-        return array if rows is None else array[rows]
 
 
 def write(

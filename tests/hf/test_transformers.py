@@ -1,74 +1,115 @@
-"""The layers with a checkpoint's weights, against the MoE blocks of transformers that wrote it.
+"""The layers with a checkpoint's weights, against the MoE blocks of transformers that wrote it."""
 
-Output and all gradients in float32, as a share of the largest value."""
+import dataclasses
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="compares with transformers, which needs torch")
+pytest.importorskip("torch", reason="compares with transformers, which needs torch")
 pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tiny_models  # noqa: E402
-from flax import nnx  # noqa: E402
-from helpers import make_mesh  # noqa: E402
-from jax.sharding import AxisType  # noqa: E402
+import compare
+import numpy as np
+import quantize
+import tiny_models
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from freeio_jax import hf  # noqa: E402
-from freeio_jax.flax import linen  # noqa: E402
-from freeio_jax.flax import nnx as fio_nnx  # noqa: E402
-
-TOLERANCE = 1e-5
-
-
-def largest_difference(got, expected):
-    return np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-30)
+from freeio_jax import hf
+from freeio_jax.hf.__main__ import main
+from freeio_jax.hf.check import differences, moe_modules
+from freeio_jax.hf.families import FAMILIES, Key, Product
+from freeio_jax.hf.options import family_of, look_up
 
 
 @pytest.mark.parametrize("name", tiny_models.MODELS)
 def test_a_family(name, tmp_path, rng, record_property):
-    seed = int(rng.integers(2**31))
-    model = tiny_models.make(name, seed)
-    layer, block = tiny_models.moe_block(model)
+    model = tiny_models.make(name, seed=int(rng.integers(2**31)))
     model.save_pretrained(tmp_path / "model")
     ckpt = hf.open(tmp_path / "model")
-    assert layer in hf.moe_layers(ckpt)
-
-    x = rng.normal(size=(4, 6, hf.moe_options(ckpt.config, layer)["width"])).astype(np.float32)
-    weight = rng.normal(size=x.shape).astype(np.float32)
-    y, dx = tiny_models.output_and_gradients(block, x, weight)
-    # The gradients are saved as a model of their own, so that loading brings them into our layout.
+    layer = hf.moe_layers(ckpt)[-1]
+    width = hf.moe_options(ckpt.config)["width"]
+    x, weight = rng.normal(size=(2, 4, 6, width)).astype(np.float32)
+    y, dx = tiny_models.output_and_gradients(moe_modules(model, layer), x, weight)
+    # Saved as a model of their own, so that loading brings the gradients into the layer's layout.
     tiny_models.replace_by_gradients(model)
     model.save_pretrained(tmp_path / "gradients")
     gradients = hf.open(tmp_path / "gradients")
+    difference = max(
+        compare.largest_difference(apply, ranks, ckpt, gradients, layer, x, weight, y, dx)
+        for apply, ranks in ((compare.by_linen, 1), (compare.by_nnx, 4))
+    )
+    record_property("largest_difference", difference)
 
-    def loss(parameters, x, bias, apply):
-        y = apply(parameters, bias, x)
-        return jnp.sum(y * weight), y
 
-    def by_linen(parameters, bias, x):
-        module = linen.MoE.from_hf(ckpt.config, layer)
-        return module.apply(hf.Weights(parameters, bias).linen, x, deterministic=True)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", quantize.CONFIG)
+def test_quantized_weights_are_bit_equal(name, dtype, tmp_path, rng):
+    quantize.write(tmp_path / "ckpt", name, rng)
+    quantize.assert_equal(tmp_path / "ckpt", dtype)
 
-    def by_nnx(parameters, bias, x):
-        module = nnx.eval_shape(lambda: fio_nnx.MoE.from_hf(ckpt.config, layer, rngs=nnx.Rngs(0)))
-        nnx.update(module, hf.Weights(parameters, bias).nnx)
-        return module(x, deterministic=True)
 
-    worst = 0
-    for apply, num_devices in ((by_linen, 1), (by_nnx, 4)):
-        with jax.set_mesh(make_mesh(num_devices, axis_types=(AxisType.Auto,))):
-            weights = hf.load_moe(ckpt, layer)
-            d_weights = hf.load_moe(gradients, layer).parameters
-            step = jax.jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=3)
-            (d_parameters, d_x), got = step(weights.parameters, jnp.asarray(x), weights.bias, apply)
-            compared = {"y": (got, y), "dx": (d_x, dx)}
-            compared |= {n: (d_parameters[n], d_weights[n]) for n in d_weights}
-        for what, (got, expected) in compared.items():
-            got, expected = np.asarray(got), np.asarray(expected)
-            assert np.abs(expected).max() > 1e-4, f"{what} says nothing"
-            difference = largest_difference(got, expected)
-            assert difference < TOLERANCE, f"{what}: {difference}"
-            worst = max(worst, difference)
-    record_property("largest difference", float(worst))
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_next", "deepseek_v3", "granitemoeshared"])
+def test_check_compares_every_layer(name, tmp_path, capfd):
+    model = tiny_models.make(name, seed=0)
+    model.save_pretrained(tmp_path)
+    assert main(["check", str(tmp_path)]) == 0
+    layers = hf.moe_layers(hf.open(tmp_path))
+    out = capfd.readouterr().out
+    assert layers
+    for layer in layers:
+        assert f"layer {layer}: largest difference from transformers" in out
+
+
+def test_check_finds_a_difference(tmp_path, capfd):
+    tiny_models.make("mixtral", seed=0).save_pretrained(tmp_path)
+    ckpt = hf.open(tmp_path)
+    ckpt.config["hidden_act"] = "gelu"  # what transformers does not see
+    lines = list(differences(ckpt))
+    assert [is_fault for _, _, is_fault in lines] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "dbrx"])
+def test_transformers_reads_what_is_saved(name, tmp_path):
+    model = tiny_models.make(name, seed=0)
+    model.save_pretrained(tmp_path / "model")
+    ckpt = hf.open(tmp_path / "model")
+    layers = {n: hf.load_moe(ckpt, n) for n in hf.moe_layers(ckpt)}
+    changed = {
+        n: hf.Weights({k: a + 1 for k, a in weights.parameters.items()}, weights.bias)
+        for n, weights in layers.items()
+    }
+    hf.save(tmp_path / "changed", ckpt, changed)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "changed", dtype=torch.float32)
+    experts = [n for n, _ in model.named_parameters() if ".experts." in n]
+    assert experts
+    own, new = dict(model.named_parameters()), dict(again.named_parameters())
+    for name, parameter in own.items():
+        expected = (
+            parameter + 1
+            if name in experts or "router" in name or ".gate." in name
+            else (parameter)
+        )
+        torch.testing.assert_close(new[name], expected, rtol=0, atol=1e-6)
+
+
+def keys_of(family):
+    """All settings that a family looks up."""
+    found = [getattr(family, field.name) for field in dataclasses.fields(family)]
+    found += [*family.router.values(), *(only.key for only in family.only)]
+    for product in [value for value in found if isinstance(value, Product)]:
+        found += product.factors
+    return [value for value in found if isinstance(value, Key)]
+
+
+@pytest.mark.parametrize(
+    "model_type", [t for family in FAMILIES for t in family.model_types if t in CONFIG_MAPPING]
+)
+def test_defaults_are_those_of_transformers(model_type):
+    """What an older config.json leaves out means the same as for transformers."""
+    config = CONFIG_MAPPING[model_type]().to_dict()
+    for key in keys_of(family_of({"model_type": model_type})):
+        name, value = look_up(config, key)
+        if key.is_required or value is None:
+            continue
+        value = key.values[value] if key.values else value
+        assert key.default == value, f"{name} is {value!r} by default"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from freeio_jax.hf.families import BASES
-from freeio_jax.hf.options import family_of
+from freeio_jax.hf.check import output_of
 
 COMMON = {
     "vocab_size": 32,
@@ -110,6 +109,26 @@ MODELS = {
     "exaone_moe": QWEN,
     "hy_v3": QWEN,
     "mimo_v2_flash": DEEPSEEK,
+    "switch_transformers": {
+        "d_model": 16,
+        "d_ff": 24,
+        "d_kv": 8,
+        "num_heads": 2,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "num_experts": 8,
+    },
+    "nemotron_h": DEEPSEEK
+    | {
+        "moe_shared_expert_intermediate_size": 20,
+        "layers_block_type": ["moe", "mlp"],
+        "num_hidden_layers": 2,
+        "mamba_num_heads": 2,
+        "mamba_head_dim": 8,
+        "n_groups": 1,
+    },
     "granitemoeshared": MIXTRAL | {"shared_intermediate_size": 20},
     "granitemoehybrid": MIXTRAL
     | {"shared_intermediate_size": 20, "mamba_n_heads": 2, "layer_types": ["attention"] * 2},
@@ -117,15 +136,49 @@ MODELS = {
 }
 
 
-def make(name: str, seed: int):
+#: The largest values of settings in models for fixtures, which are files of a few KB.
+SMALL = {
+    "hidden_size": 8,
+    "d_model": 8,
+    "d_ff": 6,
+    "intermediate_size": 6,
+    "ffn_hidden_size": 6,
+    "moe_intermediate_size": 4,
+    "shared_expert_intermediate_size": 6,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+}
+
+
+def shrink(settings: dict) -> dict:
+    """The settings with the values of :data:`SMALL`."""
+    return {
+        name: shrink(value)
+        if isinstance(value, dict)
+        else min(value, SMALL[name])
+        if name in SMALL
+        else value
+        for name, value in settings.items()
+    }
+
+
+def make(name: str, seed: int, small: bool = False):
     """The model, all of whose parameters and biases are random."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     model_type = name.split("/")[0]
-    settings = MODELS[name] if model_type == "dbrx" else COMMON | MODELS[name]
+    settings = MODELS[name] if "d_model" in MODELS[name] else COMMON | MODELS[name]
+    settings = shrink(settings) if small else settings
     config = AutoConfig.for_model(model_type, **settings)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    # "eager" is a loop over the experts, for any sizes.
+    model = auto.from_config(config, experts_implementation="eager")
+    model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)
     for _, array in (*model.named_parameters(), *model.named_buffers()):
         if array.is_floating_point():
@@ -134,29 +187,12 @@ def make(name: str, seed: int):
     return model
 
 
-def moe_block(model):
-    """The number of the last decoder layer with an MoE block, and the block."""
-    family = family_of(model.config.to_dict())
-    modules = dict(model.named_modules())
-    for layer in reversed(range(model.config.num_hidden_layers)):
-        for base in BASES:
-            path = base + family.layer.format(layer=layer)
-            block = modules.get(path + family.block)
-            if block is None or not hasattr(block, "experts"):
-                continue
-            shared = modules.get(path + "shared_mlp")
-            return layer, block if shared is None else lambda x, b=block, s=shared: b(x) + s(x)
-    raise ValueError(f"there is no MoE block in {type(model).__name__}")
-
-
-def output_and_gradients(block, x: np.ndarray, weight: np.ndarray):
+def output_and_gradients(modules, x: np.ndarray, weight: np.ndarray):
     """The output for ``x`` and the gradient of ``sum(output * weight)``; parameters get theirs."""
     import torch
 
     x = torch.tensor(x, requires_grad=True)
-    y = block(x)
-    y = y[0] if isinstance(y, tuple) else y
-    y = y.reshape(x.shape)
+    y = sum(output_of(module, x) for module in modules)
     (y * torch.tensor(weight)).sum().backward()
     return y.detach().numpy(), x.grad.numpy()
 
