@@ -95,7 +95,10 @@ class Generator:
         return self._compiled_prefill(self._state, tokens, mask, jax.random.key(seed))
 
     def step(self, texts: Texts) -> Texts:
-        """Chooses the next token of each text. ``texts`` must not be used again."""
+        """Chooses the next token of each text: ``new_tokens - 1`` times at most after a start.
+
+        ``texts`` must not be used again.
+        """
         return self._compiled_step(self._state, texts)
 
     def _prefill(self, state, tokens, mask, key):

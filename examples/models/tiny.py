@@ -111,7 +111,7 @@ CONFIGS = {
             "beta_fast": 32.0,
             "beta_slow": 1.0,
             "truncate": False,
-            "original_max_position_embeddings": 16,
+            "original_max_position_embeddings": 4096,
         },
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
