@@ -53,7 +53,7 @@ class Decoder(nnx.Module):
     Args:
       config: the contents of ``config.json``.
       mesh: over whose axis "expert" the experts are spread.
-      dtype: of parameters and computation. Router, softmax and logits are float32.
+      dtype: of parameters and computation. The router and the softmax are float32 always.
       moe_options: further options of the MoE layers, such as ``exchange``.
       rngs: stream ``params``.
     """

@@ -75,7 +75,7 @@ class Generator:
         tokens, mask = shape(jnp.int32, batch, length), shape(jnp.bool_, batch, length)
         key = jax.eval_shape(lambda: jax.random.key(0))
         began = time.perf_counter()
-        # As for the texts: all arrays with a row for each text lie over the devices alike.
+        # Every array with a row for each text is sharded in the same way.
         shapes = jax.eval_shape(self._prefill, self._state, tokens, mask, key)
         shardings = jax.tree.map(
             lambda a: self._rows if a.shape[:1] == (batch,) else self._whole, shapes
