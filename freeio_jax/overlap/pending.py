@@ -102,6 +102,7 @@ def dispatch_start(
     axis_name: str | tuple[str, ...],
     capacity: int | None = None,
     alignment: int = 1,
+    zero_tail: bool = True,
     num_sms: int | None = None,
 ) -> Pending[Dispatched]:
     """Starts what :func:`freeio_jax.dispatch` does; ``done()`` of what it returns ends it.
@@ -111,7 +112,7 @@ def dispatch_start(
     called without ``jit``, the exchange runs to its end when it starts.
 
     Args:
-      tokens, topk_idx, num_experts, axis_name, capacity, alignment: as in
+      tokens, topk_idx, num_experts, axis_name, capacity, alignment, zero_tail: as in
         :func:`freeio_jax.dispatch`.
       num_sms: multiprocessors of a GPU that the exchange may use, and its derivative in the
         backward pass. The others are left to compute. None is the setting ``overlap_num_sms``. The
@@ -143,6 +144,7 @@ def dispatch_start(
         axis_name=axis_name,
         capacity=capacity,
         alignment=alignment,
+        zero_tail=zero_tail,
     )
     how = {"num_sms": overlap_sms("dispatch_start", num_sms), "axes": axes, "layout": layout}
     topk_idx, *leaves = vary_alike((topk_idx, *leaves), axes)

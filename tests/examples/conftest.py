@@ -1,0 +1,6 @@
+"""Examples import their parts from their own folder; so do their tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
