@@ -125,18 +125,25 @@ def test_a_key_in_training_only(rng):
 
     def train(seed):
         rngs = {"jitter": jax.random.key(seed)}
-        return layer.apply(state, x, mutable=["router_state"], rngs=rngs)
+        return layer.apply(state, x, mutable=["router_state", "intermediates"], rngs=rngs)
+
+    def moved(load):
+        load = np.asarray(load)
+        return 0.5 * np.sign(load.mean() - load)
 
     still = layer.apply(state, x, True)
     (y, changed), (other, _) = train(1), train(2)
     assert np.abs(y - still).max() > 1e-3
     assert np.abs(y - other).max() > 1e-3
-    assert np.asarray(changed["router_state"]["bias"]).any()
+    load = changed["intermediates"]["load"][0]
+    np.testing.assert_array_equal(changed["router_state"]["bias"], moved(load))
     model = fio_nnx.MoE(WIDTH, **LAYER, router=router, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(model(x, deterministic=True), model(x, deterministic=True))
     assert not model.bias[...].any()
-    assert np.abs(model(x) - model(x)).max() > 1e-3
-    assert model.bias[...].any()
+    first = model(x)
+    np.testing.assert_array_equal(model.bias[...], moved(model.load[...]))
+    model.bias[...] = jnp.zeros(4)
+    assert np.abs(model(x) - first).max() > 1e-3
 
 
 def test_a_router_that_returns_ids_and_weights_only_has_no_losses(rng):
