@@ -38,10 +38,10 @@ class MoE(nn.Module):
     The collections:
 
       * ``losses``: ``aux_loss``, to add to the training loss;
-      * ``intermediates``: ``load`` (int32 ``[E + Z]``, assignments to each expert),
-        ``dropped`` (int32), ``expert_drops`` (int32 ``[E]``) and ``source_drops`` (int32, one for
-        each rank that holds tokens): what was dropped, by expert and by rank; and
-        ``load_balance_loss`` and ``z_loss`` (without coefficients);
+      * ``intermediates``: ``load`` (int32 ``[E + Z]``, assignments to each expert), ``dropped``
+        (int32), and ``load_balance_loss`` and ``z_loss`` (without coefficients);
+      * ``drops``: ``expert_drops`` (int32 ``[E]``) and ``source_drops`` (int32, one for each rank
+        that holds tokens): what was dropped, by expert and by rank;
       * ``router_state``: ``bias`` (float32 ``[E + Z]``), where ``router.bias_update_rate``
         is set: updated by each call that is not deterministic, so it must be mutable there. With a
         rate of 0.0 it is never updated.
@@ -203,7 +203,7 @@ class MoE(nn.Module):
     def _sow(self, report):
         """Appends to the reports of this ``apply``; replaces reports that were passed to it."""
         for field in dataclasses.fields(report):
-            collection = "losses" if field.name == "aux_loss" else "intermediates"
+            collection = _COLLECTIONS.get(field.name, "intermediates")
             again = _has_reported(self, collection, field.name)
             self.sow(
                 collection,
@@ -212,6 +212,9 @@ class MoE(nn.Module):
                 reduce_fn=lambda old, new, again=again: (*old, new) if again else (new,),
             )
 
+
+#: Where reports go; those that are not here go to ``intermediates``.
+_COLLECTIONS = {"aux_loss": "losses", "expert_drops": "drops", "source_drops": "drops"}
 
 _NOTHING = {}
 

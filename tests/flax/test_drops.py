@@ -241,14 +241,15 @@ def test_linen_and_nnx_report_drops():
     nnx.update(model, parameters)
     with jax.set_mesh(make_mesh(4, axis_types=(AxisType.Auto,))):
         _, report = moe(parameters, x, config)
-        _, state = layer.apply({"params": parameters}, x, mutable=["intermediates"])
+        _, state = layer.apply({"params": parameters}, x, mutable=["intermediates", "drops"])
         nnx.jit(lambda model, x: model(x))(model, x)
         made_here = fio_nnx.MoE(WIDTH, **options, rngs=nnx.Rngs(0))
     assert made_here.source_drops[...].shape == (4,)
     assert int(report.dropped) > 0
     for name in ("dropped", "expert_drops", "source_drops"):
         expected = np.asarray(getattr(report, name))
-        np.testing.assert_array_equal(state["intermediates"][name][0], expected)
+        sown = state["intermediates" if name == "dropped" else "drops"]
+        np.testing.assert_array_equal(sown[name][0], expected)
         np.testing.assert_array_equal(getattr(model, name)[...], expected)
     expected = [sum(report.expert_drops.tolist())] * 2
     assert [int(report.dropped), sum(report.source_drops.tolist())] == expected

@@ -124,9 +124,9 @@ def test_linen(setting, shape, rng):
             variables,
             x,
             rngs={"jitter": jax.random.key(1)},
-            mutable=["losses", "intermediates", "router_state"],
+            mutable=["losses", "intermediates", "drops", "router_state"],
         )
-    sown = state["intermediates"] | state["losses"]
+    sown = state["intermediates"] | state["losses"] | state["drops"]
     assert {name: value[0].dtype.name for name, value in sown.items()} == REPORTS
     assert {a.dtype.name for a in jax.tree.leaves((variables, state["router_state"], y))} == {
         "float32"

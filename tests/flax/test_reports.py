@@ -245,11 +245,13 @@ def test_each_call_of_an_apply_has_an_entry(x):
     variables = twice.init(jax.random.key(0), x)
     state = None
     for module, calls in ((twice, 2), (twice, 2), (thrice, 3)):
-        _, state = module.apply(variables | (state or {}), x, mutable=["losses", "intermediates"])
+        collections = ["losses", "intermediates", "drops"]
+        _, state = module.apply(variables | (state or {}), x, mutable=collections)
         losses = jax.tree.leaves(state["losses"])
         assert len(losses) == calls
         assert float(losses[0]) != float(losses[1])
-        assert len(jax.tree.leaves(state["intermediates"])) == (len(REPORTS) - 1) * calls
+        others = state["intermediates"], state["drops"]
+        assert len(jax.tree.leaves(others)) == (len(REPORTS) - 1) * calls
 
 
 def test_each_call_of_a_bound_layer_has_an_entry(x):
