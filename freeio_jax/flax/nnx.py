@@ -249,6 +249,7 @@ class MoE(nnx.Module):
             fsdp_axes=fsdp_axes,
             model_axes=model_axes,
         )
+        self.width = width
         self.mesh = mesh
         self.deterministic = deterministic
         if router.bias_update_rate is not None:

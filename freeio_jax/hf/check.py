@@ -16,8 +16,8 @@ import numpy as np
 
 from freeio_jax.flax import linen
 from freeio_jax.hf.checkpoint import Checkpoint
-from freeio_jax.hf.families import BASES
-from freeio_jax.hf.load import Layout, is_of_router, load_moe, moe_layers
+from freeio_jax.hf.family import BASES
+from freeio_jax.hf.load import StoredLayer, is_of_router, load_moe, moe_layers
 from freeio_jax.hf.options import family_of, text_config
 
 #: Larger differences from transformers are told as a fault: as a share of the largest output.
@@ -48,12 +48,12 @@ def check(
     yield "layers", f"{len(layers)} with an MoE block: {_ranges(layers)}", not layers
     if not layers:
         return
-    layouts = [Layout(ckpt, layer) for layer in layers]
-    for text in _settings(layouts[0]):
+    all_stored = [StoredLayer(ckpt, layer) for layer in layers]
+    for text in _settings(all_stored[0]):
         yield "settings", text, False
-    yield _divisibility(layouts[0].config.num_experts, num_ranks)
-    yield from _bytes_of_device(ckpt, layouts, num_ranks, dtype, memory)
-    faults = [fault for layout in layouts for fault in layout.faults()]
+    yield _divisibility(all_stored[0].config.num_experts, num_ranks)
+    yield from _bytes_of_device(ckpt, all_stored, num_ranks, dtype, memory)
+    faults = [fault for stored in all_stored for fault in stored.faults()]
     for fault in faults[:10]:
         yield "files", fault, True
     if len(faults) > 10:
@@ -75,10 +75,10 @@ def _ranges(layers) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def _settings(layout):
-    config = layout.config
+def _settings(stored):
+    config = stored.config
     yield (
-        f"width {layout.width}, {config.num_experts} experts of width {config.expert_width}, "
+        f"width {stored.width}, {config.num_experts} experts of width {config.expert_width}, "
         f"{config.top_k} for each token"
     )
     if config.num_zero_experts:
@@ -114,14 +114,14 @@ def _divisibility(num_experts, num_ranks):
     )
 
 
-def _bytes_of_device(ckpt, layouts, num_ranks, dtype, memory):
+def _bytes_of_device(ckpt, all_stored, num_ranks, dtype, memory):
     dtype = np.dtype(ckpt.default_dtype if dtype is None else dtype)
     spread = others = 0
-    for layout in layouts:
-        for name, (shape, _) in layout.shapes.items():
+    for stored in all_stored:
+        for name, (shape, _) in stored.shapes.items():
             of_router = is_of_router(name)
             size = math.prod(shape) * (4 if of_router else dtype.itemsize)
-            if layout.is_spread(name):
+            if stored.is_spread(name):
                 spread += -(-size // num_ranks)
             else:
                 others += size
@@ -171,8 +171,8 @@ def differences(ckpt: Checkpoint) -> Iterator[tuple[str, str, bool]]:
         if function is None:
             yield "compared", f"not layer {layer}: transformers does not use it", False
             continue
-        layout = Layout(ckpt, layer)
-        x = rng.normal(size=(1, _NUM_TOKENS, layout.width)).astype(np.float32)
+        stored = StoredLayer(ckpt, layer)
+        x = rng.normal(size=(1, _NUM_TOKENS, stored.width)).astype(np.float32)
         router_input = router_input_of(ckpt.config, x)
         module = linen.MoE.from_hf(ckpt.config, layer)
         weights = load_moe(ckpt, layer, dtype=np.float32)

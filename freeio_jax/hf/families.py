@@ -2,165 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import jax
-
-from freeio_jax.flax.experts import MLP, Experts, SwiGLU, squared_relu
-from freeio_jax.flax.router import Router
+from freeio_jax.flax.experts import MLP, SwiGLU
 from freeio_jax.flax.routers import NormalizedRouter, SparseMixer
-
-_REQUIRED = object()
-
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """A setting that config.json holds.
-
-    Attributes:
-      names: the first of these keys that config.json has; ``"a.b"`` is the key b of the object a.
-      default: where it has none of them, the default of transformers. Without one that is an error.
-      values: what each value of config.json means for the layer. None: the value itself. A value
-        that is not among them cannot be expressed.
-      only_if: another key and a value. Where that key has another value, the default holds.
-    """
-
-    names: tuple[str, ...]
-    default: Any = _REQUIRED
-    values: Mapping[Any, Any] | None = None
-    only_if: tuple[Key, Any] | None = None
-
-    @property
-    def is_required(self) -> bool:
-        """Whether config.json must have it."""
-        return self.default is _REQUIRED
+from freeio_jax.hf.family import REQUIRED, Family, Key, Only, Times, Weight
 
 
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """The product of several settings."""
-
-    factors: tuple[Key, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Only:
-    """A setting for which the layer has one value, or a few.
-
-    Attributes:
-      key: the setting.
-      allowed: its values that the layer can express.
-      reason: what it means if it has another value.
-    """
-
-    key: Key
-    allowed: tuple
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """A parameter of the layer in the files.
-
-    Attributes:
-      names: of the tensors whose columns, one after the other, are the parameter's columns; from
-        the decoder layer on. With ``{expert}`` each expert has a tensor of its own. Without it the
-        tensor of a parameter of all experts has a first dimension for them.
-      half: which half of the tensors' columns is meant; None: all.
-      transposed: whether the files have ``[out, in]``, as torch's Linear. The layer's are
-        ``[in, out]``.
-      flat: whether the dimension of the experts and the next one are a single one (DBRX).
-    """
-
-    names: tuple[str, ...]
-    transposed: bool = True
-    flat: bool = False
-    half: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What a family of models needs.
-
-    Attributes:
-      title: its name for people.
-      model_types: values of ``model_type`` in config.json.
-      num_experts, top_k, expert_width, shared_expert_width: the layer's settings.
-      shared_expert_gate: the layer's setting.
-      width: H.
-      num_zero_experts: the layer's setting.
-      router_kind: ``freeio_jax.flax.Router``, or a class of ``freeio_jax.flax.routers``.
-      router: its settings; those that are not here are the defaults.
-      router_input: whether the router sees another input than the experts, so that the layer is
-        called with ``router_input=``.
-      experts: gives the experts from a function that looks settings up.
-      activation: the name of the activation between the products.
-      weights: where each parameter is in the files. Alternatives are tried in order.
-      layer: where a decoder layer's tensors are, after one of :data:`BASES`.
-      blocks: the modules in the model of transformers, after ``layer``, whose outputs' sum is the
-        layer's output. The first one has the experts; others may be missing.
-      only: settings that the layer can express with some values alone.
-    """
-
-    title: str
-    model_types: tuple[str, ...]
-    num_experts: Key
-    top_k: Key
-    expert_width: Key
-    weights: Mapping[str, tuple[Weight, ...]]
-    shared_expert_width: Key | Product | None = None
-    shared_expert_gate: bool = False
-    width: Key = Key(("hidden_size",))
-    num_zero_experts: Key | None = None
-    router_kind: type = Router
-    router: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    router_input: bool = False
-    experts: Callable[[Callable[[Any], Any], Callable], Experts] | None = None
-    activation: Key = Key(("hidden_act",), "silu")
-    layer: str = "layers.{layer}."
-    blocks: tuple[str, ...] = ("mlp",)
-    only: tuple[Only, ...] = ()
-
-    @property
-    def router_tensor(self) -> str:
-        """The tensor of the router's matrix: where it is, a decoder layer has an MoE block."""
-        (weight,) = self.weights.get("router") or self.weights["router_kernel"]
-        return weight.names[0]
-
-
-#: What may come before ``Family.layer`` in the names of tensors: whole models, their text parts,
-#: and a model without its head.
-BASES = (
-    "model.",
-    "",
-    "model.language_model.",
-    "language_model.model.",
-    "language_model.",
-    "transformer.",
-    "backbone.",
-)
-
-
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """GELU by the error function: Hugging Face's ``"gelu"``."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-#: Functions of ``hidden_act``. ``jax.nn.gelu`` is the approximation by tanh.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "relu2": squared_relu,
-    "gelu": exact_gelu,
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-}
-
-
-def _key(*names, default=_REQUIRED, **options):
+def _key(*names, default=REQUIRED, **options):
     return Key(names, default, **options)
 
 
@@ -208,7 +55,7 @@ _QWEN_FILES = (
     | {"shared_expert_gate": _linear("mlp.shared_expert_gate.weight")}
 )
 _DEEPSEEK_FILES = _MOE_FILES | _shared("mlp.shared_experts")
-_SHARED_OF_DEEPSEEK = Product((_MOE_WIDTH, _key("n_shared_experts")))
+_SHARED_OF_DEEPSEEK = Times((_MOE_WIDTH, _key("n_shared_experts")))
 _GRANITE_FILES = {
     "router": _linear("block_sparse_moe.router.layer.weight"),
     "gate_up": _linear("block_sparse_moe.input_linear.weight"),
@@ -219,7 +66,7 @@ _GRANITE_FILES = {
 def _router_of_deepseek_v3(**defaults):
     """With the defaults of config.json's keys, where all models of a family share them."""
     renormalize, scale, groups, of_token = (
-        _key(name, default=defaults.get(name, _REQUIRED))
+        _key(name, default=defaults.get(name, REQUIRED))
         for name in ("norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group")
     )
     return {
@@ -237,7 +84,7 @@ _KIMI_SETTINGS = {
     "num_experts": _key("num_experts"),
     "top_k": _key("num_experts_per_token", "num_experts_per_tok"),
     "expert_width": _MOE_WIDTH,
-    "shared_expert_width": Product((_MOE_WIDTH, _key("num_shared_experts"))),
+    "shared_expert_width": Times((_MOE_WIDTH, _key("num_shared_experts"))),
     "router": {
         "score": "sigmoid",
         "renormalize": _key("moe_renormalize", "norm_topk_prob"),
@@ -353,7 +200,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("n_routed_experts", "num_experts", default=64),
         top_k=_EXPERTS_PER_TOKEN,
         expert_width=_MOE_WIDTH,
-        shared_expert_width=Product((_MOE_WIDTH, _key("n_shared_experts", default=2))),
+        shared_expert_width=Times((_MOE_WIDTH, _key("n_shared_experts", default=2))),
         router={
             "renormalize": False,
             "weight_scale": _key("routed_scaling_factor", default=1.0),
@@ -415,11 +262,8 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("n_routed_experts", default=128),
         top_k=_key("num_experts_per_tok", default=4),
         expert_width=_key("moe_intermediate_size", default=2048),
-        shared_expert_width=Product(
-            (
-                _key("moe_intermediate_size", default=2048),
-                _key("n_shared_experts", default=1),
-            )
+        shared_expert_width=Times(
+            (_key("moe_intermediate_size", default=2048), _key("n_shared_experts", default=1))
         ),
         router={
             "renormalize": _key("norm_topk_prob", default=True),
@@ -452,11 +296,8 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("num_experts", default=64),
         top_k=_key("num_experts_per_tok", default=6),
         expert_width=_key("moe_intermediate_size", default=1408),
-        shared_expert_width=Product(
-            (
-                _key("moe_intermediate_size", default=1408),
-                _key("num_shared_experts", default=2),
-            )
+        shared_expert_width=Times(
+            (_key("moe_intermediate_size", default=1408), _key("num_shared_experts", default=2))
         ),
         router={
             "score": "sigmoid",
@@ -476,11 +317,8 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("moe_num_experts", default=8),
         top_k=_key("moe_topk", default=2),
         expert_width=_key("intermediate_size", default=4096),
-        shared_expert_width=Product(
-            (
-                _key("intermediate_size", default=4096),
-                _key("moe_num_shared_experts", default=2),
-            )
+        shared_expert_width=Times(
+            (_key("intermediate_size", default=4096), _key("moe_num_shared_experts", default=2))
         ),
         router=_SOFTMAX_RENORMALIZED,
         weights={
@@ -505,11 +343,8 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("num_experts", default=64),
         top_k=_key("num_experts_per_tok", default=8),
         expert_width=_key("moe_intermediate_size", default=1024),
-        shared_expert_width=Product(
-            (
-                _key("moe_intermediate_size", default=1024),
-                _key("num_shared_experts", default=1),
-            )
+        shared_expert_width=Times(
+            (_key("moe_intermediate_size", default=1024), _key("num_shared_experts", default=1))
         ),
         router=_router_of_deepseek_v3(routed_scaling_factor=2.5, **_WITHOUT_GROUPS),
         weights=_DEEPSEEK_FILES | {"bias": _as_is("mlp.e_score_correction_bias")},
@@ -520,11 +355,8 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("num_experts", default=192),
         top_k=_key("num_experts_per_tok", default=8),
         expert_width=_key("moe_intermediate_size", default=1536),
-        shared_expert_width=Product(
-            (
-                _key("moe_intermediate_size", default=1536),
-                _key("num_shared_experts", default=1),
-            )
+        shared_expert_width=Times(
+            (_key("moe_intermediate_size", default=1536), _key("num_shared_experts", default=1))
         ),
         router={
             "score": "sigmoid",
@@ -576,11 +408,8 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=_key("moe_num_experts", default=64),
         top_k=_key("moe_k", default=6),
         expert_width=_key("moe_intermediate_size", default=1536),
-        shared_expert_width=Product(
-            (
-                _key("moe_intermediate_size", default=1536),
-                _key("moe_num_shared_experts", default=2),
-            )
+        shared_expert_width=Times(
+            (_key("moe_intermediate_size", default=1536), _key("moe_num_shared_experts", default=2))
         ),
         router={"renormalize": True, "bias_update_rate": 0.0},
         weights=_DEEPSEEK_FILES | {"bias": _as_is("mlp.moe_statics.e_score_correction_bias")},

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from freeio_jax.flax import nnx
 from freeio_jax.flax.mesh import check_divides
 from freeio_jax.hf.checkpoint import Checkpoint
-from freeio_jax.hf.families import BASES, Weight
+from freeio_jax.hf.family import BASES, Weight
 from freeio_jax.hf.options import family_of, moe_config
 
 
@@ -53,7 +53,7 @@ class Weights:
     def of_nnx(cls, layer: nnx.MoE) -> Weights:
         """Those of an nnx layer."""
         bias = getattr(layer, "bias", None)
-        names = layer.config.parameters(layer.router.shape[0])
+        names = layer.config.parameters(layer.width)
         return cls(
             {name: getattr(layer, name)[...] for name in names},
             None if bias is None else bias[...],
@@ -111,13 +111,13 @@ def load_moe(
         configuration asks for; the experts do not divide among the ranks; the family cannot be
         expressed.
     """
-    layout = Layout(ckpt, layer, **options)
+    stored = StoredLayer(ckpt, layer, **options)
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
-    check_divides(layout.config, mesh, layout.width)
+    check_divides(stored.config, mesh, stored.width)
     dtype = np.dtype(ckpt.default_dtype if dtype is None else dtype)
     arrays = {
-        name: _sharded(layout, name, mesh, np.dtype(np.float32) if is_of_router(name) else dtype)
-        for name in layout.shapes
+        name: _sharded(stored, name, mesh, np.dtype(np.float32) if is_of_router(name) else dtype)
+        for name in stored.shapes
     }
     return Weights(arrays, arrays.pop("bias", None))
 
@@ -129,16 +129,16 @@ def is_of_router(name: str) -> bool:
 
 def tensors_of_layer(ckpt: Checkpoint, layer: int | str) -> tuple[str, ...]:
     """The names of the tensors that :func:`load_moe` reads for a layer, each once."""
-    layout = Layout(ckpt, layer)
+    stored = StoredLayer(ckpt, layer)
     names = [
         part.tensor
-        for name, (shape, _) in layout.shapes.items()
-        for part in layout.parts(name, slice(0, shape[0]))
+        for name, (shape, _) in stored.shapes.items()
+        for part in stored.parts(name, slice(0, shape[0]))
     ]
     return tuple(dict.fromkeys(names))
 
 
-class Layout:
+class StoredLayer:
     """Where the parameters of one MoE layer are in a checkpoint.
 
     Attributes:
@@ -324,15 +324,15 @@ class Part:
     place: tuple
 
 
-def _sharded(layout: Layout, name: str, mesh: Mesh, dtype: np.dtype) -> jax.Array:
-    shape, names = layout.shapes[name]
+def _sharded(stored: StoredLayer, name: str, mesh: Mesh, dtype: np.dtype) -> jax.Array:
+    shape, names = stored.shapes[name]
     if mesh.empty:
-        return jnp.asarray(layout.read(name, slice(0, shape[0]), dtype))
+        return jnp.asarray(stored.read(name, slice(0, shape[0]), dtype))
     sharding = NamedSharding(mesh, PartitionSpec(*names))
 
     def experts_of(index):
         """The first expert and the end; of a parameter without experts of its own all rows."""
-        if not layout.is_spread(name):
+        if not stored.is_spread(name):
             return 0, shape[0]
         return index[0].indices(shape[0])[:2]
 
@@ -345,9 +345,9 @@ def _sharded(layout: Layout, name: str, mesh: Mesh, dtype: np.dtype) -> jax.Arra
     def read(index):
         experts = experts_of(index)
         if experts not in kept:
-            kept[experts] = layout.read(name, slice(*experts), dtype)
+            kept[experts] = stored.read(name, slice(*experts), dtype)
         left[experts] -= 1
         array = kept.pop(experts) if left[experts] <= 0 else kept[experts]
-        return array[:, *index[1:]] if layout.is_spread(name) else array[index]
+        return array[:, *index[1:]] if stored.is_spread(name) else array[index]
 
     return jax.make_array_from_callback(shape, sharding, read, dtype=dtype)

@@ -7,7 +7,8 @@ from typing import Any
 
 from freeio_jax.flax.config import MoEConfig
 from freeio_jax.flax.experts import GLU, SwiGLU
-from freeio_jax.hf.families import ACTIVATIONS, FAMILIES, INEXPRESSIBLE, Family, Key, Product
+from freeio_jax.hf.families import FAMILIES, INEXPRESSIBLE
+from freeio_jax.hf.family import ACTIVATIONS, Family, Key, Times
 
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
@@ -109,7 +110,7 @@ def moe_config(
 
 
 def _value(config, setting, family, layer):
-    if isinstance(setting, Product):
+    if isinstance(setting, Times):
         product = 1
         for factor in setting.factors:
             product *= _value(config, factor, family, layer) or 0

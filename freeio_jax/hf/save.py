@@ -14,7 +14,7 @@ import numpy as np
 
 from freeio_jax.hf import safetensors
 from freeio_jax.hf.checkpoint import INDEX, Checkpoint
-from freeio_jax.hf.load import Layout, Weights
+from freeio_jax.hf.load import StoredLayer, Weights
 
 #: Files that are copied besides config.json: the tokenizer's, the model's own code and texts.
 _COPIED = (".json", ".jinja", ".md", ".model", ".py", ".txt")
@@ -86,17 +86,17 @@ def _together(arrays):
 
 def tensors(ckpt: Checkpoint, layer: int | str, weights: Weights) -> dict[str, np.ndarray]:
     """The tensors of a layer, by name, in the layouts and dtypes of ``ckpt``."""
-    layout = Layout(ckpt, layer)
+    stored = StoredLayer(ckpt, layer)
     arrays = _together(weights.nnx)
-    if arrays.keys() != layout.shapes.keys():
+    if arrays.keys() != stored.shapes.keys():
         raise ValueError(
-            f"hf.save: layer {layer!r} must have the arrays {sorted(layout.shapes)}, but got "
+            f"hf.save: layer {layer!r} must have the arrays {sorted(stored.shapes)}, but got "
             f"{sorted(arrays)}."
         )
     out: dict[str, np.ndarray] = {}
-    for name, (shape, _) in layout.shapes.items():
+    for name, (shape, _) in stored.shapes.items():
         array = arrays[name]
-        if layout.is_spread(name):
+        if stored.is_spread(name):
             array = array[: shape[0]]  # without the experts that are padding
         if array.shape != shape:
             raise ValueError(
@@ -109,9 +109,9 @@ def tensors(ckpt: Checkpoint, layer: int | str, weights: Weights) -> dict[str, n
                 "by jax.experimental.multihost_utils.process_allgather(array, tiled=True)."
             )
         array = np.asarray(array)
-        for part in layout.parts(name, slice(0, shape[0])):
+        for part in stored.parts(name, slice(0, shape[0])):
             piece = array[part.place]
-            if layout.weight(name).transposed and piece.ndim >= 2:
+            if stored.weight(name).transposed and piece.ndim >= 2:
                 piece = np.swapaxes(piece, -1, -2)
             dtype = ckpt.stored_dtype(part.tensor)
             if ckpt.is_quantized(part.tensor):

@@ -45,6 +45,17 @@ def test_a_round_trip(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, got.nnx, doubled.nnx)
 
 
+@pytest.mark.parametrize("name", ["phimoe", "gemma4", "longcat_flash"])
+def test_nnx_layers_with_routers_and_experts_of_their_own(name):
+    """Routers that are no matrix, and one with more columns than there are experts."""
+    ckpt = hf.open(next(path for path in FIXTURES.iterdir() if path.name.startswith(name)))
+    (number,) = hf.moe_layers(ckpt)
+    weights = hf.load_moe(ckpt, number, dtype=jnp.float32)
+    layer = fio_nnx.MoE.from_hf(ckpt.config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    nnx.update(layer, weights.nnx)
+    jax.tree.map(np.testing.assert_array_equal, hf.Weights.of_nnx(layer).nnx, weights.nnx)
+
+
 def test_layers_of_linen_and_nnx(tmp_path):
     ckpt = hf.open(FIXTURES / "deepseek_v3")
     mesh = make_mesh(4, axis_types=(AxisType.Auto,))

@@ -17,7 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from freeio_jax import hf
 from freeio_jax.hf.__main__ import main
 from freeio_jax.hf.check import differences, moe_function
-from freeio_jax.hf.families import FAMILIES, Key, Product
+from freeio_jax.hf.families import FAMILIES
+from freeio_jax.hf.family import Key, Times
 from freeio_jax.hf.options import family_of, look_up
 
 
@@ -96,7 +97,7 @@ def keys_of(family):
     """All settings that a family looks up."""
     found = [getattr(family, field.name) for field in dataclasses.fields(family)]
     found += [*family.router.values(), *(only.key for only in family.only)]
-    for product in [value for value in found if isinstance(value, Product)]:
+    for product in [value for value in found if isinstance(value, Times)]:
         found += product.factors
     return [value for value in found if isinstance(value, Key)]
 
