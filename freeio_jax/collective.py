@@ -40,8 +40,8 @@ def dispatch(
       alignment: group sizes are rounded up to a multiple of it, with rows of zeros.
       zero_tail: whether rows past ``sum(group_sizes)`` are zero. False: they are unspecified, NaN
         included, in ``out.tokens`` and in its derivatives. So are those rows in the gradient of
-        what is passed to :func:`combine` with this handle. This saves the time to write them. Pass
-        it where nothing looks at such rows, as :mod:`freeio_jax.grouped_matmul` does not.
+        what is passed to :func:`combine` with this handle. This saves the time to write them. Use
+        it where nothing reads such rows. :mod:`freeio_jax.grouped_matmul` does not read them.
 
     Returns:
       ``out.tokens`` ``[capacity, ...]`` for each leaf: packed expert-major, that is, the rows of

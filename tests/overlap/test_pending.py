@@ -1,5 +1,6 @@
 """Misuse of a Pending is an error that names the call: at trace time, on every platform."""
 
+import inspect
 from functools import partial
 
 import jax
@@ -287,3 +288,33 @@ def test_a_platform_without_an_engine():
     )
     with raises(NotImplementedError, "freeio_jax.dispatch has no engine", "('tpu',)"):
         traced.lower(lowering_platforms=("tpu",))
+
+
+# --- Arguments are those of the synchronous calls ------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dispatch", "combine"])
+def test_a_start_has_all_arguments_of_the_synchronous_call(name):
+    started, synchronous, plain = (
+        dict(inspect.signature(call).parameters)
+        for call in (
+            getattr(fio, f"{name}_start"),
+            getattr(fio, name),
+            getattr(fio.reference, name),
+        )
+    )
+    assert started.pop("num_sms").default is None
+    default_of = {n: parameter.default for n, parameter in synchronous.items()}
+    assert {n: parameter.default for n, parameter in started.items()} == default_of
+    assert {n: parameter.default for n, parameter in plain.items()} == default_of
+
+
+@pytest.mark.parametrize("zero_tail", [False, True])
+def test_the_handle_of_a_start_says_whether_the_tail_is_zero(zero_tail):
+    def body(rows, topk_idx):
+        options = GEOMETRY.options() | {"zero_tail": zero_tail}
+        out = fio.dispatch_start(rows, topk_idx, axis_name="expert", **options).done()
+        assert out.handle._layout.zero_tail is zero_tail
+        return out.tokens
+
+    run(body)
