@@ -9,7 +9,6 @@ CUDA engine's C++ side.
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import os
 import pathlib
@@ -62,7 +61,10 @@ class StandIn:
 def import_with_stand_in():
     """freeio_jax with the stand-in as the native module's CUDA part."""
     folder = pathlib.Path(importlib.util.find_spec("freeio_jax").origin).parent
-    spec = importlib.machinery.PathFinder.find_spec("freeio_jax._native", [str(folder)])
+    # importlib.util.find_spec would import freeio_jax first. Every finder is asked, as an editable
+    # installation has one of its own.
+    specs = (f.find_spec("freeio_jax._native", [str(folder)]) for f in sys.meta_path)
+    spec = next(filter(None, specs))
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
     native.cuda = StandIn(native)
