@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 
 # Before JAX is imported, which reads them.
+FLAGS = {
+    "xla_force_host_platform_device_count": 8,
+    # XLA ends the process if a device comes to a collective more than 40 s after another one. On a
+    # crowded machine that can happen without a fault.
+    "xla_cpu_collective_call_terminate_timeout_seconds": 170,
+}
 flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+missing = (f"--{name}={value}" for name, value in FLAGS.items() if name not in flags)
+os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Products of float32 in float32, also on GPUs: they are compared with numpy's.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
