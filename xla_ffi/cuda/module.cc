@@ -109,6 +109,7 @@ void add_module(py::module_& native) {
   module.def("take_note", &take_note, py::call_guard<py::gil_scoped_release>(),
              "Which rank waits for which for a long time; empty: nothing new.");
   module.def("memory_bandwidth", &memory_bandwidth, py::arg("ordinal"), py::arg("bytes"));
+  module.def("write_bandwidth", &write_bandwidth, py::arg("ordinal"), py::arg("bytes"));
   module.def("link_bandwidth", &link_bandwidth, py::arg("ordinals"), py::arg("bytes"),
              py::arg("ctas"), py::arg("pull"));
   module.def("flag_trip", &flag_trip, py::arg("source"), py::arg("target"));
