@@ -21,13 +21,15 @@ from freeio_jax.bench.report import Report
 Data = Mapping[str, Any]
 Rows = Iterable[Sequence[object]]
 
-#: Tokens of the tables.
-TOKENS = (1, 8, 32, 128, 256, 1024, 4096, 8192)
+#: Tokens of the tables, by suite.
+TOKENS = {
+    "large": (1, 8, 128, 1024, 4096, 8192),
+    "small": (1, 128, 4096, 8192),
+    "zipf": (128, 4096),
+}
 README_TOKENS = (1, 128, 1024, 4096, 8192)
 OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
 XLAS = ("ragged-by-expert", "ragged", "dense")
-#: Of the table of multiprocessors.
-_SMS = (4, 8, 16, 24, 32, 48, 64, 96, 132)
 
 
 def measure(report: Report, *, devices, dtype: str) -> None:
@@ -44,14 +46,11 @@ def measure(report: Report, *, devices, dtype: str) -> None:
     def suite(name, tokens):
         return dataclasses.replace(shapes.SUITES[name], tokens=tokens)
 
-    few = (1, 128, 4096, 8192)
-    ours = [suite("large", TOKENS), suite("small", few), suite("zipf", few)]
+    ours = [suite(name, tokens) for name, tokens in TOKENS.items()]
     shapes.run(report, limits, ours, ops=OPS, exchanges=["freeio"], **sizes)
     xlas = [suite("large", README_TOKENS)]
     both = ("dispatch", "combine")
     shapes.run(report, limits, xlas, ops=both, exchanges=XLAS, **sizes)
-    large = [suite("large", (4096,))]
-    shapes.sweep(report, limits, large, ops=OPS, sms=shapes.numbers_of_sms(), **sizes)
     decode.run(report, suite("large", decode.TOKENS), **sizes)
     tax.run(
         report,
@@ -132,10 +131,6 @@ def _only(records, field):
     return found[0] if found else None
 
 
-def _tokens(data: Data, name: str) -> list[int]:
-    return list(dict.fromkeys(r["num_tokens"] for r in _shapes(data, name=name)))
-
-
 #: The operation of a record that has the time of both, where they were not kept apart.
 BOTH = "dispatch and combine"
 
@@ -176,8 +171,8 @@ def _readme_rows(data: Data) -> Rows:
 
 
 def _operation_rows(data: Data) -> Rows:
-    for name in ("large", "small", "zipf"):
-        for t in _tokens(data, name):
+    for name, tokens in TOKENS.items():
+        for t in tokens:
             cells, floor = [], None
             for op in OPS:
                 here = _shapes(data, name=name, exchange="freeio", num_tokens=t, op=op)
@@ -189,7 +184,7 @@ def _operation_rows(data: Data) -> Rows:
 
 
 def _xla_rows(data: Data) -> Rows:
-    for t in _tokens(data, "large"):
+    for t in README_TOKENS:
         ours = _wall_of_both(data, "freeio", t)
         xlas = [_wall_of_both(data, name, t) for name in XLAS]
         if ours is None or None in xlas:
@@ -205,12 +200,6 @@ def _limit_rows(data: Data) -> Rows:
         yield *rates, f"{limits['trip'] * 1e6:.2f}"
 
 
-def _sms_rows(data: Data) -> Rows:
-    for record in data.get("sms", []):
-        if record["name"] == "large" and record["num_tokens"] == 4096:
-            yield record["op"], *(_us(record.get(f"sms_{n}")) for n in _SMS)
-
-
 # --- Models --------------------------------------------------------------------------------------
 
 
@@ -218,11 +207,11 @@ def _decode_rows(data: Data) -> Rows:
     fields = ("kernels_s", "span_s", "in_a_row_s", "wall_s", "host_of_call_s")
     records = [r for r in data.get("decode", []) if r["command_buffers"] == "on"]
     most = max((r["num_tokens"] for r in records), default=0)
-    # Two controls: the smallest one, and the one that is most like an exchange.
-    controls = {("two small products", 1), ("two empty kernels, the exchange's rows", most)}
+    # Of the controls the one that is most like an exchange.
+    control = "two empty kernels, the exchange's rows", most
     for record in records:
         program, num_tokens = record["program"], record["num_tokens"]
-        if program == "exchange" or (program, num_tokens) in controls:
+        if program == "exchange" or (program, num_tokens) == control:
             program = "dispatch and combine" if program == "exchange" else program
             yield program, num_tokens, *(_us(record.get(field)) for field in fields)
 
@@ -298,7 +287,6 @@ TABLES: dict[str, tuple[Sequence[str], Callable[[Data], Rows]]] = {
     ),
     "operations": (("shape", "T", "floor us", *_OF_OPS), _operation_rows),
     "xla": (("T", "freeio", *XLAS, "freeio / XLA's fastest"), _xla_rows),
-    "sms": (("operation", *map(str, _SMS)), _sms_rows),
     "decode": (
         ("program", "T", "kernels", "span", "in a row", "wall", "host of a call"),
         _decode_rows,

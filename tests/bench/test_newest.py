@@ -73,4 +73,4 @@ def test_processes_are_started_by_the_launcher(processes):
     assert alone[-2:] == ["--ranks", "2"]
     assert launched[1:7] == ["-m", "freeio_jax.launch", "-n", "2", "--platform", "cuda"]
     assert "device_kernel" not in flags
-    assert ["--tokens", "8"] == alone[alone.index("--tokens") :][:2]
+    assert alone[alone.index("--tokens") :][:2] == ["--tokens", "8"]
