@@ -5,18 +5,38 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import os
 import pathlib
 import platform
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 
 import jax
 
 from freeio_jax import cluster
+from freeio_jax.launch import pod
 
-PARTS = ("check", "shapes", "scaling", "sms", "late", "soak", "decode", "layer", "experts", "once")
-#: Those that also run in several processes.
-IN_PROCESSES = ("decode",)
+PARTS = (
+    "newest",
+    *(
+        "check",
+        "tax",
+        "shapes",
+        "floors",
+        "scaling",
+        "sms",
+        "late",
+        "soak",
+        "decode",
+        "layer",
+        "experts",
+    ),
+    *("readme", "once"),
+)
+#: What --all leaves out.
+ALONE = ("newest", "readme", "once")
 OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
 NAMES = ("freeio", "reference", "ragged", "ragged-by-expert", "ragged-32", "ragged-1", "dense")
 SUITES = ("large", "small", "half", "zipf")
@@ -26,7 +46,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 SOAK_CALLS = 2000
 
 DESCRIPTION = """\
-Times dispatch and combine on the devices of this process.
+Times dispatch and combine on the devices of this process, or of all processes of a launcher.
 
 On CPU: dispatch, combine and both with gradients, against the same contract over dense
 lax.all_to_all. On GPUs: the parts below, --shapes unless others are named.
@@ -56,8 +76,24 @@ experts: M x K x N rows and widths in G groups, each product by each implementat
 dense product. --experts takes no other sizes.
 
 decode: 61 layers of dispatch and combine in one program, with XLA's command buffers and without,
-beside controls without exchanges. It also runs under the launcher, in several processes:
-  python -m freeio_jax.launch -n 2 --platform cuda -m freeio_jax.bench --decode
+beside controls without exchanges.
+
+tax: dispatch and combine of each exchange, on 2, 4, ... ranks. The ideal time is that of the bytes
+that must cross the link, at its rate. The parts of XLA's exchanges come from the profile, ours from
+kernels with time stamps, by --stamped; see CONTRIBUTING.md. On CPU there are only the totals. --png
+draws two pictures, NAME-latency and NAME-parts.
+
+newest: XLA's kernel that moves ragged rows from and to symmetric buffers. It may crash, so each
+exchange is tried in processes of its own, which this part starts: one, and one for each GPU.
+
+readme: measures what the tables of README and docs/performance.md show, of XLA's newest exchanges,
+too, and prints them. On CPU: the table of the CPU.
+
+floors: also by a rate for each kind of access. Loads over the link go at the pull's rate, and zeros
+at that of memory which is only written. Else both go at the better or the copy's rate.
+
+In several processes all parts print the same tables, once. All devices take part:
+  python -m freeio_jax.launch -n 2 --platform cuda -m freeio_jax.bench
 
 exchanges:
   freeio            this package's engine
@@ -79,7 +115,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     count = _at_least_one
     parts = parser.add_argument_group("parts").add_argument
     parts("--check", action="store_true", help="each exchange against freeio_jax.reference")
+    parts("--tax", action="store_true", help="times next to the link's, and what they divide into")
     parts("--shapes", action="store_true", help="times on each shape, next to the floor")
+    parts("--floors", action="store_true", help="the floor by its two definitions")
     parts("--scaling", action="store_true", help="times on 2, 4, ... ranks, next to the floors")
     parts("--sms", action="store_true", help="how many SMs an exchange needs")
     parts("--late", action="store_true", help="what an exchange takes when one rank comes late")
@@ -101,7 +139,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         metavar=("OP", "T"),
         help="one launch of one operation, for other profilers; see CONTRIBUTING.md",
     )
-    parts("--all", action="store_true", help="all parts but --once")
+    parts("--newest", action="store_true", help="XLA's newest exchanges, in processes of their own")
+    parts(
+        "--readme",
+        action="store_true",
+        help="the figures of README and docs/performance.md, into --json, and as their tables",
+    )
+    parts("--all", action="store_true", help=f"all parts but --{', --'.join(ALONE)}")
 
     sizes = parser.add_argument_group("sizes").add_argument
     sizes("--ranks", type=count, help="R, devices; default: 8 (virtual ones) on CPU, else all")
@@ -124,7 +168,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "--exchanges",
         nargs="+",
         choices=NAMES,
-        help="default: all, but no reference in --shapes, and no -32 and -1 in --layer",
+        help="default: all, but no reference in --shapes, and no -32 and -1 in --layer and --tax",
     )
     what(
         "--products",
@@ -132,6 +176,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         choices=PRODUCTS,
         help="what multiplies the experts' rows, right or wrong; default: in --layer what is "
         "chosen, in --experts each of them",
+    )
+    what(
+        "--stamped",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="of --tax: the JSON of a run of a build with time stamps; see CONTRIBUTING.md",
     )
     what("--num-sms", type=count, help="as in freeio_jax.config")
     what("--repeats", type=count, default=5, help="on CPU: rounds; the median counts")
@@ -141,7 +191,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
     arguments.parts = [p for p in PARTS if getattr(arguments, p) not in (None, False)]
     if arguments.all:
-        arguments.parts = [p for p in PARTS if p != "once" or p in arguments.parts]
+        arguments.parts = [p for p in PARTS if p not in ALONE or p in arguments.parts]
         arguments.soak = arguments.soak or SOAK_CALLS
     for suites in (arguments.hidden, arguments.top_k, arguments.num_experts):
         if suites is not None and arguments.suites:
@@ -150,6 +200,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             )
     if (arguments.top_k or 8) > (arguments.num_experts or 64):
         parser.error(f"--top-k {arguments.top_k} exceeds --num-experts {arguments.num_experts}")
+    if arguments.readme and arguments.json is None:
+        parser.error(
+            "--readme makes a record: say where, as --json docs/notebook/DATE_figures.json"
+        )
+    if arguments.stamped is not None and not arguments.stamped.is_file():
+        parser.error(f"--stamped {arguments.stamped}: there is no such file")
     if arguments.once is not None:
         op, tokens = arguments.once
         if op not in OPS:
@@ -176,10 +232,26 @@ def _at_least_one(text: str) -> int:
 _at_least_one.__name__ = "int"
 
 
-def run_parts(arguments: argparse.Namespace) -> int:
-    """The parts, in order, on the first ``arguments.ranks`` devices; 1 if something failed."""
+def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> int:
+    """The parts, in order, on the first ``arguments.ranks`` devices; 1 if something failed.
+
+    ``newest``: the records of that part, which comes before JAX starts.
+    """
     import freeio_jax
-    from freeio_jax.bench import check, decode, experts, late, layer, mix, scaling, shapes
+    from freeio_jax.bench import (
+        check,
+        cpu,
+        decode,
+        experts,
+        floors,
+        late,
+        layer,
+        mix,
+        readme,
+        scaling,
+        shapes,
+        tax,
+    )
     from freeio_jax.bench.floor import Limits
     from freeio_jax.bench.report import Report, plot_scaling, plot_shapes
 
@@ -197,23 +269,42 @@ def run_parts(arguments: argparse.Namespace) -> int:
 
     dtype = arguments.dtype or "bfloat16"
     about = {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "command": " ".join(["python -m freeio_jax.bench", *sys.argv[1:]]),
+        "platform": devices[0].client.platform_version,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "device": devices[0].device_kind,
         "ranks": len(devices),
+        "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "settings": freeio_jax.config(),
     }
     print(f"# {len(devices)} x {devices[0].device_kind}, jax {jax.__version__}", flush=True)
     report = Report(about, arguments.json)
+    if newest:
+        report.data["newest"] = list(newest)
+        report.save()
     sizes = {"num_ranks": len(devices), "dtype": dtype}
     for part in arguments.parts:
         if part == "check":
             check.run(report, num_ranks=len(devices), exchanges=exchanges("reference"))
+        elif part == "tax":
+            tax.run(
+                report,
+                _suites(arguments, "large", (128, 4096)),
+                devices=devices,
+                numbers_of_ranks=scaling.numbers_of_ranks(len(devices)),
+                exchanges=exchanges("ragged-32", "ragged-1"),
+                dtype=dtype,
+                stamped=tax.read_stamped(arguments.stamped) if arguments.stamped else (),
+                png=arguments.png,
+            )
         elif part == "shapes":
             limits = Limits.measure(devices)
             report.data["about"]["limits"] = dataclasses.asdict(limits)
-            memory = check.memory(devices)
+            memory = check.memory(jax.local_devices())
             report.data["about"]["engine_bytes"] = memory.get("engine")
             print(f"# {limits}; bytes in use: {memory}", flush=True)
             suites = _suites(arguments)
@@ -221,6 +312,10 @@ def run_parts(arguments: argparse.Namespace) -> int:
             shapes.run(report, limits, suites, ops=arguments.ops, exchanges=names, **sizes)
             if arguments.png:
                 plot_shapes(report.data["shapes"], arguments.png)
+        elif part == "floors":
+            limits = Limits.measure(devices)
+            report.data["about"]["limits"] = dataclasses.asdict(limits)
+            floors.run(report, limits, _suites(arguments), ops=arguments.ops, **sizes)
         elif part == "scaling":
             suites = _suites(arguments, "large", (128, 4096))
             scaling.run(report, suites, devices=devices, ops=arguments.ops, dtype=dtype)
@@ -258,6 +353,14 @@ def run_parts(arguments: argparse.Namespace) -> int:
             if path and len(arguments.parts) > 1:
                 path = path.with_name(f"{path.stem}-experts{path.suffix}")
             experts.run(report, dtype=dtype, png=path, products=arguments.products)
+        elif part == "readme":
+            if on_gpu:
+                readme.measure(report, devices=devices, dtype=dtype)
+            else:
+                cpu.set_defaults(arguments)
+                report.data["cpu"] = cpu.measure(arguments)
+                report.save()
+            readme.print_tables(report.data, arguments.json.name)
         elif part == "once":
             op, tokens = arguments.once
             (suite,) = _suites(arguments, "large", (tokens,), override=False)
@@ -265,6 +368,43 @@ def run_parts(arguments: argparse.Namespace) -> int:
     if report.failed:
         print(f"\n{report.failed} measurement(s) failed, see above", file=sys.stderr)
     return min(report.failed, 1)
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package lies in; None: it lies in none."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    folder = pathlib.Path(__file__).parent
+    try:
+        found = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # there is no git
+        return None
+    return found.stdout.strip() or None
+
+
+def _try_newest(arguments, num_gpus: int) -> list[Mapping]:
+    """The part that comes first: its processes need the GPUs' memory, which JAX takes here."""
+    from freeio_jax.bench import newest
+    from freeio_jax.bench.report import Report
+
+    sizes = []
+    for name in ("suites", "tokens", "hidden", "top_k", "num_experts", "dtype"):
+        value = getattr(arguments, name)
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            sizes += [f"--{name.replace('_', '-')}", *map(str, values)]
+    if not any((arguments.suites, arguments.hidden, arguments.top_k, arguments.num_experts)):
+        sizes += ["--suites", "large"]
+    if not arguments.tokens:
+        sizes += ["--tokens", "1", "128", "1024", "4096", "8192"]
+    report = Report({})
+    newest.run(
+        report,
+        sizes,
+        num_ranks=arguments.ranks or num_gpus or 2,
+        platform="cuda" if num_gpus else "cpu",
+        exchanges=[n for n in newest.EXCHANGES if n in (arguments.exchanges or NAMES)],
+    )
+    return report.data.get("newest", [])
 
 
 def _suites(arguments, only=None, tokens=None, override=True):
@@ -286,23 +426,54 @@ def _suites(arguments, only=None, tokens=None, override=True):
 
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
-    processes = cluster.num_processes()
-    if processes > 1 and not set(arguments.parts or ["shapes"]) <= set(IN_PROCESSES):
-        print(
-            f"The launcher started {processes} processes, in which the benchmark has these parts: "
-            f"{', '.join(IN_PROCESSES)}. Run all others without the launcher.",
-            file=sys.stderr,
-        )
-        return 2
+    several = cluster.num_processes() > 1
     ranks = arguments.ranks or 8
     # Both are read when JAX's backends start.
-    if processes == 1 and (jax.config.jax_num_cpu_devices or 0) < ranks:
+    if not several and (jax.config.jax_num_cpu_devices or 0) < ranks:
         jax.config.update("jax_num_cpu_devices", ranks)
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_enable_command_buffer" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
-    if processes > 1:
-        return _run_in_processes(arguments)
+    if not several:
+        newest = []
+        num_gpus = len(pod.visible_gpus())
+        if arguments.newest or (arguments.readme and num_gpus):
+            newest = _try_newest(arguments, num_gpus)
+        return _run(arguments, ranks, newest)
+    if arguments.newest or arguments.readme:
+        print(
+            "--newest starts processes by itself, and --readme is of one process, in which it "
+            "has --newest: run them without the launcher.",
+            file=sys.stderr,
+        )
+        return 2
+
+    import freeio_jax
+    from freeio_jax.bench import processes
+
+    jax.distributed.initialize()
+    freeio_jax.initialize()
+    if arguments.ranks not in (None, jax.device_count()):
+        print(
+            f"--ranks {arguments.ranks}: the processes have {jax.device_count()} devices, and all "
+            "of them take part.",
+            file=sys.stderr,
+        )
+        return 2
+    arguments.ranks = jax.device_count()
+    with contextlib.ExitStack() as stack:
+        if not processes.is_first():
+            arguments.json = arguments.png = None
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        status = _run(arguments, arguments.ranks)
+        # JAX lets processes wait for each other at their end, but not for long.
+        processes.share(None)
+    return status
+
+
+def _run(arguments, ranks: int, newest: Sequence[Mapping] = ()) -> int:
+    """The comparison on CPU, or the parts."""
     on_cpu = jax.default_backend() == "cpu"
     if arguments.ranks is None:
         arguments.ranks = ranks if on_cpu else len(jax.devices())
@@ -319,27 +490,7 @@ def main(argv=None) -> int:
         cpu.run(arguments)
         return 0
     arguments.parts = arguments.parts or ["shapes"]
-    return run_parts(arguments)
-
-
-def _run_in_processes(arguments) -> int:
-    """The parts on all devices of all processes; process 0 tells of them."""
-    import freeio_jax
-
-    jax.distributed.initialize()
-    freeio_jax.initialize()
-    if arguments.ranks not in (None, jax.device_count()):
-        print(
-            f"--ranks {arguments.ranks}: the processes have {jax.device_count()} devices, and all "
-            "of them take part.",
-            file=sys.stderr,
-        )
-        return 2
-    if jax.process_index() == 0:
-        return run_parts(arguments)
-    arguments.json = arguments.png = None
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        return run_parts(arguments)
+    return run_parts(arguments, newest)
 
 
 if __name__ == "__main__":

@@ -115,13 +115,16 @@ def operations(shape: Shape, library: ModuleType, seed: int = 0) -> dict[str, Ca
     """
     mesh = expert_mesh(shape.num_ranks)
     spec = PartitionSpec("expert")
+    sharding = NamedSharding(mesh, spec)
     rng = np.random.default_rng(seed)
     num_rows = shape.num_ranks * shape.num_tokens
 
     def put(array):
-        return jax.device_put(array, NamedSharding(mesh, spec))
+        # Each process of several puts the ranks of its own devices.
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    tokens = put(jnp.asarray(rng.standard_normal((num_rows, shape.hidden)), shape.dtype))
+    tokens = rng.standard_normal((num_rows, shape.hidden)).astype(jnp.dtype(shape.dtype))
+    tokens = put(tokens)
     weights = put(rng.random((num_rows, shape.top_k), np.float32))
     topk_idx = put(uniform_routing(shape, seed))
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from freeio_jax import _native, reference
-from freeio_jax.bench import baselines
+from freeio_jax.bench import baselines, processes
 from freeio_jax.bench.cases import ROUTINGS, Shape, expert_mesh
 from freeio_jax.bench.programs import per_shard, put
 from freeio_jax.bench.report import Report
@@ -162,8 +162,10 @@ def run(
 
 
 def memory(devices: Sequence[jax.Device]) -> dict[str, int]:
-    """Bytes in use: the arrays on the fullest device, the engine's own there, and the host's."""
+    """Bytes in use by this process: the arrays on its fullest device, the engine's own there, and
+    the host's."""
     gc.collect()
+    devices = processes.local(devices)
     stats = [device.memory_stats() or {} for device in devices]
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     used = {

@@ -101,11 +101,16 @@ def plot(results: list[dict], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def set_defaults(arguments: argparse.Namespace) -> None:
+    """Where the command line says nothing else."""
     for name, value in DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     arguments.dtype = arguments.dtype or "float32"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    set_defaults(arguments)
     capacity = (
         "dropless capacity"
         if arguments.capacity_factor is None

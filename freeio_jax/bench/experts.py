@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from freeio_jax.bench import processes
 from freeio_jax.bench.report import Report
 from freeio_jax.grouped_matmul import Product, choice, trial
 
@@ -159,8 +160,15 @@ def run(
 ) -> None:
     """Times each product of each shape by each implementation of this platform.
 
-    ``products``: names of implementations, and no others; None: all.
+    ``products``: names of implementations, and no others; None: all. Of several processes the first
+    one times them on one of its devices, and the others wait.
     """
+    if processes.is_first():
+        _run(report, shapes, dtype, png, products)
+    processes.share(None)
+
+
+def _run(report, shapes, dtype, png, products):
     backend = jax.default_backend()
     platform = "cuda" if backend == "gpu" else backend
     shapes = shapes or (SHAPES if backend == "gpu" else SMALL)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from freeio_jax import _native
+from freeio_jax.bench import processes
 from freeio_jax.engines import ENGINES
+from freeio_jax.launch import pod
 
 #: The exchanges that are timed, and the kernels that they are: patterns of names in a profile.
 KERNELS = {
@@ -30,11 +36,13 @@ class Traffic:
       loaded_bytes: from memory: rows read once, landed rows read for replication; or the same
         backwards.
       stored_bytes: to memory or to a peer's: packed rows and the zeros behind them; or sums.
+      zero_bytes: of the stored ones, the zeros.
     """
 
     link_bytes: int
     loaded_bytes: int
     stored_bytes: int
+    zero_bytes: int = 0
 
     @property
     def hbm_bytes(self) -> int:
@@ -71,7 +79,8 @@ def traffic(
     moved = {}
     for op, (loaded, stored) in loaded_and_stored.items():
         busiest = int(np.argmax(loaded + stored))
-        rows = link, loaded[busiest], stored[busiest]
+        zeros = 0 if op == "combine" else (written - kept)[busiest]
+        rows = link, loaded[busiest], stored[busiest], zeros
         moved[op] = Traffic(*(int(number * row_bytes) for number in rows))
     return moved
 
@@ -92,46 +101,108 @@ def floor_of_sms(moved: Traffic, num_sms: int, device_kind: str) -> float:
     )
 
 
+#: Operations that load over the link. The others store to their peers, as every small call does.
+PULLS = ("dispatch", "combine_transpose", "dispatch_along")
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the GPUs can do at best: bytes per second, and seconds. NaN: not measured."""
+    """What the GPUs can do at best: bytes per second, and seconds. NaN: not measured.
+
+    Attributes:
+      link: out of each GPU and into it, all to all; the better one of push and pull.
+      memory: read and written, of a copy.
+      trip: of a flag from GPU to GPU.
+      push: over the link where stores use it.
+      pull: where loads do.
+      write: of memory that is set, and not read.
+    """
 
     link: float
     memory: float
     trip: float
+    push: float = math.nan
+    pull: float = math.nan
+    write: float = math.nan
 
     @classmethod
     def measure(cls, devices: Sequence[jax.Device]) -> Limits:
-        """The link's figure is the better one of pushing and pulling, by CTAs on all SMs."""
+        """On these devices, by CTAs on all SMs."""
         if devices[0].platform != "gpu":
             return cls(math.nan, math.nan, math.nan)
-        # The engine lets the GPUs reach each other's memory.
-        ENGINES["cuda"].start()
-        ordinals = [device.local_hardware_id for device in devices]
+        own = processes.local(devices)
+        if len(own) == len(devices):
+            # The engine lets the GPUs reach each other's memory.
+            ENGINES["cuda"].start()
+            return cls.of([device.local_hardware_id for device in devices])
+        gpus = pod.visible_gpus()
+        named = processes.share([gpus[device.local_hardware_id] for device in own])
+        found = None
+        if processes.is_first():
+            found = _measure_elsewhere([gpu for of_process in named for gpu in of_process])
+        return cls(**processes.share(found)[0])
+
+    @classmethod
+    def of(cls, ordinals: Sequence[int]) -> Limits:
+        """Of GPUs of this process that can reach each other's memory."""
         size = 256 << 20
         memory = _native.cuda.memory_bandwidth(ordinals[0], 4 * size)
+        write = _native.cuda.write_bandwidth(ordinals[0], 4 * size)
         if len(ordinals) == 1:
-            return cls(math.inf, memory, 0.0)
-        best = 0.0
-        for pull in (False, True):
+            return cls(math.inf, memory, 0.0, math.inf, math.inf, write)
+        best = {}
+        for name in ("push", "pull"):
             rates = {
-                ctas: _native.cuda.link_bandwidth(ordinals, size, ctas, pull)
+                ctas: _native.cuda.link_bandwidth(ordinals, size, ctas, name == "pull")
                 for ctas in (8, 16, 32, 64, 132)
             }
-            print(
-                f"# {'pull' if pull else 'push'}, GB/s by CTAs:",
-                {ctas: round(rate / 1e9) for ctas, rate in rates.items()},
-                flush=True,
-            )
-            best = max(best, *rates.values())
-        return cls(best, memory, _native.cuda.flag_trip(ordinals[0], ordinals[1]))
+            gigabytes = {ctas: round(rate / 1e9) for ctas, rate in rates.items()}
+            print(f"# {name}, GB/s by CTAs: {gigabytes}", flush=True)
+            best[name] = max(rates.values())
+        trip = _native.cuda.flag_trip(ordinals[0], ordinals[1])
+        return cls(max(best.values()), memory, trip, **best, write=write)
 
     def floor(self, moved: Traffic) -> float:
         """Seconds: the slower of link and memory, and a flag's trip before and after."""
         return max(moved.link_bytes / self.link, moved.hbm_bytes / self.memory) + 2 * self.trip
 
+    def floor_by_rates(self, moved: Traffic, *, pulls: bool) -> float:
+        """The same with a rate for each kind of access: loads over the link go at the pull's, and
+        zeros at that of memory which is only written."""
+        link = moved.link_bytes / (self.pull if pulls else self.push)
+        copied = moved.hbm_bytes - moved.zero_bytes
+        memory = copied / self.memory + moved.zero_bytes / self.write
+        return max(link, memory) + 2 * self.trip
+
     def __str__(self) -> str:
         return (
-            f"link {self.link / 1e9:.0f} GB/s, memory {self.memory / 1e9:.0f} GB/s, "
-            f"flag trip {self.trip * 1e6:.2f} us"
+            f"link {self.link / 1e9:.0f} GB/s (push {self.push / 1e9:.0f}, pull "
+            f"{self.pull / 1e9:.0f}), memory {self.memory / 1e9:.0f} GB/s (written alone "
+            f"{self.write / 1e9:.0f}), flag trip {self.trip * 1e6:.2f} us"
         )
+
+
+def _measure_elsewhere(gpus: Sequence[str]) -> dict[str, float]:
+    """The limits of GPUs that belong to several processes, by a process that sees all of them."""
+    command = [sys.executable, "-m", "freeio_jax.bench.floor", str(len(gpus))]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"{' '.join(command)} on the GPUs {', '.join(gpus)} ended with status "
+            f"{done.returncode}: {done.stderr.strip()[-1000:]}"
+        )
+    *said, figures = done.stdout.splitlines()
+    print(*said, sep="\n", flush=True)
+    return json.loads(figures)
+
+
+def _main(num_gpus: int) -> None:
+    """Measures on the first GPUs that this process sees. The last line has the limits in JSON."""
+    ordinals = list(range(num_gpus))
+    _native.cuda.start(ordinals)
+    print(json.dumps(dataclasses.asdict(Limits.of(ordinals))))
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import freeio_jax as fio
-from freeio_jax.bench import profile, timing
+from freeio_jax.bench import processes, profile, timing
 from freeio_jax.bench.floor import KERNELS
 from freeio_jax.bench.programs import Program
 from freeio_jax.bench.report import Report
@@ -32,8 +32,10 @@ def run(
     dtype: str,
     milliseconds: Sequence[float] = MILLISECONDS,
 ) -> None:
-    """The kernel's time on the rank that comes last, for each operation of freeio."""
-    delay = _delay(jax.devices()[num_ranks - 1])
+    """The kernel's time on the last rank, for each operation of freeio, when it comes late."""
+    last = jax.devices()[num_ranks - 1]
+    with processes.among([last]) as is_here:
+        delay = _delay(last) if is_here else lambda milliseconds: None
     for case in cases(suites, num_ranks, dtype):
         programs = case.programs()
         report.table(
@@ -45,7 +47,7 @@ def run(
             def measure(op=op, programs=programs):
                 program = programs.build(fio, op, 1)
                 return {
-                    _column(ms): _last_kernel_seconds(program, op, lambda ms=ms: delay(ms))
+                    _column(ms): _kernel_seconds_on(last, program, op, lambda ms=ms: delay(ms))
                     for ms in milliseconds
                 }
 
@@ -56,21 +58,27 @@ def _column(milliseconds: float) -> str:
     return f"late_{round(milliseconds * 1000)}us_s"
 
 
-def _last_kernel_seconds(program: Program, op: str, delay: Callable[[], object]) -> float:
-    """Median duration of the kernel that starts last; NaN where the profile shows none."""
+def _kernel_seconds_on(
+    device: jax.Device, program: Program, op: str, delay: Callable[[], object]
+) -> float:
+    """Median duration of the device's kernel; NaN where no profile shows any."""
     work = some_milliseconds_of_work()
     seconds = []
     for _ in range(_REPEATS):
-        events = profile.record(program, ahead=lambda: (work(), delay()))
-        kernels = [event for event in events if re.search(KERNELS[op], event.name)]
-        if kernels:
+        # The exchange before the delay brings all GPUs together, whatever their hosts did before.
+        events = profile.record(program, ahead=lambda: (work(), program(), delay()))
+        own = [e for e in events if e.device.endswith(f":{device.local_hardware_id}")]
+        kernels = [event for event in own if re.search(KERNELS[op], event.name)]
+        if kernels and processes.local([device]):
             seconds.append(max(kernels, key=lambda event: event.start).duration)
+    seconds = [duration for of_process in processes.share(seconds) for duration in of_process]
     return statistics.median(seconds) if seconds else math.nan
 
 
 def _delay(device: jax.Device) -> Callable[[float], object]:
     """Queues work of that many milliseconds on the device."""
-    matrix = jax.device_put(jnp.zeros((2048, 2048), jnp.bfloat16), device)
+    side = 2048 if device.platform == "gpu" else 64  # much less than a millisecond
+    matrix = jax.device_put(jnp.zeros((side, side), jnp.bfloat16), device)
 
     @functools.partial(jax.jit, static_argnums=1)
     def multiply(a, times):

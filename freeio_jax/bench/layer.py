@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from freeio_jax.bench import baselines, profile, timing
 from freeio_jax.bench.cases import Shape, expert_mesh, uniform_routing
-from freeio_jax.bench.programs import Programs, per_shard
+from freeio_jax.bench.programs import Programs, per_shard, put
 from freeio_jax.bench.report import Report
 from freeio_jax.flax.config import MoEConfig
 from freeio_jax.flax.experts import SwiGLU
@@ -103,9 +103,10 @@ class Layer:
     def experts(self, gradients: bool):
         """Compiled and bound: the layer's experts without its exchanges, on like routing."""
         shape, topk_idx, capacity = self._routing()
-        groups = np.bincount(np.asarray(topk_idx).ravel(), minlength=shape.num_experts)
+        groups = np.bincount(topk_idx.ravel(), minlength=shape.num_experts)
         ends = np.minimum(np.cumsum(groups.reshape(shape.num_ranks, -1), axis=1), capacity)
-        sizes = jnp.asarray(np.diff(ends, axis=1, prepend=0), jnp.int32).reshape(-1)
+        sizes = np.diff(ends, axis=1, prepend=0).astype(np.int32).reshape(-1)
+        sizes = put(self.mesh, sizes)
 
         def draw(key):
             key = jax.random.fold_in(key, jax.lax.axis_index("expert"))

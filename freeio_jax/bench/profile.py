@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 
 import jax
 
+from freeio_jax.bench import processes
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -28,7 +30,7 @@ def record(
     folder: str | None = None,
     ahead: Callable[[], object] = lambda: None,
 ) -> list[Event]:
-    """All that the GPUs did in one run, after a warm-up; nothing where there are none.
+    """All that this process's GPUs did in one run, after a warm-up; nothing where there are none.
 
     ``folder``: keeps the trace there, for XProf or Perfetto.
     ``ahead``: keeps the GPUs busy while the host launches all of the run. Else a kernel that waits
@@ -38,6 +40,7 @@ def record(
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or temporary
         with jax.profiler.trace(folder):
+            processes.share(None)  # to start a profile takes longer than the work ahead
             jax.block_until_ready((ahead(), run()))
         return read(folder)
 

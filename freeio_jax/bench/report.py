@@ -7,7 +7,7 @@ import math
 import pathlib
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -133,27 +133,38 @@ def plot_shapes(records: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 def plot_scaling(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Each operation's time and floor over the number of ranks, one panel for each shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     records = [record for record in records if "error" not in record]
-    shapes = list(dict.fromkeys((record["name"], record["num_tokens"]) for record in records))
-    figure, panels = pyplot.subplots(
-        1, max(1, len(shapes)), figsize=(4.5 * max(1, len(shapes)), 3.6), squeeze=False
-    )
-    for axes, (name, num_tokens) in zip(panels[0], shapes, strict=False):
-        here = [r for r in records if (r["name"], r["num_tokens"]) == (name, num_tokens)]
+
+    def panel(axes, shape):
+        here = [r for r in records if (r["name"], r["num_tokens"]) == shape]
         for op in dict.fromkeys(record["op"] for record in here):
             mine = [record for record in here if record["op"] == op]
             ranks = [record["num_ranks"] for record in mine]
             (line,) = axes.plot(ranks, [r["kernel_s"] * 1e6 for r in mine], "o-", label=op)
             axes.plot(ranks, [r["floor_s"] * 1e6 for r in mine], ":", color=line.get_color())
-        axes.set(title=f"{name}, T={num_tokens} (dotted: floor)", xlabel="ranks", ylabel="us")
-        axes.set(xticks=sorted({record["num_ranks"] for record in here}))
+        axes.set(
+            title=f"{shape[0]}, T={shape[1]} (dotted: floor)",
+            xlabel="ranks",
+            ylabel="us",
+            xticks=sorted({record["num_ranks"] for record in here}),
+        )
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=6)
+
+    draw(list(dict.fromkeys((r["name"], r["num_tokens"]) for r in records)), panel, path)
+
+
+def draw(panels: Sequence[Any], panel: Callable[[Any, Any], None], path: pathlib.Path) -> None:
+    """A picture of panels side by side; ``panel(axes, key)`` draws one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    number = max(1, len(panels))
+    figure, all_axes = pyplot.subplots(1, number, figsize=(4.5 * number, 3.6), squeeze=False)
+    for axes, key in zip(all_axes[0], panels, strict=False):
+        panel(axes, key)
         axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 
 import freeio_jax as fio
+from freeio_jax.bench import processes
 from freeio_jax.bench.floor import Limits
 from freeio_jax.bench.report import Report
 from freeio_jax.bench.shapes import Suite, cases, kernel_or_wall_seconds
@@ -42,32 +43,39 @@ def run(
 ) -> None:
     """Times ``ops`` of freeio on 2, 4, ... ranks; the limits are measured anew for each number."""
     for num_ranks in numbers_of_ranks(len(devices)):
-        limits = Limits.measure(devices[:num_ranks])
-        print(f"# R={num_ranks}: {limits}", flush=True)
-        limits_of = report.data["about"].setdefault("limits_of_ranks", {})
-        limits_of[str(num_ranks)] = dataclasses.asdict(limits)
-        fitting = [suite for suite in suites if suite.num_experts % num_ranks == 0]
-        for suite in suites:
-            if suite not in fitting:
-                print(
-                    f"# {suite.name}: {suite.num_experts} experts are not {num_ranks} equal parts"
-                )
-        report.table(f"Scaling, R={num_ranks}", _COLUMNS)
-        for case in cases(fitting, num_ranks, dtype):
-            programs, moved = case.programs(), case.traffic()
-            for op in ops:
+        with processes.among(devices[:num_ranks]) as takes_part:
+            if takes_part:
+                _run(report, suites, devices[:num_ranks], ops, dtype)
+    processes.share(None)
 
-                def measure(op=op, case=case, programs=programs, moved=moved, limits=limits):
-                    program = programs.build(fio, op, case.calls)
-                    seconds = kernel_or_wall_seconds(program, op)
-                    floor, link = limits.floor(moved[op]), moved[op].link_bytes
-                    return {
-                        "kernel_s": seconds,
-                        "floor_s": floor,
-                        "ratio": seconds / floor,
-                        "link_bytes": link,
-                        "link_rate": link / seconds,
-                        "of_link": link / seconds / limits.link,
-                    }
 
-                report.guarded("scaling", {**case.about, "op": op}, measure)
+def _run(report, suites, devices, ops, dtype):
+    """On all of these devices."""
+    num_ranks = len(devices)
+    limits = Limits.measure(devices)
+    print(f"# R={num_ranks}: {limits}", flush=True)
+    limits_of = report.data["about"].setdefault("limits_of_ranks", {})
+    limits_of[str(num_ranks)] = dataclasses.asdict(limits)
+    fitting = [suite for suite in suites if suite.num_experts % num_ranks == 0]
+    for suite in suites:
+        if suite not in fitting:
+            print(f"# {suite.name}: {suite.num_experts} experts are not {num_ranks} equal parts")
+    report.table(f"Scaling, R={num_ranks}", _COLUMNS)
+    for case in cases(fitting, num_ranks, dtype):
+        programs, moved = case.programs(), case.traffic()
+        for op in ops:
+
+            def measure(op=op, case=case, programs=programs, moved=moved, limits=limits):
+                program = programs.build(fio, op, case.calls)
+                seconds = kernel_or_wall_seconds(program, op)
+                floor, link = limits.floor(moved[op]), moved[op].link_bytes
+                return {
+                    "kernel_s": seconds,
+                    "floor_s": floor,
+                    "ratio": seconds / floor,
+                    "link_bytes": link,
+                    "link_rate": link / seconds,
+                    "of_link": link / seconds / limits.link,
+                }
+
+            report.guarded("scaling", {**case.about, "op": op}, measure)

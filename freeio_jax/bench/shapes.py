@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
-from freeio_jax.bench import baselines, profile, timing
+from freeio_jax.bench import baselines, processes, profile, timing
 from freeio_jax.bench.cases import ROUTINGS, Shape, expert_mesh, loads
 from freeio_jax.bench.floor import KERNELS, Limits, Traffic, floor_of_sms, traffic
 from freeio_jax.bench.programs import Programs
@@ -106,14 +106,15 @@ def kernel_or_wall_seconds(program, op: str) -> float:
 def kernel_seconds(program, op: str) -> float:
     """Median duration of the operation's kernel; NaN where the profile shows none."""
     events = profile.record(program, ahead=some_milliseconds_of_work())
-    seconds = profile.durations(events, KERNELS[op])
+    durations = processes.share(profile.durations(events, KERNELS[op]))
+    seconds = [duration for of_process in durations for duration in of_process]
     return statistics.median(seconds) if seconds else math.nan
 
 
 @functools.cache
 def some_milliseconds_of_work():
-    """Work for all GPUs that no collective is part of."""
-    devices = jax.devices()
+    """Work for all GPUs of this process that no collective is part of."""
+    devices = jax.local_devices()
     if devices[0].platform != "gpu":
         return lambda: None
     side = 8192

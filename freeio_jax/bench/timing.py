@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import jax
 
+from freeio_jax.bench import processes
+
 
 def compare(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each call over ``repeats`` rounds; every round runs each call once.
@@ -45,5 +47,6 @@ def seconds_per_run(run: Callable[[], object], least: float = 0.1) -> float:
         jax.block_until_ready(result)
         return (time.perf_counter() - begin) / runs
 
-    runs = min(MOST_RUNS, 1 + int(least / sample(1)))
+    # All processes make as many: those that the first one finds right.
+    runs = processes.share(min(MOST_RUNS, 1 + int(least / sample(1))))[0]
     return statistics.median(sample(runs) for _ in range(7 if runs > 1 else 3))

@@ -106,14 +106,3 @@ def test_processes_print_once(tmp_path):
     data = json.loads(path.read_text())
     assert data["about"]["ranks"] == 2
     assert {record["processes"] for record in data["decode"]} == {2}
-
-
-def test_other_parts_are_programs_of_one_process():
-    launched = subprocess.run(
-        [sys.executable, "-m", "freeio_jax.launch", "-n", "2", "-m", "freeio_jax.bench", "--soak"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert launched.returncode == 2
-    assert "in which the benchmark has these parts: decode" in launched.stderr

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes as c
 import dataclasses
 import functools
+import itertools
 import shutil
 import tempfile
 import zlib
@@ -234,6 +235,8 @@ class Emulator:
             "engine_pairs",
         ):
             getattr(self._library, name).restype = c.c_char_p
+        if self.phases:
+            self._library.engine_take_timelines.restype = c.c_char_p
         self._library.engine_bytes_of.restype = c.c_int64
         for struct in _structs:
             name = struct.__name__
@@ -247,6 +250,7 @@ class Emulator:
         self._filled = []  # likewise: on their GPU's stream
         self._new_buffers = []  # of the next launch
         self._broken = False
+        self._num_sms = num_sms
         self._launches = {}  # by (lane, GPU, peer)
         self._in_flight = {}  # by (GPU, start): its site and buffers
         #: Of the program whose synchronous calls come: the most multiprocessors that one of its
@@ -290,6 +294,27 @@ class Emulator:
         """What became of an exchange that failed, once for each GPU; None: nothing new."""
         text = self._library.engine_take_failure()
         return text.decode() if text else None
+
+    def take_timelines(self, gpu):
+        """In a build with time stamps, of each CTA of the last exchange: when it began and ended,
+        and how long it spent in each of `phases`, as ``_native.cuda.take_timelines`` returns it."""
+        numbers = np.zeros((self._num_sms, 2 + len(self.phases)), np.uint64)
+        count = c.c_int32()
+        pointer = numbers.ctypes.data_as(c.c_void_p)
+        self._check(self._library.engine_take_timelines(gpu, pointer, c.byref(count)))
+        return [
+            (begin, end, spent)
+            for begin, end, *spent in numbers[: count.value].astype(int).tolist()
+        ]
+
+    @property
+    def phases(self):
+        """What `take_timelines` tells of; empty in a build without time stamps."""
+        if not hasattr(self._library, "engine_phase_name"):
+            return ()
+        name = self._library.engine_phase_name
+        name.restype = c.c_char_p
+        return tuple(text.decode() for text in iter(map(name, itertools.count()).__next__, None))
 
     def take_note(self):
         """Who waits for whom for long; None: nothing new."""

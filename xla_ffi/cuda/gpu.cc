@@ -79,6 +79,14 @@ Status make_gpu(int ordinal, int num_gpus, const std::vector<int>& shared_by, ui
       cuda_status(cudaDeviceGetAttribute(&gpu.num_sms, cudaDevAttrMultiProcessorCount, ordinal),
                   "cudaDeviceGetAttribute");
   if (!status.ok()) return status;
+#ifdef FREEIO_STAMPS
+  void* timelines = nullptr;
+  const size_t bytes = sizeof(Timeline) * kLanes * gpu.num_sms;
+  status = cuda_status(cudaMalloc(&timelines, bytes), "cudaMalloc (timelines)");
+  gpu.timelines.reset(timelines);
+  if (status.ok()) status = cuda_status(cudaMemset(timelines, 0, bytes), "cudaMemset");
+  if (!status.ok()) return status;
+#endif
   return load_kernels(ordinal);
 }
 

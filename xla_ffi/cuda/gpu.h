@@ -10,6 +10,7 @@
 #include "cuda/gpu_block.h"
 #include "cuda/memory.h"
 #include "cuda/overlap.h"
+#include "cuda/timeline.h"
 
 namespace freeio::cuda {
 
@@ -51,6 +52,12 @@ struct Gpu {
   int num_sms = 0;
   bool is_failure_reported = false;  // take_failure() has returned it
   KnownWait waits[kLanes];
+#ifdef FREEIO_STAMPS
+  std::unique_ptr<void, FreeDevice> timelines;  // a Timeline for each lane and multiprocessor
+  Timeline* timelines_of(Lane lane) const {
+    return static_cast<Timeline*>(timelines.get()) + lane * num_sms;
+  }
+#endif
 };
 
 // Makes the blocks of this process's GPUs, lets each GPU access the memory of the others, and loads

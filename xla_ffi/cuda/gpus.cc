@@ -308,6 +308,9 @@ Status find_group(const Layout& layout, const GroupMember& member, const LaneSha
       exchange.block_bytes = own->second.block.block_bytes;
       connection.overlap = own->second.overlap.get();
       connection.num_ctas = grid_size(layout, share, own->second);
+#ifdef FREEIO_STAMPS
+      exchange.timelines = own->second.timelines_of(share.lane);
+#endif
     }
   }
   exchange.lane = share.lane;
@@ -329,6 +332,35 @@ Status find_group(const Layout& layout, const GroupMember& member, const LaneSha
   exchange.zero_tail = layout.zero_tail != 0;
   return {};
 }
+
+#ifdef FREEIO_STAMPS
+Status take_timelines(int ordinal, std::vector<Timeline>& timelines) {
+  std::lock_guard lock(engine().mutex);
+  timelines.clear();
+  for (const auto& [number, gpu] : engine().gpus) {
+    if (gpu.ordinal != ordinal) continue;
+    CurrentDevice current(ordinal);
+    std::vector<Timeline> all(gpu.num_sms);
+    const size_t bytes = sizeof(Timeline) * all.size();
+    Timeline* const memory = gpu.timelines_of(kSynchronous);
+    Status status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    if (status.ok()) {
+      status =
+          cuda_status(cudaMemcpyAsync(all.data(), memory, bytes, cudaMemcpyDeviceToHost, nullptr),
+                      "cudaMemcpyAsync");
+    }
+    if (status.ok()) status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    if (status.ok()) status = cuda_status(cudaMemset(memory, 0, bytes), "cudaMemset");
+    if (!status.ok()) return status;
+    for (const Timeline& timeline : all) {
+      if (timeline.end != 0) timelines.push_back(timeline);
+    }
+    return {};
+  }
+  return {Code::kInvalidArgument, "freeio_jax: the engine has no GPU with the CUDA ordinal " +
+                                      std::to_string(ordinal) + "; make an exchange on it first."};
+}
+#endif
 
 std::string take_failure() {
   std::lock_guard lock(engine().mutex);

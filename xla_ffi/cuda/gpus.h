@@ -100,6 +100,12 @@ Status find_group(const Layout& layout, const GroupMember& member, const LaneSha
 // `host` and `overlap`.
 Status find_gpu(int ordinal, Connection& connection);
 
+#ifdef FREEIO_STAMPS
+// The timelines of the last synchronous exchange on this process's GPU with this ordinal. Waits for
+// the exchanges that run. They are returned once: those of CTAs that have run since the last call.
+Status take_timelines(int ordinal, std::vector<Timeline>& timelines);
+#endif
+
 // How many seconds an exchange waits for a peer.
 double timeout();
 

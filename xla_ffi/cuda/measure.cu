@@ -41,6 +41,23 @@ Event make_event() {
   return Event(event);
 }
 
+// The shortest of some rounds of what `enqueue` puts on the default stream, in seconds.
+template <typename F>
+double best_seconds(const F& enqueue) {
+  const Event begin = make_event(), end = make_event();
+  float best = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    check(cudaEventRecord(begin.get()));
+    check(enqueue());
+    check(cudaEventRecord(end.get()));
+    check(cudaEventSynchronize(end.get()));
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()));
+    if (best == 0 || milliseconds < best) best = milliseconds;
+  }
+  return best * 1e-3;
+}
+
 // What one GPU copies: from its own memory to that of each peer, or from theirs to its own.
 struct Copies {
   static constexpr int kMaxPeers = 15;
@@ -92,18 +109,16 @@ __global__ void ping_pong_kernel(uint32_t* mine, uint32_t* theirs, bool first, i
 double memory_bandwidth(int ordinal, int64_t bytes) {
   check(cudaSetDevice(ordinal));
   const DeviceMemory from = allocate(bytes), to = allocate(bytes);
-  const Event begin = make_event(), end = make_event();
-  float best = 0;
-  for (int round = 0; round < kRounds; ++round) {
-    check(cudaEventRecord(begin.get()));
-    check(cudaMemcpyAsync(to.get(), from.get(), bytes, cudaMemcpyDeviceToDevice));
-    check(cudaEventRecord(end.get()));
-    check(cudaEventSynchronize(end.get()));
-    float milliseconds = 0;
-    check(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()));
-    if (best == 0 || milliseconds < best) best = milliseconds;
-  }
-  return 2 * static_cast<double>(bytes) / (best * 1e-3);
+  return 2 * static_cast<double>(bytes) / best_seconds([&] {
+           return cudaMemcpyAsync(to.get(), from.get(), bytes, cudaMemcpyDeviceToDevice);
+         });
+}
+
+double write_bandwidth(int ordinal, int64_t bytes) {
+  check(cudaSetDevice(ordinal));
+  const DeviceMemory to = allocate(bytes);
+  return static_cast<double>(bytes) /
+         best_seconds([&] { return cudaMemsetAsync(to.get(), 0, bytes); });
 }
 
 double link_bandwidth(const std::vector<int>& ordinals, int64_t bytes, int ctas, bool pull) {

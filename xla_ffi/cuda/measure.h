@@ -10,6 +10,9 @@ namespace freeio::cuda {
 // Bytes per second, read and written, of a copy within one GPU.
 double memory_bandwidth(int ordinal, int64_t bytes);
 
+// Bytes per second, written, where a GPU sets its own memory and reads none.
+double write_bandwidth(int ordinal, int64_t bytes);
+
 // Bytes per second that leave each GPU, and as many enter it, while all GPUs copy to all others at
 // once, with `ctas` CTAs on each. `pull`: the CTAs load from the peers. Else they store to them.
 double link_bandwidth(const std::vector<int>& ordinals, int64_t bytes, int ctas, bool pull);

@@ -109,9 +109,30 @@ void add_module(py::module_& native) {
   module.def("take_note", &take_note, py::call_guard<py::gil_scoped_release>(),
              "Which rank waits for which for a long time; empty: nothing new.");
   module.def("memory_bandwidth", &memory_bandwidth, py::arg("ordinal"), py::arg("bytes"));
+  module.def("write_bandwidth", &write_bandwidth, py::arg("ordinal"), py::arg("bytes"));
   module.def("link_bandwidth", &link_bandwidth, py::arg("ordinals"), py::arg("bytes"),
              py::arg("ctas"), py::arg("pull"));
   module.def("flag_trip", &flag_trip, py::arg("source"), py::arg("target"));
+#ifdef FREEIO_STAMPS
+  py::list phases;
+  for (const char* name : kPhaseNames) phases.append(name);
+  module.attr("phases") = phases;
+  module.def(
+      "take_timelines",
+      [](int ordinal) {
+        std::vector<Timeline> timelines;
+        raise_unless_ok(take_timelines(ordinal, timelines));
+        py::list rows;
+        for (const Timeline& it : timelines) {
+          const std::vector<uint64_t> spent(it.spent, it.spent + kPhases);
+          rows.append(py::make_tuple(it.begin, it.end, spent));
+        }
+        return rows;
+      },
+      py::arg("ordinal"),
+      "Of each CTA of the last synchronous exchange on this GPU: when it began and ended, and how "
+      "long it spent in each of `phases`, in nanoseconds. Each is returned once.");
+#endif
   module.def("nothing", &nothing_handler, "A custom call that launches an empty kernel.");
   starter().add_to(module);
   module.def("ffi_types", &ffi_types);

@@ -6,6 +6,7 @@
 
 #include "cuda/geometry.h"
 #include "cuda/gpu_block.h"
+#include "cuda/timeline.h"
 
 namespace freeio::cuda {
 
@@ -30,6 +31,9 @@ struct Exchange {
   uint64_t posted[kMaxAddresses];  // addresses of this rank's buffers, for the peers
   int32_t lane;                    // a Lane
   int64_t block_bytes;             // from the GPU block of a lane to that of the next one
+#ifdef FREEIO_STAMPS
+  Timeline* timelines;  // of this GPU's CTAs in the lane
+#endif
 };
 
 // How warps look for padding among the packed rows: in `count` blocks of `rows` rows. The next

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 #include <string.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <iterator>
@@ -279,6 +280,19 @@ EMULATOR_API const char* engine_leave() {
 EMULATOR_API const char* engine_state_of(const int64_t* gpus, int count) {
   return text(state_of(std::vector<int64_t>(gpus, gpus + count)));
 }
+#ifdef FREEIO_STAMPS
+// Fills `timelines`, which has room for one of each multiprocessor, and `count`.
+EMULATOR_API const char* engine_take_timelines(int gpu, Timeline* timelines, int32_t* count) {
+  std::vector<Timeline> taken;
+  const Status status = take_timelines(ordinal_of(gpu), taken);
+  std::copy(taken.begin(), taken.end(), timelines);
+  *count = static_cast<int32_t>(taken.size());
+  return text(status);
+}
+EMULATOR_API const char* engine_phase_name(int number) {
+  return number < kPhases ? kPhaseNames[number] : nullptr;
+}
+#endif
 EMULATOR_API const char* engine_take_failure() { return text(take_failure()); }
 EMULATOR_API const char* engine_take_note() { return text(take_note()); }
 EMULATOR_API int64_t engine_mapped_bytes() { return memory_use().mapped_bytes; }

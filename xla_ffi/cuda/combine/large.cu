@@ -60,10 +60,12 @@ __device__ void exchange(const CombineParams& p, CtaState& s, Announcer& announc
   const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
                              p.dest_row, p.weights);
   if (!open(x, s, opening)) return;
+  enter(s, kRouting);
   send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
   if (blockIdx.x == 0) post(x, s, p.sends_routes ? 1u << kScratch : kRouteSlots);
   if (!p.sends_routes) {
     prepare_slots(p, units.chunk, s);
+    enter(s, kAgreeing);
     if (!receive_addresses(x, s, kRouteSlots)) return;
   }
   constexpr int kAssignments = tile_assignments<typename Element::Accumulator>();
@@ -75,8 +77,10 @@ __device__ void exchange(const CombineParams& p, CtaState& s, Announcer& announc
   bool ready = true;
   tiles.for_each(s, warps, [&](const Tile& tile) {
     announcer.begin();
+    enter(s, kAgreeing);
     ready = ready && receive_routes(p, s, tile, routes);
     if (!ready) return;
+    enter(s, kMoving);
     // The CTA reads only routes from the peers, and it now has all of them.
     if (tile.number + 1 == tile.count && warp_id() == warps - 1) conclude<false>(x, s);
     if (warp_id() == warps) return announcer.run(warps);

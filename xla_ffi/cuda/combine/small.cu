@@ -189,6 +189,7 @@ __device__ void exchange(const CombineParams& p, CtaState& s, void* shared_memor
                              p.dest_row, p.weights);
   if (!open(x, s, opening)) return;
   begin_alone(x);
+  enter(s, kRouting);
   send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
   if (blockIdx.x == 0) post(x, s, 0);
   if (teams.is_left_over()) return;
@@ -197,11 +198,13 @@ __device__ void exchange(const CombineParams& p, CtaState& s, void* shared_memor
   bool ready = true;
   tiles.for_each(s, kWarps, [&](const Tile& tile) {
     if (!ready) return;
+    enter(s, kAgreeing);
     routes.begin(x, tile);
     // A CTA that only sums needs no routes of peers.
     routes.receive(x, s, tile, p.dest_rank, p.dest_row, p.weights, sends);
     ready = tile.number == 0 ? receive_addresses(x, s, 0) : !__syncthreads_or(has_failed(s));
     if (!ready) return;
+    enter(s, kMoving);
     SendingWarp<Element>{p, x, s, routes, tile, units.of(tile)}.run(sends, sums);
   });
   finish_alone(x, s);

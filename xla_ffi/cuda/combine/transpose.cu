@@ -191,9 +191,11 @@ __device__ void exchange(const CombineTransposeParams& p, CtaState& s, void* sha
   const SentAssignment first(sent.begin + static_cast<int>(threadIdx.x), sent.end, p.dest_rank,
                              p.dest_row, p.weights);
   if (!open(x, s, opening)) return;
+  enter(s, kRouting);
   send_routes(x, s, sent, first, p.dest_rank, p.dest_row, p.weights);
   const uint32_t slots = 1u << kWeightGrads | 1u << kFirstLeaf | (p.sends_routes ? 0 : kRouteSlots);
   if (blockIdx.x == 0) post(x, s, slots);
+  enter(s, kAgreeing);
   if (!receive_addresses(x, s, slots)) return;
   using Warp = PullingWarp<Element, kCount>;
   using Accumulator = typename Element::Accumulator;
@@ -204,10 +206,12 @@ __device__ void exchange(const CombineTransposeParams& p, CtaState& s, void* sha
   bool ready = true;
   tiles.for_each(s, kWarps, [&](const Tile& tile) {
     if (!ready) return;
+    enter(s, kAgreeing);
     routes.begin(x, tile);
     routes.take(x, s, tile, p.dest_rank, p.dest_row, p.weights, p.sends_routes);
     ready = !__syncthreads_or(has_failed(s));
     if (!ready) return;
+    enter(s, kMoving);
     const Warp warp{p, x, s, routes, dots, tile};
     const Work work(tile, tile.size() * p.num_slices * x.num_ranks, p.padding);
     run_work(

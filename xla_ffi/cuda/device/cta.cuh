@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/gpu_block.h"
+#include "cuda/timeline.h"
 
 namespace freeio::cuda {
 
@@ -32,6 +33,12 @@ struct CtaState {
   uint32_t device;     // this device's index in the mesh
   uint32_t next_item;  // of the CTA's work
   Team spoilers;       // CTAs that share out the results of a failed exchange
+#ifdef FREEIO_STAMPS
+  // Only the first thread accesses these.
+  Timeline timeline;
+  uint64_t phase_begin;
+  Phase phase;
+#endif
 
   template <typename T>
   __device__ T* buffer(int rank, int slot) const {

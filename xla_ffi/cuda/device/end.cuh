@@ -1,6 +1,7 @@
 // How a kernel ends its exchange, and how it overwrites the results of a failed one.
 #pragma once
 
+#include "cuda/device/stamps.cuh"
 #include "cuda/device/waits.cuh"
 #include "cuda/params.h"
 
@@ -44,6 +45,7 @@ __device__ void conclude(const Exchange& x, CtaState& s) {
 template <bool kPublishes>
 __device__ void finish(const Exchange& x, CtaState& s) {
   __syncthreads();
+  enter(s, kFinishing);
   if (warp_id() == 0) conclude<kPublishes>(x, s);
 }
 
@@ -122,6 +124,7 @@ template <typename Spoil>
 template <typename Spoil>
 __device__ void leave(const Exchange& x, CtaState& s, const Spoil& spoil_results) {
   __syncthreads();
+  end_timeline(x, s);
   if (has_failed(s)) return leave_failed(x, s, spoil_results);
   if (threadIdx.x == 0) count_around_device(&self(x).num_leaving_ctas, gridDim.x - 1);
 }

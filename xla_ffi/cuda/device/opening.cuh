@@ -1,6 +1,7 @@
 // How a kernel opens its exchange: epochs, signatures, and where the peers' buffers are.
 #pragma once
 
+#include "cuda/device/stamps.cuh"
 #include "cuda/device/waits.cuh"
 #include "cuda/params.h"
 
@@ -25,6 +26,7 @@ struct Opening {
 // First phase of every kernel. False, for all threads: the engine has failed before, or this is not
 // the device that the host took it for.
 __device__ inline bool open(const Exchange& x, CtaState& s, const Opening& loaded) {
+  begin_timeline(s);
   const int thread = static_cast<int>(threadIdx.x);
   const auto value = static_cast<uint32_t>(loaded.value);
   bool wrong = false;

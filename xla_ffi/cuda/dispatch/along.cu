@@ -36,12 +36,15 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
   const Tiles tiles(units.tokens(), kTileAssignments / (x.num_ranks * x.top_k));
   const uint32_t addresses = leaf_addresses(p) | 1u << kDestRank | 1u << kDestRow;
   if (!open(x, s, opening)) return;
+  enter(s, kAgreeing);
   if (blockIdx.x == 0) post(x, s, addresses);
   Work work = pulling_of(p, units, tiles[0]);
   if (!receive_addresses(x, s, addresses)) return;
   tiles.for_each(s, kWarps, [&](const Tile& tile) {
+    enter(s, kAgreeing);
     read_rows(p, s, tile, rows);
     if (__syncthreads_or(has_failed(s))) return;
+    enter(s, kMoving);
     if (tile.number > 0) work = pulling_of(p, units, tile);
     pull_tile<false>(p, s, units, tile, work, rows,
                      [&](int64_t first_row) { zero_padding(p, first_row); });

@@ -26,21 +26,28 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
   // These loads need no peer, so they run while the exchange opens.
   const SegmentIds early(p, chunk);
   if (!open(x, s, opening)) return;
+  enter(s, kRouting);
   if (blockIdx.x == 0) post(x, s, leaves);
   Work work = pulling_of(p, units, tiles[0]);
   if (p.places_in_scratch) clear_places(p, chunk, s);
   const int id = first_id(p, chunk);
   count_and_send(p, s, routing, early.segment, early.quads);
   __syncthreads();
+  enter(s, kAgreeing);
   if (p.places_in_scratch && !receive_addresses(x, s, 1u << kScratch)) return;
+  enter(s, kRouting);
   send_places(p, s, routing, chunk, id);
+  enter(s, kAgreeing);
   receive_counts(p, s, routing, early.segment, reinterpret_cast<uint32_t*>(rows));
   if (!receive_addresses(x, s, leaves)) return;
+  enter(s, kRouting);
   place_groups(p, routing);
   if (blockIdx.x == 0 && warp_id() == 0) store_num_invalid(p, s);
   __syncthreads();
   tiles.for_each(s, kWarps, [&](const Tile& tile) {
+    enter(s, kAgreeing);
     if (!find_rows(p, s, routing, tile, rows)) return;
+    enter(s, kMoving);
     if (tile.number > 0) work = pulling_of(p, units, tile);
     pull_tile<true>(p, s, units, tile, work, rows,
                     [&](int64_t first_row) { zero_padding(p, routing, first_row); });

@@ -145,18 +145,25 @@ __device__ void exchange(const DispatchParams& p, CtaState& s, int* rows) {
   if (!open(x, s, opening)) return;
   begin_alone(x);
   if (teams.is_left_over()) return;
+  enter(s, teams.is_sender() ? kMoving : kRouting);
   if (teams.is_sender()) return send_rows(p, s, teams, units.chunk, first);
   if (blockIdx.x == 0) post(x, s, 0);
   send_ids(p, s, all_ids, team, early);
+  enter(s, kMoving);
   if (sends) send_rows(p, s, teams, units.chunk, first);
+  enter(s, kRouting);
   clear_counts(x, routing);
   Work work = work_of(p, units, tiles[0], team);
+  enter(s, kAgreeing);
   receive_ids(x, s, all_ids);
   if (!receive_addresses(x, s, 0)) return;
+  enter(s, kRouting);
   count_ids(x, routing, all_ids);
   place_groups(p, routing);
   tiles.for_each(s, kWarps, [&](const Tile& tile) {
+    enter(s, kRouting);
     find_rows(p, routing, all_ids, tile, rows);
+    enter(s, kMoving);
     if (tile.number > 0) work = work_of(p, units, tile, team);
     const Chunk mine = units.of(tile);
     const int pulls = mine.size() * x.num_ranks;
