@@ -306,8 +306,9 @@ def _route(parameters, router_input, tokens, token_mask, jitter_key, config):
 
 def _shared(experts, parameters, gate, x):
     """``[T, H]``: what the expert computes that sees every token."""
-    out = experts.shared(parameters, x)
-    return out if gate is None else jax.nn.sigmoid(jnp.dot(x, gate)) * out
+    with jax.named_scope("shared_expert"):
+        out = experts.shared(parameters, x)
+        return out if gate is None else jax.nn.sigmoid(jnp.dot(x, gate)) * out
 
 
 def _zero_experts(tokens, routing, config):

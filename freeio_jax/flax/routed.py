@@ -16,6 +16,7 @@ from freeio_jax.flax.exchange import exchange_of
 from freeio_jax.flax.report import count_drops, no_drops
 from freeio_jax.flax.router import Router, Routing
 from freeio_jax.layout import balanced_capacity, dropless_capacity
+from freeio_jax.overlap.start_done import tie_p
 from freeio_jax.varying import vary
 
 
@@ -37,7 +38,8 @@ def routed(
         beside                    combine of n-1
 
     Nothing runs beside the dispatch of chunk 0. In the backward pass the gradients of that chunk's
-    weights do.
+    weights do. Barriers keep XLA from starting an exchange earlier, so packed rows of two chunks
+    are there at most; backward, too.
 
     Args:
       parameters: of this rank's experts.
@@ -58,12 +60,21 @@ def routed(
         handles.append(handle)
         coming = []
         if following is not None:
-            coming = [exchange.dispatch_start(*following.operands, **following.options)]
-        rows = exchange.multiply([*coming, *returning], config.experts, parameters, arrived)
-        sums += [pending.done() for pending in returning]
+            # The next dispatch starts when this one has arrived.
+            operands, arrived = _together(following.operands, arrived)
+            coming = [exchange.dispatch_start(*operands, **following.options)]
+        with jax.named_scope("experts"):
+            rows = exchange.multiply([*coming, *returning], config.experts, parameters, arrived)
+        if returning:
+            # This combine starts when the one before is done.
+            rows, combined = _together(rows, returning[0].done())
+            sums.append(combined)
         arguments = (rows, handle, chunk.weights)
         if coming:
             arrived, handle = exchange.arrived(coming[0].done())
+            # In the backward pass the gradients of later chunks' parameters are added up before
+            # this chunk computes its own.
+            arguments, parameters = _together(arguments, parameters)
         if coming or beside is not None:
             returning = [exchange.combine_start(*arguments)]
     result = None
@@ -75,6 +86,12 @@ def routed(
         sums += [pending.done() for pending in returning]
     y = jnp.concatenate([chunk.finish(s) for chunk, s in zip(chunks, sums, strict=True)])
     return y, result, _drops(chunks, handles, config)
+
+
+def _together(*trees):
+    """The trees; what uses one of them runs after all of them are there."""
+    leaves, treedef = jax.tree.flatten(trees)
+    return jax.tree.unflatten(treedef, tie_p.bind(*leaves))
 
 
 @dataclasses.dataclass(frozen=True)

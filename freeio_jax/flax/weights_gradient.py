@@ -35,7 +35,7 @@ from freeio_jax.define import bind, vary_alike
 from freeio_jax.flax.experts import Experts
 from freeio_jax.grouped_matmul import context, grouped_matmul, use
 from freeio_jax.handle import Handle, Routes
-from freeio_jax.overlap.derivative import delay, hold_p
+from freeio_jax.overlap.derivative import delay, hold_p, release
 from freeio_jax.overlap.start_done import tie_p
 from freeio_jax.primitives import dispatch_along_p, run_dispatch
 from freeio_jax.varying import vary
@@ -95,21 +95,27 @@ def _multiply_jvp(experts, implementation, primals, tangents):
     parameters, arrived = primals
     of_parameters, of_held = tangents[0], tangents[1].held
     of_parameters = {n: t for n, t in of_parameters.items() if not _is_zero(t)}
-    of_rows = {} if _is_zero(of_held) else {"rows": arrived.rows}
+    # With a derivative, for derivatives of higher order.
+    how = {"axes": arrived.axes, "layout": arrived.layout}
+    held, routes = [arrived.held], arrived.routes
+    (arrived_rows,) = release(
+        dispatch_along_p, routes, held, held, [arrived.rows], num_sms=0, **how
+    )
+    of_rows = {} if _is_zero(of_held) else {"rows": arrived_rows}
 
     def evaluate(changing, rows, added=None):
         """The experts' result, and their products by changing parameters.
 
         Such a product is linear in its rows here, and in what is added to its result.
         """
-        products, rows = [], rows.get("rows", arrived.rows)
+        products, rows = [], rows.get("rows", arrived_rows)
         names = {id(parameter): name for name, parameter in changing.items()}
 
         def substitute(left, weights, group_sizes):
             name = names.get(id(weights))
             if name is None:
                 return grouped_matmul(left, weights, group_sizes)
-            out = grouped_matmul(left, lax.stop_gradient(weights), group_sizes)
+            out = grouped_matmul(left, parameters[name], group_sizes)
             if added is not None:
                 out = _plus(out, added[len(products)])
             products.append((name, left, group_sizes, out))
@@ -139,15 +145,14 @@ def _multiply_jvp(experts, implementation, primals, tangents):
     if of_rows:
         (*tied, of_held) = tie_p.bind(*weights.values(), of_held)
         weights = dict(zip(weights, tied, strict=True))
-    with use(implementation):
+    with use(implementation), jax.named_scope("weights_gradient"):
         terms = [
             grouped_matmul(left, weights[name], group_sizes)
             for name, (left, group_sizes) in zip(names, operands, strict=True)
         ]
     if of_rows:
         (*terms, of_held) = tie_p.bind(*terms, of_held)
-        how = {"axes": arrived.axes, "layout": arrived.layout}
-        (of_rows["rows"],) = run(dispatch_along_p, *arrived.routes, of_held, **how)
+        (of_rows["rows"],) = run(dispatch_along_p, *routes, of_held, **how)
     return y, derivative(of_parameters, of_rows, terms)
 
 
