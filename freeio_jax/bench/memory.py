@@ -10,13 +10,47 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pathlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 HERE = pathlib.Path(__file__).parent
 TOPOLOGY = "1x1x2"
+
+COLUMNS = {
+    "model": "model",
+    "num_tokens": "T",
+    "pass": "pass",
+    "num_chunks": "n",
+    "temporary_bytes": "temporaries MB",
+    "argument_bytes": "arguments MB",
+    "result_bytes": "results MB",
+}
+
+
+def run(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """:func:`records`, by a program of its own.
+
+    Raises:
+      RuntimeError: the program failed, with what it has written.
+    """
+    folder = HERE.parent.parent
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(options)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"the program that compiles for GPUs failed: {done.stderr[-2000:]} It needs "
+            "jax-cuda13-plugin and jax-cuda13-pjrt of jax's version."
+        )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _absent():
@@ -27,7 +61,12 @@ def _absent():
 
 
 def records(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One record for each number of chunks, forward and with gradients; sizes are of one GPU."""
+    """One record for each number of chunks, forward and with gradients; sizes are of one GPU.
+
+    Args:
+      arguments: hidden, num_experts, top_k, expert_width, num_tokens (of one GPU), capacity_factor,
+        product (what multiplies the experts' rows), and num_chunks, a list.
+    """
     absent = _absent()
     absent.import_with_stand_in()
 
@@ -52,7 +91,6 @@ def records(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
             num_experts=arguments["num_experts"],
             top_k=arguments["top_k"],
             expert_width=arguments["expert_width"],
-            shared_expert_width=arguments["shared_width"],
             capacity_factor=arguments["capacity_factor"],
             num_chunks=num_chunks,
         )
@@ -72,7 +110,7 @@ def records(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
         function, args = (backward, (parameters, x, x)) if gradients else (forward, (parameters, x))
         return jax.jit(function).lower(*args).compile().memory_analysis()
 
-    for gradients in arguments.get("passes", (False, True)):
+    for gradients in (False, True):
         for num_chunks in arguments["num_chunks"]:
             planned = program(num_chunks, gradients)
             yield {

@@ -1,8 +1,9 @@
-"""The routed experts of an MoE layer: chunks of tokens, each dispatched, multiplied and combined."""
+"""The routed experts of an MoE layer: chunks of tokens are dispatched, multiplied, and combined."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +124,7 @@ def _cut(tokens, routing, config) -> list[_Chunk]:
     ends = [num_tokens * i // num_chunks for i in range(num_chunks + 1)]
     return [
         _chunk(*(a[begin:end] for a in (tokens, ids, weights)), config)
-        for begin, end in zip(ends, ends[1:], strict=False)
+        for begin, end in itertools.pairwise(ends)
     ]
 
 

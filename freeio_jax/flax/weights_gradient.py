@@ -1,22 +1,25 @@
-"""A dispatch whose experts compute their weights' gradients beside the backward exchange.
+"""A dispatch, and experts whose weights' gradients are computed beside the backward exchange.
 
-In the backward pass the gradient of the experts' rows goes back to the tokens by an exchange. The
-gradients of the experts' weights need not wait for it, and it need not wait for them. So they run
-beside it. Reverse mode runs the linear program of the tangents backwards. In that program the
-experts' products have two parts: ::
+From the gradient ct_y of the experts' result the backward pass computes two things. One is the
+gradient of the packed rows, which an exchange brings back to the tokens. The other is the gradients
+of the experts' weights. Neither waits for the other. With product i of the experts, its rows_i, and
+the gradient ct_i of its result, the order is to be ::
 
-    backward pass                                 tangents, linear, in their order
-    ct_tokens = done(sent), ct_weights            tokens' = hold(tokens')
-    ct_weights = products of rows and ct          terms   = products of rows and weights'
-    sent = start(ct_rows)                         rows'   = dispatch(tokens'), after the terms
-    ct_rows, ct = experts' transpose of ct_y      y'      = experts' derivative of rows', plus terms
+    ct_rows, ct_i = transposed experts, of ct_y
+    sent          = start of the exchange of ct_rows
+    ct_weights_i  = rows_i.T @ ct_i, for each product
+    ct_tokens     = done(sent)
 
-The rows that a product multiplies are known from the forward pass. So the rule of the derivative can
-evaluate ``rows @ weights'`` of each product before the tangents of rows arrive. It adds that term to
-the tangent of the product's result. Barriers (``tie``) stand before and behind the terms. The
-transposed program starts its exchange before the terms' transposes, and is done after them.
+JAX makes this program of the linear one that computes tangents, which it reverses. So the linear
+program must have this order::
 
-Each product is evaluated as often as without this.
+    terms_i = rows_i @ weights_i', for each product
+    rows'   = dispatch of tokens'
+    y'      = derivative of the experts, by rows' and by the terms, which add to the products
+
+It can have this order because rows_i is known from the forward pass. Barriers (``tie``) hold the
+terms before the dispatch, and after the place where the backward exchange is done. Each product is
+evaluated as often as without this.
 """
 
 from __future__ import annotations
@@ -74,9 +77,7 @@ def dispatch(tokens: jax.Array, topk_idx: jax.Array, **options: Any) -> tuple[Ar
     return Arrived(routes, held, rows, group_sizes, **how), handle
 
 
-def multiply(
-    experts: Experts, parameters: dict[str, jax.Array], arrived: Arrived
-) -> jax.Array:
+def multiply(experts: Experts, parameters: dict[str, jax.Array], arrived: Arrived) -> jax.Array:
     """``experts(parameters, rows, group_sizes)`` of what has arrived.
 
     The gradient of a parameter is computed beside the backward exchange as far as ``experts`` pass
@@ -101,12 +102,13 @@ def _multiply_jvp(experts, implementation, primals, tangents):
     (arrived_rows,) = release(
         dispatch_along_p, routes, held, held, [arrived.rows], num_sms=0, **how
     )
-    of_rows = {} if _is_zero(of_held) else {"rows": arrived_rows}
+    moves = not _is_zero(of_held)
+    args = {n: parameters[n] for n in of_parameters}, {"rows": arrived_rows} if moves else {}
 
     def evaluate(changing, rows, added=None):
         """The experts' result, and their products by changing parameters.
 
-        Such a product is linear in its rows here, and in what is added to its result.
+        A product does not depend on ``changing`` here. Its result depends on ``added`` instead.
         """
         products, rows = [], rows.get("rows", arrived_rows)
         names = {id(parameter): name for name, parameter in changing.items()}
@@ -133,16 +135,19 @@ def _multiply_jvp(experts, implementation, primals, tangents):
         names.extend(name for name, *_ in products)
         return y, [(left, group_sizes) for _, left, group_sizes, _ in products]
 
+    def of_rows(run):
+        return {"rows": run(dispatch_along_p, *routes, of_held, **how)[0]} if moves else {}
+
     names, results = [], []
-    changing = {name: parameters[name] for name in of_parameters}
-    jax.eval_shape(look_at_results, changing, of_rows)
+    jax.eval_shape(look_at_results, *args)
+    if not results:  # nothing that could run beside the exchange
+        return jax.jvp(lambda *args: evaluate(*args)[0], args, (of_parameters, of_rows(bind)))
     zeros = [vary(jnp.zeros(r.shape, r.dtype), r.mat.varying) for r in results]
-    y, derivative, operands = jax.linearize(with_operands, changing, of_rows, zeros, has_aux=True)
+    y, derivative, operands = jax.linearize(with_operands, *args, zeros, has_aux=True)
 
     # The terms of the weights, and then the exchange: its transpose runs beside theirs.
-    run = functools.partial(delay, num_sms=0) if names and of_rows else bind
     weights = {name: of_parameters[name] for name in dict.fromkeys(names)}
-    if of_rows:
+    if moves:
         (*tied, of_held) = tie_p.bind(*weights.values(), of_held)
         weights = dict(zip(weights, tied, strict=True))
     with use(implementation), jax.named_scope("weights_gradient"):
@@ -150,10 +155,9 @@ def _multiply_jvp(experts, implementation, primals, tangents):
             grouped_matmul(left, weights[name], group_sizes)
             for name, (left, group_sizes) in zip(names, operands, strict=True)
         ]
-    if of_rows:
+    if moves:
         (*terms, of_held) = tie_p.bind(*terms, of_held)
-        (of_rows["rows"],) = run(dispatch_along_p, *routes, of_held, **how)
-    return y, derivative(of_parameters, of_rows, terms)
+    return y, derivative(of_parameters, of_rows(functools.partial(delay, num_sms=0)), terms)
 
 
 _multiply.defjvp(_multiply_jvp, symbolic_zeros=True)

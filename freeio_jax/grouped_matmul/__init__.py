@@ -16,6 +16,7 @@ from freeio_jax.grouped_matmul.product import Product
 
 __all__ = ["Product", "choose", "grouped_matmul", "use"]
 
+
 def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Multiplies each group of rows with its own matrix.
 

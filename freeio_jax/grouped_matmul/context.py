@@ -40,7 +40,10 @@ def use(name: str | None):
 
 @contextlib.contextmanager
 def replaced(by: Callable | None):
-    """Each ``grouped_matmul(rows, weights, group_sizes)`` within is ``by`` of the same arguments."""
+    """Within, ``by(rows, weights, group_sizes)`` is evaluated where grouped_matmul is called.
+
+    ``by`` may call grouped_matmul: it is itself there.
+    """
     token = substitute.set(by)
     try:
         yield

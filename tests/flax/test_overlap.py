@@ -6,6 +6,7 @@ from collections import Counter
 
 import dense_moe
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +52,29 @@ class ByHand(Experts):
         return jax.lax.ragged_dot(rows, parameters["kernel"], group_sizes)
 
 
+@jax.custom_vjp
+def with_own_rule(x):
+    return jnp.sin(x)
+
+
+with_own_rule.defvjp(lambda x: (jnp.sin(x), x), lambda x, ct: (2 * ct * jnp.cos(x),))
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnRule(Experts):
+    """A function with a rule for reverse mode alone, behind a product or instead of one."""
+
+    multiplies: bool
+
+    def parameters(self, width, expert_width):
+        return {"kernel": (width, width)}
+
+    def __call__(self, parameters, rows, group_sizes):
+        if self.multiplies:
+            return with_own_rule(grouped_matmul(rows, parameters["kernel"], group_sizes))
+        return with_own_rule(rows * jnp.mean(parameters["kernel"]))
+
+
 #: Settings of a layer, its mesh, and whether all tokens are real.
 LAYERS = {
     "gated": (GATED, {"expert": 2}, False),
@@ -72,6 +96,8 @@ LAYERS = {
     ),
     "twice": (LAYER | {"experts": Twice()}, {"expert": 2}, False),
     "by hand": (LAYER | {"experts": ByHand()}, {"expert": 2}, False),
+    "own rule": (LAYER | {"experts": OwnRule(True)}, {"expert": 2}, False),
+    "own rule alone": (LAYER | {"experts": OwnRule(False)}, {"expert": 2}, False),
     "drops": (
         LAYER | {"experts": SwiGLU(separate=True), "capacity_factor": 0.6, "drops": "evenly"},
         {"data": 2, "expert": 2, "model": 2},
@@ -133,7 +159,11 @@ def test_exchanges_beside_compute_change_nothing(name):
     assert_close(results(name), results(name, overlap=False))
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("drops", "twice")])
+#: The cases that also run in chunks: each setting is in one of them.
+CHUNKED = ("gated", "alone", "biases", "input", "zero experts", "by hand")
+
+
+@pytest.mark.parametrize("name", CHUNKED)
 def test_chunks_change_nothing_where_nothing_is_dropped(name):
     assert_close(results(name, num_chunks=NUM_CHUNKS), results(name, overlap=False))
 
@@ -299,7 +329,7 @@ def equations(jaxpr):
     """Of a jaxpr and all that it calls, as (of which jaxpr, equation)."""
     for equation in jaxpr.eqns:
         yield jaxpr, equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from equations(inner)
 
 
@@ -314,9 +344,9 @@ def reach(eqns, first):
 
 
 def is_product(equation, of="WEIGHTS_GRADIENT"):
-    return equation.primitive.name == "freeio_grouped_matmul" and equation.params[
-        "product"
-    ].name == of
+    return (
+        equation.primitive.name == "freeio_grouped_matmul" and equation.params["product"].name == of
+    )
 
 
 @pytest.mark.parametrize(
@@ -329,9 +359,7 @@ def test_weights_gradients_lie_between_start_and_done_of_the_backward_exchange(
     mesh = make_mesh(2, axis_types=(AxisType.Auto,))
     parameters = {n: jnp.ones(shape) for n, (shape, _) in config.parameters(WIDTH).items()}
     jaxpr = jax.make_jaxpr(gradient(config, mesh))(parameters, jnp.ones((6, WIDTH)))
-    inside = [
-        (body, e) for body, e in equations(jaxpr.jaxpr) if e.primitive.name == "freeio_start"
-    ]
+    inside = [(body, e) for body, e in equations(jaxpr.jaxpr) if e.primitive.name == "freeio_start"]
     if not num_products:  # nothing to run beside it: so it takes all of the GPU
         assert not inside
         return
