@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import os
 import pathlib
 import platform
@@ -20,26 +21,17 @@ from freeio_jax.launch import pod
 
 PARTS = (
     "newest",
-    *(
-        "check",
-        "tax",
-        "shapes",
-        "floors",
-        "scaling",
-        "sms",
-        "late",
-        "soak",
-        "decode",
-        "layer",
-        "experts",
-    ),
+    *("check", "tax", "shapes", "floors", "scaling", "sms", "late", "soak", "decode", "layer"),
+    *("overlap", "memory", "experts"),
     *("readme", "once"),
 )
 #: What --all leaves out.
-ALONE = ("newest", "readme", "once")
+NOT_OF_ALL = ("newest", "overlap", "memory", "readme", "once")
 OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
 NAMES = ("freeio", "reference", "ragged", "ragged-by-expert", "ragged-32", "ragged-1", "dense")
 SUITES = ("large", "small", "half", "zipf")
+MODELS = ("DeepSeek-V3", "Qwen3-30B-A3B")
+PASSES = ("forward", "gradients")
 PRODUCTS = ("chosen", "hopper", "tokamax", "ragged_dot", "tiled")
 DTYPES = ("bfloat16", "float16", "float32")
 #: What --all does when no other number is said, and --soak without one.
@@ -95,6 +87,15 @@ at that of memory which is only written. Else both go at the better or the copy'
 In several processes all parts print the same tables, once. All devices take part:
   python -m freeio_jax.launch -n 2 --platform cuda -m freeio_jax.bench
 
+overlap: an MoE layer whose exchanges run beside its experts, whole and in chunks, of DeepSeek-V3
+(H=7168 K=8 E=256, width 2048) and of Qwen3-30B-A3B (H=2048 K=8 E=128, width 768), with a shared
+expert and without. hidden = (one after the other - beside each other) / exchange alone. --png draws
+what ran when. --hidden, --top-k, --num-experts and --expert-width
+make another layer, "custom".
+
+memory: what XLA plans for that layer on two H200s, which need not be there. It needs
+jax-cuda13-plugin and jax-cuda13-pjrt of jax's version.
+
 exchanges:
   freeio            this package's engine
   reference         freeio_jax.reference: dense lax.all_to_all with slots for the worst case
@@ -132,6 +133,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parts("--decode", action="store_true", help="many layers in one program, and the host's time")
     parts("--layer", action="store_true", help="an MoE layer end to end, over each exchange")
+    parts("--overlap", action="store_true", help="what a layer hides of its exchanges")
+    parts("--memory", action="store_true", help="peak memory of a layer in chunks, without a GPU")
     parts("--experts", action="store_true", help="the experts' product, by each implementation")
     parts(
         "--once",
@@ -145,7 +148,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         action="store_true",
         help="the figures of README and docs/performance.md, into --json, and as their tables",
     )
-    parts("--all", action="store_true", help=f"all parts but --{', --'.join(ALONE)}")
+    names = ", ".join(f"--{name}" for name in NOT_OF_ALL)
+    parts("--all", action="store_true", help=f"all parts but {names}")
 
     sizes = parser.add_argument_group("sizes").add_argument
     sizes("--ranks", type=count, help="R, devices; default: 8 (virtual ones) on CPU, else all")
@@ -158,7 +162,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     sizes(
         "--capacity-factor",
         type=float,
-        help="on CPU: rows per rank as a multiple of T*K; default: the dropless bound",
+        help="on CPU and of --memory: rows per rank as a multiple of T*K; default: the dropless "
+        "bound, of --memory 1.25",
     )
 
     what = parser.add_argument_group("what of it").add_argument
@@ -183,6 +188,24 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         metavar="FILE",
         help="of --tax: the JSON of a run of a build with time stamps; see CONTRIBUTING.md",
     )
+    what("--models", nargs="+", choices=MODELS, help="of --overlap; default: all")
+    what("--passes", nargs="+", choices=PASSES, default=PASSES, help="of --overlap; default: both")
+    what(
+        "--num-chunks",
+        type=count,
+        nargs="+",
+        default=(1, 2, 4),
+        metavar="N",
+        help="of --overlap and --memory; default: 1 2 4",
+    )
+    what(
+        "--overlap-sms",
+        type=count,
+        nargs="+",
+        default=(8, 16, 24, 32),
+        metavar="N",
+        help="multiprocessors beside compute, of --overlap; default: 8 16 24 32",
+    )
     what("--num-sms", type=count, help="as in freeio_jax.config")
     what("--repeats", type=count, default=5, help="on CPU: rounds; the median counts")
     what("--json", type=pathlib.Path, help="also write all figures to this file, as they come")
@@ -191,8 +214,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
     arguments.parts = [p for p in PARTS if getattr(arguments, p) not in (None, False)]
     if arguments.all:
-        arguments.parts = [p for p in PARTS if p not in ALONE or p in arguments.parts]
+        arguments.parts = [p for p in PARTS if p not in NOT_OF_ALL or p in arguments.parts]
         arguments.soak = arguments.soak or SOAK_CALLS
+    if arguments.models and (arguments.hidden or arguments.top_k or arguments.num_experts):
+        parser.error("--models have sizes of their own: leave out --hidden, --top-k, --num-experts")
     for suites in (arguments.hidden, arguments.top_k, arguments.num_experts):
         if suites is not None and arguments.suites:
             parser.error(
@@ -247,6 +272,7 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
         late,
         layer,
         mix,
+        overlap,
         readme,
         scaling,
         shapes,
@@ -348,6 +374,19 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
                 None if name == "chosen" else name for name in arguments.products or ["chosen"]
             ]
             layer.run(report, all_sizes, exchanges("ragged-32", "ragged-1"), products)
+        elif part == "overlap":
+            overlap.run(
+                report,
+                _models(arguments),
+                tokens=arguments.tokens or overlap.TOKENS,
+                num_chunks=arguments.num_chunks,
+                num_sms=arguments.overlap_sms,
+                passes=arguments.passes,
+                png=arguments.png,
+                **sizes,
+            )
+        elif part == "memory":
+            _memory(report, arguments)
         elif part == "experts":
             path = arguments.png
             if path and len(arguments.parts) > 1:
@@ -422,6 +461,37 @@ def _suites(arguments, only=None, tokens=None, override=True):
     if override and arguments.tokens:
         tokens = tuple(arguments.tokens)
     return [dataclasses.replace(s, tokens=tokens) if tokens else s for s in suites]
+
+
+def _models(arguments):
+    """The layers of --overlap and --memory, by name."""
+    from freeio_jax.bench import overlap
+
+    given = {"hidden": arguments.hidden, "top_k": arguments.top_k}
+    given |= {"num_experts": arguments.num_experts}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        of = overlap.MODELS[MODELS[0]]
+        custom = dataclasses.replace(of, **given, expert_width=arguments.expert_width)
+        return {"custom": custom}
+    return {name: overlap.MODELS[name] for name in arguments.models or MODELS}
+
+
+def _memory(report, arguments):
+    """What XLA plans, found by a program of its own that imports freeio_jax with a stand-in."""
+    from freeio_jax.bench import memory
+
+    report.table("Memory of a layer on two H200s that are not there", memory.COLUMNS)
+    for name, model in _models(arguments).items():
+        for num_tokens in arguments.tokens or (8192,):
+            about = {"model": name, "num_tokens": num_tokens}
+            options = dataclasses.asdict(model) | {
+                "num_tokens": num_tokens,
+                "num_chunks": list(arguments.num_chunks),
+                "product": (arguments.products or ["hopper"])[0],
+                "capacity_factor": arguments.capacity_factor or 1.25,
+            }
+            report.guarded_all("memory", about, functools.partial(memory.run, options))
 
 
 def main(argv=None) -> int:

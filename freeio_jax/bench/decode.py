@@ -3,7 +3,8 @@
 What a step pays beside the kernels shows here: the gaps between them on the device, and the host's
 time for each call. Controls have the same number of layers and show what XLA takes by itself: two
 small matrix products; two custom calls that launch an empty kernel of one CTA, or of as many as an
-exchange has; and two such calls with results as large as the exchange's.
+exchange has; and two such calls with results as large as the exchange's. Two more programs have a
+shared expert in each layer: after the exchange, and beside its combine.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from freeio_jax.bench.shapes import Case, Suite
 
 LAYERS = 61  # DeepSeek-V3's
 TOKENS = (1, 8, 32, 128)
-#: Calls of a layer that reach the GPU, of every program here.
+#: Calls of a layer that reach the GPU, of every program without a shared expert.
 CALLS = 2
+#: Hidden width of the shared expert: DeepSeek-V3's.
+SHARED_WIDTH = 2048
 #: Runs that are timed, the median counts; and runs before them.
 RUNS = 40
 WARM_UPS = 5
@@ -82,7 +85,7 @@ def run(
     kernels' durations, both means over this process's devices. (XLA sets four bytes of memory, the
     device's number, before it launches what it has captured. So that is no part of the span.)
     ``host_of_call_s`` is what one more call adds to the host's time: that of a program of one layer
-    is subtracted.
+    is subtracted. It is of layers without a shared expert.
     """
     mesh = expert_mesh(num_ranks)
     processes = jax.process_count()
@@ -91,6 +94,9 @@ def run(
     for num_tokens in suite.tokens:
         case = Case(suite, num_tokens, num_ranks, dtype)
         programs.append(("exchange", num_tokens, functools.partial(_exchange, case, mesh=mesh)))
+        for program, beside in SHARED.items():
+            build = functools.partial(_with_shared_expert, case, beside, mesh=mesh)
+            programs.append((program, num_tokens, build))
     build = functools.partial(_products, mesh=mesh)
     programs.append(("two small products", 1, build))
     if mesh.devices.flat[0].platform == "gpu":
@@ -114,14 +120,14 @@ def run(
                 "command_buffers": command_buffers,
             }
 
-            def measure(build=build, options=options):
+            def measure(build=build, options=options, calls=0 if name in SHARED else CALLS):
                 loops = []
                 for number in (layers, 1):
                     function, args = build(layers=number)
                     loops.append(
                         Loop(function.lower(*args).compile(compiler_options=options), args)
                     )
-                return _measure(*loops, layers)
+                return _measure(*loops, layers, calls)
 
             report.guarded("decode", about, measure)
 
@@ -156,13 +162,7 @@ def _exchange(case: Case, *, mesh: Mesh, layers: int) -> tuple[Callable, tuple]:
     shape = case.shape
 
     def layer(x, topk_idx, weights):
-        out = fio.dispatch(
-            x,
-            topk_idx,
-            num_experts=shape.num_experts,
-            axis_name="expert",
-            capacity=case.capacity,
-        )
+        out = _dispatch(case, x, topk_idx)
         return fio.combine(out.tokens, out.handle, weights)
 
     rng = np.random.default_rng(0)
@@ -172,6 +172,52 @@ def _exchange(case: Case, *, mesh: Mesh, layers: int) -> tuple[Callable, tuple]:
     weights = np.full((*lead, shape.top_k), 1 / shape.top_k, np.float32)
     args = put(mesh, (tokens.astype(jnp.dtype(shape.dtype)), case.topk_idx, weights))
     return _chain(layer, mesh, layers), args
+
+
+def _dispatch(case: Case, x: jax.Array, topk_idx: jax.Array):
+    return fio.dispatch(
+        x,
+        topk_idx,
+        num_experts=case.shape.num_experts,
+        axis_name="expert",
+        capacity=case.capacity,
+    )
+
+
+#: The programs with a shared expert: whether it runs beside the combine.
+SHARED = {"exchange, then shared expert": False, "shared expert beside the combine": True}
+
+
+def _with_shared_expert(
+    case: Case, beside: bool, *, mesh: Mesh, layers: int, width: int = SHARED_WIDTH
+) -> tuple[Callable, tuple]:
+    """As :func:`_exchange`, and what a shared expert computes of each layer's tokens.
+
+    All layers have the same one. The mean of both goes on, so tokens stay as large as they were.
+    """
+    _, (tokens, topk_idx, weights) = _exchange(case, mesh=mesh, layers=1)
+
+    def shared_expert(x, up, down):
+        return jax.nn.silu(x @ up) @ down
+
+    def layer(x, topk_idx, weights, up, down):
+        out = _dispatch(case, x, topk_idx)
+        if beside:
+            pending = fio.combine_start(out.tokens, out.handle, weights)
+            y, pending = fio.between(pending, shared_expert, x, up, down)
+            return (pending.done() + y) / 2
+        z = fio.combine(out.tokens, out.handle, weights)
+        return (z + shared_expert(x, up, down)) / 2
+
+    rng = np.random.default_rng(1)
+    dtype, hidden = jnp.dtype(case.shape.dtype), case.shape.hidden
+
+    def matrix(rows, columns):
+        drawn = rng.standard_normal((rows, columns), np.float32) / math.sqrt(rows)
+        return np.broadcast_to(drawn.astype(dtype), (mesh.size, rows, columns))
+
+    up, down = put(mesh, (matrix(hidden, width), matrix(width, hidden)))
+    return _chain(layer, mesh, layers), (tokens, topk_idx, weights, up, down)
 
 
 def _products(*, mesh: Mesh, layers: int) -> tuple[Callable, tuple]:
@@ -205,14 +251,16 @@ def _nothing(target: str, ctas: int, tokens, rows, dtype="float32", *, mesh: Mes
     return _chain(layer, mesh, layers), put(mesh, (x,))
 
 
-def _measure(loop: Loop, loop_of_one_layer: Loop, layers: int) -> dict[str, float]:
+def _measure(
+    loop: Loop, loop_of_one_layer: Loop, layers: int, calls: int = CALLS
+) -> dict[str, float]:
     wall, host = _seconds(loop)
     _, host_of_one = _seconds(loop_of_one_layer)
     record = {
         "wall_s": wall / layers,
         "in_a_row_s": _seconds_in_a_row(loop) / layers,
         "host_s": host / layers,
-        "host_of_call_s": (host - host_of_one) / (layers - 1) / CALLS,
+        "host_of_call_s": (host - host_of_one) / (layers - 1) / calls if calls else math.nan,
         "span_s": math.nan,
         "kernels_s": math.nan,
     }

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ class Sizes:
     num_experts: int = 256
     expert_width: int = 2048
     dtype: str = "bfloat16"
+    shared_width: int | None = None
 
 
 class Layer:
@@ -56,40 +58,48 @@ class Layer:
 
         def draw(key):
             """One rank's part, expert by expert: the generator needs several times their memory."""
-            router_key, *keys = jax.random.split(key, 1 + len(shapes))
-            keys = [jax.random.fold_in(key, jax.lax.axis_index("expert")) for key in keys]
-            arrays = {"router": normal(router_key, shapes["router"][0], jnp.float32)}
-            for name in ("gate_up", "down"):
-                experts, *shape = shapes[name][0]
-                one = functools.partial(normal, shape=shape, dtype=dtype)
-                arrays[name] = jax.lax.map(
-                    lambda k, one=one: one(k), jax.random.split(keys.pop(), experts)
-                )
-            return arrays, jax.random.normal(keys.pop(), (sizes.num_tokens, hidden), dtype)
+            keys = dict(zip(["x", *shapes], jax.random.split(key, 1 + len(shapes)), strict=True))
+            arrays = {}
+            for name, (shape, _) in shapes.items():
+                if name not in config.spread_parameters(hidden):
+                    of = jnp.float32 if name == "router" else dtype
+                    arrays[name] = normal(keys[name], shape, of)
+                    continue
+                one = functools.partial(normal, shape=shape[1:], dtype=dtype)
+                keys_of_rank = jax.random.split(own(keys[name]), shape[0])
+                arrays[name] = jax.lax.map(lambda k, one=one: one(k), keys_of_rank)
+            x = jax.random.normal(own(keys["x"]), (sizes.num_tokens, hidden), dtype)
+            return arrays, x
+
+        def own(key):
+            return jax.random.fold_in(key, jax.lax.axis_index("expert"))
 
         specs = {name: P(*names) for name, (_, names) in shapes.items()}
         draw = jax.shard_map(draw, mesh=self.mesh, in_specs=P(), out_specs=(specs, P("expert")))
         self.parameters, self.x = jax.jit(draw)(jax.random.key(0))
 
-    def config(self, exchange: object) -> MoEConfig:
+    def config(self, exchange: object, **options: Any) -> MoEConfig:
+        """``options`` are further fields of the configuration."""
         sizes = self.sizes
         return MoEConfig(
             num_experts=sizes.num_experts,
             top_k=sizes.top_k,
             expert_width=sizes.expert_width,
+            shared_expert_width=sizes.shared_width,
             capacity_factor=self.room,
             dtype=jnp.dtype(sizes.dtype),
             exchange=exchange,
+            **options,
         )
 
-    def forward(self, exchange: object):
+    def forward(self, exchange: object, **options: Any):
         """Compiled: (parameters, x) -> y and the report."""
-        config = self.config(exchange)
+        config = self.config(exchange, **options)
         return self._compile(lambda parameters, x: moe(parameters, x, config, mesh=self.mesh))
 
-    def backward(self, exchange: object):
+    def backward(self, exchange: object, **options: Any):
         """Compiled: (parameters, x) -> the loss with its report, and the gradients of both."""
-        config = self.config(exchange)
+        config = self.config(exchange, **options)
 
         def loss(parameters, x):
             y, report = moe(parameters, x, config, mesh=self.mesh)
@@ -114,15 +124,29 @@ class Layer:
 
         draw = jax.shard_map(draw, mesh=self.mesh, in_specs=P(), out_specs=P("expert"))
         rows = jax.jit(draw)(jax.random.key(1))
+        config = self.config(None)
+        names = config.spread_parameters(shape.hidden)
 
-        def multiply(rows, gate_up, down, sizes):
-            parameters = {"gate_up": gate_up, "down": down}
-            y, pull = jax.vjp(lambda p, rows: SwiGLU()(p, rows, sizes), parameters, rows)
+        def multiply(rows, x, parameters, sizes):
+            def both(parameters, rows, x):
+                y = SwiGLU()({name: parameters[name] for name in names}, rows, sizes)
+                if config.shared_expert_width is None:
+                    return y, x
+                shared = {name: parameters[f"shared_{name}"] for name in names}
+                return y, SwiGLU().shared(shared, x)
+
+            y, pull = jax.vjp(both, parameters, rows, x)
             return pull(y) if gradients else y
 
-        args = (rows, self.parameters["gate_up"], self.parameters["down"], sizes)
-        spec = P("expert")
-        multiply = jax.shard_map(multiply, mesh=self.mesh, in_specs=spec, out_specs=spec)
+        parameters = {n: a for n, a in self.parameters.items() if n != "router"}
+        by_rank = P("expert")
+        specs = {name: by_rank if name in names else P() for name in parameters}
+        # A gradient by what all ranks have, as the shared expert, is a sum over them.
+        outs = (specs, by_rank, by_rank) if gradients else by_rank
+        multiply = jax.shard_map(
+            multiply, mesh=self.mesh, in_specs=(by_rank, by_rank, specs, by_rank), out_specs=outs
+        )
+        args = (rows, self.x, parameters, sizes)
         compiled = jax.jit(multiply).lower(*args).compile()
         return lambda: compiled(*args)
 

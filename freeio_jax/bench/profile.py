@@ -23,6 +23,7 @@ class Event:
     name: str
     start: float
     duration: float
+    stream: str = ""
 
 
 def record(
@@ -60,7 +61,7 @@ def events_of_plane(plane) -> list[Event]:
     lines = list(plane.lines)
     lines = [line for line in lines if "stream" in line.name.lower()] or lines
     return [
-        Event(plane.name, event.name, event.start_ns * 1e-9, event.duration_ns * 1e-9)
+        Event(plane.name, event.name, event.start_ns * 1e-9, event.duration_ns * 1e-9, line.name)
         for line in lines
         for event in line.events
     ]

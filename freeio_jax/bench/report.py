@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from freeio_jax.bench.profile import Event
+
 
 class Report:
     """Collects records by part.
@@ -166,6 +168,44 @@ def draw(panels: Sequence[Any], panel: Callable[[Any, Any], None], path: pathlib
     for axes, key in zip(all_axes[0], panels, strict=False):
         panel(axes, key)
         axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_timeline(
+    programs: dict[str, list[Event]], path: pathlib.Path, kind_of: Callable[[Event], str]
+) -> None:
+    """What ran when on the first device: a panel for each program, a row for each of its streams.
+
+    Args:
+      programs: events by the program's name.
+      path: of the PNG.
+      kind_of: an event's kind, which has a color.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    figure, panels = pyplot.subplots(
+        len(programs), 1, figsize=(12, 1.6 * len(programs) + 0.6), squeeze=False
+    )
+    colors: dict[str, str] = {}
+    for axes, (name, events) in zip(panels[:, 0], programs.items(), strict=True):
+        device = min((event.device for event in events), default="")
+        events = [event for event in events if event.device == device]
+        begin = min((event.start for event in events), default=0.0)
+        streams = sorted({event.stream for event in events})
+        for event in events:
+            kind = kind_of(event)
+            color = colors.setdefault(kind, f"C{len(colors)}")
+            span = ((event.start - begin) * 1e3, event.duration * 1e3)
+            axes.broken_barh([span], (streams.index(event.stream) - 0.4, 0.8), facecolors=color)
+        axes.set(title=name, xlabel="ms", yticks=range(len(streams)), yticklabels=streams)
+    patches = [Patch(color=color, label=kind) for kind, color in colors.items()]
+    figure.legend(handles=patches, ncols=max(1, len(patches)), loc="upper right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -63,6 +63,20 @@ class MoEConfig:
       model_axes: mesh axes without tokens over which the hidden widths of the experts and of the
         shared expert are split (tensor parallelism). The ranks' outputs are summed for each token.
         ``SwiGLU`` must be ``separate`` or ``interleaved`` then. () for none.
+      overlap: whether exchanges run beside compute, forward and backward. The shared expert runs
+        beside the combine. In the backward pass the experts' weights' gradients run beside the
+        exchange that brings the tokens' gradient back. With chunks, the experts of one chunk run
+        beside the exchanges of its neighbours. Such an exchange takes ``overlap_num_sms`` of a
+        GPU's multiprocessors (:func:`freeio_jax.config`). Others take all that they may, and so do
+        all where this is False. It is True because one exchange hides little, but costs nothing
+        that the layer would not wait for; on GPUs the gain has not been measured yet. An
+        ``exchange`` without ``dispatch_start`` and ``combine_start`` runs to its end where it
+        begins.
+      num_chunks: n; the tokens of a rank are cut into so many parts, of sizes that differ by one at
+        most. While the experts multiply one, the next is dispatched, and the one before is
+        combined. The room of ``capacity_factor`` is that of each chunk, so more may be dropped.
+        The result is otherwise that of one chunk, but for rounding. It needs less memory, and hides
+        the exchange where that is a large part of the layer. Products of fewer rows are slower.
     """
 
     num_experts: int
@@ -84,6 +98,8 @@ class MoEConfig:
     drops: str = "last"
     fsdp_axes: tuple[str, ...] = ()
     model_axes: tuple[str, ...] = ()
+    overlap: bool = True
+    num_chunks: int = 1
 
     def __post_init__(self):
         if not isinstance(self.router, (Router, CustomRouter)):
@@ -106,6 +122,10 @@ class MoEConfig:
             )
         if self.drops not in ("last", "evenly"):
             raise ValueError(f"MoE: drops must be 'last' or 'evenly', got {self.drops!r}.")
+        if not isinstance(self.num_chunks, int) or self.num_chunks < 1:
+            raise ValueError(
+                f"MoE: num_chunks must be an int of at least 1, got {self.num_chunks!r}."
+            )
         if self.shared_expert_gate and self.shared_expert_width is None:
             raise ValueError(
                 "MoE: shared_expert_gate=True, but there is no shared expert: give "

@@ -86,6 +86,12 @@ class MoE(nn.Module):
         matrices are sharded as well, to be gathered where they are used.
       model_axes: mesh axes without tokens over which the experts' hidden width is split; with
         ``experts=SwiGLU(separate=True)``, say.
+      overlap: whether the shared expert runs beside the combine, and in the backward pass the
+        experts' weights' gradients beside the exchange that brings the tokens' gradient back
+        (``docs/overlap.md``). :class:`~freeio_jax.flax.MoEConfig` says more.
+      num_chunks: n; the tokens of a rank are cut into so many parts. While the experts multiply
+        one, the next is dispatched, and the one before is combined. The room of
+        ``capacity_factor`` is that of each part.
 
     >>> import jax, jax.numpy as jnp
     >>> from freeio_jax.flax.linen import MoE
@@ -119,6 +125,8 @@ class MoE(nn.Module):
     drops: str = "last"
     fsdp_axes: tuple[str, ...] = ()
     model_axes: tuple[str, ...] = ()
+    overlap: bool = True
+    num_chunks: int = 1
 
     @classmethod
     def from_hf(

@@ -11,17 +11,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from freeio_jax import collective
 from freeio_jax.flax.config import MoEConfig
 from freeio_jax.flax.custom_router import route_by
-from freeio_jax.flax.drops import keep_evenly
 from freeio_jax.flax.mesh import check_manual, current_mesh, explicit_axes, manual_sizes
 from freeio_jax.flax.one_device import on_one_device
 from freeio_jax.flax.parameters import check_names, check_shapes
 from freeio_jax.flax.partition import axes_of, gather, of_first_slice
-from freeio_jax.flax.report import Report, count_drops, no_drops
+from freeio_jax.flax.report import Report
+from freeio_jax.flax.routed import routed
 from freeio_jax.flax.router import Router, route
-from freeio_jax.layout import balanced_capacity, dropless_capacity
 from freeio_jax.varying import checks_varying_axes, vary, varying_axes
 
 
@@ -248,15 +246,17 @@ def _shard(parameters, x, router_input, token_mask, jitter_key, config):
     # for each of its rows.
     model_axes, shared_input = config.model_axes, vary(tokens, config.model_axes)
     experts = of_first_slice(config.experts, experts, model_axes)
-    y, drops = _routed(experts, shared_input, routing, config)
+    beside = None
     if config.shared_expert_width is not None:
         shared = {n: parameters[f"shared_{n}"].astype(dtype) for n in experts}
         shared = of_first_slice(config.experts, shared, model_axes)
-        out = config.experts.shared(shared, shared_input)
+        gate = None
         if config.shared_expert_gate:
             gate = parameters["shared_expert_gate"].astype(dtype)
-            out = jax.nn.sigmoid(jnp.dot(shared_input, gate)) * out
-        y = y + out
+        beside = functools.partial(_shared, config.experts), (shared, gate, shared_input)
+    y, of_shared, drops = routed(experts, shared_input, routing, config, beside)
+    if beside is not None:
+        y = y + of_shared
     if model_axes:
         y = lax.psum(y, model_axes)
     if config.num_zero_experts:
@@ -304,70 +304,11 @@ def _route(parameters, router_input, tokens, token_mask, jitter_key, config):
     )
 
 
-def _routed(experts, tokens, routing, config):
-    """The weighted sums of the experts' outputs ``[T, H]``, and the drops."""
-    sizes = {
-        "num_ranks": lax.axis_size(config.expert_axes),
-        "num_tokens": tokens.shape[0],
-        "top_k": config.top_k,
-        "num_experts": config.num_slots,
-        "alignment": config.alignment,
-    }
-    capacity, bound = None, dropless_capacity(**sizes)
-    if config.capacity_factor is not None:
-        # An even load of all the router's choices gives a rank of used experts this many times T*K.
-        even_share = config.num_slots / config.num_choices
-        capacity = balanced_capacity(config.capacity_factor * even_share, **sizes)
-    rows, ids = tokens, routing.topk_idx
-    weights = vary(routing.topk_weights, config.model_axes)
-    if config.num_slots > config.num_experts or config.num_zero_experts:
-        ids = jnp.where(ids < config.num_experts, ids, -1)
-    asked_for = ids
-    if config.drops == "evenly" and capacity is not None and capacity < bound:
-        ids = keep_evenly(
-            ids,
-            num_experts=config.num_slots,
-            capacity=capacity,
-            alignment=config.alignment,
-            axes=config.expert_axes,
-        )
-    weighted_input = config.router.weights_on == "input"
-    if weighted_input:
-        # Each expert of a token gets another row, so each assignment is sent as a token of its own.
-        # The default capacity would not know that the experts of K neighbours are distinct.
-        if capacity is None:
-            capacity = bound
-        wide = jnp.promote_types(tokens.dtype, jnp.float32)
-        rows = tokens.astype(wide)[:, None] * weights.astype(wide)[..., None]
-        rows = rows.astype(tokens.dtype).reshape(tokens.shape[0] * config.top_k, tokens.shape[1])
-        ids, weights = ids.reshape(-1, 1), None
-    exchange = config.exchange or collective
-    out = exchange.dispatch(
-        rows,
-        ids,
-        num_experts=config.num_slots,
-        axis_name=config.expert_axes,
-        capacity=capacity,
-        alignment=config.alignment,
-        zero_tail=not config.experts.ignores_tail,
-    )
-    y = exchange.combine(config.experts(experts, out.tokens, out.group_sizes), out.handle, weights)
-    if weighted_input:
-        y = jnp.sum(y.reshape(tokens.shape[0], config.top_k, y.shape[1]), axis=1)
-    distinct, dropless = isinstance(config.router, Router), config.capacity_factor is None
-    if distinct and dropless and config.exchange is None:
-        # All assignments have room: there is nothing to count.
-        drops = no_drops(config.num_experts, lax.axis_size(config.all_token_axes))
-    else:
-        has_row = out.handle.has_row().reshape(asked_for.shape)
-        drops = count_drops(
-            asked_for,
-            has_row,
-            config.num_experts,
-            token_axes=config.all_token_axes,
-            model_axes=config.model_axes,
-        )
-    return y, drops
+def _shared(experts, parameters, gate, x):
+    """``[T, H]``: what the expert computes that sees every token."""
+    with jax.named_scope("shared_expert"):
+        out = experts.shared(parameters, x)
+        return out if gate is None else jax.nn.sigmoid(jnp.dot(x, gate)) * out
 
 
 def _zero_experts(tokens, routing, config):

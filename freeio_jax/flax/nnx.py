@@ -188,6 +188,12 @@ class MoE(nnx.Module):
         matrices are sharded as well, to be gathered where they are used.
       model_axes: mesh axes without tokens over which the experts' hidden width is split; with
         ``experts=SwiGLU(separate=True)``, say.
+      overlap: whether the shared expert runs beside the combine, and in the backward pass the
+        experts' weights' gradients beside the exchange that brings the tokens' gradient back
+        (``docs/overlap.md``). :class:`~freeio_jax.flax.MoEConfig` says more.
+      num_chunks: n; the tokens of a rank are cut into so many parts. While the experts multiply
+        one, the next is dispatched, and the one before is combined. The room of
+        ``capacity_factor`` is that of each part.
       deterministic: the default of the calls; ``train()`` and ``eval()`` set it.
       rngs: streams ``params``, and ``jitter`` for ``router.jitter``.
 
@@ -225,6 +231,8 @@ class MoE(nnx.Module):
         drops: str = "last",
         fsdp_axes: tuple[str, ...] = (),
         model_axes: tuple[str, ...] = (),
+        overlap: bool = True,
+        num_chunks: int = 1,
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -248,6 +256,8 @@ class MoE(nnx.Module):
             drops=drops,
             fsdp_axes=fsdp_axes,
             model_axes=model_axes,
+            overlap=overlap,
+            num_chunks=num_chunks,
         )
         self.width = width
         self.mesh = mesh

@@ -6,40 +6,15 @@ once in a process: :func:`choose` says which and why, ``python -m freeio_jax.inf
 
 from __future__ import annotations
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 
-from freeio_jax.grouped_matmul import primitive
+from freeio_jax.grouped_matmul import context, primitive
 from freeio_jax.grouped_matmul.choice import choose
+from freeio_jax.grouped_matmul.context import use
 from freeio_jax.grouped_matmul.product import Product
 
 __all__ = ["Product", "choose", "grouped_matmul", "use"]
-
-#: Name of an implementation, or None. JAX compiles anew where it differs.
-_BY = jax.make_user_context(None)
-
-
-@contextlib.contextmanager
-def use(name: str | None):
-    """What is traced within is multiplied by this implementation, whether it is right or not.
-
-    Args:
-      name: on GPUs ``"hopper"``, ``"tokamax"``, ``"ragged_dot"`` or ``"tiled"``, on CPU ``"tiled"``
-        or ``"ragged_dot"``; None: the usual choice. A name that does not serve raises a ValueError
-        when the program is compiled.
-
-    For comparisons, and to find faults.
-
-    >>> import jax, jax.numpy as jnp
-    >>> from freeio_jax.grouped_matmul import grouped_matmul, use
-    >>> with use("ragged_dot"):
-    ...     grouped_matmul(jnp.ones((2, 3)), jnp.ones((1, 3, 1)), jnp.array([2])).tolist()
-    [[3.0], [3.0]]
-    """
-    with _BY(name):
-        yield
 
 
 def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -68,6 +43,10 @@ def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) 
     >>> grouped_matmul(rows, weights, jnp.array([1, 2])).tolist()
     [[1.0], [40.0], [60.0], [0.0]]
     """
+    substitute = context.substitute.get()
+    if substitute is not None:
+        with context.replaced(None):
+            return substitute(rows, weights, group_sizes)
     rows, weights, group_sizes = map(jnp.asarray, (rows, weights, group_sizes))
     if rows.ndim != 2 or weights.ndim != 3 or rows.shape[1] != weights.shape[1]:
         raise ValueError(
@@ -92,5 +71,5 @@ def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) 
         rows.astype(dtype),
         weights.astype(dtype),
         group_sizes.astype(jnp.int32),
-        by=_BY.value,
+        by=context.implementation.value,
     )

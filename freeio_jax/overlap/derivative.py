@@ -90,7 +90,7 @@ def _release_jvp(primals, tangents, *, op, num, num_sms, **params):
         operands,
         of_held,
         as_of(op, results),
-        run=partial(_delay, num_sms=num_sms),
+        run=partial(delay, num_sms=num_sms),
         **params,
     )
     return results, as_list(op, of_results)
@@ -125,7 +125,8 @@ mlir.register_lowering(release_p, lambda ctx, *operands, num, **_: _results(oper
 # operands of op -> results of op, which is linear in the operands that come from ``hold``
 
 
-def _delay(op, *operands, axes, num_sms, **params):
+def delay(op, *operands, axes, num_sms, **params):
+    """``op``, whose transpose runs from here to where the operands were held."""
     return as_of(op, bind(delayed_p, *operands, axes=axes, op=op, num_sms=num_sms, **params))
 
 

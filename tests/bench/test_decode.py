@@ -29,6 +29,18 @@ def test_layers_give_the_tokens_back():
     assert args[0].is_deleted()  # donated
 
 
+def test_a_shared_expert_beside_the_combine_computes_what_it_does_after_it():
+    case, results = Case(SUITE, 3, 4, "float32"), []
+    for beside in decode.SHARED.values():
+        program, args = decode._with_shared_expert(
+            case, beside, mesh=expert_mesh(4), layers=3, width=4
+        )
+        started = "freeio_start" in str(program.trace(*args).jaxpr)
+        assert started == beside
+        results.append(np.asarray(program(*args)))
+    np.testing.assert_allclose(*results, 1e-5, 1e-6)
+
+
 def test_products_are_not_merged():
     program, args = decode._products(mesh=expert_mesh(2), layers=3)
     jaxpr = str(program.trace(*args).jaxpr)
@@ -44,13 +56,16 @@ def test_report(capsys):
     records = report.data["decode"]
     assert [(r["program"], r["num_tokens"], r["command_buffers"]) for r in records] == [
         (program, tokens, buffers)
-        for program, tokens in (("exchange", 1), ("exchange", 3), ("two small products", 1))
+        for program, tokens in (
+            *((name, tokens) for tokens in (1, 3) for name in ("exchange", *decode.SHARED)),
+            ("two small products", 1),
+        )
         for buffers in ("off", "on", "in sequence")
     ]
     for record in records:
         assert record["wall_s"] >= record["host_s"] > 0
         assert record["in_a_row_s"] > 0
-        assert math.isfinite(record["host_of_call_s"])
+        assert math.isfinite(record["host_of_call_s"]) == (record["program"] not in decode.SHARED)
         assert math.isnan(record["span_s"])  # no GPU
     assert "Decode: 2 layers, 1 process(es)" in capsys.readouterr().out
 

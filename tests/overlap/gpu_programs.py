@@ -2,87 +2,31 @@
 
     python gpu_programs.py FOLDER TOPOLOGY
 
-It needs jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, and neither a GPU nor nvcc. XLA
-wants a handler for every custom call, and asks it nothing: any serves. So a stand-in replaces the
-CUDA engine's C++ side.
+``freeio_jax/bench/absent.py`` says what it needs.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import pathlib
 import sys
 from functools import partial
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+PACKAGE = pathlib.Path(importlib.util.find_spec("freeio_jax").origin).parent
+spec = importlib.util.spec_from_file_location("absent", PACKAGE / "bench" / "absent.py")
+absent = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(absent)
+fio = absent.import_with_stand_in()
 
-import jax
-import jax.numpy as jnp
-import jax_plugins.xla_cuda13 as plugin
-import numpy as np
-from jax import lax
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax import lax  # noqa: E402
+from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
 
-HERE = pathlib.Path(__file__).parent
-OPERATIONS = ("dispatch", "dispatch_along", "combine", "combine_transpose")
-
-
-class StandIn:
-    """What ``engines.CudaEngine`` asks of the engine's C++ side."""
-
-    max_ranks = max_experts = max_top_k = max_leaves = 1 << 20
-
-    def __init__(self, cpu):
-        self._handler = cpu.ffi_targets()["freeio_combine"]["execute"]
-
-    def set_starter(self, start):
-        pass
-
-    def has_driver(self):
-        return False
-
-    def ffi_types(self):
-        return {}
-
-    def ffi_targets(self):
-        names = ("done", "check", *OPERATIONS, *(f"{name}_start" for name in OPERATIONS))
-        return {f"freeio_{name}": {"execute": self._handler} for name in names}
-
-    def dispatch_scratch(self, num_ranks, num_tokens, top_k):
-        return num_ranks * num_tokens * top_k
-
-    def combine_scratch(self, num_ranks, num_tokens, top_k, width):
-        return num_tokens * min(top_k, num_ranks - 1), num_tokens
-
-
-def import_with_stand_in():
-    """freeio_jax with the stand-in as the native module's CUDA part."""
-    folder = pathlib.Path(importlib.util.find_spec("freeio_jax").origin).parent
-    # importlib.util.find_spec would import freeio_jax first. Every finder is asked, as an editable
-    # installation has one of its own.
-    specs = (f.find_spec("freeio_jax._native", [str(folder)]) for f in sys.meta_path)
-    spec = next(filter(None, specs))
-    native = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(native)
-    native.cuda = StandIn(native)
-    sys.modules["freeio_jax._native"] = native
-    import freeio_jax
-    from freeio_jax.engines import ENGINES
-
-    ENGINES["cuda"].start = lambda: None  # there are no GPUs to make ready
-    return freeio_jax
-
-
-fio = import_with_stand_in()
-plugin._check_cuda_versions = lambda *args, **kwargs: None  # there is no driver to ask
-jax.devices()
-try:
-    plugin.initialize()
-except Exception as error:  # the platform is registered, only devices are missing
-    print("no devices, as expected:", type(error).__name__)
+from freeio_jax.flax import MoEConfig, moe  # noqa: E402
+from freeio_jax.grouped_matmul import use  # noqa: E402
 
 T, H, K, E, CAPACITY = 512, 256, 2, 8, 1024
 
@@ -139,13 +83,68 @@ def gradients(mesh, fn):
     return jax.value_and_grad(loss, (0, 2, 3))
 
 
+def whole_layer(num_chunks):
+    """The gradients of a layer of freeio_jax.flax with a shared expert, and their arguments."""
+    config = MoEConfig(
+        num_experts=E,
+        top_k=K,
+        expert_width=H,
+        shared_expert_width=H,
+        capacity_factor=1.25,
+        num_chunks=num_chunks,
+    )
+
+    def make(mesh):
+        def loss(parameters, x):
+            with use("ragged_dot"):  # no GPU is there on which another one could be tried
+                y, _ = moe(parameters, x, config, mesh=mesh)
+            return (y.astype(jnp.float32) ** 2).sum()
+
+        parameters = {
+            name: shape_of(mesh, P(*names), jnp.bfloat16, *shape)
+            for name, (shape, names) in config.parameters(H).items()
+        }
+        x = shape_of(mesh, P("expert"), jnp.bfloat16, mesh.size * T, H)
+        return jax.value_and_grad(loss, (0, 1)), (parameters, x)
+
+    return make
+
+
+def exchanges(make):
+    """``make(mesh)`` and the arguments of the layers above."""
+
+    def with_arguments(mesh):
+        tokens, by_rank = mesh.size * T, P("expert")
+        return make(mesh), (
+            shape_of(mesh, by_rank, jnp.bfloat16, tokens, H),
+            shape_of(mesh, by_rank, jnp.int32, tokens, K),
+            shape_of(mesh, by_rank, jnp.float32, tokens, K),
+            shape_of(mesh, P(), jnp.bfloat16, H, H),
+        )
+
+    return with_arguments
+
+
+def shape_of(mesh, spec, dtype, *sizes):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+
 CASES = {
-    "forward": lambda mesh: sharded(mesh, layer),
-    "gradients": lambda mesh: gradients(mesh, layer),
-    "two-batches": lambda mesh: gradients(mesh, batches),
-    "scan": lambda mesh: gradients(mesh, partial(layers, layer)),
-    "scan-of-one-routing": lambda mesh: gradients(mesh, partial(layers, layer, shifts=(None,))),
-    "remat": lambda mesh: gradients(mesh, partial(layers, jax.checkpoint(layer))),
+    "forward": exchanges(lambda mesh: sharded(mesh, layer)),
+    "gradients": exchanges(lambda mesh: gradients(mesh, layer)),
+    "two-batches": exchanges(lambda mesh: gradients(mesh, batches)),
+    "scan": exchanges(lambda mesh: gradients(mesh, partial(layers, layer))),
+    "scan-of-one-routing": exchanges(
+        lambda mesh: gradients(mesh, partial(layers, layer, shifts=(None,)))
+    ),
+    "remat": exchanges(lambda mesh: gradients(mesh, partial(layers, jax.checkpoint(layer)))),
+    "whole-layer": whole_layer(num_chunks=1),
+    "chunks": whole_layer(num_chunks=2),
+}
+#: A program's kernels need not be fast. These options change nothing in its schedule.
+FAST_TO_COMPILE = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
 }
 SCHEDULERS = {
     "default": {},
@@ -157,32 +156,15 @@ SCHEDULERS = {
 }
 
 
-def devices(topology):
-    """Of a topology of slices x processes x devices of a process."""
-    target = (HERE / "h200.txtpb").read_text()
-    return topologies.get_topology_desc(
-        topology_name="", platform="cuda", target_config=target, topology=topology
-    ).devices
-
-
 def main(folder, topology):
-    mesh = Mesh(np.array(devices(topology)), ("expert",), axis_types=(AxisType.Auto,))
+    mesh = Mesh(np.array(absent.devices(topology)), ("expert",), axis_types=(AxisType.Auto,))
 
-    def shape(spec, dtype, *sizes):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
-
-    tokens = mesh.size * T
-    args = (
-        shape(P("expert"), jnp.bfloat16, tokens, H),
-        shape(P("expert"), jnp.int32, tokens, K),
-        shape(P("expert"), jnp.float32, tokens, K),
-        shape(P(), jnp.bfloat16, H, H),
-    )
     for case, make in CASES.items():
-        lowered = jax.jit(make(mesh)).lower(*args)
+        function, args = make(mesh)
+        lowered = jax.jit(function).lower(*args)
         for scheduler, options in SCHEDULERS.items():
-            text = lowered.compile(compiler_options=options).as_text()
-            (pathlib.Path(folder) / f"{case}.{scheduler}").write_text(text)
+            compiled = lowered.compile(compiler_options=options | FAST_TO_COMPILE)
+            (pathlib.Path(folder) / f"{case}.{scheduler}").write_text(compiled.as_text())
 
 
 if __name__ == "__main__":

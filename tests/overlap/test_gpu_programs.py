@@ -36,6 +36,17 @@ STARTS = {
     "scan": ONCE,
     "scan-of-one-routing": {"dispatch_along": 1, "combine": 2, "combine_transpose": 1},
     "remat": ONCE | {"dispatch": 2},
+    # The first dispatch of a layer is synchronous: nothing could run beside it.
+    "whole-layer": {"combine": 2, "combine_transpose": 1},
+    "chunks": {"dispatch": 1, "combine": 4, "combine_transpose": 2},
+}
+#: What runs beside each start, by its number, as named scopes of the layer.
+BESIDE = {
+    "whole-layer": ("shared_expert", "shared_expert", "weights_gradient"),
+    "chunks": (
+        *("experts", "experts", "shared_expert"),  # forward
+        *("shared_expert", "experts", "experts", "weights_gradient"),
+    ),
 }
 
 
@@ -60,10 +71,12 @@ def compiled(tmp_path_factory):
     return compile
 
 
-def works_beside(instruction):
-    """Whether this is compute of the function that is to run beside an exchange."""
-    return instruction.opcode not in hlo.NAMES and re.search(
-        r'op_name="[^"]*\bbeside\b', instruction.line
+def is_compute(instruction, scope):
+    """Whether this is compute of a function that is to run beside an exchange."""
+    return (
+        instruction.opcode not in hlo.NAMES
+        and instruction.start is None
+        and re.search(rf'op_name="[^"]*\b{scope}\b', instruction.line)
     )
 
 
@@ -84,15 +97,32 @@ def test_what_a_scheduled_program_does(topology, case, scheduler, compiled):
         assert starts.keys() == dones.keys()
         for number, start in starts.items():
             found[start.target.removeprefix("freeio_").removesuffix("_start")] += 1
-            check(computation, start, dones[number])
+            scope = BESIDE[case][number] if case in BESIDE else "beside"
+            check(computation, start, dones[number], scope)
+        if starts and case in BESIDE:
+            check_that_all_is_hidden(computation, starts, dones)
     assert found == STARTS[case]
 
 
-def check(computation, start, done):
+def check_that_all_is_hidden(computation, starts, dones):
+    """All of the shared expert, and the gradients of weights, run beside some exchange."""
+    order = computation.instructions
+    hidden = {
+        instruction.name
+        for number, start in starts.items()
+        for instruction in order[order.index(start) : order.index(dones[number])]
+    }
+    for scope in ("shared_expert", "weights_gradient"):
+        found = [i.name for i in order if is_compute(i, scope)]
+        assert found
+        assert not set(found) - hidden
+
+
+def check(computation, start, done, scope="beside"):
     order = computation.instructions
     between = order[order.index(start) + 1 : order.index(done)]
     assert order.index(start) < order.index(done)
-    assert any(map(works_beside, between)), (
+    assert any(is_compute(i, scope) for i in between), (
         f"nothing runs beside {start.name}: {[i.name for i in between]}"
     )
     # Nothing looks at what is not there yet: not even a copy.

@@ -1,0 +1,202 @@
+"""What an MoE layer hides of its exchanges: walls, what the profiler saw, and a timeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import pathlib
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+
+import freeio_jax as fio
+from freeio_jax.bench import layer, profile
+from freeio_jax.bench.floor import KERNELS
+from freeio_jax.bench.report import Report, plot_timeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An MoE layer, with the letters of the contract; a shared expert is as wide as an expert."""
+
+    hidden: int
+    top_k: int
+    num_experts: int
+    expert_width: int
+
+
+MODELS = {
+    "DeepSeek-V3": Model(7168, 8, 256, 2048),
+    "Qwen3-30B-A3B": Model(2048, 8, 128, 768),
+}
+TOKENS = (128, 2048, 4096, 8192)
+NUM_CHUNKS = (1, 2, 4)
+NUM_SMS = (8, 16, 24, 32)
+PASSES = ("forward", "gradients")
+#: Of each program. All processes of a pod must run a program equally often.
+RUNS = 10
+SAMPLES = 3
+
+NOTHING_HIDDEN = (
+    "# On CPU a start runs the exchange to its end. So nothing is hidden here: the differences "
+    "between the columns are noise, and there is no timeline."
+)
+
+_COLUMNS = {
+    "model": "model",
+    "shared": "shared expert",
+    "num_tokens": "T",
+    "pass": "pass",
+    "num_chunks": "n",
+    "num_sms": "SMs",
+    "exchange_s": "exchange alone ms",
+    "compute_s": "compute alone ms",
+    "in_turn_s": "one after the other ms",
+    "beside_s": "beside each other ms",
+    "hidden_share": "hidden %",
+    "covered_share": "started kernels with compute beside them %",
+}
+
+
+def run(
+    report: Report,
+    models: dict[str, Model],
+    *,
+    num_ranks: int,
+    dtype: str,
+    tokens: Sequence[int] = TOKENS,
+    num_chunks: Sequence[int] = NUM_CHUNKS,
+    num_sms: Sequence[int] = NUM_SMS,
+    passes: Sequence[str] = PASSES,
+    png: pathlib.Path | None = None,
+) -> None:
+    """Times each model's layer with a shared expert and without, whole and in chunks.
+
+    ``exchange_s`` and ``compute_s`` are of programs that have the exchanges alone, or the experts
+    alone, with all SMs and without chunks. ``in_turn_s`` is the layer with ``overlap=False``,
+    ``beside_s`` with ``overlap=True``. The hidden share is ``(in_turn_s - beside_s) / exchange_s``.
+    ``covered_share`` is by the profiler: the share of the time of kernels of exchanges in which a
+    kernel that is no exchange runs on that GPU. (No figure of it where there is no GPU.)
+
+    Args:
+      models: by name.
+      num_ranks: R.
+      dtype: of rows and parameters.
+      tokens, num_chunks, num_sms, passes: what is varied.
+      png: the timeline of the largest T with a shared expert and gradients goes there, without
+        overlap and with each number of chunks, at the first of ``num_sms``.
+    """
+    on_gpu = jax.devices()[0].platform == "gpu"
+    if not on_gpu:
+        print(NOTHING_HIDDEN, flush=True)
+    report.table("Beside compute", _COLUMNS)
+    timelines: dict[str, list[profile.Event]] = {}
+    before = fio.config()["overlap_num_sms"]
+    try:
+        for (name, model), num_tokens, shared in itertools.product(
+            models.items(), tokens, (False, True)
+        ):
+            sizes = layer.Sizes(
+                num_ranks,
+                num_tokens,
+                **dataclasses.asdict(model),
+                dtype=dtype,
+                shared_width=model.expert_width if shared else None,
+            )
+            about = {"model": name, "num_ranks": num_ranks, "num_tokens": num_tokens}
+            about |= {"shared": shared}
+            wanted = png if shared and num_tokens == max(tokens) else None
+
+            def measure(sizes=sizes, name=name, wanted=wanted):
+                return _measure(
+                    layer.Layer(sizes),
+                    num_chunks,
+                    num_sms,
+                    passes,
+                    timelines if wanted and on_gpu else None,
+                    name,
+                )
+
+            report.guarded_all("overlap", about, measure)
+    finally:
+        fio.config(overlap_num_sms=before)
+    if png is not None and timelines:
+        plot_timeline(timelines, png, kind_of)
+
+
+def _measure(layer, num_chunks, num_sms, passes, timelines, name):
+    for which in passes:
+        gradients = which == "gradients"
+        compiled = layer.backward if gradients else layer.forward
+        exchange_s = seconds(layer.alone(fio, gradients))
+        compute_s = seconds(layer.experts(gradients))
+        in_turn = _bound(layer, compiled(None, overlap=False))
+        in_turn_s = seconds(in_turn)
+        if gradients and timelines is not None:
+            timelines[f"{name}, one after the other"] = profile.record(in_turn)
+        for chunks in num_chunks:
+            # The number of multiprocessors is read when an exchange runs.
+            beside = _bound(layer, compiled(None, overlap=True, num_chunks=chunks))
+            for sms in num_sms:
+                fio.config(overlap_num_sms=sms)
+                beside_s = seconds(beside)
+                events = profile.record(beside)
+                if gradients and timelines is not None and sms == num_sms[0]:
+                    timelines[f"{name}, {chunks} chunk(s), {sms} SMs"] = events
+                yield {
+                    "pass": which,
+                    "num_chunks": chunks,
+                    "num_sms": sms,
+                    "exchange_s": exchange_s,
+                    "compute_s": compute_s,
+                    "in_turn_s": in_turn_s,
+                    "beside_s": beside_s,
+                    "hidden_share": (in_turn_s - beside_s) / exchange_s,
+                    "covered_share": covered_share(events),
+                }
+
+
+def _bound(layer, compiled) -> Callable[[], object]:
+    return lambda: compiled(layer.parameters, layer.x)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Median seconds of a run in a row of ``RUNS``, after a warm-up."""
+    jax.block_until_ready(run())
+    samples = []
+    for _ in range(SAMPLES):
+        begin = time.perf_counter()
+        for _ in range(RUNS):
+            result = run()  # the run before it gives its memory back
+        jax.block_until_ready(result)
+        samples.append((time.perf_counter() - begin) / RUNS)
+    return statistics.median(samples)
+
+
+_EXCHANGE = re.compile("|".join(KERNELS.values()))
+
+
+def kind_of(event: profile.Event) -> str:
+    """``exchange``, ``other communication``, ``copy`` or ``compute``."""
+    if _EXCHANGE.search(event.name):
+        return "exchange"
+    if profile.COMMUNICATION.search(event.name):
+        return "other communication"
+    return "copy" if profile.is_copy(event) else "compute"
+
+
+def covered_share(events: Sequence[profile.Event]) -> float:
+    """Share of the time of exchanges in which compute runs on the same GPU; NaN without any."""
+    covered = total = 0.0
+    for device in {event.device for event in events}:
+        mine = [event for event in events if event.device == device]
+        exchanges = [event for event in mine if kind_of(event) == "exchange"]
+        compute = [event for event in mine if kind_of(event) == "compute"]
+        alone, both = profile.busy(exchanges), profile.busy([*exchanges, *compute])
+        total += alone
+        covered += alone + profile.busy(compute) - both
+    return covered / total if total else math.nan
