@@ -77,6 +77,10 @@ class MoEConfig:
         combined. The room of ``capacity_factor`` is that of each chunk, so more may be dropped.
         The result is otherwise that of one chunk, but for rounding. It needs less memory, and hides
         the exchange where that is a large part of the layer. Products of fewer rows are slower.
+      expert_capacity: rows of one expert for one sequence, that is, for the L tokens of
+        ``x[..., L, H]``. It takes them in order of token, then of k, and what exceeds it is
+        dropped. None: no such bound. Switch Transformers have one. So has MaxText, as
+        ``capacity_factor``, a multiple of ``L*K/E``. It costs a sort of each sequence's ids.
     """
 
     num_experts: int
@@ -100,6 +104,7 @@ class MoEConfig:
     model_axes: tuple[str, ...] = ()
     overlap: bool = True
     num_chunks: int = 1
+    expert_capacity: int | None = None
 
     def __post_init__(self):
         if not isinstance(self.router, (Router, CustomRouter)):
@@ -125,6 +130,11 @@ class MoEConfig:
         if not isinstance(self.num_chunks, int) or self.num_chunks < 1:
             raise ValueError(
                 f"MoE: num_chunks must be an int of at least 1, got {self.num_chunks!r}."
+            )
+        room = self.expert_capacity
+        if room is not None and (not isinstance(room, int) or room < 1):
+            raise ValueError(
+                f"MoE: expert_capacity must be an int of at least 1, or None, got {room!r}."
             )
         if self.shared_expert_gate and self.shared_expert_width is None:
             raise ValueError(

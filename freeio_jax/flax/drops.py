@@ -1,4 +1,9 @@
-"""Fair drops: which assignments a rank gives up that has not enough room, by a rule.
+"""Which assignments are given up before the exchange, by a rule.
+
+**An expert's room for one sequence** (``expert_capacity``) goes to the first in order of token,
+then of k.
+
+**Fair drops** (``drops="evenly"``): which assignments a rank gives up that has not enough room.
 
 Let the experts of one rank get N assignments, numbered from 0 in this order: by expert, then by
 source rank, then by token, then by k. For the expert with id e the source ranks begin with rank
@@ -69,6 +74,29 @@ def keep_evenly(
     carries = low_bits + share[rank] < share[rank]
     kept = (rows <= capacity)[rank] | carries
     return jnp.where(kept.reshape(topk_idx.shape), topk_idx, -1)
+
+
+def keep_first(topk_idx: jax.Array, *, room: int, sequence_length: int) -> jax.Array:
+    """The ids, with -1 for assignments beyond the first ``room`` of a sequence to one expert.
+
+    Args:
+      topk_idx: int32 ``[B*L, K]``: the assignments of whole sequences. Negative ids are none.
+      room: of one expert for one sequence.
+      sequence_length: L.
+    """
+    top_k = topk_idx.shape[1]
+
+    def of_sequence(ids):
+        order = jnp.argsort(ids, stable=True)
+        index, ordered = jnp.arange(ids.size, dtype=jnp.int32), ids[order]
+        begins = jnp.append(True, ordered[1:] != ordered[:-1])
+        first = lax.cummax(jnp.where(begins, index, 0))
+        kept = jnp.where(index - first < room, ordered, -1)
+        return jnp.zeros_like(ids).at[order].set(kept, unique_indices=True)
+
+    if topk_idx.size == 0:
+        return topk_idx
+    return jax.vmap(of_sequence)(topk_idx.reshape(-1, sequence_length * top_k)).reshape(-1, top_k)
 
 
 def _fraction_of_2_32(numerator, denominator):

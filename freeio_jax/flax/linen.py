@@ -92,6 +92,9 @@ class MoE(nn.Module):
       num_chunks: n; the tokens of a rank are cut into so many parts. While the experts multiply
         one, the next is dispatched, and the one before is combined. The room of
         ``capacity_factor`` is that of each part.
+      expert_capacity: rows of one expert for one sequence, the L tokens of ``x[..., L, H]``. Those
+        of later tokens are dropped. None: no such bound. (Switch Transformers, MaxText's
+        ``capacity_factor``.)
 
     >>> import jax, jax.numpy as jnp
     >>> from freeio_jax.flax.linen import MoE
@@ -127,6 +130,7 @@ class MoE(nn.Module):
     model_axes: tuple[str, ...] = ()
     overlap: bool = True
     num_chunks: int = 1
+    expert_capacity: int | None = None
 
     @classmethod
     def from_hf(

@@ -74,6 +74,11 @@ def moe(
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         kind = ValueError if x.ndim < 2 else TypeError
         raise kind(f"MoE: x must be floating [..., H] of two or more dimensions, got {x.aval}.")
+    if config.expert_capacity is not None and x.ndim < 3:
+        raise ValueError(
+            f"MoE: expert_capacity={config.expert_capacity} is for each sequence, so x must be "
+            f"[..., L, H] of three or more dimensions, got {x.aval}. Use x[None] for one sequence."
+        )
     width = x.shape[-1]
     check_names(parameters, config, width)
     if isinstance(config.router, Router) and config.router_width is None:
@@ -178,15 +183,17 @@ def _sharded(parameters, x, router_input, token_mask, jitter_key, config, mesh, 
         spec = (tuple(axis for axis in axes if axis in explicit) for axes in over)
         return jax.reshard(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    shape, num_tokens = x.shape, math.prod(x.shape[:-1])
+    shape = x.shape
     padded = shape[0] % num_shards > 0
     if padded:
-        more = -num_tokens % num_shards
         mask = jnp.ones(shape[:-1], bool) if token_mask is None else token_mask
+        # Sequences stay whole where an expert has room for so many tokens of each.
+        unit = shape[:-1] if config.expert_capacity is None else shape[:1]
+        more = -math.prod(unit) % num_shards
 
         def pad(array):
-            flat = place(array, ()).reshape(num_tokens, *array.shape[len(shape) - 1 :])
-            return jnp.pad(flat, [(0, more)] + [(0, 0)] * (flat.ndim - 1))
+            units = place(array, ()).reshape(math.prod(unit), *array.shape[len(unit) :])
+            return jnp.pad(units, [(0, more)] + [(0, 0)] * (units.ndim - 1))
 
         x, router_input, token_mask = jax.tree.map(pad, (x, router_input, mask))
     tokens_spec = PartitionSpec(token_axes)
@@ -216,7 +223,7 @@ def _sharded(parameters, x, router_input, token_mask, jitter_key, config, mesh, 
         jitter_key,
     )
     if padded:
-        y = place(y, ())[:num_tokens].reshape(shape)
+        y = place(y, ())[: math.prod(unit)].reshape(shape)
     return y, report
 
 
@@ -254,7 +261,7 @@ def _shard(parameters, x, router_input, token_mask, jitter_key, config):
         if config.shared_expert_gate:
             gate = parameters["shared_expert_gate"].astype(dtype)
         beside = functools.partial(_shared, config.experts), (shared, gate, shared_input)
-    y, of_shared, drops = routed(experts, shared_input, routing, config, beside)
+    y, of_shared, drops = routed(experts, shared_input, routing, x.shape[-2], config, beside)
     if beside is not None:
         y = y + of_shared
     if model_axes:

@@ -194,6 +194,9 @@ class MoE(nnx.Module):
       num_chunks: n; the tokens of a rank are cut into so many parts. While the experts multiply
         one, the next is dispatched, and the one before is combined. The room of
         ``capacity_factor`` is that of each part.
+      expert_capacity: rows of one expert for one sequence, the L tokens of ``x[..., L, H]``. Those
+        of later tokens are dropped. None: no such bound. (Switch Transformers, MaxText's
+        ``capacity_factor``.)
       deterministic: the default of the calls; ``train()`` and ``eval()`` set it.
       rngs: streams ``params``, and ``jitter`` for ``router.jitter``.
 
@@ -233,6 +236,7 @@ class MoE(nnx.Module):
         model_axes: tuple[str, ...] = (),
         overlap: bool = True,
         num_chunks: int = 1,
+        expert_capacity: int | None = None,
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -258,6 +262,7 @@ class MoE(nnx.Module):
             model_axes=model_axes,
             overlap=overlap,
             num_chunks=num_chunks,
+            expert_capacity=expert_capacity,
         )
         self.width = width
         self.mesh = mesh

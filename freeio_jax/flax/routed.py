@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from freeio_jax.flax.config import MoEConfig
-from freeio_jax.flax.drops import keep_evenly
+from freeio_jax.flax.drops import keep_evenly, keep_first
 from freeio_jax.flax.exchange import exchange_of
 from freeio_jax.flax.report import count_drops, no_drops
 from freeio_jax.flax.router import Router, Routing
@@ -25,6 +25,7 @@ def routed(
     parameters: dict[str, jax.Array],
     tokens: jax.Array,
     routing: Routing,
+    sequence_length: int,
     config: MoEConfig,
     beside: tuple[Callable, tuple] | None,
 ) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
@@ -46,6 +47,7 @@ def routed(
       parameters: of this rank's experts.
       tokens: ``[T, H]``.
       routing: of the tokens.
+      sequence_length: L; where ``config.expert_capacity`` is set, T is a multiple of it.
       config: of the layer.
       beside: a function and its arguments, to run while the last chunk is combined; None: nothing.
 
@@ -54,7 +56,7 @@ def routed(
       ``source_drops`` of the report.
     """
     exchange = exchange_of(config)
-    chunks = _cut(tokens, routing, config)
+    chunks = _cut(tokens, routing, sequence_length, config)
     arrived, handle = exchange.first_dispatch(*chunks[0].operands, **chunks[0].options)
     sums, handles, returning = [], [], []
     for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
@@ -114,21 +116,24 @@ class _Chunk:
     finish: Callable[[jax.Array], jax.Array]
 
 
-def _cut(tokens, routing, config) -> list[_Chunk]:
+def _cut(tokens, routing, sequence_length, config) -> list[_Chunk]:
     """Chunks whose sizes differ by one token at most; fewer than asked for where T is less."""
     num_tokens, ids = tokens.shape[0], routing.topk_idx
     weights = vary(routing.topk_weights, config.model_axes)
     if config.num_slots > config.num_experts or config.num_zero_experts:
         ids = jnp.where(ids < config.num_experts, ids, -1)
+    asked_for = ids
+    if config.expert_capacity is not None:
+        ids = keep_first(ids, room=config.expert_capacity, sequence_length=sequence_length)
     num_chunks = max(1, min(config.num_chunks, num_tokens))
     ends = [num_tokens * i // num_chunks for i in range(num_chunks + 1)]
     return [
-        _chunk(*(a[begin:end] for a in (tokens, ids, weights)), config)
+        _chunk(*(a[begin:end] for a in (tokens, asked_for, ids, weights)), config)
         for begin, end in itertools.pairwise(ends)
     ]
 
 
-def _chunk(tokens, ids, weights, config) -> _Chunk:
+def _chunk(tokens, asked_for, ids, weights, config) -> _Chunk:
     num_tokens, top_k = ids.shape
     sizes = {
         "num_ranks": lax.axis_size(config.expert_axes),
@@ -142,7 +147,7 @@ def _chunk(tokens, ids, weights, config) -> _Chunk:
         # An even load of all the router's choices gives a rank of used experts this many times T*K.
         even_share = config.num_slots / config.num_choices
         capacity = balanced_capacity(config.capacity_factor * even_share, **sizes)
-    asked_for, rows, finish = ids, tokens, lambda sums: sums
+    rows, finish = tokens, lambda sums: sums
     if config.drops == "evenly" and capacity is not None and capacity < bound:
         ids = keep_evenly(
             ids,
@@ -176,7 +181,8 @@ def _chunk(tokens, ids, weights, config) -> _Chunk:
 
 def _drops(chunks, handles, config):
     """``dropped``, ``expert_drops`` and ``source_drops`` of all chunks."""
-    distinct, dropless = isinstance(config.router, Router), config.capacity_factor is None
+    distinct = isinstance(config.router, Router)
+    dropless = config.capacity_factor is None and config.expert_capacity is None
     if distinct and dropless and config.exchange is None:
         # All assignments have room: there is nothing to count.
         return no_drops(config.num_experts, lax.axis_size(config.all_token_axes))

@@ -521,13 +521,13 @@ FAMILIES: tuple[Family, ...] = (
         },
     ),
     Family(
-        # transformers drops the tokens of a sequence that exceed expert_capacity at one expert.
-        "Switch Transformers, without their capacity for each expert and sequence",
+        "Switch Transformers",
         ("switch_transformers",),
         num_experts=_key("num_experts", default=8),
         top_k=Key((), 1),
         expert_width=_key("d_ff", default=2048),
         width=_key("d_model", default=768),
+        expert_capacity=_key("expert_capacity", default=64),
         router={"renormalize": False, "logits_bias": _key("router_bias", default=False)},
         experts=_without_gate,
         activation=_key("dense_act_fn", default="relu"),

@@ -91,6 +91,7 @@ class Family:
       shared_expert_gate: the layer's setting.
       width: H.
       num_zero_experts: the layer's setting.
+      expert_capacity: the layer's setting.
       router_kind: ``freeio_jax.flax.Router``, or a class of ``freeio_jax.flax.routers``.
       router: its settings; those that are not here are the defaults.
       router_input: whether the router sees another input than the experts, so that the layer is
@@ -114,6 +115,7 @@ class Family:
     shared_expert_gate: bool = False
     width: Key = Key(("hidden_size",))
     num_zero_experts: Key | None = None
+    expert_capacity: Key | None = None
     router_kind: type = Router
     router: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     router_input: bool = False

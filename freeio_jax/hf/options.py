@@ -97,6 +97,7 @@ def moe_options(config: Mapping[str, Any], layer: int | str | None = None) -> di
         "shared_expert_gate": family.shared_expert_gate,
         "experts": experts,
         "num_zero_experts": get(family.num_zero_experts) or 0,
+        "expert_capacity": get(family.expert_capacity),
         "router": router,
     }
 

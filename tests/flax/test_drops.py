@@ -16,7 +16,7 @@ from freeio_jax import reference
 from freeio_jax.bench.baselines import Dense
 from freeio_jax.flax import MoEConfig, Router, linen, moe
 from freeio_jax.flax import nnx as fio_nnx
-from freeio_jax.flax.drops import keep_evenly
+from freeio_jax.flax.drops import keep_evenly, keep_first
 from freeio_jax.flax.router import route
 from freeio_jax.layout import balanced_capacity
 
@@ -253,3 +253,79 @@ def test_linen_and_nnx_report_drops():
         np.testing.assert_array_equal(getattr(model, name)[...], expected)
     expected = [sum(report.expert_drops.tolist())] * 2
     assert [int(report.dropped), sum(report.source_drops.tolist())] == expected
+
+
+# --- An expert's room for one sequence ------------------------------------------------------------
+
+
+def first_of_each_sequence(topk_idx, room):
+    """The rule of ``expert_capacity``, one assignment after the other: ids ``[B, L, K]``."""
+    kept = np.full_like(topk_idx, -1)
+    for sequence, ids in enumerate(topk_idx):
+        taken = Counter()
+        for place in np.ndindex(ids.shape):
+            taken[ids[place]] += 1
+            if taken[ids[place]] <= room:
+                kept[(sequence, *place)] = ids[place]
+    return kept
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 2), (1, 16, 1), (4, 1, 3), (0, 5, 2), (5, 0, 2)])
+@pytest.mark.parametrize("room", [1, 2, 100])
+def test_the_first_of_each_sequence(shape, room, rng):
+    topk_idx = rng.integers(-1, 4, shape, np.int32)
+    got = keep_first(topk_idx.reshape(-1, shape[2]), room=room, sequence_length=shape[1])
+    np.testing.assert_array_equal(got, first_of_each_sequence(topk_idx, room).reshape(-1, shape[2]))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_expert_capacity_is_for_each_sequence(batch, num_chunks, rng):
+    """Also where the ranks do not divide the sequences, and with tokens that are padding."""
+    of_token = rng.integers(0, 4, (batch, 9))
+    config, parameters, _ = chosen_by_hand(1, of_token[0])
+    config = dataclasses.replace(
+        config, capacity_factor=None, expert_capacity=2, num_chunks=num_chunks
+    )
+    x = jnp.asarray(np.eye(WIDTH)[of_token], jnp.float32)
+    mask = rng.random((batch, 9)) < 0.8
+    ids = np.where(mask, of_token, -1)
+    kept = first_of_each_sequence(ids[..., None], 2)[..., 0]
+
+    def evaluate(parameters, x):
+        y, report = moe(parameters, x, config, token_mask=mask)
+        return jnp.sum(y), (y, report)
+
+    with jax.set_mesh(make_mesh(4, axis_types=(AxisType.Auto,))):
+        gradient = jax.jit(jax.grad(evaluate, has_aux=True, argnums=(0, 1)))
+        (by_parameters, by_x), (y, report) = gradient(parameters, x)
+    assert ((np.asarray(y) != 0).all(axis=-1) == (kept >= 0)).all()
+    assert not np.asarray(by_x)[kept < 0].any()
+    lost = [int(((ids == e) & (kept < 0)).sum()) for e in range(WIDTH)]
+    assert report.expert_drops.tolist() == lost
+    assert int(report.dropped) == sum(lost) == int(report.source_drops.sum())
+    assert report.load.tolist() == [int((ids == e).sum()) for e in range(WIDTH)]
+    used = np.isin(np.arange(WIDTH), kept)
+    assert (np.asarray(by_parameters["down"]).any(axis=(1, 2)) == used).all()
+
+
+def test_expert_capacity_and_the_room_of_a_rank_bind_together(rng):
+    """What a sequence's bound leaves may still be too much for a rank."""
+    of_token = np.zeros((4, 8), np.int32)
+    config, parameters, _ = chosen_by_hand(1, of_token[0], expert_capacity=5, drops="evenly")
+    x = jnp.asarray(np.eye(WIDTH)[of_token], jnp.float32)
+    with jax.set_mesh(make_mesh(4, axis_types=(AxisType.Auto,))):
+        y, report = jax.jit(lambda: moe(parameters, x, config))()
+    room = balanced_capacity(1.25, num_ranks=4, num_tokens=8, top_k=1, num_experts=16, alignment=1)
+    assert room < 20
+    assert int((np.asarray(y) != 0).all(axis=-1).sum()) == room
+    assert int(report.dropped) == 32 - room
+
+
+def test_expert_capacity_wants_sequences():
+    config, parameters, x = chosen_by_hand(1, [0, 1], expert_capacity=1)
+    with pytest.raises(ValueError, match=r"x must be \[..., L, H\].*Use x\[None\]"):
+        moe(parameters, x, config)
+    for wrong in (0, 1.5):
+        with pytest.raises(ValueError, match=f"at least 1, or None, got {wrong}"):
+            dataclasses.replace(config, expert_capacity=wrong)

@@ -153,6 +153,7 @@ MODELS = {
         "num_sparse_encoder_layers": 1,
         "num_sparse_decoder_layers": 1,
         "num_experts": 8,
+        "expert_capacity": 1,
     },
     "nemotron_h": DEEPSEEK
     | {
