@@ -88,7 +88,7 @@ def lower_bound(rows: np.ndarray) -> int:
     return int(-(-busiest_host // num_gpus))
 
 
-def even_rails(rows: np.ndarray, *, least_gain: float = 0.05) -> Rails:
+def even_rails(rows: np.ndarray, *, least_gain: float = 0.02) -> Rails:
     """Rails that spread the rows over the links; the default ones where that gains too little.
 
     The receivers are chosen first, because this costs nothing: the ranks of the other host pull the
@@ -130,7 +130,8 @@ def even_rails(rows: np.ndarray, *, least_gain: float = 0.05) -> Rails:
     sender = [_level(rows[host].ravel(), own, num_gpus, enough) for host in range(num_hosts)]
     best = same
     for rails in (even, Rails(np.stack(sender).reshape(rows.shape), receiver)):
-        if rails.busiest(rows) <= (1 - least_gain) * best.busiest(rows):
+        before, after = best.busiest(rows), rails.busiest(rows)
+        if after < before and after <= (1 - least_gain) * before:
             best = rails
     return best
 
