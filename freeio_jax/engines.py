@@ -320,10 +320,10 @@ class CudaEngine(_Engine):
     def check(self, layout, num_leaves=1):
         """Raises ValueError where the kernels do not take a layout, with their bound."""
         for name, value, most in (
-            ("the number of ranks", layout.num_ranks, _native.cuda.max_ranks),
-            ("num_experts", layout.num_experts, _native.cuda.max_experts),
-            ("top_k", layout.top_k, _native.cuda.max_top_k),
-            ("the number of token arrays", num_leaves, _native.cuda.max_leaves),
+            ("the number of ranks", layout.num_ranks, _native.cuda_sizes.max_ranks),
+            ("num_experts", layout.num_experts, _native.cuda_sizes.max_experts),
+            ("top_k", layout.top_k, _native.cuda_sizes.max_top_k),
+            ("the number of token arrays", num_leaves, _native.cuda_sizes.max_leaves),
         ):
             if value > most:
                 raise ValueError(
@@ -334,16 +334,16 @@ class CudaEngine(_Engine):
     def dispatch_scratch(self, layout, num_leaves):
         """The words of the places: 64 bits each, as pairs of 32."""
         self.check(layout, num_leaves)
-        words = _native.cuda.dispatch_scratch(layout.num_ranks, layout.num_tokens, layout.top_k)
+        shape = layout.num_ranks, layout.num_tokens, layout.top_k
+        words = _native.cuda_sizes.dispatch_scratch(*shape)
         return (((2 * words,), np.uint32),)
 
     def combine_scratch(self, layout, expert_out):
         """Slots for the partial sums of the other ranks, and their arrival flags."""
         self.check(layout)
         width = math.prod(expert_out.shape[1:])
-        slots, flags = _native.cuda.combine_scratch(
-            layout.num_ranks, layout.num_tokens, layout.top_k, width
-        )
+        shape = layout.num_ranks, layout.num_tokens, layout.top_k
+        slots, flags = _native.cuda_sizes.combine_scratch(*shape, width)
         return ((slots, width), expert_out.dtype), ((flags,), np.uint32)
 
 

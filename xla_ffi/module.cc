@@ -22,6 +22,7 @@
 #include "cpu/peer_exchanges.h"
 #include "cpu/peer_memory.h"
 #include "cpu/session.h"
+#include "cuda/sizes.h"
 #include "pod/pod.h"
 
 #ifdef FREEIO_CUDA
@@ -54,6 +55,51 @@ void join_pod(int process, const std::vector<MemberTuple>& members, std::vector<
   freeio::cpu::PeerExchanges::make_current(std::move(exchanges));
 }
 
+freeio::Layout layout_of(int64_t num_ranks, int64_t num_tokens, int64_t top_k) {
+  freeio::Layout layout;
+  layout.num_ranks = num_ranks;
+  layout.num_tokens = num_tokens;
+  layout.top_k = top_k;
+  return layout;
+}
+
+// Also in installations without the CUDA engine, for freeio_jax.plan.
+void add_cuda_sizes(py::module_& native) {
+  namespace cuda = freeio::cuda;
+  py::module_ module =
+      native.def_submodule("cuda_sizes", "What the CUDA engine takes at most, and its memory.");
+  module.attr("max_ranks") = cuda::kMaxRanks;
+  module.attr("max_experts") = cuda::kMaxExperts;
+  module.attr("max_top_k") = cuda::kMaxTopK;
+  module.attr("max_leaves") = cuda::kMaxLeaves;
+  module.def("owned_bytes", &cuda::owned_bytes, py::arg("num_gpus"),
+             "Device memory that the engine owns on each of the GPUs that exchange rows.");
+  module.def(
+      "dispatch_scratch",
+      [](int64_t num_ranks, int64_t num_tokens, int64_t top_k) {
+        return cuda::dispatch_scratch(layout_of(num_ranks, num_tokens, top_k));
+      },
+      py::arg("num_ranks"), py::arg("num_tokens"), py::arg("top_k"),
+      "Words of 64 bits in dispatch's scratch buffer.");
+  module.def(
+      "combine_scratch",
+      [](int64_t num_ranks, int64_t num_tokens, int64_t top_k, int64_t width) {
+        const auto scratch = cuda::combine_scratch(layout_of(num_ranks, num_tokens, top_k), width);
+        return py::make_tuple(scratch.partial_sums, scratch.flags);
+      },
+      py::arg("num_ranks"), py::arg("num_tokens"), py::arg("top_k"), py::arg("width"),
+      "Rows, of `width` elements, and words of 32 bits in combine's two scratch buffers.");
+  module.def(
+      "is_small_call",
+      [](int64_t num_ranks, int64_t num_tokens, int64_t top_k, int64_t row_bytes) {
+        const int64_t accesses = cuda::ceil_div(row_bytes, cuda::kSentAccess);
+        const int64_t of_token = cuda::sent_slices_of(accesses).first;
+        return cuda::is_small_call(num_ranks, num_tokens, top_k, of_token);
+      },
+      py::arg("num_ranks"), py::arg("num_tokens"), py::arg("top_k"), py::arg("row_bytes"),
+      "Whether a call with rows of a multiple of 16 bytes sends them in lines.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -62,6 +108,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("combine_dtypes") =
       std::vector<std::string>(std::begin(freeio::kDTypeNames), std::end(freeio::kDTypeNames));
   freeio::cpu::add_engine(module);
+  add_cuda_sizes(module);
 #ifdef FREEIO_CUDA
   freeio::cuda::add_module(module);
 #endif

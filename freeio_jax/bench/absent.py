@@ -21,8 +21,6 @@ OPERATIONS = ("dispatch", "dispatch_along", "combine", "combine_transpose")
 class StandIn:
     """What ``engines.CudaEngine`` asks of the engine's C++ side."""
 
-    max_ranks = max_experts = max_top_k = max_leaves = 1 << 20
-
     def __init__(self, cpu):
         self._handler = cpu.ffi_targets()["freeio_combine"]["execute"]
 
@@ -38,12 +36,6 @@ class StandIn:
     def ffi_targets(self):
         names = ("done", "check", *OPERATIONS, *(f"{name}_start" for name in OPERATIONS))
         return {f"freeio_{name}": {"execute": self._handler} for name in names}
-
-    def dispatch_scratch(self, num_ranks, num_tokens, top_k):
-        return num_ranks * num_tokens * top_k
-
-    def combine_scratch(self, num_ranks, num_tokens, top_k, width):
-        return num_tokens * min(top_k, num_ranks - 1), num_tokens
 
 
 def import_with_stand_in():

@@ -172,9 +172,7 @@ def test_failures_are_logged_where_leaving_fails(engine, native, monkeypatch, ca
     assert "one GPU failed" in caplog.text
 
 
-@needs_cuda_part
-def test_scratch_has_a_word_for_each_assignment_and_a_row_for_each_partial_sum():
-    engine = engines.ENGINES["cuda"]
+def test_scratch_has_a_word_for_each_assignment_and_a_row_for_each_partial_sum(engine):
     layout = Layout.create(num_ranks=3, num_tokens=10, top_k=4, num_experts=6)
     assert engine.dispatch_scratch(layout, num_leaves=1) == (((2 * 3 * 10 * 4,), np.uint32),)
     rows = SimpleNamespace(shape=(layout.capacity, 3, 100), dtype=np.float32)

@@ -9,6 +9,7 @@
 
 #include "cuda/current_device.h"
 #include "cuda/kernels.h"
+#include "cuda/sizes.h"
 
 namespace freeio::cuda {
 namespace {
@@ -64,7 +65,7 @@ Status make_gpu(int ordinal, int num_gpus, const std::vector<int>& shared_by, ui
   if (!status.ok()) return status;
   gpu.ordinal = ordinal;
   gpu.block.block_bytes = gpu_block_bytes(num_gpus);
-  gpu.block.bytes = kLanes * static_cast<size_t>(gpu.block.block_bytes);
+  gpu.block.bytes = static_cast<size_t>(owned_bytes(num_gpus));
   status = allocate_block(ordinal, shared_by, gpu.block);
   if (!status.ok()) return status;
   void* host = nullptr;

@@ -8,7 +8,6 @@
 #include <tuple>
 #include <vector>
 
-#include "core/layout.h"
 #include "core/status.h"
 #include "cuda/gpu.h"
 #include "cuda/gpus.h"
@@ -16,7 +15,6 @@
 #include "cuda/measure.h"
 #include "cuda/nothing.h"
 #include "cuda/overlap.h"
-#include "cuda/plan.h"
 #include "pod/pod.h"
 
 namespace freeio::cuda {
@@ -33,14 +31,6 @@ bool has_driver() {
   return true;
 }
 
-Layout layout_of(int64_t num_ranks, int64_t num_tokens, int64_t top_k) {
-  Layout layout;
-  layout.num_ranks = num_ranks;
-  layout.num_tokens = num_tokens;
-  layout.top_k = top_k;
-  return layout;
-}
-
 void raise_unless_ok(const Status& status) {
   if (!status.ok()) throw std::runtime_error(status.message);
 }
@@ -49,28 +39,9 @@ void raise_unless_ok(const Status& status) {
 
 void add_module(py::module_& native) {
   py::module_ module = native.def_submodule("cuda", "The CUDA engine.");
-  module.attr("max_ranks") = kMaxRanks;
-  module.attr("max_experts") = kMaxExperts;
-  module.attr("max_top_k") = kMaxTopK;
-  module.attr("max_leaves") = kMaxLeaves;
   module.def(
       "max_in_flight", [] { return kMaxInFlight; },
       "The most exchanges of a GPU that a program may have started and not waited for.");
-  module.def(
-      "dispatch_scratch",
-      [](int64_t num_ranks, int64_t num_tokens, int64_t top_k) {
-        return dispatch_scratch(layout_of(num_ranks, num_tokens, top_k));
-      },
-      py::arg("num_ranks"), py::arg("num_tokens"), py::arg("top_k"),
-      "Words of 64 bits in dispatch's scratch buffer.");
-  module.def(
-      "combine_scratch",
-      [](int64_t num_ranks, int64_t num_tokens, int64_t top_k, int64_t width) {
-        const auto scratch = combine_scratch(layout_of(num_ranks, num_tokens, top_k), width);
-        return py::make_tuple(scratch.partial_sums, scratch.flags);
-      },
-      py::arg("num_ranks"), py::arg("num_tokens"), py::arg("top_k"), py::arg("width"),
-      "Rows, of `width` elements, and words of 32 bits in combine's two scratch buffers.");
   module.def("has_driver", &has_driver, "Whether this machine has NVIDIA's driver.");
   module.def("has_link", &has_link, py::arg("from_ordinal"), py::arg("to_ordinal"));
   module.def(

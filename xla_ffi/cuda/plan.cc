@@ -8,6 +8,7 @@
 #include "core/digest.h"
 #include "cuda/geometry.h"
 #include "cuda/gpus.h"
+#include "cuda/sizes.h"
 
 namespace freeio::cuda {
 namespace {
@@ -31,19 +32,6 @@ int32_t access_bytes(int64_t row_bytes, int32_t alignment) {
 }
 
 uint64_t address_of(const void* buffer) { return reinterpret_cast<uint64_t>(buffer); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Cuts `accesses` of a row evenly into slices of whole warps, at most `most` each.
-std::pair<int64_t, int32_t> slices_of(int64_t accesses, int64_t most) {
-  constexpr int64_t kWarp = 32;
-  const int64_t slices = std::max<int64_t>(1, ceil_div(accesses, most));
-  const int64_t each = std::max(kWarp, round_up(ceil_div(accesses, slices), kWarp));
-  return {std::max<int64_t>(1, ceil_div(accesses, each)), static_cast<int32_t>(each)};
-}
-
-// Ranks other than its own in which a token can have rows.
-int64_t num_slots(int64_t top_k, int64_t num_ranks) { return std::min(top_k, num_ranks - 1); }
 
 // Elements that one lane takes at a time.
 int32_t pack_of(DType dtype, bool wide) {
@@ -73,11 +61,6 @@ void set_slices(int32_t slices, Params& params) {
   params.num_slices = slices;
 }
 
-// Slices of a row that is sent in lines, and the accesses of each.
-std::pair<int64_t, int32_t> sent_slices_of(int64_t accesses) {
-  return {std::max<int64_t>(1, ceil_div(accesses, kSentSlice)), kSentSlice};
-}
-
 // Width of the rows that are summed, and their slices.
 template <typename Types, typename Params>
 void cut_rows(const Types& types, bool wide, std::pair<int64_t, int32_t> slices, Params& params) {
@@ -99,13 +82,9 @@ Blocks blocks_of(const Exchange& x, bool marks) {
 constexpr uint32_t bit(int address) { return 1u << address; }
 constexpr uint32_t kRoutesBits = bit(kDestRank) | bit(kDestRow);
 
-// Whether a call is small: it has few assignments, and few slices of rows or partial sums.
-// `of_token`: slices of each token.
-bool is_small_call(const Exchange& exchange, int64_t of_token) {
-  const int64_t assignments = int64_t{exchange.num_tokens} * exchange.top_k;
-  return assignments <= kMaxSmallAssignments &&
-         assignments * exchange.num_ranks <= kMaxSmallByAll &&
-         exchange.num_tokens * of_token <= max_sent_slices;
+// The same with the bound that tests may have lowered. `of_token`: slices of each token.
+bool is_small(const Exchange& x, int64_t of_token) {
+  return is_small_call(x.num_ranks, x.num_tokens, x.top_k, of_token, max_sent_slices);
 }
 
 // Whether combine and its transpose send their routes: not too many, and weights of 32 bits.
@@ -145,7 +124,7 @@ bool cut_to_be_sent(int32_t ctas, DispatchParams& params) {
   };
   int64_t of_token = 0;
   for (int i = 0; i < params.num_leaves; ++i) of_token += slices_of_leaf(params.leaves[i]).first;
-  if (!is_small_call(params.exchange, of_token)) return false;
+  if (!is_small(params.exchange, of_token)) return false;
   const bool in_parts = least_access(params) < kSentAccess;
   if (in_parts && params.exchange.num_tokens * of_token > kMaxSlicesInParts) return false;
   for (int i = 0; i < params.num_leaves; ++i) {
@@ -201,16 +180,6 @@ void set_most_sent(int64_t routes, int64_t slices) {
   max_sent_routes = std::min<int64_t>(routes, kMaxSentRoutes);
   max_sent_slices = std::min<int64_t>(slices, kMaxSentSlices);
   outdate_calls();
-}
-
-int64_t dispatch_scratch(const Layout& layout) {
-  return layout.num_ranks * layout.num_assignments();
-}
-
-CombineScratch combine_scratch(const Layout& layout, int64_t width) {
-  // The narrowest accesses make the most slices.
-  const int64_t slots = layout.num_tokens * num_slots(layout.top_k, layout.num_ranks);
-  return {slots, slots * slices_of(width, kCombineSlice).first};
 }
 
 // --- dispatch ------------------------------------------------------------------------------------
@@ -296,12 +265,12 @@ Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Com
   const int32_t pack = pack_of(types.dtype, wide);
   const int64_t accesses = types.width / pack;
   const auto sent = sent_slices_of(accesses);
-  const bool is_small =
-      sends && pack * bytes_of(types.dtype) == kSentAccess && is_small_call(x, sent.first);
-  cut_rows(types, wide, is_small ? sent : slices_of(accesses, kCombineSlice), params);
+  const bool in_lines =
+      sends && pack * bytes_of(types.dtype) == kSentAccess && is_small(x, sent.first);
+  cut_rows(types, wide, in_lines ? sent : slices_of(accesses, kCombineSlice), params);
   params.sends_routes =
-      is_small || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
-  if (is_small) {
+      in_lines || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
+  if (in_lines) {
     params.senders = senders_of(x, x.num_tokens * sent.first, ctas, kCombineReceivers);
     params.peers = Divisor(x.num_ranks - 1);
   } else {
@@ -311,9 +280,9 @@ Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Com
   if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights) | bit(kFlags);
   params.num_slots = static_cast<int32_t>(num_slots(x.top_k, x.num_ranks));
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.weighted,
-                      params.sends_routes, is_small})
+                      params.sends_routes, in_lines})
                   .folded();
-  plan.kernel = is_small ? combine_small(types.dtype) : combine_large(types.dtype, wide);
+  plan.kernel = in_lines ? combine_small(types.dtype) : combine_large(types.dtype, wide);
   return {};
 }
 

@@ -20,15 +20,6 @@ struct Plan {
   uint32_t posted;  // buffers whose addresses the peers get: a bit for each Address
 };
 
-// Scratch buffers that XLA gives a call. dispatch: words of `places`; combine: rows of
-// `partial_sums`, and `flags`. Enough for any alignment of the other buffers.
-int64_t dispatch_scratch(const Layout& layout);
-struct CombineScratch {
-  int64_t partial_sums;
-  int64_t flags;
-};
-CombineScratch combine_scratch(const Layout& layout, int64_t width);
-
 // Lowers the bounds on what one rank sends through the GPU blocks of its peers. Up to `routes`
 // assignments, combine and its transpose send routes, and dispatch sends places. Up to `slices`
 // slices, a call with few assignments is small. The defaults and the largest values are

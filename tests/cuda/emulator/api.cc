@@ -20,6 +20,7 @@
 #include "cuda/operands.h"
 #include "cuda/overlap.h"
 #include "cuda/plan.h"
+#include "cuda/sizes.h"
 #include "driver.h"
 #include "machine.h"
 #include "pod/pod.h"

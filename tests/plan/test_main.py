@@ -1,0 +1,110 @@
+"""The command."""
+
+import json
+
+import numpy as np
+import pytest
+
+from freeio_jax import _native
+from freeio_jax.plan.__main__ import main
+
+SMALL = ["--tokens", "32", "--hidden", "64", "--top-k", "2", "--experts", "64"]
+
+
+def test_one_host(capsys):
+    assert main(["--gpus", "4", *SMALL, "--per-rank"]) == 0
+    told = capsys.readouterr().out
+    assert "1 host(s) of 4 GPUs, T=32 K=2 E=64, rows of 128 bytes, uniform routing" in told
+    assert "measured, notebook" in told
+    assert "Not with this installation's CUDA engine" not in told
+    assert "busiest link" not in told
+    for op in ("dispatch (in lines)", "combine_transpose", "dispatch_along"):
+        assert f"| {op}" in told
+    assert "| 3 " in told
+
+
+def test_several_hosts(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    command = ["--hosts", "4", "--gpus", "4", *SMALL, "--routing", "uneven", "--json", str(path)]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "there is no exchange between hosts, and these figures are of its design" in told
+    assert "with even rails" in told
+    even = json.loads(path.read_text())
+    assert main([*command, "--rails", "same"]) == 0
+    same = json.loads(path.read_text())
+    assert even["rails"] == same["rails"]
+    for plan, busiest in ((even, "busiest_even"), (same, "busiest_same")):
+        network = plan["moved"]["dispatch"]
+        assert max(network["network_in"] + network["network_out"]) == plan["rails"][busiest]
+    assert even["rails"]["busiest_even"] < same["rails"]["busiest_same"]
+    assert (even["num_hosts"], even["num_gpus"]) == (4, 4)
+    assert even["memory"]["windows"] == 2 * max(even["moved"]["dispatch"]["network_in"])
+
+
+def test_a_file_of_recorded_ids(capsys, tmp_path, rng):
+    ids = rng.permuted(np.tile(np.arange(16), (4 * 10, 1)), axis=1)[:, :3]
+    np.save(tmp_path / "flat.npy", ids)
+    np.save(tmp_path / "ranks.npy", ids.reshape(4, 10, 3).astype(np.int32))
+    plans = []
+    for name in ("flat.npy", "ranks.npy"):
+        command = ["--gpus", "4", "--experts", "16", "--routing", str(tmp_path / name)]
+        assert main([*command, "--json", str(tmp_path / "plan.json")]) == 0
+        assert "T=10 K=3 E=16" in capsys.readouterr().out
+        plans.append(json.loads((tmp_path / "plan.json").read_text()))
+        assert plans[-1].pop("routing").endswith(name)
+    assert plans[0] == plans[1]
+
+
+def test_limits_of_the_engine(capsys):
+    most = _native.cuda_sizes.max_ranks
+    command = ["--gpus", str(2 * most), "--tokens", "8", "--experts", str(4 * most)]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert f"CUDA engine: at most {most} ranks in an NVLink domain, not {2 * most}." in told
+
+
+def test_given_rates(capsys):
+    assert main(["--gpus", "4", *SMALL, "--link", "400", "--memory", "3000"]) == 0
+    told = capsys.readouterr().out
+    assert "400 GB/s (given)" in told
+    assert "3000 GB/s (given)" in told
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        (["--gpus", "3"], "--experts 256 are not equal parts for 3 ranks"),
+        (["--routing", "nowhere.npy"], "neither a file nor one of uniform, zipf"),
+        (["--experts", "8", "--top-k", "9"], "--top-k 9 exceeds --experts 8"),
+        (["--routing", "one-host", "--hosts", "8", "--experts", "64", "--top-k", "9"], "fewer"),
+        (["--routing", "group-limited", "--experts", "8"], "8 groups of experts"),
+        (["--dtype", "nothing"], "nothing"),
+        (["--measure"], "The memory of a CPU says nothing of a GPU's"),
+    ],
+)
+def test_what_does_not_fit_together(command, error, capsys):
+    assert main(command) == 2
+    assert error in capsys.readouterr().err
+
+
+def test_files_that_do_not_fit(capsys, tmp_path):
+    path = tmp_path / "ids.npy"
+    for array, more, error in (
+        (np.zeros((3, 10, 2), int), [], "got shape (3, 10, 2)"),
+        (np.zeros((8, 10, 2)), [], "ids must be integers"),
+        (np.zeros((8, 10, 2), int), ["--tokens", "11"], "--tokens 11"),
+        (np.zeros((8, 10, 2), int), ["--top-k", "3"], "--top-k 3"),
+    ):
+        np.save(path, array)
+        assert main(["--routing", str(path), *more]) == 2
+        assert error in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--json", str(tmp_path / "nowhere" / "plan.json")])
+
+
+def test_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.png"
+    assert main(["--hosts", "2", "--gpus", "2", *SMALL, "--png", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
