@@ -108,6 +108,8 @@ class _Engine:
       needs_devices: whether the mesh's devices must be known when a call is lowered.
       takes_empty: whether custom calls may have buffers without elements on that platform.
       starts_apart: whether it has custom calls that start an exchange and do not wait for it.
+      platform: as JAX's lowering names it.
+      meets: whether it has a custom call that waits until all ranks of a group have come to it.
     """
 
     def __init__(self, native):
@@ -169,6 +171,13 @@ class CpuEngine(_Engine):
     needs_devices = False
     takes_empty = True
     starts_apart = False
+    platform = "cpu"
+    meets = True
+
+    @property
+    def knows_hosts(self):
+        """Whether it exchanges rows between hosts, too: virtual ones of one process."""
+        return jax.process_count() == 1
 
     def __init__(self):
         super().__init__(_native)
@@ -219,6 +228,9 @@ class CudaEngine(_Engine):
 
     takes_empty = False  # XLA:GPU crashes when it compiles such a call
     starts_apart = True
+    platform = "cuda"
+    meets = False
+    knows_hosts = False
 
     def __init__(self):
         super().__init__(_native.cuda)
@@ -261,7 +273,7 @@ class CudaEngine(_Engine):
 
     def _numbers(self) -> dict:
         """The number of each GPU of this host. All processes of the host count alike."""
-        here = {jax.process_index(), *(runtime.members() or ())}
+        here = runtime.processes_here()
         devices = [device for device in _gpus() if device.process_index in here]
         devices.sort(key=lambda device: (device.process_index, device.id))
         return {device: number for number, device in enumerate(devices)}

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from freeio_jax import _native, cluster, runtime, settings
+from freeio_jax import _native, cluster, hosts, runtime, settings, transport
 from freeio_jax.engines import ENGINES
 from freeio_jax.grouped_matmul import choice
 from freeio_jax.grouped_matmul.product import Product
@@ -50,16 +50,15 @@ def usage() -> dict[str, int]:
 def _topology() -> str:
     """Which process has which devices, a line for each."""
     members = runtime.members()
+    host_of = {p: host for host in hosts.of_program() for p in host.processes}
     lines = []
     for process in range(jax.process_count()):
         if process == jax.process_index():
             where = f" (pid {os.getpid()}, this one)" if jax.process_count() > 1 else ""
         elif members is None:
             where = " (not connected)"
-        elif process in members:
-            where = f" (pid {members[process]}, this host)"
         else:
-            where = " (another host)"
+            where = f" (pid {members[process]}, {host_of[process]})"
         devices = [str(d.id) for d in jax.devices() if d.process_index == process]
         lines.append(f"process {process}{where}: devices {', '.join(devices)}")
     return "\n".join(lines)
@@ -88,21 +87,24 @@ def _reach() -> str:
                 lines.append(f"{how}: GPUs {', '.join(f'{a}->{b}' for a, b in pairs[possible])}")
     if not lines:
         lines.append("devices of one process: directly")
-    members = runtime.members()
-    if members is not None:
-        elsewhere = set(range(jax.process_count())) - {jax.process_index(), *members}
-        if members:
-            here = sorted({jax.process_index(), *members})
-            how = "by mapping each other's memory" if _has_gpu_engine() else "by process_vm_readv"
-            lines.append(f"processes {here}: {how}, which was tried")
-        if elsewhere:
-            lines.append(
-                f"processes {sorted(elsewhere)}, on other hosts: not. The expert axis must lie "
-                "within a host"
-            )
-    elif jax.process_count() > 1:
+    how = "by mapping each other's memory" if _has_gpu_engine() else "by process_vm_readv"
+    for host in hosts.of_program():
+        here = jax.process_index() in host.processes
+        if len(host.processes) > 1:
+            tried = ", which was tried" if here else ""
+            lines.append(f"processes {[*host.processes]} of {host}: {how}{tried}")
+    if len(hosts.of_program()) > 1:
+        lines.append(f"between hosts: {_between_hosts()}")
+    if runtime.members() is None and jax.process_count() > 1:
         lines.append("other processes: not, before freeio_jax.initialize()")
     return "\n".join(lines)
+
+
+def _between_hosts() -> str:
+    """What carries rows between hosts, and why nothing faster does."""
+    backend = jax.default_backend()
+    carrier = transport.choose("cuda" if backend == "gpu" else backend)
+    return f"{carrier.name}: {carrier.why}"
 
 
 def _grouped_matmul(backend: str) -> str:

@@ -20,11 +20,69 @@ from jax._src.lib.mlir.dialects import hlo
 from jax._src.mesh import get_concrete_mesh
 from jax.sharding import Mesh, PartitionSpec
 
-from freeio_jax import log
+from freeio_jax import hosts, log, runtime, transport
 from freeio_jax.engines import ENGINES
 
-#: The rules that :func:`register` was given, by primitive.
+#: The rules of primitives, by primitive.
 lowerings: dict[core.Primitive, Callable] = {}
+
+
+def register_operation(primitive: core.Primitive, lowering: Callable) -> None:
+    """As :func:`register`, for an operation: a transport lowers it where a group spans hosts."""
+    operation = primitive.name.removeprefix("freeio_")
+
+    def lower_here_or_across(ctx, *operands, engine, axes, layout, start=None, **params):
+        groups = _groups(ctx.module_context.axis_context.mesh, axes)
+        runtime.require_initialize()
+        spanned = hosts.of_groups(ctx.module_context.axis_context.mesh, groups)
+        if spanned is None or engine.knows_hosts:
+            known = {} if start is None else {"start": start}
+            return lowering(
+                ctx, *operands, engine=engine, axes=axes, layout=layout, **known, **params
+            )
+        meet = None
+        if engine.meets:
+            meet = partial(
+                _meet,
+                engine=engine,
+                operation=operation,
+                layout=layout,
+                groups=groups,
+                rows_text=transport.describe_rows(operation, ctx.avals_in),
+            )
+        # A transport has nothing that only starts: the operation runs to its end.
+        return transport.choose(engine.platform).lower(
+            ctx,
+            *operands,
+            operation=operation,
+            meet=meet,
+            device_index=lambda: (_device_index(ctx), _INDEX),
+            axes=axes,
+            layout=layout,
+            groups=groups,
+            hosts=spanned,
+            **params,
+        )
+
+    register(primitive, lower_here_or_across)
+
+
+def _meet(ctx, value, *, engine, operation, layout, groups, rows_text):
+    """``value``, when all ranks of its group have come to the operation that follows."""
+    engine.start()
+    (aval,) = ctx.avals_in
+    if not aval.size:
+        return value  # no row moves, and nothing waits for another rank
+    call_ctx = ctx.replace(avals_in=[_INDEX, aval], avals_out=[aval])
+    (result,) = jax.ffi.ffi_lowering("freeio_meet", operand_output_aliases={1: 0})(
+        call_ctx,
+        _device_index(ctx),
+        value,
+        operation=operation,
+        rows_text=rows_text,
+        **_attributes(engine, ctx, layout, groups),
+    )
+    return result
 
 
 def register(primitive: core.Primitive, lowering: Callable) -> None:
@@ -48,6 +106,15 @@ def register(primitive: core.Primitive, lowering: Callable) -> None:
     mlir.register_lowering(primitive, lower_per_platform, cacheable=False)
     if any(engine.needs_devices for engine in ENGINES.values()):
         dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def _need_devices() -> None:
+    """With several hosts a program is lowered for its devices: these decide which groups span."""
+    if hosts.there_are_several():
+        dispatch.prim_requires_devices_during_lowering.update(lowerings)
+
+
+runtime.add_pod_member(runtime.PodMember(join=_need_devices, leave=lambda: None))
 
 
 def _lower_without_engine(ctx, *_, op=None, **__):
@@ -99,18 +166,13 @@ def lower(ctx, *operands, axes, layout, engine, scratch=(), start=None, **attrib
         )
     call_ctx = ctx.replace(avals_in=[_INDEX, *avals_in], avals_out=[*avals_out])
     operands = [_device_index(ctx), *operands]
+    groups = _groups(mesh, axes)
     attributes = {
-        "groups": _groups(mesh, axes).reshape(-1),
-        "num_ranks": np.int64(layout.num_ranks),
-        "num_tokens": np.int64(layout.num_tokens),
-        "top_k": np.int64(layout.top_k),
-        "num_experts": np.int64(layout.num_experts),
-        "capacity": np.int64(layout.capacity),
-        "alignment": np.int64(layout.alignment),
-        "zero_tail": np.int64(layout.zero_tail),
-        **engine.attributes(ctx.module_context),
+        **_attributes(engine, ctx, layout, groups),
         **{name: np.int64(value) for name, value in attributes.items()},
     }
+    if (spanned := hosts.of_groups(mesh, groups)) is not None:
+        attributes["hosts"] = spanned.reshape(-1)
     if start is None:
         results = jax.ffi.ffi_lowering(target)(call_ctx, *operands, **attributes)
         room = engine.room(ctx.module_context)
@@ -123,6 +185,21 @@ def lower(ctx, *operands, axes, layout, engine, scratch=(), start=None, **attrib
         result if aval.size else _zeros(aval)
         for result, aval in zip(results, ctx.avals_out, strict=False)  # without the scratch
     ]
+
+
+def _attributes(engine, ctx, layout, groups):
+    """The attributes that all custom calls of an engine have."""
+    return {
+        "groups": groups.reshape(-1),
+        "num_ranks": np.int64(layout.num_ranks),
+        "num_tokens": np.int64(layout.num_tokens),
+        "top_k": np.int64(layout.top_k),
+        "num_experts": np.int64(layout.num_experts),
+        "capacity": np.int64(layout.capacity),
+        "alignment": np.int64(layout.alignment),
+        "zero_tail": np.int64(layout.zero_tail),
+        **engine.attributes(ctx.module_context),
+    }
 
 
 def make_room(room, num_sms):

@@ -37,7 +37,7 @@ from freeio_jax.define import (
 from freeio_jax.dtypes import COMBINE_DTYPES, accumulator_dtype, combine_dtype_names
 from freeio_jax.handle import Routes
 from freeio_jax.keep import keep
-from freeio_jax.lowering import lower, lower_along, register
+from freeio_jax.lowering import lower, lower_along, register, register_operation
 
 # --- dispatch: routing and rows in one exchange ------------------------------------------------
 #
@@ -111,7 +111,7 @@ def _dispatch_lowering(ctx, topk_idx, *leaves, layout, engine, **params):
 dispatch_p = define("dispatch", _dispatch_abstract_eval)
 ad.primitive_jvps[dispatch_p] = _dispatch_jvp
 pe.custom_partial_eval_rules[dispatch_p] = _dispatch_partial_eval
-register(dispatch_p, _dispatch_lowering)
+register_operation(dispatch_p, _dispatch_lowering)
 
 
 # --- dispatch_along: rows along a handle, no routing -------------------------------------------
@@ -164,7 +164,7 @@ dispatch_along_p = define("dispatch_along", _dispatch_along_abstract_eval)
 define_derivatives_along(
     dispatch_along_p, tangents=_dispatch_along_tangents, transpose=_dispatch_along_transpose
 )
-register(dispatch_along_p, lower_along)
+register_operation(dispatch_along_p, lower_along)
 
 
 # --- combine -----------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def _combine_lowering(ctx, *operands, layout, engine, **params):
 
 combine_p = define("combine", _combine_abstract_eval, multiple_results=False)
 define_derivatives_along(combine_p, tangents=_combine_tangents, transpose=_combine_transpose)
-register(combine_p, _combine_lowering)
+register_operation(combine_p, _combine_lowering)
 
 
 # --- combine_tangent: the derivative of combine in both operands at once -----------------------
@@ -378,4 +378,4 @@ define_derivatives_along(
     tangents=_combine_transpose_tangents,
     transpose=_combine_transpose_transpose,
 )
-register(combine_transpose_p, lower_along)
+register_operation(combine_transpose_p, lower_along)

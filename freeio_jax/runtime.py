@@ -1,24 +1,29 @@
-"""The processes of a host as a pod: :func:`initialize`, :func:`shutdown`, and what a fork does."""
+"""The processes of a program as a pod: :func:`initialize`, :func:`shutdown`, and forks."""
 
 from __future__ import annotations
 
 import atexit
 import ctypes
 import dataclasses
+import importlib.metadata
 import os
+import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jaxlib.version
 from jax._src import distributed
 
-from freeio_jax import _native, bootstrap, log, settings
+from freeio_jax import _native, bootstrap, hosts, log, settings
 
 _pod_is_connected = False
 _generation = 0  # how often this process has been connected
-_members: dict[int, int] = {}  # pid of each other process of this host that is connected
+_members: dict[int, int] = {}  # pid of each other process that is connected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +48,39 @@ def add_pod_member(member: PodMember) -> None:
 
 
 def members() -> dict[int, int] | None:
-    """Pids of the other processes of this host, by process; None before :func:`initialize`."""
+    """Pids of the other processes, by process; None before :func:`initialize`."""
     return dict(_members) if _pod_is_connected else None
+
+
+def processes_here() -> set[int]:
+    """The processes of this host, this one included: those that are known."""
+    me = jax.process_index()
+    return next((set(h.processes) for h in hosts.of_program() if me in h.processes), {me})
+
+
+def _alike() -> dict[str, Any]:
+    """What must be equal in all processes."""
+    return {
+        "the version of freeio_jax": importlib.metadata.version("freeio_jax"),
+        "the version of jaxlib": jaxlib.version.__version__,
+        "the kind of machine": f"{platform.machine()}, {sys.byteorder} endian",
+        "the setting host_size": settings.config()["host_size"],
+    }
 
 
 def initialize() -> None:
     """Call after ``jax.distributed.initialize()`` in a program of several processes.
 
-    Every process must call it. It connects those that share a host; no arguments are needed, and
-    further calls do nothing. In one process there is nothing to initialize, and calling this is
-    harmless.
+    Every process must call it. It finds which of them share a host, and connects all; no arguments
+    are needed, and further calls do nothing. In one process there is nothing to initialize, and
+    calling this is harmless.
 
     Raises:
       RuntimeError: ``jax.distributed.initialize()`` was not called, not all processes came within
-        the ``timeout`` setting, the kernel forbids that they read each other's memory (CPU), or
-        the driver that they map it (GPUs). After an error the process is in no pod.
+        the ``timeout`` setting, they have different versions of freeio_jax, or the kernel forbids
+        that those of a host read each other's memory (CPU), or the driver that they map it (GPUs).
+        After an error the process is in no pod.
+      ValueError: the setting ``host_size`` does not fit the devices of a process.
     """
     global _pod_is_connected, _generation
     if _pod_is_connected or jax.process_count() == 1:
@@ -71,29 +94,43 @@ def initialize() -> None:
     start = time.monotonic()
     _native.allow_peers_to_read()
     _generation += 1
-    peers, elsewhere = bootstrap.connect(
+    me = jax.process_index()
+    peers, of_program = bootstrap.connect(
         client,
-        jax.process_index(),
+        bootstrap.Self(
+            me,
+            _native.control_block(),
+            hosts.virtual_host(jax.devices(), me, settings.config()["host_size"]),
+            _alike(),
+        ),
         jax.process_count(),
-        _native.control_block(),
         settings.config()["timeout"],
         generation=_generation,
+        coordinator=distributed.global_state.coordinator_address,
     )
-    members = [(p.process, p.pid, *p.control, p.connection.detach()) for p in peers]
+    host_of = {p: host for host in of_program for p in host.processes}
+    members = [
+        (
+            p.process,
+            p.pid,
+            "" if host_of[p.process] == host_of[me] else str(host_of[p.process]),
+            *p.control,
+            p.connection.detach(),
+        )
+        for p in peers
+    ]
     # Only the CPU engine reads the peers' memory, so only there the kernel must allow it.
-    _native.join_pod(
-        jax.process_index(), members, elsewhere, read_memory=jax.default_backend() == "cpu"
-    )
+    _native.join_pod(me, members, read_memory=jax.default_backend() == "cpu")
+    hosts.connect(of_program)
     _pod_is_connected = True
     _members.update({p.process: p.pid for p in peers})
     log.logger.info(
-        "process %d (pid %d) of %d is connected with processes %s of this host in %.3f s%s",
-        jax.process_index(),
+        "process %d (pid %d) of %d is connected with all others in %.3f s. %s",
+        me,
         os.getpid(),
         jax.process_count(),
-        sorted(_members),
         time.monotonic() - start,
-        f"; on other hosts: {elsewhere}" if elsewhere else "",
+        "; ".join(f"{host}: processes {[*host.processes]}" for host in of_program),
     )
     # It runs before JAX's own exit handler, which waits for the other processes. They must know by
     # then that this process leaves.
@@ -119,6 +156,7 @@ def shutdown() -> None:
             member.leave()
         _native.leave_pod()
         _members.clear()
+        hosts.disconnect()
         _pod_is_connected = False
 
 
@@ -166,6 +204,7 @@ def _forget_pod() -> None:
     if (handler := signal.getsignal(signal.SIGTERM)) is not None:
         signal.signal(signal.SIGTERM, handler)
     _members.clear()
+    hosts.disconnect()
     _pod_is_connected = False
 
 

@@ -41,10 +41,18 @@ def _overlap_sms(value: Any) -> int:
     return sms
 
 
+def _devices(value: Any) -> int | None:
+    devices = None if value is None else int(value)
+    if devices is not None and devices < 1:
+        raise ValueError("it must be a positive number of devices, or None")
+    return devices
+
+
 _SETTINGS = {
     "timeout": _Setting(600.0, _seconds, _native.set_timeout),
     "num_sms": _Setting(None, _sms, lambda sms: _native.set_num_sms(sms or 0)),
     "overlap_num_sms": _Setting(24, _overlap_sms, _native.set_overlap_num_sms),
+    "host_size": _Setting(None, _devices, lambda _: None),  # hosts.py asks for it
     "verbosity": _Setting(0, log.parse_verbosity, log.set_verbosity),
 }
 _values: dict[str, Any] = {}
@@ -100,6 +108,12 @@ def config(**settings: Any) -> dict[str, Any]:
         between :func:`dispatch_start` or :func:`combine_start` and ``done``, where the start does
         not say how many. Default 24; environment variable ``FREEIO_OVERLAP_NUM_SMS``. It holds as
         ``num_sms`` does, and must be the same on all ranks, too.
+      host_size: devices of a *virtual host*. Default None: hosts are what they are; environment
+        variable ``FREEIO_HOST_SIZE``. Else each so many consecutive devices of ``jax.devices()``
+        are taken for a host, and groups that span such hosts run as between hosts. Tests use it.
+        In several processes set it before :func:`initialize`, alike in all of them, to a multiple
+        of the devices of a process. In one process it holds for programs that are compiled after
+        the call.
       verbosity: what goes to the logger ``freeio_jax``: 0 warnings and errors, 1 also what was
         chosen when something started (engine, processes, how long it took), 2 also each exchange
         that is compiled. The logger writes to stderr if the program has not set up Python's
@@ -113,7 +127,7 @@ def config(**settings: Any) -> dict[str, Any]:
     >>> fio.config(timeout=30)["timeout"]
     30.0
     >>> fio.config(timeout=600.0)
-    {'timeout': 600.0, 'num_sms': None, 'overlap_num_sms': 24, 'verbosity': 0}
+    {'timeout': 600.0, 'num_sms': None, 'overlap_num_sms': 24, 'host_size': None, 'verbosity': 0}
     """
     unknown = set(settings) - set(_SETTINGS)
     if unknown:

@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
+from freeio_jax import hosts as hosts_of_program
+from freeio_jax import reference
 
 # --- Meshes and per-shard functions --------------------------------------------------------------
 
@@ -285,10 +287,22 @@ def assert_dispatched(actual, tokens, topk_idx, geometry, groups=None):
     return placements
 
 
-def assert_combined(z, expert_out, placement, topk_shape, weights=None, *, exact):
+def hosts_of(mesh, group=None):
+    """The hosts of the ranks of a group; None where they share one. No group: all devices."""
+    group = np.arange(mesh.size) if group is None else np.asarray(group)
+    spanned = hosts_of_program.of_groups(mesh, group[None])
+    return None if spanned is None else spanned[0]
+
+
+def moves_rows(mesh):
+    """Whether an engine moves the rows of a group of all devices, not XLA's collectives."""
+    return hosts_of(mesh) is None or jax.process_count() == 1
+
+
+def assert_combined(z, expert_out, placement, topk_shape, weights=None, *, exact, hosts=None):
     """Combined sums of one EP group against the oracle: equal, or within float32 accumulation."""
     z, expert_out = np.asarray(z), np.asarray(expert_out)
-    expected = oracle.combine(expert_out, placement, topk_shape, weights)
+    expected = oracle.combine(expert_out, placement, topk_shape, weights, hosts)
     assert (z.shape, z.dtype) == (expected.shape, expected.dtype)
     # In float64, where numpy knows how to compare every dtype; 0 and -0 are the same sum.
     z, expected = z.astype(np.float64), expected.astype(np.float64)
@@ -320,4 +334,6 @@ def check_exchange(rng, geometry, mesh, axis_name="expert", *, fn=None, skews=("
                 geometry.topk_shape,
                 weights[group],
                 exact=True,
+                # The reference is not told of hosts.
+                hosts=None if kwargs.get("api", fio) is reference else hosts_of(mesh, group),
             )

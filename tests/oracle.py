@@ -97,8 +97,12 @@ def dispatch(tokens, placement):
     return packed
 
 
-def combine(expert_out, placement, topk_shape, topk_weights=None):
-    """``z[t] = sum_k w[t,k] * row(t,k)`` ``[R, T, ...]``, rounded where the contract rounds."""
+def combine(expert_out, placement, topk_shape, topk_weights=None, hosts=None):
+    """``z[t] = sum_k w[t,k] * row(t,k)`` ``[R, T, ...]``, rounded where the contract rounds.
+
+    ``hosts``: the host of each rank, numbered in the order in which the ranks come to them; None:
+    all are on one host.
+    """
     dtype = expert_out.dtype
     accumulator = np.float64 if dtype == np.float64 else np.float32
     num_ranks, num_tokens, top_k = topk_shape
@@ -107,7 +111,8 @@ def combine(expert_out, placement, topk_shape, topk_weights=None):
     for s in range(num_ranks):
         for t in range(num_tokens):
             total = np.zeros(expert_out.shape[2:], accumulator)
-            for rank in range(num_ranks):
+            of_host = total
+            for rank in np.argsort(hosts, kind="stable") if hosts is not None else range(num_ranks):
                 partial = np.zeros(expert_out.shape[2:], accumulator)
                 for k in range(top_k):
                     where = row_of.get((s, t, k))
@@ -117,8 +122,11 @@ def combine(expert_out, placement, topk_shape, topk_weights=None):
                     if topk_weights is not None:
                         row = row * topk_weights[s, t, k].astype(accumulator)
                     partial = partial + row
-                total = total + partial.astype(dtype).astype(accumulator)
-            z[s, t] = total.astype(dtype)
+                of_host = of_host + partial.astype(dtype).astype(accumulator)
+                if hosts is not None and rank == np.flatnonzero(hosts == hosts[rank])[-1]:
+                    total = total + of_host.astype(dtype).astype(accumulator)
+                    of_host = np.zeros_like(total)
+            z[s, t] = (total if hosts is not None else of_host).astype(dtype)
     return z
 
 

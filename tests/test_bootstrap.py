@@ -53,8 +53,8 @@ class Store:
             return [(k, v) for k, v in self._values.items() if k.startswith(folder)]
 
 
-def connect_all(num_processes, timeout=20.0, absent=(), host_of=None, monkeypatch=None):
-    """(peers, elsewhere) of each process, or what it raised."""
+def connect_all(num_processes, timeout=20.0, absent=(), host_of=None, alike=None, monkeypatch=None):
+    """(peers, hosts) of each process, or what it raised."""
     store, results = Store(num_processes), {}
     if host_of is not None:
         monkeypatch.setattr(
@@ -63,8 +63,13 @@ def connect_all(num_processes, timeout=20.0, absent=(), host_of=None, monkeypatc
 
     def run(process):
         try:
+            me = bootstrap.Self(
+                process,
+                (process, 100 + process),
+                alike={} if alike is None else {"the colour": alike(process)},
+            )
             results[process] = bootstrap.connect(
-                store, process, num_processes, (process, 100 + process), timeout, generation=1
+                store, me, num_processes, timeout, generation=1, coordinator="127.0.0.1:1"
             )
         except BootstrapError as error:
             results[process] = error
@@ -83,8 +88,8 @@ def connect_all(num_processes, timeout=20.0, absent=(), host_of=None, monkeypatc
 
 def test_every_pair_has_a_connection(monkeypatch):
     results = connect_all(5, monkeypatch=monkeypatch)
-    for process, (peers, elsewhere) in results.items():
-        assert elsewhere == []
+    for process, (peers, hosts) in results.items():
+        assert [host.processes for host in hosts] == [(0, 1, 2, 3, 4)]
         assert {p.process for p in peers} == set(range(5)) - {process}
         for peer in peers:
             assert peer.pid == os.getpid()
@@ -98,10 +103,31 @@ def test_every_pair_has_a_connection(monkeypatch):
 
 
 def test_processes_of_other_hosts_are_told_apart(monkeypatch):
+    """Sockets of the kernel within a host, and TCP between hosts."""
     results = connect_all(5, host_of=lambda process: f"host {process % 2}", monkeypatch=monkeypatch)
-    for process, (peers, elsewhere) in results.items():
-        assert {p.process % 2 for p in peers} == {process % 2}
-        assert elsewhere == [p for p in range(5) if p % 2 != process % 2]
+    for process, (peers, hosts) in results.items():
+        assert [host.processes for host in hosts] == [(0, 2, 4), (1, 3)]
+        assert [host.number for host in hosts] == [0, 1]
+        assert [p.process for p in peers] == [p for p in range(5) if p != process]
+        for peer in peers:
+            is_here = peer.process % 2 == process % 2
+            family = socket.AF_UNIX if is_here else socket.AF_INET
+            assert peer.connection.family == family
+            assert peer.pid == os.getpid()
+            peer.connection.send(f"{process}-{peer.process}".encode())
+    for process, (peers, _) in results.items():
+        for peer in peers:
+            peer.connection.settimeout(10)
+            assert peer.connection.recv(100) == f"{peer.process}-{process}".encode()
+            peer.connection.close()
+
+
+def test_processes_that_are_not_alike(monkeypatch):
+    results = connect_all(3, alike=lambda process: "red" if process != 2 else "blue")
+    for error in results.values():
+        assert isinstance(error, BootstrapError)
+        assert "the colour is red in process 0" in str(error)
+        assert "and blue in process 2" in str(error)
 
 
 def test_a_process_that_does_not_come(monkeypatch):
@@ -222,7 +248,7 @@ def test_a_listener_of_another_user_is_not_trusted(listener):
 def test_memory_that_cannot_be_read(pid, control, error):
     mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with other, pytest.raises(RuntimeError, match=f"freeio_jax.initialize: {error}"):
-        _native.join_pod(0, [(1, pid, control, 1, mine.detach())], [], read_memory=True)
+        _native.join_pod(0, [(1, pid, "", control, 1, mine.detach())], read_memory=True)
 
 
 def test_nobody_listens(listener):

@@ -71,9 +71,19 @@ def test_in_a_pod_process_0_tells_of_all():
     text = "\n".join(line[4:] for line in lines)
     assert "4 x cpu (cpu), 2 process(es)" in text
     assert re.search(r"process 0 \(pid \d+, this one\): devices 0, 1\n", text)
-    assert re.search(r"process 1 \(pid \d+, this host\): devices \d+, \d+\n", text)
-    assert "processes [0, 1]: by process_vm_readv" in text
+    assert re.search(r"process 1 \(pid \d+, host 0 \(\S+\)\): devices \d+, \d+\n", text)
+    assert re.search(r"processes \[0, 1\] of host 0 \(\S+\): by process_vm_readv", text)
+    assert "between hosts" not in text
     assert re.search(r"problems: +none found", text)
+
+
+@PODS
+def test_hosts_and_what_carries_rows_between_them():
+    done = run(*POD, "--hosts", "2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"process 1 \(pid \d+, host 1 \(\S+\)\): devices", done.stdout)
+    assert "between hosts: XLA's collectives: on CPU there is nothing faster" in done.stdout
+    assert "host_size=2 " in done.stdout
 
 
 FORBIDDEN = """

@@ -34,20 +34,18 @@ namespace py = pybind11;
 
 namespace {
 
-using MemberTuple = std::tuple<int, int, uint64_t, uint64_t, int>;
+using MemberTuple = std::tuple<int, int, std::string, uint64_t, uint64_t, int>;
 
 // The CPU engine becomes a guest before a message for it can come. The CUDA engine becomes one when
 // its GPUs are ready.
-void join_pod(int process, const std::vector<MemberTuple>& members, std::vector<int> elsewhere,
-              bool read_memory) {
+void join_pod(int process, const std::vector<MemberTuple>& members, bool read_memory) {
   std::vector<freeio::pod::Pod::Member> pod_members;
   std::map<int, freeio::cpu::RemoteControlBlock> control_blocks;
-  for (const auto& [number, pid, address, nonce, socket] : members) {
-    pod_members.push_back({{number, pid}, freeio::pod::UniqueFd(socket)});
+  for (const auto& [number, pid, host, address, nonce, socket] : members) {
+    pod_members.push_back({{number, pid, host}, freeio::pod::UniqueFd(socket)});
     control_blocks[number] = {address, nonce};
   }
-  auto pod =
-      std::make_unique<freeio::pod::Pod>(process, std::move(pod_members), std::move(elsewhere));
+  auto pod = std::make_unique<freeio::pod::Pod>(process, std::move(pod_members));
   auto exchanges = std::make_unique<freeio::cpu::PeerExchanges>(*pod, control_blocks);
   if (read_memory) exchanges->try_to_read();
   pod->admit(freeio::Channel::kCpu, *exchanges);
@@ -162,10 +160,11 @@ PYBIND11_MODULE(_native, module) {
         return py::make_tuple(reinterpret_cast<uint64_t>(&block), block.nonce);
       },
       "Address and nonce of the control block, which peers read in this process.");
-  module.def("join_pod", &join_pod, py::arg("process"), py::arg("members"), py::arg("elsewhere"),
-             py::arg("read_memory"),
-             "members: (process, pid, address and nonce of its control block, connected socket) of "
-             "each other process. The pod owns the sockets from now on.");
+  module.def(
+      "join_pod", &join_pod, py::arg("process"), py::arg("members"), py::arg("read_memory"),
+      "members: (process, pid, its host, address and nonce of its control block, connected "
+      "socket) of each other process. The host is in words; it is empty if it is the host of "
+      "this process. The pod owns the sockets from now on.");
   module.def(
       "leave_pod",
       [] {

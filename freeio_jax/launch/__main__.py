@@ -24,6 +24,14 @@ def parse(arguments):
         "that is set)",
     )
     parser.add_argument(
+        "--hosts",
+        type=int,
+        default=1,
+        metavar="H",
+        help="shares the processes out, in order, among so many virtual hosts (FREEIO_HOST_SIZE): "
+        "expert groups run as between hosts (default 1: none)",
+    )
+    parser.add_argument(
         "--platform",
         default=os.environ.get("JAX_PLATFORMS") or "cpu",
         help="JAX_PLATFORMS of the processes (default: that of the environment, else cpu)",
@@ -43,9 +51,11 @@ def parse(arguments):
         on_cpu = options.platform.split(",")[0] == "cpu"
         asked = os.environ.get("JAX_NUM_CPU_DEVICES", "") if on_cpu else ""
         options.devices_per_process = int(asked) if asked.isdecimal() else 1
-    for name in ("num_processes", "devices_per_process"):
+    for name in ("num_processes", "devices_per_process", "hosts"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.num_processes % options.hosts:
+        parser.error(f"-n {options.num_processes} does not divide by --hosts {options.hosts}")
     if not options.module and not os.path.isfile(options.program):
         parser.error(f"there is no script {options.program}")
     return options
@@ -59,6 +69,7 @@ def main(arguments=None):
             program,
             num_processes=options.num_processes,
             devices_per_process=options.devices_per_process,
+            num_hosts=options.hosts,
             platform=options.platform,
             grace=options.grace,
         )

@@ -83,10 +83,12 @@ def member_environment(
     devices_per_process: int,
     platform: str,
     coordinator: str,
+    num_hosts: int = 1,
     gpus: Sequence[str] = (),
 ) -> dict[str, str]:
     """The variables that process ``rank`` has beside, or instead of, those of this process.
 
+    ``num_hosts``: virtual hosts, if more than one.
     ``gpus``: the GPUs that the pod may use. Each process sees ``devices_per_process`` of them.
 
     Raises:
@@ -107,6 +109,8 @@ def member_environment(
         "PYTHONUNBUFFERED": "1",
         **around_proxies(os.environ),
     }
+    if num_hosts > 1:
+        environment["FREEIO_HOST_SIZE"] = str(num_processes // num_hosts * devices_per_process)
     if platform.split(",")[0] in GPU_PLATFORMS:
         needed = num_processes * devices_per_process
         if needed > len(gpus):
@@ -128,6 +132,7 @@ class Pod:
       program: command line after ``python``: a script, or ``-m`` and a module, then arguments.
       num_processes: how many.
       devices_per_process: CPU devices, or GPUs, of each.
+      num_hosts: virtual hosts, each of equally many processes; 1: none.
       platform: ``JAX_PLATFORMS`` of each. On GPUs the visible GPUs are shared out in order,
         ``devices_per_process`` to each process.
       grace: when a process has failed, the others have these seconds to end by themselves, so that
@@ -149,6 +154,7 @@ class Pod:
         *,
         num_processes: int,
         devices_per_process: int = 1,
+        num_hosts: int = 1,
         platform: str = "cpu",
         grace: float = 5.0,
         output=None,
@@ -159,6 +165,7 @@ class Pod:
             member_environment,
             num_processes=num_processes,
             devices_per_process=devices_per_process,
+            num_hosts=num_hosts,
             platform=platform,
             gpus=visible_gpus(),
         )

@@ -144,6 +144,10 @@ def main():
     elif FAULT.startswith("stopped") and culprit:
         report(f"FAULT {os.getpid()}")
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif FAULT == "link cut":
+        if culprit:
+            report("FAULT")
+        time.sleep(2.0)  # the test cuts it meanwhile
     elif FAULT == "raises" and culprit:
         report("FAULT")
         raise ValueError("lost the plot")
@@ -152,6 +156,9 @@ def main():
         time.sleep(100)
     elif FAULT == "killed at some time" and culprit:
         threading.Timer(float(sys.argv[2]), kill_myself).start()
+    elif FAULT == "halted at some time" and culprit:
+        report(f"FAULT {os.getpid()}")
+        threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGSTOP)).start()
     elif FAULT in GARBAGE and culprit:
         report("FAULT")
         for connection in connections:
@@ -160,7 +167,7 @@ def main():
         report("FAULT")
         fio.shutdown()
         time.sleep(100)
-    for _ in range(3 if FAULT != "killed at some time" else 1_000_000):
+    for _ in range(1_000_000 if FAULT.endswith("at some time") else 3):
         step()
 
 

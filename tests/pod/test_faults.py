@@ -18,7 +18,7 @@ TIMEOUT = 3.0
 class Run:
     """One pod with a fault in process 1, and what its processes said."""
 
-    def __init__(self, fault, processes=2, on_line=None, arguments=()):
+    def __init__(self, fault, processes=2, on_line=None, arguments=(), hosts=1):
         self.woken = False
         self.lines = [[] for _ in range(processes)]
         self.moments = {}  # of the fault, and of the first error
@@ -26,6 +26,7 @@ class Run:
         self.pod = Pod(
             [str(PROGRAM), fault, *arguments],
             num_processes=processes,
+            num_hosts=hosts,
             grace=3 * TIMEOUT,
             output=self._take,
         )

@@ -1,5 +1,6 @@
 // combine: each process sums the weighted expert rows of its own ranks' tokens.
 #include <algorithm>
+#include <tuple>
 #include <vector>
 
 #include "core/dtype.h"
@@ -15,22 +16,28 @@ namespace {
 // One row of a token on some rank, with its weight.
 template <typename Element>
 struct Term {
+  int64_t host;
   int32_t rank;
   const Element* row;
   typename Element::Accumulator weight;
 };
 
-// total += sum of the terms of one rank, rounded once to Element: what would cross a link.
+// sum += addend, rounded once to Element: what would cross a link.
 template <typename Element, typename Accumulator = typename Element::Accumulator>
-void add_partial_sum(const Term<Element>* begin, const Term<Element>* end, int64_t offset,
-                     int64_t width, Accumulator* partial, Accumulator* total) {
+void add_rounded(const Accumulator* addend, int64_t width, Accumulator* sum) {
+  for (int64_t i = 0; i < width; ++i) sum[i] += Element::widen(Element::round(addend[i]));
+}
+
+// partial = sum of the terms of one rank.
+template <typename Element, typename Accumulator = typename Element::Accumulator>
+void sum_terms(const Term<Element>* begin, const Term<Element>* end, int64_t offset, int64_t width,
+               Accumulator* partial) {
   std::fill_n(partial, width, Accumulator{0});
   for (const Term<Element>* term = begin; term != end; ++term) {
     const Element* row = term->row + offset;
     const Accumulator weight = term->weight;
     for (int64_t i = 0; i < width; ++i) partial[i] += weight * Element::widen(row[i]);
   }
-  for (int64_t i = 0; i < width; ++i) total[i] += Element::widen(Element::round(partial[i]));
 }
 
 template <typename Element>
@@ -38,7 +45,8 @@ void combine_tokens(const Layout& layout, const std::vector<const Combine*>& ran
                     const Homes& homes, bool alone, int64_t rank, int64_t begin, int64_t end) {
   using Accumulator = typename Element::Accumulator;
   constexpr int64_t kBlock = 512;
-  Accumulator partial[kBlock];
+  Accumulator partial[kBlock];  // of one rank
+  Accumulator of_host[kBlock];
   Accumulator total[kBlock];
   std::vector<Term<Element>> terms;
   const Combine& op = *ranks[rank];
@@ -50,21 +58,30 @@ void combine_tokens(const Layout& layout, const std::vector<const Combine*>& ran
     for (int64_t a = token * layout.top_k; a < (token + 1) * layout.top_k; ++a) {
       const int32_t peer = op.routes.dest_rank[a];
       if (peer < 0) continue;
-      terms.push_back(
-          {peer, rows.of<Element>(a), weights != nullptr ? weights[a] : Accumulator{1}});
+      terms.push_back({op.hosts != nullptr ? op.hosts[peer] : 0, peer, rows.of<Element>(a),
+                       weights != nullptr ? weights[a] : Accumulator{1}});
     }
-    // By rank, and within a rank in order of k.
-    std::stable_sort(terms.begin(), terms.end(),
-                     [](const auto& a, const auto& b) { return a.rank < b.rank; });
+    // By host, then by rank, and within a rank in order of k.
+    std::stable_sort(terms.begin(), terms.end(), [](const auto& a, const auto& b) {
+      return std::tie(a.host, a.rank) < std::tie(b.host, b.rank);
+    });
     auto* sums = static_cast<Element*>(op.sums) + token * op.width;
     for (int64_t offset = 0; offset < op.width; offset += kBlock) {
       const int64_t width = std::min(kBlock, op.width - offset);
       std::fill_n(total, width, Accumulator{0});
+      std::fill_n(of_host, width, Accumulator{0});
+      // With one host nothing more is added, so its sum is the total.
+      Accumulator* const sum = op.hosts != nullptr ? of_host : total;
       const Term<Element>* const last = terms.data() + terms.size();
       for (const Term<Element>* first = terms.data(); first != last;) {
         const Term<Element>* next = first;
         while (next != last && next->rank == first->rank) ++next;
-        add_partial_sum(first, next, offset, width, partial, total);
+        sum_terms(first, next, offset, width, partial);
+        add_rounded<Element>(partial, width, sum);
+        if (op.hosts != nullptr && (next == last || next->host != first->host)) {
+          add_rounded<Element>(of_host, width, total);
+          std::fill_n(of_host, width, Accumulator{0});
+        }
         first = next;
       }
       for (int64_t i = 0; i < width; ++i) sums[offset + i] = Element::round(total[i]);

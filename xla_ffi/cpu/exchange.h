@@ -22,6 +22,7 @@ void exchange(const Layout& layout, const std::vector<const DispatchAlong*>& ran
 void exchange(const Layout& layout, const std::vector<const Combine*>& ranks, const Homes& homes);
 void exchange(const Layout& layout, const std::vector<const CombineTranspose*>& ranks,
               const Homes& homes);
+inline void exchange(const Layout&, const std::vector<const Meet*>&, const Homes&) {}
 
 // The same for operands of any operation. All of `ranks` hold the same alternative.
 inline void run_exchange(const Layout& layout, const std::vector<Operands>& ranks,

@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstring>
+#include <iterator>
 #include <memory>
 #include <string_view>
 #include <utility>
@@ -25,8 +27,10 @@ struct Instance {
   const std::shared_ptr<ModuleInstances> module_instances;
   Rendezvous rendezvous;
 
-  Instance(const Layout& layout, std::vector<int64_t> groups, const NamedInstance& named)
-      : module_instances(named.instances), rendezvous(layout, std::move(groups), named.name) {}
+  Instance(const Layout& layout, std::vector<int64_t> groups, std::vector<int64_t> hosts,
+           bool spans_hosts, const NamedInstance& named)
+      : module_instances(named.instances),
+        rendezvous(layout, std::move(groups), std::move(hosts), spans_hosts, named.name) {}
 };
 
 Starter& starter() {
@@ -50,16 +54,45 @@ void complete_when_python_goes_on(const std::shared_ptr<ModuleInstances>& module
   if (Py_AddPendingCall(complete, kept.get()) == 0) (void)kept.release();
 }
 
-template <Operation kOperation>
-ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
+// The operation that a meeting comes before.
+ffi::ErrorOr<Operation> read_operation(const ffi::Dictionary& attributes) {
+  const auto name = attributes.get<std::string_view>("operation");
+  for (size_t i = 0; name.has_value() && i < std::size(kOperationNames); ++i) {
+    if (*name == kOperationNames[i]) return static_cast<Operation>(i);
+  }
+  return ffi::Unexpected(
+      ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call before an unknown operation"));
+}
+
+// An attribute that is a list; empty if there is none.
+std::vector<int64_t> read_list(const ffi::Dictionary& attributes, const char* name) {
+  const auto list = attributes.get<ffi::Span<const int64_t>>(name);
+  return list.has_value() ? std::vector<int64_t>(list->begin(), list->end())
+                          : std::vector<int64_t>();
+}
+
+ffi::ErrorOr<std::unique_ptr<Instance>> make_instance(const ffi::Dictionary& attributes,
+                                                      int64_t operation, bool spans_hosts) {
   if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
   auto call = read_attributes(attributes);
   if (!call.has_value()) return ffi::Unexpected(call.error());
-  const NamedInstance named =
-      name_instance(module_of(attributes), program_of(*call, attributes),
-                    identity_of(static_cast<int64_t>(kOperation), *call, attributes));
+  const NamedInstance named = name_instance(module_of(attributes), program_of(*call, attributes),
+                                            identity_of(operation, *call, attributes));
   if (named.is_first) complete_when_python_goes_on(named.instances);
-  return std::make_unique<Instance>(call->layout, std::move(call->groups), named);
+  return std::make_unique<Instance>(call->layout, std::move(call->groups),
+                                    read_list(attributes, "hosts"), spans_hosts, named);
+}
+
+template <Operation kOperation>
+ffi::ErrorOr<std::unique_ptr<Instance>> instantiate(ffi::Dictionary attributes) {
+  return make_instance(attributes, static_cast<int64_t>(kOperation), /*spans_hosts=*/false);
+}
+
+// The number of a meeting is negative, so that it is that of no operation.
+ffi::ErrorOr<std::unique_ptr<Instance>> instantiate_meet(ffi::Dictionary attributes) {
+  const auto operation = read_operation(attributes);
+  if (!operation.has_value()) return ffi::Unexpected(operation.error());
+  return make_instance(attributes, -1 - static_cast<int64_t>(*operation), /*spans_hosts=*/true);
 }
 
 // Reads a call's buffers into the operands.
@@ -103,6 +136,24 @@ CombineTranspose read_combine_transpose(Buffers& buffers, ffi::Dictionary attrib
   CallReader reader{{buffers, &op.dtype, &op.width}};
   visit_combine_transpose(op.routes, op, read_flag(attributes, "rows"),
                           read_flag(attributes, "weights"), reader);
+  return op;
+}
+
+// It has one argument, which it returns when all ranks have come: what follows depends on it.
+Meet read_meet(Buffers& buffers, ffi::Dictionary attributes) {
+  const ffi::AnyBuffer* const argument = buffers.arg();
+  ffi::AnyBuffer* const result = buffers.ret();
+  Meet op = {};
+  if (!buffers.ok()) return op;
+  if (argument->untyped_data() != result->untyped_data()) {
+    std::memcpy(result->untyped_data(), argument->untyped_data(), argument->size_bytes());
+  }
+  if (const auto operation = read_operation(attributes); operation.has_value()) {
+    op.operation = *operation;
+  }
+  if (const auto rows = attributes.get<std::string_view>("rows_text"); rows.has_value()) {
+    op.rows = *rows;
+  }
   return op;
 }
 
@@ -150,6 +201,8 @@ XLA_FFI_DEFINE_HANDLER(kMakeCombine, instantiate<Operation::kCombine>,
                        ffi::Ffi::BindInstantiate().Attrs());
 XLA_FFI_DEFINE_HANDLER(kMakeCombineTranspose, instantiate<Operation::kCombineTranspose>,
                        ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMakeMeet, instantiate_meet, ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER(kMeet, execute<read_meet>, execute_binding<read_meet>());
 XLA_FFI_DEFINE_HANDLER(kDispatch, execute<read_dispatch>, execute_binding<read_dispatch>());
 XLA_FFI_DEFINE_HANDLER(kDispatchAlong, execute<read_dispatch_along>,
                        execute_binding<read_dispatch_along>());
@@ -163,8 +216,11 @@ void add_engine(pybind11::module_& module) {
   starter().add_to(module);
   module.def("ffi_types", [] { return ffi_type<Instance>("freeio_instance"); });
   module.def("ffi_targets", [] {
-    return ffi_targets_of({kMakeDispatch, kDispatch}, {kMakeDispatchAlong, kDispatchAlong},
-                          {kMakeCombine, kCombine}, {kMakeCombineTranspose, kCombineTranspose});
+    pybind11::dict targets =
+        ffi_targets_of({kMakeDispatch, kDispatch}, {kMakeDispatchAlong, kDispatchAlong},
+                       {kMakeCombine, kCombine}, {kMakeCombineTranspose, kCombineTranspose});
+    targets["freeio_meet"] = handlers_of({kMakeMeet, kMeet});
+    return targets;
   });
 }
 

@@ -51,6 +51,7 @@ struct Combine {
   const void* expert_out;  // [capacity, width]
   const void* weights;     // [T, K] accumulators, or null for ones
   void* sums;              // [T, width]
+  const int64_t* hosts;    // [R]: the host of each rank, in order of rank; null: one host
 };
 
 struct CombineTranspose {
@@ -64,10 +65,18 @@ struct CombineTranspose {
   void* weight_grads;      // [T, K] accumulators: <expert_out row, token>, or null
 };
 
-// The alternatives are in the order of the list of operations.
-using Operands = std::variant<Dispatch, DispatchAlong, Combine, CombineTranspose>;
+// Before an exchange that XLA's collectives make, because its group spans hosts: all ranks say that
+// they make it. No row moves.
+struct Meet {
+  Operation operation = {};  // that follows
+  std::string rows;          // element types and shapes, as describe() writes them
+};
+
+// The operations come first, in the order of their list.
+using Operands = std::variant<Dispatch, DispatchAlong, Combine, CombineTranspose, Meet>;
 
 inline const char* name_of(const Operands& operands) {
+  if (const Meet* meet = std::get_if<Meet>(&operands)) return freeio::name_of(meet->operation);
   return freeio::name_of(static_cast<Operation>(operands.index()));
 }
 

@@ -19,13 +19,14 @@ std::atomic<PeerExchanges*> current_exchanges{nullptr};
 PeerExchanges::PeerExchanges(pod::Pod& pod, const std::map<int, RemoteControlBlock>& control_blocks)
     : pod_(pod), process_(pod.self().number) {
   for (const pod::Process& process : pod.others()) {
-    peers_.emplace(process.number,
-                   Peer{PeerMemory(process, control_blocks.at(process.number)), std::nullopt});
+    peers_.emplace(process.number, Peer{PeerMemory(process, control_blocks.at(process.number)),
+                                        process.is_here(), std::nullopt});
   }
 }
 
 void PeerExchanges::try_to_read() const {
   for (const auto& [process, peer] : peers_) {
+    if (!peer.is_here) continue;
     try {
       peer.memory.give_ups();
     } catch (const ReadError& error) {
@@ -56,13 +57,13 @@ void PeerExchanges::leaving() {
 
 bool PeerExchanges::is_local(const GroupProcesses& group) {
   std::lock_guard lock(mutex_);
-  if (group.of_rank.empty()) return peers_.empty() && pod_.elsewhere().empty();
+  if (group.of_rank.empty()) return peers_.empty();
   return std::all_of(group.of_rank.begin(), group.of_rank.end(),
                      [this](int process) { return process == process_; });
 }
 
-std::shared_ptr<Session> PeerExchanges::open(const InstanceName& instance, int64_t group,
-                                             int64_t run, const Layout& layout,
+std::shared_ptr<Session> PeerExchanges::open(const InstanceName& instance, bool spans_hosts,
+                                             int64_t group, int64_t run, const Layout& layout,
                                              std::vector<int64_t> devices,
                                              std::shared_ptr<GroupProcesses> processes,
                                              std::function<void()> forget) {
@@ -77,7 +78,7 @@ std::shared_ptr<Session> PeerExchanges::open(const InstanceName& instance, int64
   name.attributes = instance.attributes;
   name.ordinal = instance.ordinal;
   name.call = known.calls[{name.attributes, name.ordinal}]++;
-  auto session = std::make_shared<PeerSession>(*this, name, layout, std::move(devices),
+  auto session = std::make_shared<PeerSession>(*this, name, spans_hosts, layout, std::move(devices),
                                                std::move(processes), std::move(forget));
   sessions_[name] = session;
   if (!known.failure.ok()) {
@@ -238,12 +239,14 @@ void PeerExchanges::compare_programs(const RunName& run, AfterUnlock& after) {
 }
 
 std::string PeerExchanges::elsewhere_note() const {
-  if (pod_.elsewhere().empty()) return "";
   std::ostringstream text;
-  text << " Processes";
-  for (int process : pod_.elsewhere()) text << " " << process;
-  text << " are on other hosts, with which this engine does not exchange rows.";
-  return text.str();
+  for (const auto& [process, peer] : peers_) {
+    if (!peer.is_here) text << " " << process;
+  }
+  if (text.str().empty()) return "";
+  return " Processes" + text.str() +
+         " are on other hosts, and this program was compiled for ranks on one host. Compile it in "
+         "this pod, after freeio_jax.initialize().";
 }
 
 std::string PeerExchanges::waiting_in(int process, const std::string& here) const {

@@ -1,10 +1,14 @@
-// The exchanges of this process's ranks with ranks of the other processes of the host.
+// The exchanges of this process's ranks with ranks of other processes.
 //
 // Each process posts the calls of its ranks (the addresses of their operands) to the others. When
 // it has the calls of all ranks of a group, it reads rows straight from the others' tensors, fills
 // the results of its own ranks, and tells the others that it is done. It returns its buffers to XLA
 // when all others are done. A process that stops waiting earlier first says so in its control
 // block. A peer looks there after it has read rows, and uses them only if that process still waits.
+//
+// Rows move among the processes of a host alone. Where a group spans hosts, its ranks meet here,
+// and XLA's collectives move the rows (see Meet). So an exchange of rows looks only at processes of
+// this host, and a meeting looks at all.
 #pragma once
 
 #include <cstdint>
@@ -62,10 +66,11 @@ class PeerExchanges final : public pod::Guest {
   // Whether all ranks of the group are known to be in this process.
   bool is_local(const GroupProcesses& group);
 
-  // Begins the next exchange of an instance and a group in a run. `run`: XLA's id in this process.
-  // `forget` is called when the exchange is complete, before the `done` of any of its ranks.
-  std::shared_ptr<Session> open(const InstanceName& name, int64_t group, int64_t run,
-                                const Layout& layout, std::vector<int64_t> devices,
+  // Begins the next exchange of an instance and a group in a run. `spans_hosts`: it is a meeting of
+  // ranks on several hosts. `run`: XLA's id in this process. `forget` is called when the exchange
+  // is complete, before the `done` of any of its ranks.
+  std::shared_ptr<Session> open(const InstanceName& name, bool spans_hosts, int64_t group,
+                                int64_t run, const Layout& layout, std::vector<int64_t> devices,
                                 std::shared_ptr<GroupProcesses> processes,
                                 std::function<void()> forget);
 
@@ -87,7 +92,8 @@ class PeerExchanges final : public pod::Guest {
   friend class PeerSession;  // shares the mutex
 
   struct Peer {
-    PeerMemory memory;
+    PeerMemory memory;  // is read only if the process is on this host
+    bool is_here;
     std::optional<pod::Departure> departure;  // empty: it takes part
   };
   struct ProgramGroups {

@@ -11,11 +11,12 @@
 
 namespace freeio::cpu {
 
-PeerSession::PeerSession(PeerExchanges& exchanges, const CallName& name, const Layout& layout,
-                         std::vector<int64_t> devices, std::shared_ptr<GroupProcesses> processes,
-                         std::function<void()> forget)
+PeerSession::PeerSession(PeerExchanges& exchanges, const CallName& name, bool spans_hosts,
+                         const Layout& layout, std::vector<int64_t> devices,
+                         std::shared_ptr<GroupProcesses> processes, std::function<void()> forget)
     : exchanges_(exchanges),
       name_(name),
+      spans_hosts_(spans_hosts),
       layout_(layout),
       devices_(std::move(devices)),
       processes_(std::move(processes)),
@@ -26,6 +27,10 @@ PeerSession::PeerSession(PeerExchanges& exchanges, const CallName& name, const L
 
 bool PeerSession::lacks(int64_t rank, int process) const {
   return rank >= 0 && rank < layout_.num_ranks && !ranks_[rank].has_called && awaits(process);
+}
+
+bool PeerSession::concerns(int process) const {
+  return spans_hosts_ || exchanges_.peers_.at(process).is_here;
 }
 
 std::set<int> PeerSession::peers_of_group() const {
@@ -40,7 +45,9 @@ std::set<int> PeerSession::peers_of_group() const {
 std::vector<int> PeerSession::audience() const {
   std::vector<int> processes;
   if (to_all_ && state_ == State::kGathering) {
-    for (const auto& [process, peer] : exchanges_.peers_) processes.push_back(process);
+    for (const auto& [process, peer] : exchanges_.peers_) {
+      if (concerns(process)) processes.push_back(process);
+    }
   } else {
     const std::set<int> peers = peers_of_group();
     processes.assign(peers.begin(), peers.end());
@@ -117,7 +124,7 @@ bool PeerSession::begin_if_complete() {
     message.kind = Message::Kind::kRetracted;
     message.name = name_;
     for (const auto& [process, peer] : exchanges_.peers_) {
-      if (peers.count(process) == 0) exchanges_.send(process, message);
+      if (concerns(process) && peers.count(process) == 0) exchanges_.send(process, message);
     }
   }
   return true;
@@ -171,8 +178,8 @@ void PeerSession::exchange() {
           exchanges_.who(ranks_[r].process) + " " + there);
     }
     operands.push_back(ranks_[r].posted.operands);
-    // The map of peers never changes.
-    if (ranks_[r].process != exchanges_.process_)
+    // A meeting reads no memory. The map of peers never changes.
+    if (!spans_hosts_ && ranks_[r].process != exchanges_.process_)
       homes[r] = &exchanges_.peers_.at(ranks_[r].process).memory;
   }
   try {
@@ -259,10 +266,12 @@ void PeerSession::peer_gone(int process, pod::Departure how, AfterUnlock& after)
   const bool involved = peers_of_group().count(process) > 0;
   // Before the first exchange of a group is complete, any process may have its ranks.
   const bool unknown = how != pod::Departure::kOrderly && to_all_ && state_ == State::kGathering;
-  if (state_ != State::kOver && awaits(process) && (involved || unknown)) {
+  if (state_ != State::kOver && awaits(process) && concerns(process) && (involved || unknown)) {
     fail(Code::kUnavailable,
          name() + ": " + exchanges_.who(process) + ranks_of(process) +
-             (how == pod::Departure::kDeath ? " ended"
+             (how == pod::Departure::kDeath ? exchanges_.peers_.at(process).is_here
+                                                  ? " ended"
+                                                  : " ended, or cannot be reached any more,"
               : how == pod::Departure::kOrderly
                   ? " left (freeio_jax.shutdown(), or the end of its program)"
                   : " sent bytes that are no message of this engine") +

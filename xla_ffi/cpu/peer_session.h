@@ -26,9 +26,9 @@ class PeerSession final : public Session,
                           public Waiting,
                           public std::enable_shared_from_this<PeerSession> {
  public:
-  PeerSession(PeerExchanges& exchanges, const CallName& name, const Layout& layout,
-              std::vector<int64_t> devices, std::shared_ptr<GroupProcesses> processes,
-              std::function<void()> forget);
+  PeerSession(PeerExchanges& exchanges, const CallName& name, bool spans_hosts,
+              const Layout& layout, std::vector<int64_t> devices,
+              std::shared_ptr<GroupProcesses> processes, std::function<void()> forget);
 
   std::function<void()> arrive(int64_t rank, Operands&& operands, Done&& done) override;
   bool all_arrived() const override { return false; }  // `forget` is called instead
@@ -68,6 +68,7 @@ class PeerSession final : public Session,
     kOver,
   };
 
+  bool concerns(int process) const;      // whether the process may have ranks of the group
   std::set<int> peers_of_group() const;  // processes, as far as known
   std::vector<int> audience() const;     // processes that get the messages about this exchange
   void post(int64_t rank);
@@ -87,6 +88,7 @@ class PeerSession final : public Session,
 
   PeerExchanges& exchanges_;
   const CallName name_;
+  const bool spans_hosts_;
   const Layout layout_;
   const std::vector<int64_t> devices_;
   const std::shared_ptr<GroupProcesses> processes_;

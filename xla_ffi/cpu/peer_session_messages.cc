@@ -65,12 +65,14 @@ std::string PeerSession::who_waits_for_whom(const std::string& how_long) const {
       if (!processes_->of_rank.empty()) suspects.insert(processes_->of_rank[r]);
     }
     if (suspects.empty()) {
-      for (const auto& [process, peer] : exchanges_.peers_) suspects.insert(process);
+      for (const auto& [process, peer] : exchanges_.peers_) {
+        if (concerns(process)) suspects.insert(process);
+      }
     }
     suspects.erase(exchanges_.process_);
     for (int process : suspects) text << " " << exchanges_.waiting_in(process, call);
-    text << exchanges_.elsewhere_note()
-         << " All ranks of the expert axis must run the same program and make the same calls in "
+    if (!spans_hosts_) text << exchanges_.elsewhere_note();
+    text << " All ranks of the expert axis must run the same program and make the same calls in "
             "the same order.";
   }
   return text.str();

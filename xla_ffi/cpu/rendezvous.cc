@@ -1,14 +1,21 @@
 #include "cpu/rendezvous.h"
 
+#include <algorithm>
 #include <functional>
 #include <string>
+#include <variant>
 
 #include "cpu/local_session.h"
 
 namespace freeio::cpu {
 
-Rendezvous::Rendezvous(const Layout& layout, std::vector<int64_t> groups, const InstanceName& name)
-    : layout_(layout), groups_(std::move(groups)), name_(name) {
+Rendezvous::Rendezvous(const Layout& layout, std::vector<int64_t> groups,
+                       std::vector<int64_t> hosts, bool spans_hosts, const InstanceName& name)
+    : layout_(layout),
+      groups_(std::move(groups)),
+      hosts_(std::move(hosts)),
+      spans_hosts_(spans_hosts),
+      name_(name) {
   std::lock_guard lock(mutex_);
   for (size_t i = 0; i < groups_.size(); ++i) {
     member_of_device_[groups_[i]] = static_cast<int64_t>(i);
@@ -25,6 +32,14 @@ Rendezvous::Rendezvous(const Layout& layout, std::vector<int64_t> groups, const 
 // constructor.)
 Rendezvous::~Rendezvous() { std::lock_guard lock(mutex_); }
 
+const int64_t* Rendezvous::hosts_of(int64_t group) const {
+  if (hosts_.empty()) return nullptr;
+  const int64_t* const begin = hosts_.data() + group * layout_.num_ranks;
+  const bool is_one =
+      std::all_of(begin, begin + layout_.num_ranks, [](int64_t h) { return h == 0; });
+  return is_one ? nullptr : begin;
+}
+
 std::shared_ptr<Session> Rendezvous::open_session(int64_t run, int64_t group, int64_t number) {
   const auto begin = groups_.begin() + group * layout_.num_ranks;
   std::vector<int64_t> devices(begin, begin + layout_.num_ranks);
@@ -32,8 +47,8 @@ std::shared_ptr<Session> Rendezvous::open_session(int64_t run, int64_t group, in
   if (exchanges == nullptr || layout_.num_ranks == 1 || exchanges->is_local(*processes_[group])) {
     return std::make_shared<LocalSession>(layout_, std::move(devices));
   }
-  return exchanges->open(name_, group, run, layout_, std::move(devices), processes_[group],
-                         [=] { forget(run, group, number); });
+  return exchanges->open(name_, spans_hosts_, group, run, layout_, std::move(devices),
+                         processes_[group], [=] { forget(run, group, number); });
 }
 
 void Rendezvous::forget(int64_t run, int64_t group, int64_t number) {
@@ -57,6 +72,7 @@ void Rendezvous::arrive(int64_t run, int64_t device, Operands operands, Done don
     }
     const int64_t group = member->second / layout_.num_ranks;
     const int64_t rank = member->second % layout_.num_ranks;
+    if (auto* const combine = std::get_if<Combine>(&operands)) combine->hosts = hosts_of(group);
     CallsOfRun& calls = runs_.try_emplace({run, group}).first->second;
     calls.calls.resize(layout_.num_ranks);
     const int64_t number = calls.calls[rank]++;

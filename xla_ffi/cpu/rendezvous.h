@@ -25,7 +25,11 @@ namespace freeio::cpu {
 class Rendezvous {
  public:
   // `groups`: mesh device indices, a group of num_ranks after the other, in order of rank.
-  Rendezvous(const Layout& layout, std::vector<int64_t> groups, const InstanceName& name);
+  // `hosts`: the host of each of them, numbered in each group from 0 in order of rank; empty: all
+  // are on one host. `spans_hosts`: the ranks only meet (see Meet), because they are on several
+  // hosts.
+  Rendezvous(const Layout& layout, std::vector<int64_t> groups, std::vector<int64_t> hosts,
+             bool spans_hosts, const InstanceName& name);
   ~Rendezvous();
 
   // One rank's call. `done` is called exactly once: when the exchange is complete, or with the
@@ -39,11 +43,15 @@ class Rendezvous {
     std::map<int64_t, std::shared_ptr<Session>> open;  // by number of the call
   };
 
+  // Of the ranks of a group; null: they are on one host.
+  const int64_t* hosts_of(int64_t group) const;
   std::shared_ptr<Session> open_session(int64_t run, int64_t group, int64_t number);
   void forget(int64_t run, int64_t group, int64_t number);
 
   const Layout layout_;
   const std::vector<int64_t> groups_;
+  const std::vector<int64_t> hosts_;
+  const bool spans_hosts_;
   const InstanceName name_;
   std::map<int64_t, int64_t> member_of_device_;             // position in groups_
   std::vector<std::shared_ptr<GroupProcesses>> processes_;  // by group

@@ -28,6 +28,8 @@ std::string describe(const Layout& layout, const Operands& operands) {
         if constexpr (std::is_same_v<Op, Dispatch> || std::is_same_v<Op, DispatchAlong>) {
           text << ", rows:";
           for (const Leaf& leaf : op.leaves) text << " " << leaf.row;
+        } else if constexpr (std::is_same_v<Op, Meet>) {
+          text << ", " << op.rows;
         } else {
           text << ", dtype=" << name_of(op.dtype) << ", width=" << op.width
                << (op.weights != nullptr ? ", weighted" : "");

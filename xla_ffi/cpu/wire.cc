@@ -87,6 +87,9 @@ void fields(Io& io, Op& op) {
   } else if constexpr (std::is_same_v<Plain, DispatchAlong>) {
     io(op.routes);
     io(op.leaves);
+  } else if constexpr (std::is_same_v<Plain, Meet>) {
+    io(op.operation);
+    io(op.rows);
   } else {
     static_assert(std::is_same_v<Plain, Combine> || std::is_same_v<Plain, CombineTranspose>);
     io(op);

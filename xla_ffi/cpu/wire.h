@@ -1,5 +1,5 @@
-// The messages between the CPU engines of a host's processes, and how they become bytes. Both ends
-// are the same program on the same host, so numbers travel as they lie in memory.
+// The messages between the CPU engines of processes, and how they become bytes. Both ends are the
+// same program on the same kind of machine, so numbers travel as they lie in memory.
 #pragma once
 
 #include <cstdint>

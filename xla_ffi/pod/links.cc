@@ -62,10 +62,34 @@ struct Packet {
   }
 };
 
+bool is_stream(int socket) {
+  int type = 0;
+  socklen_t size = sizeof(type);
+  if (getsockopt(socket, SOL_SOCKET, SO_TYPE, &type, &size) != 0) fail("getsockopt of a link");
+  return type == SOCK_STREAM;
+}
+
+// The length of a message, as it travels in front of it on a stream. Both ends have the same byte
+// order, which freeio_jax.initialize() has checked.
+using Length = uint32_t;
+
+std::string with_length(std::string_view message) {
+  const auto length = static_cast<Length>(message.size());
+  std::string framed(reinterpret_cast<const char*>(&length), sizeof(length));
+  framed += message;
+  return framed;
+}
+
 ssize_t send_packet(int socket, std::string_view message, int file) {
   Packet packet(const_cast<char*>(message.data()), message.size());
   if (file >= 0) packet.attach(file);
   return sendmsg(socket, &packet.header, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+// Whether a failed send shows that the peer cannot be reached any more.
+bool is_broken(int error) {
+  return error == EPIPE || error == ECONNRESET || error == ETIMEDOUT || error == EHOSTUNREACH ||
+         error == ENETUNREACH || error == ENETDOWN;
 }
 
 // A file that becomes readable when the process at the other end of the socket ends. (The socket
@@ -112,6 +136,7 @@ Links::Links(std::map<int, UniqueFd> sockets)
   for (auto& [process, socket] : sockets) {
     Link& link = links_[process];
     link.process = process_of(socket.get());
+    link.is_stream = is_stream(socket.get());
     link.socket = std::move(socket);
   }
 }
@@ -144,10 +169,25 @@ void Links::send(int process, std::string_view message, int file) {
   const auto found = links_.find(process);
   if (found == links_.end()) return;
   Link& link = found->second;
+  std::string framed;
+  if (link.is_stream) {
+    if (file >= 0) {
+      errno = EXDEV;
+      fail("send of a file to another host");
+    }
+    framed = with_length(message);
+    message = framed;
+  }
   if (link.unsent.empty()) {
-    if (send_packet(link.socket.get(), message, file) >= 0) return;
-    if (errno == EPIPE || errno == ECONNRESET) return;  // the thread will notice this, too
-    if (errno != EAGAIN && errno != EINTR) fail("send to a peer");
+    const ssize_t sent = send_packet(link.socket.get(), message, file);
+    if (sent >= 0 && (!link.is_stream || static_cast<size_t>(sent) == message.size())) return;
+    if (sent >= 0) {
+      message.remove_prefix(static_cast<size_t>(sent));
+    } else if (is_broken(errno)) {
+      return;  // the thread will notice this, too
+    } else if (errno != EAGAIN && errno != EINTR) {
+      fail("send to a peer");
+    }
   }
   UniqueFd kept(file >= 0 ? fcntl(file, F_DUPFD_CLOEXEC, 0) : -1);
   if (file >= 0 && kept.get() < 0) fail("dup of a file for a peer");
@@ -158,9 +198,12 @@ void Links::send(int process, std::string_view message, int file) {
 // Sends the messages that wait for room in the socket. False: the link is broken.
 bool Links::flush(Link& link) {
   while (!link.unsent.empty()) {
-    const Unsent& next = link.unsent.front();
-    if (send_packet(link.socket.get(), next.message, next.file.get()) < 0) {
-      return errno == EAGAIN || errno == EINTR;
+    Unsent& next = link.unsent.front();
+    const ssize_t sent = send_packet(link.socket.get(), next.message, next.file.get());
+    if (sent < 0) return errno == EAGAIN || errno == EINTR;
+    if (link.is_stream && static_cast<size_t>(sent) < next.message.size()) {
+      next.message.erase(0, static_cast<size_t>(sent));
+      return true;
     }
     link.unsent.pop_front();
   }
@@ -168,11 +211,13 @@ bool Links::flush(Link& link) {
 }
 
 // Reads all messages that have come. False: the peer has closed its end.
-bool Links::receive(int process, int socket) {
+bool Links::receive(int process, Link& link) {
+  if (link.is_stream) return receive_stream(process, link);
   while (true) {
     Packet packet(buffer_.data(), buffer_.size());
     packet.offer_file();
-    const ssize_t size = recvmsg(socket, &packet.header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    const ssize_t size =
+        recvmsg(link.socket.get(), &packet.header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (size > 0) {
       received_(process, {buffer_.data(), static_cast<size_t>(size)}, packet.take_file());
     } else if (size == 0) {
@@ -185,12 +230,37 @@ bool Links::receive(int process, int socket) {
   }
 }
 
+bool Links::receive_stream(int process, Link& link) {
+  std::string& begun = link.begun;
+  while (true) {
+    const ssize_t size = recv(link.socket.get(), buffer_.data(), buffer_.size(), MSG_DONTWAIT);
+    if (size == 0) return false;
+    if (size < 0 && errno == EAGAIN) return true;
+    if (size < 0 && errno == EINTR) continue;
+    if (size < 0) return false;
+    begun.append(buffer_.data(), static_cast<size_t>(size));
+    size_t read = 0;
+    Length length = 0;
+    while (begun.size() - read >= sizeof(length)) {
+      std::memcpy(&length, begun.data() + read, sizeof(length));
+      if (length > kMaxMessage) return false;
+      if (begun.size() - read - sizeof(length) < length) break;
+      read += sizeof(length);
+      received_(process, std::string_view(begun).substr(read, length), {});
+      read += length;
+    }
+    begun.erase(0, read);
+  }
+}
+
 void Links::serve() {
   std::vector<pollfd> polled;
   std::vector<int> processes;
+  std::vector<Link*> links;  // only this thread and stop(), which waits for it, take links away
   while (true) {
     polled.assign(1, {wake_up_.get(), POLLIN, 0});
     processes.assign(1, -1);
+    links.assign(1, nullptr);
     {
       std::lock_guard lock(mutex_);
       if (is_stopping_) return;
@@ -198,9 +268,11 @@ void Links::serve() {
         const bool full = !link.unsent.empty();
         polled.push_back({link.socket.get(), static_cast<short>(POLLIN | (full ? POLLOUT : 0)), 0});
         processes.push_back(process);
+        links.push_back(&link);
         // Ignored by poll() where there is none.
         polled.push_back({link.process.get(), POLLIN, 0});
         processes.push_back(process);
+        links.push_back(&link);
       }
     }
     if (poll(polled.data(), polled.size(), -1) < 0) continue;  // EINTR
@@ -213,13 +285,11 @@ void Links::serve() {
       const bool ended = polled[i + 1].revents != 0;
       if (revents == 0 && !ended) continue;
       bool alive = (revents & ~POLLOUT) == 0 && !ended;
-      if (!alive) alive = receive(processes[i], polled[i].fd) && !ended;
+      if (!alive) alive = receive(processes[i], *links[i]) && !ended;
       std::unique_lock lock(mutex_);
-      // Only this thread and stop(), which waits for it, take links away.
-      const auto link = links_.find(processes[i]);
-      alive = alive && flush(link->second);
+      alive = alive && flush(*links[i]);
       if (alive) continue;
-      links_.erase(link);
+      links_.erase(processes[i]);
       lock.unlock();
       lost_(processes[i]);
     }

@@ -1,6 +1,7 @@
-// Messages between the processes of a pod, over connected sockets that keep the boundaries of
-// messages. A message may carry a file descriptor. The receiver gets a descriptor of its own for
-// the same file.
+// Messages between the processes of a pod, over connected sockets. Within a host the sockets keep
+// the boundaries of messages, and a message may carry a file descriptor. The receiver gets a
+// descriptor of its own for the same file. Between hosts the sockets are streams. Each message
+// begins with its length there.
 #pragma once
 
 #include <sys/types.h>
@@ -34,7 +35,7 @@ class Links {
 
   // Sends a message, and never blocks. Messages to one process arrive in order. A message to a lost
   // process is dropped. The caller keeps `file`; -1: none. Throws std::system_error if the kernel
-  // refuses the message.
+  // refuses the message, or a file is to cross to another host.
   void send(int process, std::string_view message, int file = -1);
 
   // Closes all links when all messages have left this process, or after a second.
@@ -49,10 +50,13 @@ class Links {
     UniqueFd socket;
     UniqueFd process;           // readable when it has ended; -1: the kernel offers no such file
     std::deque<Unsent> unsent;  // waits for room in the socket
+    bool is_stream = false;
+    std::string begun;  // of a stream: the bytes that have come of a message. The thread's alone
   };
 
   void serve();
-  bool receive(int process, int socket);
+  bool receive(int process, Link& link);
+  bool receive_stream(int process, Link& link);
   bool flush(Link& link);
   void wake();
 

@@ -14,7 +14,7 @@ namespace {
 std::atomic<Pod*> current_pod{nullptr};
 
 // A message on a link is the number of a channel, followed by the text for its guest. The number
-// travels as it lies in memory, because both ends are the same program on the same host.
+// travels as it lies in memory, because both ends are the same program on the same kind of machine.
 //
 // This number is no channel. It says that the sender leaves and will then close its end.
 constexpr uint32_t kLeaving = UINT32_MAX;
@@ -29,8 +29,8 @@ std::string frame_of(uint32_t number, std::string_view text) {
 std::map<int, Process> processes_of(int self, const std::vector<Pod::Member>& members) {
   std::map<int, Process> processes;
   for (const auto& [process, socket] : members) {
-    if (process.pid ==
-        0) {  // the kernel gives 0 for a process that has no number in this namespace
+    // The kernel gives 0 for a process that has no number in this namespace.
+    if (process.is_here() && process.pid == 0) {
       throw std::runtime_error(
           "freeio_jax.initialize: process " + std::to_string(process.number) +
           " of this host is in another PID namespace than process " + std::to_string(self) +
@@ -51,10 +51,9 @@ std::map<int, UniqueFd> sockets_of(std::vector<Pod::Member> members) {
 
 }  // namespace
 
-Pod::Pod(int process, std::vector<Member> members, std::vector<int> elsewhere)
-    : self_{process, getpid()},
+Pod::Pod(int process, std::vector<Member> members)
+    : self_{process, getpid(), ""},
       others_(processes_of(process, members)),
-      elsewhere_(std::move(elsewhere)),
       links_(sockets_of(std::move(members))) {}
 
 Pod* Pod::current() { return current_pod.load(std::memory_order_acquire); }

@@ -1,4 +1,4 @@
-// The processes of this host that take part in one program, and the channels between them.
+// The processes that take part in one program, and the channels between them.
 //
 // The pod knows which processes take part, which have gone, and which guest has each channel. It
 // does not know what the messages on a channel mean.
@@ -23,15 +23,15 @@ namespace freeio::pod {
 
 class Pod {
  public:
-  // Another process of this host.
+  // Another process.
   struct Member {
     Process process;
     UniqueFd socket;  // connected with this process
   };
 
-  // Nothing is received before start(). `elsewhere`: processes of the program on other hosts.
-  // Throws std::runtime_error if a member is in another PID namespace.
-  Pod(int process, std::vector<Member> members, std::vector<int> elsewhere);
+  // Nothing is received before start(). Throws std::runtime_error if a member on this host is in
+  // another PID namespace.
+  Pod(int process, std::vector<Member> members);
 
   // Begins to receive, and makes `pod` the current one. It is never freed: XLA may call the engines
   // until the process ends.
@@ -53,7 +53,6 @@ class Pod {
 
   const Process& self() const { return self_; }
   std::vector<Process> others() const;  // all, also those that have gone
-  const std::vector<int>& elsewhere() const { return elsewhere_; }
 
   std::string who(int process) const;  // "process 1 (pid 77)"
 
@@ -70,8 +69,7 @@ class Pod {
 
   const Process self_;
   const std::map<int, Process> others_;  // by number
-  const std::vector<int> elsewhere_;
-  Links links_;  // has a lock of its own, the only one that sending takes
+  Links links_;                          // has a lock of its own, the only one that sending takes
 
   // Guards all below. While it is held, no other lock is taken and no guest is called.
   std::mutex mutex_;

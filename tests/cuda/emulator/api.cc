@@ -262,14 +262,13 @@ struct Place {
 EMULATOR_API const char* engine_join(const Place* place) {
   std::vector<pod::Pod::Member> members;
   for (int i = 0; i < place->num_peers; ++i) {
-    members.push_back({{place->peers[i], place->pids[i]}, pod::UniqueFd(place->sockets[i])});
+    members.push_back({{place->peers[i], place->pids[i], ""}, pod::UniqueFd(place->sockets[i])});
   }
   std::vector<PodGpu> gpus;
   for (int i = 0; i < place->num_gpus; ++i) {
     gpus.push_back({place->gpus[i], place->owners[i], place->ordinals[i]});
   }
-  pod::Pod& pod = pod::Pod::start(
-      std::make_unique<pod::Pod>(place->process, std::move(members), std::vector<int>{}));
+  pod::Pod& pod = pod::Pod::start(std::make_unique<pod::Pod>(place->process, std::move(members)));
   return text(join(pod, place->process, gpus));
 }
 EMULATOR_API const char* engine_leave() {
