@@ -64,7 +64,8 @@ experts: M x K x N rows and widths in G groups, each product by each implementat
 dense product. --experts takes no other sizes.
 
 decode: 61 layers of dispatch and combine in one program, with XLA's command buffers and without,
-beside controls without exchanges. It also runs under the launcher, in several processes:
+beside controls without exchanges; the same with a shared expert, after the combine or beside it.
+It also runs under the launcher, in several processes:
   python -m freeio_jax.launch -n 2 --platform cuda -m freeio_jax.bench --decode
 
 overlap: an MoE layer whose exchanges run beside its experts, whole and in chunks, of DeepSeek-V3
