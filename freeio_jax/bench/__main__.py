@@ -68,7 +68,7 @@ experts: M x K x N rows and widths in G groups, each product by each implementat
 dense product. --experts takes no other sizes.
 
 decode: 61 layers of dispatch and combine in one program, with XLA's command buffers and without,
-beside controls without exchanges.
+beside controls without exchanges; the same with a shared expert, after the combine or beside it.
 
 tax: dispatch and combine of each exchange, on 2, 4, ... ranks. The ideal time is that of the bytes
 that must cross the link, at its rate. The parts of XLA's exchanges come from the profile, ours from

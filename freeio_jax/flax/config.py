@@ -67,16 +67,16 @@ class MoEConfig:
         beside the combine. In the backward pass the experts' weights' gradients run beside the
         exchange that brings the tokens' gradient back. With chunks, the experts of one chunk run
         beside the exchanges of its neighbours. Such an exchange takes ``overlap_num_sms`` of a
-        GPU's multiprocessors (:func:`freeio_jax.config`). Others take all that they may, and so do
-        all where this is False. It is True because one exchange hides little, but costs nothing
-        that the layer would not wait for; on GPUs the gain has not been measured yet. An
-        ``exchange`` without ``dispatch_start`` and ``combine_start`` runs to its end where it
-        begins.
-      num_chunks: n; the tokens of a rank are cut into so many parts, of sizes that differ by one at
-        most. While the experts multiply one, the next is dispatched, and the one before is
-        combined. The room of ``capacity_factor`` is that of each chunk, so more may be dropped.
-        The result is otherwise that of one chunk, but for rounding. It needs less memory, and hides
-        the exchange where that is a large part of the layer. Products of fewer rows are slower.
+        GPU's multiprocessors (:func:`freeio_jax.config`). An exchange with nothing beside it takes
+        all that it may, and so do all where this is False. The default is True because the layer
+        computes in any case what runs beside an exchange. On GPUs the gain has not been measured
+        yet. An ``exchange`` without ``dispatch_start`` and ``combine_start`` is synchronous.
+      num_chunks: n, the number of chunks that the tokens of a rank are cut into. Their sizes differ
+        by one at most. While the experts multiply one chunk, the next is dispatched, and the one
+        before is combined. The room of ``capacity_factor`` is that of each chunk, so more may be
+        dropped. Otherwise the result is that of one chunk, but for rounding. Chunks need less
+        memory, and pay where the exchange is a large part of the layer. Products of fewer rows are
+        slower for each row.
       expert_capacity: rows of one expert for one sequence, that is, for the L tokens of
         ``x[..., L, H]``. It takes them in order of token, then of k, and what exceeds it is
         dropped. None: no such bound. Switch Transformers have one. So has MaxText, as

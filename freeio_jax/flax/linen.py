@@ -89,9 +89,9 @@ class MoE(nn.Module):
       overlap: whether the shared expert runs beside the combine, and in the backward pass the
         experts' weights' gradients beside the exchange that brings the tokens' gradient back
         (``docs/overlap.md``). :class:`~freeio_jax.flax.MoEConfig` says more.
-      num_chunks: n; the tokens of a rank are cut into so many parts. While the experts multiply
-        one, the next is dispatched, and the one before is combined. The room of
-        ``capacity_factor`` is that of each part.
+      num_chunks: n, the number of chunks that the tokens of a rank are cut into. While the experts
+        multiply one chunk, the next is dispatched, and the one before is combined. The room of
+        ``capacity_factor`` is that of each chunk.
       expert_capacity: rows of one expert for one sequence, the L tokens of ``x[..., L, H]``. Those
         of later tokens are dropped. None: no such bound. (Switch Transformers, MaxText's
         ``capacity_factor``.)

@@ -120,12 +120,12 @@ def case(name, **changes):
         settings = settings | AXES.get(axis, {})
     config = MoEConfig(**settings, **changes)
     parameters = {
-        n: jnp.asarray(rng.normal(size=shape) / 2, jnp.float32)
+        n: np.asarray(rng.normal(size=shape) / 2, np.float32)
         for n, (shape, _) in config.parameters(WIDTH).items()
     }
     num_tokens = NUM_TOKENS * mesh.get("data", 1) * mesh["expert"]
-    x = jnp.asarray(rng.normal(size=(num_tokens, WIDTH)), jnp.float32)
-    mask = jnp.asarray(rng.random(num_tokens) < 0.7) if is_masked else None
+    x = np.asarray(rng.normal(size=(num_tokens, WIDTH)), np.float32)
+    mask = rng.random(num_tokens) < 0.7 if is_masked else None
     made = make_mesh(tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh))
     return config, made, (parameters, x, mask)
 
@@ -180,7 +180,7 @@ def test_the_room_of_a_chunk_is_its_own():
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_more_chunks_than_tokens(num_tokens):
     config, mesh, (parameters, _, _) = case("gated", num_chunks=4)
-    x = jnp.ones((2 * num_tokens, WIDTH))
+    x = np.ones((2 * num_tokens, WIDTH), np.float32)
     y, _ = jax.jit(lambda x: moe(parameters, x, config, mesh=mesh))(x)
     once = dataclasses.replace(config, num_chunks=1, overlap=False)
     expected, _ = jax.jit(lambda x: moe(parameters, x, once, mesh=mesh))(x)
@@ -200,17 +200,22 @@ def test_num_chunks_is_checked(num_chunks):
 
 @pytest.mark.parametrize("of", ["linen", "nnx"])
 def test_layers_hand_the_settings_on(of):
-    x, options = jnp.ones((4, WIDTH)), LAYER | {"num_chunks": 2, "overlap": False}
-    if of == "linen":
-        layer = linen.MoE(**options)
-        variables = layer.init(jax.random.key(0), x)
-        text = jax.jit(layer.apply).lower(variables, x).as_text()
-    else:
+    def program(**options):
+        x, options = jnp.ones((4, WIDTH)), LAYER | options
+        if of == "linen":
+            layer = linen.MoE(**options)
+            return str(jax.make_jaxpr(layer.apply)(layer.init(jax.random.key(0), x), x))
         layer = fio_nnx.MoE(WIDTH, **options, rngs=nnx.Rngs(0))
-        assert (layer.config.num_chunks, layer.config.overlap) == (2, False)
-        text = jax.jit(lambda x: layer(x, deterministic=True)).lower(x).as_text()
-    assert text.count("@freeio_dispatch(") == 2
-    assert "optimization_barrier" not in text
+        return str(jax.make_jaxpr(lambda x: layer(x, deterministic=True))(x))
+
+    def exchanges(text):
+        return Counter(re.findall(r"freeio_(start|dispatch|combine)\[", text))
+
+    assert exchanges(program()) == {"dispatch": 1, "start": 1}
+    assert exchanges(program(overlap=False)) == {"dispatch": 1, "combine": 1}
+    assert exchanges(program(overlap=False, num_chunks=2)) == {"dispatch": 2, "combine": 2}
+    # The first dispatch is synchronous.
+    assert exchanges(program(num_chunks=2)) == {"dispatch": 1, "start": 3}
 
 
 # --- Derivatives ---------------------------------------------------------------------------------

@@ -8,8 +8,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 PACKAGE = pathlib.Path(importlib.util.find_spec("freeio_jax").origin).parent
@@ -159,12 +161,18 @@ SCHEDULERS = {
 def main(folder, topology):
     mesh = Mesh(np.array(absent.devices(topology)), ("expert",), axis_types=(AxisType.Auto,))
 
-    for case, make in CASES.items():
-        function, args = make(mesh)
-        lowered = jax.jit(function).lower(*args)
-        for scheduler, options in SCHEDULERS.items():
-            compiled = lowered.compile(compiler_options=options | FAST_TO_COMPILE)
-            (pathlib.Path(folder) / f"{case}.{scheduler}").write_text(compiled.as_text())
+    def write(lowered, case, scheduler):
+        compiled = lowered.compile(compiler_options=SCHEDULERS[scheduler] | FAST_TO_COMPILE)
+        (pathlib.Path(folder) / f"{case}.{scheduler}").write_text(compiled.as_text())
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = []
+        for case, make in CASES.items():
+            function, args = make(mesh)
+            lowered = jax.jit(function).lower(*args)
+            futures += [pool.submit(write, lowered, case, scheduler) for scheduler in SCHEDULERS]
+        for future in futures:
+            future.result()
 
 
 if __name__ == "__main__":
