@@ -68,6 +68,10 @@ def test_a_killed_process_is_noticed_at_once(fault, processes):
         assert re.search(rf"process 1 \(pid {run.pid(1)}\)", message), message
         assert "on host" in message and "cannot be reached any more" in message, message
         assert "freeio_jax.dispatch" in message or "freeio_jax.combine" in message, message
+        # Also in the log, for an error of XLA's collectives that names nobody.
+        told = [line for line in run.lines[rank] if line.startswith("freeio_jax: ")]
+        if fault != "killed inside" or rank == 3:
+            assert any(names_process(run, 1, x) and "cannot be reached" in x for x in told), told
     assert run.seconds() < TIMEOUT
     assert run.status == 128 + signal.SIGKILL
 
