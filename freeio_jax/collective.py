@@ -52,8 +52,9 @@ def dispatch(
 
     Raises:
       NameError: called outside ``shard_map`` over ``axis_name``.
-      TypeError, ValueError: an argument's dtype or shape, with the fix. On GPUs also, when it is
-        compiled, more than 16 ranks, 4096 experts, 32 experts of a token, or 16 leaves.
+      TypeError, ValueError: an argument's dtype or shape, with the fix. When it is compiled in a
+        program of several hosts, a mesh without devices. When it is compiled on GPUs, more than 16
+        ranks, 4096 experts, 32 experts of a token, or 16 leaves.
       RuntimeError: when it is compiled in a program of several processes:
         :func:`freeio_jax.initialize` was not called.
       jax.errors.JaxRuntimeError: when it runs: a rank did not come within the ``timeout`` setting,
@@ -113,7 +114,8 @@ def combine(
       ``[T, ...]`` in ``expert_out.dtype``. On each rank the token's rows there are summed with
       their weights in float32, in order of k, and rounded once to ``expert_out.dtype``; these
       partial sums are added in float32 in order of rank and rounded once. float64 sums in float64.
-      A token without rows gets zeros.
+      In a group that spans hosts, the partial sums of one host are added and rounded first, and
+      then the sums of the hosts. A token without rows gets zeros.
 
     Raises:
       NameError: called outside ``shard_map`` over the dispatch's ``axis_name``.

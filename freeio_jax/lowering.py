@@ -108,15 +108,6 @@ def register(primitive: core.Primitive, lowering: Callable) -> None:
         dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
-def _need_devices() -> None:
-    """With several hosts a program is lowered for its devices: these decide which groups span."""
-    if hosts.there_are_several():
-        dispatch.prim_requires_devices_during_lowering.update(lowerings)
-
-
-runtime.add_pod_member(runtime.PodMember(join=_need_devices, leave=lambda: None))
-
-
 def _lower_without_engine(ctx, *_, op=None, **__):
     name = (op or ctx.primitive).name.removeprefix("freeio_")
     raise NotImplementedError(

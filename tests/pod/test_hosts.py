@@ -10,6 +10,8 @@ from pathlib import Path
 import network
 import pytest
 from test_faults import OTHER_PROGRAMS, PROGRAM, TIMEOUT, Run
+from test_recovery import run as run_program
+from test_recovery import said
 
 from freeio_jax.launch import Pod
 
@@ -68,6 +70,10 @@ def test_a_killed_process_is_noticed_at_once(fault, processes):
         assert re.search(rf"process 1 \(pid {run.pid(1)}\)", message), message
         assert "on host" in message and "cannot be reached any more" in message, message
         assert "freeio_jax.dispatch" in message or "freeio_jax.combine" in message, message
+        # Also in the log, for an error of XLA's collectives that names nobody.
+        told = [line for line in run.lines[rank] if line.startswith("freeio_jax: ")]
+        if fault != "killed inside" or rank == 3:
+            assert any(names_process(run, 1, x) and "cannot be reached" in x for x in told), told
     assert run.seconds() < TIMEOUT
     assert run.status == 128 + signal.SIGKILL
 
@@ -134,6 +140,43 @@ def test_sizes_of_hosts_that_differ(tmp_path):
     Pod([str(program)], num_processes=2, output=lambda *line: lines.append(line)).run()
     told = [line for _, _, line in lines if "the setting host_size is 1 in process 0" in line]
     assert len(told) == 2 and all("and 2 in process 1" in line for line in told), lines
+
+
+def test_a_program_that_was_lowered_for_one_host(tmp_path):
+    """And groups within a host beside those across: each goes its own way."""
+    status, lines = run_program(
+        tmp_path,
+        """
+        from freeio_jax import hosts
+        fio.config(timeout=600)
+        within = Mesh(np.array(jax.devices()).reshape(2, 2), ("host", "expert"))
+        spec = P(("host", "expert"))
+        def local(x, i):
+            i = 0 * i + jnp.arange(2, dtype=i.dtype)
+            out = fio.dispatch(x, i, num_experts=2, axis_name="expert")
+            return fio.combine(out.tokens, out.handle) / 2
+        local = jax.jit(jax.shard_map(local, mesh=within, in_specs=spec, out_specs=spec))
+        text = local.lower(tokens, topk_idx).as_text()
+        assert "freeio_dispatch" in text and "freeio_meet" not in text
+        step = program(exchange)
+        for _ in range(2):
+            assert right(local(tokens, topk_idx)) and right(step(tokens, topk_idx))
+
+        spans, hosts.of_groups = hosts.of_groups, lambda *_: None
+        def step(x, i):
+            return exchange(x, i)
+        saved = program(step).lower(tokens, topk_idx).compile()
+        hosts.of_groups = spans
+        barrier("compiled")
+        fio.config(timeout=3)
+        say("error", error_of(saved))
+        """,
+        processes=4,
+        num_hosts=2,
+    )
+    assert status == 0, "\n".join(lines[0])
+    for (message,) in said(lines, "error"):
+        assert "are on other hosts, and this program was compiled for ranks on one host" in message
 
 
 # --- Real hosts ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/channels.h"
+#include "cpu/notes.h"
 #include "cpu/peer_session.h"
 
 namespace freeio::cpu {
@@ -127,7 +128,12 @@ void PeerExchanges::received(int process, std::string_view text, pod::UniqueFd) 
 void PeerExchanges::gone(int process, pod::Departure how) {
   AfterUnlock after;
   std::lock_guard lock(mutex_);
-  peers_.at(process).departure = how;
+  Peer& peer = peers_.at(process);
+  peer.departure = how;
+  if (!peer.is_here && how == pod::Departure::kDeath) {
+    // XLA's collectives fail, too, and do not say whose end made them fail.
+    note("P" + who(process).substr(1) + " ended, or cannot be reached any more");
+  }
   for (const auto& session : open_sessions()) session->peer_gone(process, how, after);
 }
 
