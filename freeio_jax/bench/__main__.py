@@ -54,7 +54,8 @@ shapes, of bfloat16 rows:
 packed rows are 1.25 x T*K, or as many as the routing needs; so are the slots of the dense exchange.
 
 floor = max(link_bytes / link_bw, hbm_bytes / hbm_bw) + 2 flag trips, where the bandwidths and the
-trip are measured first, on the same GPUs, and the bytes are those that must move at least.
+trip are measured first, on the same GPUs, and the bytes are those that must move at least. The link
+has a rate for loads and one for stores, and memory one for copies and one for zeros.
 
 --sms compares with what so many SMs can load and store, too. An SM of an H200 stores at most
 59 GB/s, and loads 149 where it is alone and 31 where all do. Other GPUs have no such figure.
@@ -81,8 +82,7 @@ exchange is tried in processes of its own, which this part starts: one, and one 
 readme: measures what the tables of README and docs/performance.md show, of XLA's newest exchanges,
 too, and prints them. On CPU: the table of the CPU.
 
-floors: also by a rate for each kind of access. Loads over the link go at the pull's rate, and zeros
-at that of memory which is only written. Else both go at the better or the copy's rate.
+floors: also by a single rate, the link's better one, and the copy's for all bytes in memory.
 
 In several processes all parts print the same tables, once. All devices take part:
   python -m freeio_jax.launch -n 2 --platform cuda -m freeio_jax.bench
@@ -118,7 +118,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parts("--check", action="store_true", help="each exchange against freeio_jax.reference")
     parts("--tax", action="store_true", help="times next to the link's, and what they divide into")
     parts("--shapes", action="store_true", help="times on each shape, next to the floor")
-    parts("--floors", action="store_true", help="the floor by its two definitions")
+    parts("--floors", action="store_true", help="the floor, and one with a single rate")
     parts("--scaling", action="store_true", help="times on 2, 4, ... ranks, next to the floors")
     parts("--sms", action="store_true", help="how many SMs an exchange needs")
     parts("--late", action="store_true", help="what an exchange takes when one rank comes late")

@@ -101,8 +101,14 @@ def floor_of_sms(moved: Traffic, num_sms: int, device_kind: str) -> float:
     )
 
 
-#: Operations that load over the link. The others store to their peers, as every small call does.
-PULLS = ("dispatch", "combine_transpose", "dispatch_along")
+#: Operations that load over the link, but for small calls: these store to their peers, as all other
+#: operations do.
+_PULLS = ("dispatch", "combine_transpose", "dispatch_along")
+
+
+def pulls(op: str, is_small: bool) -> bool:
+    """Whether a call's rows are loaded over the link; else they are stored."""
+    return op in _PULLS and not is_small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,26 +116,29 @@ class Limits:
     """What the GPUs can do at best: bytes per second, and seconds. NaN: not measured.
 
     Attributes:
-      link: out of each GPU and into it, all to all; the better one of push and pull.
-      memory: read and written, of a copy.
-      trip: of a flag from GPU to GPU.
-      push: over the link where stores use it.
+      push: out of each GPU and into it, all to all, where stores use the link.
       pull: where loads do.
+      memory: read and written, of a copy.
       write: of memory that is set, and not read.
+      trip: of a flag from GPU to GPU.
     """
 
-    link: float
+    push: float
+    pull: float
     memory: float
+    write: float
     trip: float
-    push: float = math.nan
-    pull: float = math.nan
-    write: float = math.nan
+
+    @property
+    def link(self) -> float:
+        """The better one of push and pull."""
+        return max(self.push, self.pull)
 
     @classmethod
     def measure(cls, devices: Sequence[jax.Device]) -> Limits:
         """On these devices, by CTAs on all SMs."""
         if devices[0].platform != "gpu":
-            return cls(math.nan, math.nan, math.nan)
+            return cls(*5 * [math.nan])
         own = processes.local(devices)
         if len(own) == len(devices):
             # The engine lets the GPUs reach each other's memory.
@@ -149,7 +158,7 @@ class Limits:
         memory = _native.cuda.memory_bandwidth(ordinals[0], 4 * size)
         write = _native.cuda.write_bandwidth(ordinals[0], 4 * size)
         if len(ordinals) == 1:
-            return cls(math.inf, memory, 0.0, math.inf, math.inf, write)
+            return cls(math.inf, math.inf, memory, write, 0.0)
         best = {}
         for name in ("push", "pull"):
             rates = {
@@ -160,15 +169,14 @@ class Limits:
             print(f"# {name}, GB/s by CTAs: {gigabytes}", flush=True)
             best[name] = max(rates.values())
         trip = _native.cuda.flag_trip(ordinals[0], ordinals[1])
-        return cls(max(best.values()), memory, trip, **best, write=write)
+        return cls(**best, memory=memory, write=write, trip=trip)
 
-    def floor(self, moved: Traffic) -> float:
-        """Seconds: the slower of link and memory, and a flag's trip before and after."""
-        return max(moved.link_bytes / self.link, moved.hbm_bytes / self.memory) + 2 * self.trip
+    def floor(self, moved: Traffic, *, pulls: bool) -> float:
+        """Seconds: the slower of link and memory, and a flag's trip before and after.
 
-    def floor_by_rates(self, moved: Traffic, *, pulls: bool) -> float:
-        """The same with a rate for each kind of access: loads over the link go at the pull's, and
-        zeros at that of memory which is only written."""
+        Each access has the rate of its kind: ``pulls`` says that rows are loaded over the link, and
+        zeros are only written.
+        """
         link = moved.link_bytes / (self.pull if pulls else self.push)
         copied = moved.hbm_bytes - moved.zero_bytes
         memory = copied / self.memory + moved.zero_bytes / self.write
@@ -176,9 +184,9 @@ class Limits:
 
     def __str__(self) -> str:
         return (
-            f"link {self.link / 1e9:.0f} GB/s (push {self.push / 1e9:.0f}, pull "
-            f"{self.pull / 1e9:.0f}), memory {self.memory / 1e9:.0f} GB/s (written alone "
-            f"{self.write / 1e9:.0f}), flag trip {self.trip * 1e6:.2f} us"
+            f"link {self.push / 1e9:.0f} GB/s by stores, {self.pull / 1e9:.0f} by loads, memory "
+            f"{self.memory / 1e9:.0f} GB/s copied, {self.write / 1e9:.0f} written, flag trip "
+            f"{self.trip * 1e6:.2f} us"
         )
 
 

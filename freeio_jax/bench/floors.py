@@ -1,19 +1,19 @@
-"""The floor by one rate for all accesses, and by a rate for each kind of access."""
+"""The floor, in which each kind of access has its rate, beside one with a single rate for all.
+
+With a single rate the link has the better one of loads and stores, and all bytes in memory that of
+a copy.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
 from collections.abc import Sequence
 
 import freeio_jax as fio
-from freeio_jax.bench import processes, profile
-from freeio_jax.bench.floor import KERNELS, PULLS, Limits
+from freeio_jax.bench.floor import Limits, pulls
 from freeio_jax.bench.report import Report
-from freeio_jax.bench.shapes import Suite, cases
-
-#: If both floors differ by less, one rate for all is good enough.
-NEGLIGIBLE = 0.03
+from freeio_jax.bench.shapes import Suite, cases, time_kernel
 
 _COLUMNS = {
     "name": "shape",
@@ -21,7 +21,7 @@ _COLUMNS = {
     "op": "operation",
     "way": "over the link by",
     "floor_s": "floor us",
-    "floor_by_rates_s": "floor by rates us",
+    "single_rate_s": "floor by a single rate us",
     "apart": "apart %",
 }
 
@@ -42,27 +42,18 @@ def run(
         for op in ops:
 
             def measure(op=op, programs=programs, moved=moved[op]):
-                pulls = op in PULLS and not _is_small(programs.build(fio, op, 1), op)
-                floor = limits.floor(moved)
-                by_rates = limits.floor_by_rates(moved, pulls=pulls)
+                loads = pulls(op, time_kernel(programs.build(fio, op, 1), op).is_small)
+                floor = limits.floor(moved, pulls=loads)
+                single = dataclasses.replace(limits, pull=limits.link, write=limits.memory)
+                by_single = single.floor(moved, pulls=True)
                 return {
-                    "way": "loads" if pulls else "stores",
+                    "way": "loads" if loads else "stores",
                     "floor_s": floor,
-                    "floor_by_rates_s": by_rates,
-                    "apart": by_rates / floor - 1,
+                    "single_rate_s": by_single,
+                    "apart": floor / by_single - 1,
                 }
 
             report.guarded("floors", {**case.about, "op": op}, measure)
     apart = [abs(record.get("apart", math.nan)) for record in report.data["floors"]]
     if any(map(math.isfinite, apart)):
-        most = max(filter(math.isfinite, apart))
-        verdict = "less" if most < NEGLIGIBLE else "more"
-        print(f"\nThe floors are apart by at most {most:.1%}, {verdict} than {NEGLIGIBLE:.0%}.")
-
-
-def _is_small(program, op: str) -> bool:
-    """Whether the kernel is that of small calls, as the profile shows it."""
-    names = {e.name for e in profile.record(program) if re.search(KERNELS[op], e.name)}
-    return any(
-        "small" in name for of_process in processes.share(sorted(names)) for name in of_process
-    )
+        print(f"\nThe floors are apart by at most {max(filter(math.isfinite, apart)):.1%}.")

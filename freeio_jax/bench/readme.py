@@ -194,7 +194,7 @@ def _xla_rows(data: Data) -> Rows:
 
 def _limit_rows(data: Data) -> Rows:
     limits = data["about"].get("limits") or {}
-    if limits.get("link") is not None:
+    if limits.get("push") is not None:
         rates = (limits.get(name) for name in ("push", "pull", "memory"))
         rates = ["" if rate is None else f"{rate * 1e-9:.0f}" for rate in rates]
         yield *rates, f"{limits['trip'] * 1e6:.2f}"

@@ -9,9 +9,9 @@ import jax
 
 import freeio_jax as fio
 from freeio_jax.bench import processes
-from freeio_jax.bench.floor import Limits
+from freeio_jax.bench.floor import Limits, pulls
 from freeio_jax.bench.report import Report
-from freeio_jax.bench.shapes import Suite, cases, kernel_or_wall_seconds
+from freeio_jax.bench.shapes import Suite, cases, time_kernel_or_wall
 
 _COLUMNS = {
     "name": "shape",
@@ -67,15 +67,16 @@ def _run(report, suites, devices, ops, dtype):
 
             def measure(op=op, case=case, programs=programs, moved=moved, limits=limits):
                 program = programs.build(fio, op, case.calls)
-                seconds = kernel_or_wall_seconds(program, op)
-                floor, link = limits.floor(moved[op]), moved[op].link_bytes
+                kernel = time_kernel_or_wall(program, op)
+                seconds, loads = kernel.seconds, pulls(op, kernel.is_small)
+                floor, link = limits.floor(moved[op], pulls=loads), moved[op].link_bytes
                 return {
                     "kernel_s": seconds,
                     "floor_s": floor,
                     "ratio": seconds / floor,
                     "link_bytes": link,
                     "link_rate": link / seconds,
-                    "of_link": link / seconds / limits.link,
+                    "of_link": link / seconds / (limits.pull if loads else limits.push),
                 }
 
             report.guarded("scaling", {**case.about, "op": op}, measure)

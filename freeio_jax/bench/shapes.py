@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import functools
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import freeio_jax as fio
 from freeio_jax.bench import baselines, processes, profile, timing
 from freeio_jax.bench.cases import ROUTINGS, Shape, expert_mesh, loads
-from freeio_jax.bench.floor import KERNELS, Limits, Traffic, floor_of_sms, traffic
+from freeio_jax.bench.floor import KERNELS, Limits, Traffic, floor_of_sms, pulls, traffic
 from freeio_jax.bench.programs import Programs
 from freeio_jax.bench.report import Report
 from freeio_jax.layout import round_up
@@ -97,18 +98,37 @@ def cases(suites: Sequence[Suite], num_ranks: int, dtype: str) -> Iterator[Case]
             yield Case(suite, num_tokens, num_ranks, dtype)
 
 
-def kernel_or_wall_seconds(program, op: str) -> float:
-    """Of one call: the kernel's, or by the host's clock where the profile shows none."""
-    kernel = kernel_seconds(program, op)
-    return timing.seconds_per_run(program) / program.calls if math.isnan(kernel) else kernel
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The one kernel of an operation: its median duration, and whether it is that of small calls.
+
+    NaN, and False, where the profile shows none.
+    """
+
+    seconds: float
+    is_small: bool
 
 
-def kernel_seconds(program, op: str) -> float:
-    """Median duration of the operation's kernel; NaN where the profile shows none."""
+def time_kernel(program, op: str) -> Kernel:
+    """By the profile, on the devices of all processes."""
     events = profile.record(program, ahead=some_milliseconds_of_work())
-    durations = processes.share(profile.durations(events, KERNELS[op]))
-    seconds = [duration for of_process in durations for duration in of_process]
-    return statistics.median(seconds) if seconds else math.nan
+    events = [event for event in events if re.search(KERNELS[op], event.name)]
+    shared = processes.share([(event.name, event.duration) for event in events])
+    kernels = [kernel for of_process in shared for kernel in of_process]
+    if not kernels:
+        return Kernel(math.nan, False)
+    return Kernel(
+        statistics.median(duration for _, duration in kernels),
+        any("small" in name for name, _ in kernels),
+    )
+
+
+def time_kernel_or_wall(program, op: str) -> Kernel:
+    """Of one call, by the host's clock where the profile shows no kernel."""
+    kernel = time_kernel(program, op)
+    if not math.isnan(kernel.seconds):
+        return kernel
+    return Kernel(timing.seconds_per_run(program) / program.calls, False)
 
 
 @functools.cache
@@ -179,8 +199,10 @@ def _run_case(report, limits, case, ops, exchanges):
         if name != "freeio":
             return {**times, "of_freeio": wall / ours.get(op, math.nan)}
         ours[op] = wall
-        kernel = kernel_seconds(program, op)
-        return {**times, **_against(limits, moved[op], kernel), "kernel_s": kernel}
+        kernel = time_kernel(program, op)
+        floor = limits.floor(moved[op], pulls=pulls(op, kernel.is_small))
+        against = _against(floor, moved[op], kernel.seconds)
+        return {**times, **against, "kernel_s": kernel.seconds}
 
     wanted = [
         (name, op) for name in exchanges for op in ops if name == "freeio" or op in BASELINE_OPS
@@ -193,8 +215,7 @@ def _run_case(report, limits, case, ops, exchanges):
             print("\nXLA merged calls of this program: its time is no use.\n")
 
 
-def _against(limits: Limits, moved: Traffic, seconds: float) -> dict[str, float]:
-    floor = limits.floor(moved)
+def _against(floor: float, moved: Traffic, seconds: float) -> dict[str, float]:
     return {
         "floor_s": floor,
         "ratio": seconds / floor,
@@ -248,11 +269,11 @@ def sweep(
                     # Holds for programs compiled from here on.
                     fio.config(num_sms=number)
                     program = programs.build(fio, op, case.calls)
-                    seconds[number] = kernel_or_wall_seconds(program, op)
+                    kernel = time_kernel_or_wall(program, op)
+                    seconds[number] = kernel.seconds
+                    floor = limits.floor(moved, pulls=pulls(op, kernel.is_small))
                     # NaN where either is not known.
-                    floors[number] = float(
-                        np.maximum(floor_of_sms(moved, number, kind), limits.floor(moved))
-                    )
+                    floors[number] = float(np.maximum(floor_of_sms(moved, number, kind), floor))
                 fastest = min(seconds.values())
                 enough = min(n for n in sms if fastest / seconds[n] >= ENOUGH)
                 record = {"enough_sms": enough}

@@ -27,8 +27,9 @@ def load(path: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("usage: python freeio_jax/bench/stamped.py NATIVE_MODULE [arguments of the bench]")
-    # This folder has names of the standard library in it.
-    sys.path.pop(0)
+    # Python puts this folder first, and it has names of the standard library in it.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]
     load(sys.argv[1])
     from freeio_jax.bench.__main__ import main
 

@@ -43,7 +43,7 @@ from freeio_jax.bench import processes, profile, stamps, timing
 from freeio_jax.bench.floor import Limits
 from freeio_jax.bench.profile import Event
 from freeio_jax.bench.report import Report, draw
-from freeio_jax.bench.shapes import Case, Suite, cases, kernel_seconds, some_milliseconds_of_work
+from freeio_jax.bench.shapes import Case, Suite, cases, some_milliseconds_of_work, time_kernel
 
 OPS = ("dispatch", "combine")
 PARTS = ("agreement", "routing", "shuffling", "transfer", "rest")
@@ -82,7 +82,7 @@ def run(
       stamped: records of freeio's exchanges from a build with time stamps.
       png: two pictures, whose names it begins.
     """
-    if stamps.are_there(_native):
+    if _has_stamps(devices):
         exchanges = ["freeio"]
         print("# This build's kernels have time stamps: freeio alone, and slower than as shipped")
     stamped = {_key(record): record for record in stamped}
@@ -153,12 +153,16 @@ def _against(ideal, record):
 # --- Ours ----------------------------------------------------------------------------------------
 
 
+def _has_stamps(devices):
+    return stamps.are_there(_native) and devices[0].platform == "gpu"
+
+
 def _measure_ours(future, op, devices, ahead, stamped):
     program = future.result()
     times = _times(program, _events(program, ahead))
-    if not stamps.are_there(_native):
+    if not _has_stamps(devices):
         parts = {name: stamped[name] for name in (f"{p}_s" for p in PARTS) if name in stamped}
-        kernel = {"kernel_s": kernel_seconds(program, op)}
+        kernel = {"kernel_s": time_kernel(program, op).seconds}
         return times | kernel | parts | {"stamped_s": stamped.get("stamped_s", math.nan)}
     phases = _native.cuda.phases
     own = [device.local_hardware_id for device in processes.local(devices)]

@@ -1,12 +1,16 @@
 """Bytes and floors against counts in plain loops."""
 
+import json
 import math
+import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from freeio_jax.bench import floor
 from freeio_jax.bench.cases import ROUTINGS, Shape
-from freeio_jax.bench.floor import Limits, Traffic, floor_of_sms, traffic
+from freeio_jax.bench.floor import Limits, Traffic, floor_of_sms, pulls, traffic
 
 
 def counted(topk_idx, num_experts, capacity):
@@ -47,10 +51,42 @@ def test_traffic(routing, num_ranks, rng):
 
 
 def test_the_floor_is_the_slower_of_both_and_two_trips():
-    limits = Limits(link=100.0, memory=1000.0, trip=0.5)
-    assert limits.floor(Traffic(400, 1500, 500)) == 4 + 1
-    assert limits.floor(Traffic(100, 500, 1500)) == 2 + 1
-    assert Limits(math.inf, 1000.0, 0.0).floor(Traffic(0, 1000, 1000)) == 2
+    limits = Limits(push=100.0, pull=80.0, memory=1000.0, write=2000.0, trip=0.5)
+    assert limits.link == 100
+    assert limits.floor(Traffic(400, 1500, 500), pulls=False) == 4 + 1
+    assert limits.floor(Traffic(400, 1500, 500), pulls=True) == 5 + 1
+    assert limits.floor(Traffic(100, 500, 1500), pulls=True) == 2 + 1
+    # Of 1500 stored bytes 1000 are zeros, which are written at twice the copy's rate.
+    assert limits.floor(Traffic(100, 500, 1500, 1000), pulls=True) == 1.5 + 1
+    alone = Limits(math.inf, math.inf, 1000.0, 1000.0, 0.0)
+    assert alone.floor(Traffic(0, 1000, 1000), pulls=True) == 2
+
+
+def test_small_calls_and_combine_store_over_the_link():
+    assert pulls("dispatch", False)
+    assert pulls("combine_transpose", False)
+    assert not pulls("dispatch", True)
+    assert not pulls("combine", False)
+
+
+def test_gpus_of_several_processes_are_measured_by_one_that_sees_all(monkeypatch, capsys):
+    """It is a process of its own, which says what it measures, and then what it has found."""
+    figures = {"push": 1.0, "pull": 2.0, "memory": 3.0, "write": 4.0, "trip": math.nan}
+    ran = []
+
+    def run(command, *, env, **options):
+        ran.append((command[1:], env["CUDA_VISIBLE_DEVICES"]))
+        said = "# push, GB/s by CTAs: {8: 1}\n" + json.dumps(figures) + "\n"
+        return SimpleNamespace(returncode=status, stdout=said, stderr="no driver")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    status = 0
+    assert str(floor._measure_elsewhere(["2", "3"])) == str(figures)
+    assert ran == [(["-m", "freeio_jax.bench.floor", "2"], "2,3")]
+    assert "push, GB/s by CTAs" in capsys.readouterr().out
+    status = 1
+    with pytest.raises(RuntimeError, match="on the GPUs 2, 3 ended with status 1: no driver"):
+        floor._measure_elsewhere(["2", "3"])
 
 
 def test_a_tail_that_is_not_zero_is_not_stored():
@@ -61,6 +97,7 @@ def test_a_tail_that_is_not_zero_is_not_stored():
     )
     for op in ("dispatch", "dispatch_along", "combine_transpose"):
         assert (zero[op].stored_bytes, any_tail[op].stored_bytes) == (20 * 16, 5 * 16)
+        assert (zero[op].zero_bytes, any_tail[op].zero_bytes) == (15 * 16, 0)
         assert zero[op].loaded_bytes == any_tail[op].loaded_bytes
     assert zero["combine"] == any_tail["combine"]
 

@@ -9,7 +9,7 @@ from freeio_jax.bench import __main__ as command
 from freeio_jax.bench import scaling
 from freeio_jax.bench.floor import Limits
 from freeio_jax.bench.report import Report, plot_scaling
-from freeio_jax.bench.shapes import Suite
+from freeio_jax.bench.shapes import Kernel, Suite
 
 
 def test_numbers_of_ranks():
@@ -21,10 +21,10 @@ def test_numbers_of_ranks():
 
 def test_each_number_has_its_own_limits(monkeypatch):
     def limits(devices):
-        return Limits(link=len(devices) * 1e6, memory=1e12, trip=0.0)
+        return Limits(*2 * [len(devices) * 1e6], *2 * [1e12], trip=0.0)
 
     monkeypatch.setattr(Limits, "measure", limits)
-    monkeypatch.setattr(scaling, "kernel_or_wall_seconds", lambda program, op: 2.0)
+    monkeypatch.setattr(scaling, "time_kernel_or_wall", lambda program, op: Kernel(2.0, False))
     report = Report({})
     suite = Suite("tiny", 8, 2, 8, "uniform", (6,))
     devices = jax.devices()[:4]
@@ -38,7 +38,7 @@ def test_each_number_has_its_own_limits(monkeypatch):
         assert record["floor_s"] == pytest.approx(record["link_bytes"] / rate)
         assert record["ratio"] == pytest.approx(2.0 / record["floor_s"])
         assert record["of_link"] == pytest.approx(1 / record["ratio"])
-    assert report.data["about"]["limits_of_ranks"]["4"]["link"] == 4e6
+    assert report.data["about"]["limits_of_ranks"]["4"]["pull"] == 4e6
 
 
 def test_experts_that_cannot_be_shared_out_are_left_out(capsys):

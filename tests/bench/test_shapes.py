@@ -15,7 +15,7 @@ from freeio_jax.bench.programs import Program
 from freeio_jax.bench.report import Report
 
 SUITE = shapes.Suite("tiny", 8, 2, 8, "half", (6,))
-LIMITS = Limits(link=1e9, memory=1e10, trip=1e-6)
+LIMITS = Limits(push=1e9, pull=9e8, memory=1e10, write=1e10, trip=1e-6)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_merged_calls_are_noticed():
 
 def test_table(capsys, monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulation.ragged_all_to_all)
-    monkeypatch.setattr(shapes, "kernel_seconds", lambda program, op: 5e-6)
+    monkeypatch.setattr(shapes, "time_kernel", lambda program, op: shapes.Kernel(5e-6, False))
     report = Report({})
     exchanges = ["freeio", "ragged", "dense"]
     options = {"num_ranks": 2, "ops": ["dispatch", "combine_transpose"], "dtype": "float32"}
@@ -109,7 +109,9 @@ def test_sweep(monkeypatch):
     """The least number of SMs within 95% of the best; the setting is as before afterwards."""
     speed = {4: 1.0, 8: 1.95, 16: 2.0}
     monkeypatch.setattr(
-        shapes, "kernel_seconds", lambda program, op: 1 / speed[fio.config()["num_sms"]]
+        shapes,
+        "time_kernel",
+        lambda program, op: shapes.Kernel(1 / speed[fio.config()["num_sms"]], False),
     )
     report = Report({})
     options = {"num_ranks": 2, "ops": ["dispatch"], "dtype": "float32"}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -155,3 +156,72 @@ def test_pictures_of_parts(tmp_path):
     tax.plot_latency(records, tmp_path / "latency.png")
     assert tax._of_both_ops(records, "total_s")["large", 6, 2, "ragged"] == 12e-6
     assert (tmp_path / "parts.png").stat().st_size > 1000
+
+
+def test_ours_by_the_stamps_of_every_run(monkeypatch):
+    """Whatever the kernel's parts leave of the total is the rest."""
+    taken = []
+
+    def take(ordinal):
+        taken.append(ordinal)
+        return [(1000, 2000, [100, 200, 300, 400, 0])]
+
+    native = SimpleNamespace(
+        cuda=SimpleNamespace(
+            take_timelines=take,
+            phases=["opening", "routing", "agreeing", "moving", "finishing"],
+        )
+    )
+    monkeypatch.setattr(tax, "_native", native)
+    monkeypatch.setattr(tax, "_has_stamps", lambda devices: True)
+    monkeypatch.setattr(tax, "_times", lambda *_: {"wall_s": 4e-6, "total_s": 3e-6})
+    monkeypatch.setattr(tax, "STAMPED_RUNS", 2)
+    report = Report({})
+    tax.run(
+        report,
+        [SUITE],
+        devices=jax.devices()[:2],
+        numbers_of_ranks=(2,),
+        exchanges=["freeio", "dense"],
+        dtype="float32",
+    )
+    dispatch, combine = report.data["tax"]
+    assert report.failed == 0
+    assert (dispatch["exchange"], combine["exchange"]) == ("freeio", "freeio")
+    # Before each run what earlier ones have left is taken.
+    assert len(taken) == 2 * 2 * 2 * 2
+    assert dispatch["kernel_s"] == pytest.approx(1e-6)
+    parts = [dispatch[f"{part}_s"] for part in tax.PARTS]
+    assert parts == pytest.approx([3e-7, 2e-7, 0, 4e-7, 2.1e-6])
+    assert dispatch["stamped_s"] == dispatch["total_s"] == pytest.approx(sum(parts))
+
+
+def test_xlas_by_the_profile_of_one_run(monkeypatch):
+    """Per call, without the work that was launched ahead."""
+
+    def record(run, folder=None, ahead=lambda: None):
+        run()
+        ahead()
+        work = [Event("gpu0", "gemm", 0.0, 5.0)]
+        own = [
+            Event("gpu0", "ncclDevKernel_AllGather", 5.0, 2.0),
+            Event("gpu0", "ncclDevKernel_SendRecv", 8.0, 6.0),
+        ]
+        return work if run() is None else work + own
+
+    monkeypatch.setattr(tax.profile, "record", record)
+    monkeypatch.setattr(tax.timing, "seconds_per_run", lambda run: 20.0)
+    monkeypatch.setattr(tax.Case, "calls", 2)
+    report = Report({})
+    tax.run(
+        report,
+        [SUITE],
+        devices=jax.devices()[:2],
+        numbers_of_ranks=(2,),
+        exchanges=["dense"],
+        dtype="float32",
+    )
+    assert report.failed == 0
+    record = report.data["tax"][0]
+    assert (record["wall_s"], record["total_s"]) == (10.0, 4.5)
+    assert [record[f"{part}_s"] for part in tax.PARTS] == [1.0, 0.0, 0.0, 3.0, 0.5]
