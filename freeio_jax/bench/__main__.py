@@ -181,7 +181,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "--stamped",
         type=pathlib.Path,
         metavar="FILE",
-        help="of --tax: the JSON of a run of a build with time stamps; see CONTRIBUTING.md",
+        help="the JSON of --tax in a build with time stamps; see CONTRIBUTING.md",
     )
     what("--num-sms", type=count, help="as in freeio_jax.config")
     what("--repeats", type=count, default=5, help="on CPU: rounds; the median counts")
@@ -287,6 +287,7 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
         report.data["newest"] = list(newest)
         report.save()
     sizes = {"num_ranks": len(devices), "dtype": dtype}
+    stamped = tax.read_stamped(arguments.stamped) if arguments.stamped else ()
     for part in arguments.parts:
         if part == "check":
             check.run(report, num_ranks=len(devices), exchanges=exchanges("reference"))
@@ -298,7 +299,7 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
                 numbers_of_ranks=scaling.numbers_of_ranks(len(devices)),
                 exchanges=exchanges("ragged-32", "ragged-1"),
                 dtype=dtype,
-                stamped=tax.read_stamped(arguments.stamped) if arguments.stamped else (),
+                stamped=stamped,
                 png=arguments.png,
             )
         elif part == "shapes":
@@ -355,7 +356,9 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
             experts.run(report, dtype=dtype, png=path, products=arguments.products)
         elif part == "readme":
             if on_gpu:
-                readme.measure(report, devices=devices, dtype=dtype)
+                readme.measure(
+                    report, devices=devices, dtype=dtype, stamped=stamped, png=arguments.png
+                )
             else:
                 cpu.set_defaults(arguments)
                 report.data["cpu"] = cpu.measure(arguments)
