@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from freeio_jax.bench import __main__ as command
-from freeio_jax.bench import decode, experts, layer, readme, shapes, tax
+from freeio_jax.bench import command_line, decode, experts, layer, readme, shapes, tax
 from freeio_jax.bench.report import Report
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_a_record_on_cpu(tmp_path, capsys, monkeypatch):
     path = tmp_path / "record.json"
     sizes = ["--tokens", "4", "--hidden", "8", "--top-k", "2", "--num-experts", "8", "--ranks", "2"]
     arguments = ["--readme", "--repeats", "1", *sizes, "--json", str(path)]
-    assert command.run_parts(command.parse_arguments(arguments)) == 0
+    assert command.run_parts(command_line.parse_arguments(arguments)) == 0
     data = json.loads(path.read_text())
     assert {"date", "commit", "command", "jax", "device", "platform"} <= data["about"].keys()
     assert len(data["cpu"]) == 3
@@ -124,7 +124,7 @@ def test_a_record_on_cpu(tmp_path, capsys, monkeypatch):
 
 def test_a_record_needs_a_place(capsys):
     with pytest.raises(SystemExit):
-        command.parse_arguments(["--readme"])
+        command_line.parse_arguments(["--readme"])
     assert "--readme makes a record" in capsys.readouterr().err
 
 
