@@ -11,10 +11,14 @@ measured.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from freeio_jax.bench.report import Report
 
@@ -32,11 +36,20 @@ OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
 XLAS = ("ragged-by-expert", "ragged", "dense")
 
 
-def measure(report: Report, *, devices, dtype: str) -> None:
-    """All parts that the tables show, on these GPUs; one record has them all."""
-    import dataclasses
+def measure(
+    report: Report,
+    *,
+    devices: Sequence[jax.Device],
+    dtype: str,
+    stamped: Sequence[Mapping[str, Any]] = (),
+    png: pathlib.Path | None = None,
+) -> None:
+    """All parts that the tables show, on these GPUs; one record has them all.
 
-    from freeio_jax.bench import decode, experts, layer, shapes, tax
+    ``stamped``, ``png``: of :func:`freeio_jax.bench.tax.run`.
+    """
+    # The tables are written without the parts, and these import much.
+    from freeio_jax.bench import decode, experts, layer, scaling, shapes, tax
     from freeio_jax.bench.floor import Limits
 
     limits = Limits.measure(devices)
@@ -56,9 +69,11 @@ def measure(report: Report, *, devices, dtype: str) -> None:
         report,
         [suite("large", (128, 4096))],
         devices=devices,
-        numbers_of_ranks=(len(devices),),
+        numbers_of_ranks=scaling.numbers_of_ranks(len(devices)),
         exchanges=["freeio", *XLAS],
         dtype=dtype,
+        stamped=stamped,
+        png=png,
     )
     experts.run(report, dtype=dtype, products=["hopper", "tokamax"])
     layer.run(report, [layer.Sizes(num_tokens=4096, **sizes)], ["freeio"], [None, "tokamax"])

@@ -26,6 +26,7 @@ the host's clock.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -123,6 +124,8 @@ def _run(report, suites, devices, exchanges, dtype, stamped):
     limits = Limits.measure(devices)
     num_ranks = len(devices)
     print(f"# R={num_ranks}: {limits}", flush=True)
+    limits_of = report.data["about"].setdefault("limits_of_ranks", {})
+    limits_of[str(num_ranks)] = dataclasses.asdict(limits)
     report.table(f"Collective tax, R={num_ranks}", _COLUMNS)
     ahead = _names_ahead()
     fitting = [suite for suite in suites if suite.num_experts % num_ranks == 0]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from freeio_jax.bench import __main__ as command
-from freeio_jax.bench import baselines, floor, shapes
+from freeio_jax.bench import baselines, command_line, floor, shapes
 
 
 @pytest.mark.parametrize(
@@ -31,19 +31,19 @@ from freeio_jax.bench import baselines, floor, shapes
 )
 def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        command.parse_arguments(arguments)
+        command_line.parse_arguments(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_names_are_those_of_the_modules():
-    assert set(command.NAMES) == set(baselines.NAMES)
-    assert set(command.SUITES) == set(shapes.SUITES)
-    assert set(command.OPS) == set(floor.KERNELS)
+    assert set(command_line.NAMES) == set(baselines.NAMES)
+    assert set(command_line.SUITES) == set(shapes.SUITES)
+    assert set(command_line.OPS) == set(floor.KERNELS)
 
 
 def test_parts():
     def parts(*arguments):
-        return command.parse_arguments(arguments).parts
+        return command_line.parse_arguments(arguments).parts
 
     assert parts() == []
     assert parts("--layer", "--check") == ["check", "layer"]
@@ -61,12 +61,12 @@ def test_parts():
         "experts",
     ]
     assert parts("--soak", "7", "--once", "combine", "8") == ["soak", "once"]
-    assert command.parse_arguments(["--all"]).soak == command.SOAK_CALLS
+    assert command_line.parse_arguments(["--all"]).soak == command_line.SOAK_CALLS
 
 
 def test_suites():
     def suites(*arguments, **more):
-        return command._suites(command.parse_arguments(arguments), **more)
+        return command._suites(command_line.parse_arguments(arguments), **more)
 
     assert suites() == list(shapes.SUITES.values())
     (small,) = suites("--suites", "small", "--tokens", "3", "5")
@@ -82,7 +82,7 @@ def test_parts_run(tmp_path, capsys):
     sizes = ["--hidden", "8", "--top-k", "2", "--num-experts", "4", "--tokens", "4", "--ranks", "2"]
     what = ["--shapes", "--ops", "dispatch", "--exchanges", "freeio", "ragged"]
     arguments = [*sizes, *what, "--json", str(path), "--png", str(picture)]
-    assert command.run_parts(command.parse_arguments(arguments)) == 0
+    assert command.run_parts(command_line.parse_arguments(arguments)) == 0
     results = json.loads(path.read_text())
     assert results["about"]["ranks"] == 2
     assert set(results["about"]["limits"].values()) == {None}

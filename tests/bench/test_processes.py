@@ -13,7 +13,7 @@ LAUNCH = [sys.executable, "-m", "freeio_jax.launch", "-n", "2"]
 SIZES = ["--tokens", "3", "--hidden", "16", "--top-k", "2", "--num-experts", "4"]
 
 
-def launch(*program, timeout=280):
+def launch(*program, timeout=480):
     done = subprocess.run(
         [*LAUNCH, *program], capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -22,7 +22,7 @@ def launch(*program, timeout=280):
     return [line for line in done.stdout.splitlines() if "Gloo" not in line]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_parts_print_once(tmp_path):
     path, png = tmp_path / "parts.json", tmp_path / "parts.png"
     parts = ["--tax", "--shapes", "--floors", "--scaling", "--experts", "--once", "dispatch", "3"]
@@ -53,7 +53,7 @@ def test_the_comparison_on_cpu_prints_once():
     assert sum("both + gradients" in line for line in lines) == 1
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_checks_of_any_size_and_what_processes_tell_each_other():
     lines = launch(str(Path(__file__).with_name("process_program.py")))
     assert all(line.startswith("[0]") for line in lines), lines

@@ -1,12 +1,15 @@
 """The figures of README and docs/performance.md are those of records that are checked in."""
 
+import inspect
 import json
 import pathlib
 
+import jax
 import pytest
 
 from freeio_jax.bench import __main__ as command
-from freeio_jax.bench import readme, shapes
+from freeio_jax.bench import command_line, decode, experts, layer, readme, shapes, tax
+from freeio_jax.bench.report import Report
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
@@ -111,7 +114,7 @@ def test_a_record_on_cpu(tmp_path, capsys, monkeypatch):
     path = tmp_path / "record.json"
     sizes = ["--tokens", "4", "--hidden", "8", "--top-k", "2", "--num-experts", "8", "--ranks", "2"]
     arguments = ["--readme", "--repeats", "1", *sizes, "--json", str(path)]
-    assert command.run_parts(command.parse_arguments(arguments)) == 0
+    assert command.run_parts(command_line.parse_arguments(arguments)) == 0
     data = json.loads(path.read_text())
     assert {"date", "commit", "command", "jax", "device", "platform"} <= data["about"].keys()
     assert len(data["cpu"]) == 3
@@ -121,5 +124,26 @@ def test_a_record_on_cpu(tmp_path, capsys, monkeypatch):
 
 def test_a_record_needs_a_place(capsys):
     with pytest.raises(SystemExit):
-        command.parse_arguments(["--readme"])
+        command_line.parse_arguments(["--readme"])
     assert "--readme makes a record" in capsys.readouterr().err
+
+
+def test_all_parts_of_a_record_are_called_as_they_want(monkeypatch):
+    """They need GPUs, and hours on CPU: here only their arguments are looked at."""
+    called = []
+
+    def note(module):
+        signature = inspect.signature(module.run)
+
+        def run(*args, **kwargs):
+            signature.bind(*args, **kwargs)
+            called.append(module.__name__.rpartition(".")[2])
+
+        return run
+
+    for module in (shapes, decode, tax, experts, layer):
+        monkeypatch.setattr(module, "run", note(module))
+    report = Report({})
+    readme.measure(report, devices=jax.devices()[:2], dtype="bfloat16")
+    assert called == ["shapes", "shapes", "decode", "tax", "experts", "layer"]
+    assert set(report.data["about"]["limits"]) == {"push", "pull", "memory", "write", "trip"}

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from freeio_jax.bench import __main__ as command
-from freeio_jax.bench import scaling
+from freeio_jax.bench import command_line, scaling
 from freeio_jax.bench.floor import Limits
 from freeio_jax.bench.report import Report, plot_scaling
 from freeio_jax.bench.shapes import Kernel, Suite
@@ -55,7 +55,7 @@ def test_part_and_plot(tmp_path, capsys):
     sizes = ["--hidden", "8", "--top-k", "2", "--num-experts", "4", "--tokens", "4", "--ranks", "2"]
     path = tmp_path / "out.png"
     arguments = [*sizes, "--scaling", "--ops", "combine", "--png", str(path)]
-    assert command.run_parts(command.parse_arguments(arguments)) == 0
+    assert command.run_parts(command_line.parse_arguments(arguments)) == 0
     assert path.stat().st_size > 1000
     assert "| custom | 4 | combine | 2 |" in capsys.readouterr().out
 

@@ -12,7 +12,8 @@ enum Phase : int {
   kRouting,    // finds out, and tells the peers, which rows go where
   kAgreeing,   // waits for addresses, counts, places or routes, and reads them
   kMoving,     // moves and sums rows; also waits for rows and partial sums that are on their way
-  kFinishing,  // waits until the peers no longer read this rank's buffers
+  kFinishing,  // waits until the peers no longer read this rank's buffers. (A large combine does so
+               // while rows move.)
   kPhases
 };
 constexpr const char* kPhaseNames[kPhases] = {"opening", "routing", "agreeing", "moving",
