@@ -48,7 +48,7 @@ def _compiler():
     raise NotHereError("the emulator needs a C++ compiler, and there is none")
 
 
-def _commands(compiler, folder):
+def _commands(compiler, folder, flags_of_all):
     """(command, object) for each source."""
 
     def engine(pattern, flags):
@@ -67,13 +67,15 @@ def _commands(compiler, folder):
     # In the order of linking.
     for source, flags in [(BEFORE_KERNELS, []), *kernels, (AFTER_KERNELS, []), *rest]:
         target = str(folder / f"{source.parent.name}_{source.name}.o")
-        yield [compiler, *FLAGS, *INCLUDES, *flags, "-c", str(source), "-o", target], target
+        yield [compiler, *flags_of_all, *INCLUDES, *flags, "-c", str(source), "-o", target], target
 
 
-def _key(compiler):
+def _key(compiler, flags_of_all):
     """Names the state of the sources, wherever they lie: copies of a tree share one library."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256(version + repr((FLAGS, KERNEL_FLAGS, os.uname().machine)).encode())
+    digest = hashlib.sha256(
+        version + repr((flags_of_all, KERNEL_FLAGS, os.uname().machine)).encode()
+    )
     for folder in (ENGINE, HERE):
         for path in sorted(folder.rglob("*")):
             if path.suffix in {".cc", ".h", ".cu", ".cuh", ".py"}:
@@ -87,22 +89,26 @@ def _run(command):
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-def library() -> Path:
+def library(*, max_ranks: int | None = None) -> Path:
     """The shared library, built if it is not there.
+
+    Args:
+      max_ranks: ranks of a group, and GPUs of a host, that it takes; None: as in a shipped build.
 
     Raises:
       NotHereError: this machine lacks what it takes.
       RuntimeError: a source does not compile.
     """
     compiler = _compiler()
+    flags = FLAGS if max_ranks is None else [*FLAGS, f"-DFREEIO_MAX_RANKS={max_ranks}"]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freeio_jax"
     root.mkdir(parents=True, exist_ok=True)
-    target = root / f"emulator-{_key(compiler)}.so"
+    target = root / f"emulator-{_key(compiler, flags)}.so"
     with open(root / "emulator.lock", "w") as lock, tempfile.TemporaryDirectory() as folder:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return target
-        commands, objects = zip(*_commands(compiler, Path(folder)), strict=True)
+        commands, objects = zip(*_commands(compiler, Path(folder), flags), strict=True)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         linked = root / f"{target.name}.{os.getpid()}"
