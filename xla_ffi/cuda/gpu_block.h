@@ -10,7 +10,11 @@
 
 namespace freeio::cuda {
 
-constexpr int kMaxRanks = 16;      // of one group, and GPUs of one host
+#ifndef FREEIO_MAX_RANKS
+#define FREEIO_MAX_RANKS 16
+#endif
+constexpr int kMaxRanks = FREEIO_MAX_RANKS;  // of one group, and GPUs of one host; at most 64
+static_assert(2 <= kMaxRanks && kMaxRanks <= 64);
 constexpr int kMaxExperts = 4096;  // of all ranks together; a mailbox has room for these
 constexpr int kMaxTopK = 32;       // one lane of a warp for each assignment of a token
 constexpr int kMaxLeaves = 16;     // arrays of one token pytree
@@ -20,7 +24,8 @@ constexpr int kMaxLeaves = 16;     // arrays of one token pytree
 // together.
 constexpr int kMaxSmallAssignments = 2048;
 constexpr int kMaxSmallByAll = 16384;
-constexpr int kMaxSentRow = 1 << 26;  // capacity: a row's number and its rank share a word
+// Capacity where routes are sent: a row's number and its rank, from 1 on, share a word.
+constexpr int kMaxSentRow = kMaxRanks < 64 ? 1 << 26 : 1 << 25;
 // Other calls count their assignments, in segments of each rank (routing_by_counts.cuh). The most
 // segments, and the most counts that a CTA looks at together.
 constexpr int kMaxSegments = 8;

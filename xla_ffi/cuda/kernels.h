@@ -24,6 +24,9 @@ Kernel dispatch_along();
 // for dtypes that it cannot sum.
 Kernel combine_small(DType dtype);
 Kernel combine_large(DType dtype, bool wide);
+// Whether `assignments`, those of one token of each rank, fit in the large one's shared memory. (In
+// the small one they always do.)
+bool combine_large_fits(DType dtype, int assignments);
 
 // CombineTransposeParams.
 Kernel combine_transpose(DType dtype, bool wide);

@@ -60,7 +60,7 @@ double best_seconds(const F& enqueue) {
 
 // What one GPU copies: from its own memory to that of each peer, or from theirs to its own.
 struct Copies {
-  static constexpr int kMaxPeers = 15;
+  static constexpr int kMaxPeers = kMaxRanks - 1;
   const uint4* from[kMaxPeers];
   uint4* to[kMaxPeers];
   int num_peers;
@@ -124,7 +124,8 @@ double write_bandwidth(int ordinal, int64_t bytes) {
 double link_bandwidth(const std::vector<int>& ordinals, int64_t bytes, int ctas, bool pull) {
   const size_t num_gpus = ordinals.size();
   if (num_gpus < 2 || num_gpus > Copies::kMaxPeers + 1) {
-    throw std::invalid_argument("freeio_jax: link_bandwidth takes 2 to 16 GPUs");
+    throw std::invalid_argument("freeio_jax: link_bandwidth takes 2 to " +
+                                std::to_string(kMaxRanks) + " GPUs");
   }
   const int64_t share = bytes / (static_cast<int64_t>(num_gpus) - 1) / 16;
   std::vector<DeviceMemory> local(num_gpus), shared(num_gpus);

@@ -265,6 +265,12 @@ Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Com
   const int32_t pack = pack_of(types.dtype, wide);
   const int64_t accesses = types.width / pack;
   const auto sent = sent_slices_of(accesses);
+  if (!combine_large_fits(types.dtype, x.num_ranks * x.top_k)) {
+    return {Code::kInvalidArgument,
+            "freeio_jax: combine has num_ranks * top_k = " + std::to_string(x.num_ranks * x.top_k) +
+                " routes of a token of each rank, and the CUDA engine takes fewer with such wide "
+                "sums. Use float32, fewer ranks, or a smaller top_k."};
+  }
   const bool in_lines =
       sends && pack * bytes_of(types.dtype) == kSentAccess && is_small(x, sent.first);
   cut_rows(types, wide, in_lines ? sent : slices_of(accesses, kCombineSlice), params);

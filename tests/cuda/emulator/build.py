@@ -89,18 +89,23 @@ def _run(command):
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-def library(*, stamps: bool = False) -> Path:
+def library(*, stamps: bool = False, max_ranks: int | None = None) -> Path:
     """The shared library, built if it is not there.
 
     Args:
       stamps: its kernels record how long each of their phases takes.
+      max_ranks: ranks of a group, and GPUs of a host, that it takes; None: as in a shipped build.
 
     Raises:
       NotHereError: this machine lacks what it takes.
       RuntimeError: a source does not compile.
     """
     compiler = _compiler()
-    flags = [*FLAGS, "-DFREEIO_STAMPS"] if stamps else FLAGS
+    flags = [
+        *FLAGS,
+        *(["-DFREEIO_STAMPS"] if stamps else []),
+        *([] if max_ranks is None else [f"-DFREEIO_MAX_RANKS={max_ranks}"]),
+    ]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freeio_jax"
     root.mkdir(parents=True, exist_ok=True)
     target = root / f"emulator-{_key(compiler, flags)}.so"

@@ -13,7 +13,12 @@
 
 namespace emulator {
 
+// As many as the engine takes: see gpu_block.h.
+#ifdef FREEIO_MAX_RANKS
+constexpr int kMaxGpus = FREEIO_MAX_RANKS;
+#else
 constexpr int kMaxGpus = 16;
+#endif
 constexpr int kLanes = 32;
 
 // Where in the source a thread waits, for messages.

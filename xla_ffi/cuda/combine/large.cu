@@ -105,6 +105,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 int threads_per_cta() { return kThreads; }
 
+bool combine_large_fits(DType dtype, int assignments) {
+  bool fits = false;
+  with_element_type(dtype, [&](auto tag) {
+    using Element = typename decltype(tag)::Type;
+    fits = assignments <= tile_assignments<typename Element::Accumulator>();
+  });
+  return fits;
+}
+
 Kernel combine_large(DType dtype, bool wide) {
   Kernel kernel;
   kernel.shared_bytes = kTileBytes + kRingBytes;

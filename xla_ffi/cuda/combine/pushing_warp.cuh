@@ -5,6 +5,7 @@
 #include "cuda/combine/announcer.cuh"
 #include "cuda/device/async_copy.cuh"
 #include "cuda/device/elements.cuh"
+#include "cuda/device/rank_set.cuh"
 #include "cuda/device/routes.cuh"
 #include "cuda/geometry.h"
 
@@ -21,8 +22,8 @@ __host__ __device__ constexpr int tile_assignments() {
 }
 
 // Slot of `rank` among the ranks, other than the token's own, that have its rows.
-__device__ inline int slot_of(int rank, uint32_t ranks, int own_rank) {
-  return __popc(ranks & ~(1u << own_rank) & ((1u << rank) - 1));
+__device__ inline int slot_of(int rank, RankSet ranks, int own_rank) {
+  return count_ranks(ranks & ~set_of(own_rank) & below(rank));
 }
 
 // A tile's work, as one warp does it. Each item is a sum of slices of some rows. Meanwhile the next
@@ -37,7 +38,8 @@ struct PushingWarp {
   // One row of an item's sum, in two words, as registers are scarce.
   struct Task {
     // Bits: from the lowest one, the first assignment, the rank, the row, and two marks.
-    static constexpr int kFirstBits = 16, kRankBits = 4, kRowBits = 5;
+    static constexpr int kFirstBits = 16, kRowBits = 5;
+    static constexpr int kRankBits = kMaxRanks <= 16 ? 4 : kMaxRanks <= 32 ? 5 : 6;
     static constexpr int kRank = kFirstBits, kRow = kRank + kRankBits, kMarks = kRow + kRowBits;
     static constexpr uint32_t kHasRow = 1u << kMarks, kLast = 2u << kMarks;
     static_assert(tile_assignments<Accumulator>() <= 1 << kFirstBits &&
@@ -232,9 +234,9 @@ struct PushingWarp {
   }
 
   // One bit for each rank that has a row of the token.
-  __device__ uint32_t ranks_of(const Task& task) const {
+  __device__ RankSet ranks_of(const Task& task) const {
     const int rank = lane_id() < x.top_k ? routes.ranks[task.first() + lane_id()] : -1;
-    return __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
+    return union_of_lanes(rank >= 0 ? set_of(rank) : 0);
   }
 
   __device__ int64_t slot_index(int token, int slot) const {
@@ -265,8 +267,11 @@ struct PushingWarp {
   }
 
   // Waits for the partial sums of one of this rank's tokens. Whole warp.
-  __device__ void wait_for_partial_sums(uint32_t ranks, int unit) const {
-    if (const int rank = lane_id(); rank != x.rank && (ranks >> rank & 1) != 0) {
+  __device__ void wait_for_partial_sums(RankSet ranks, int unit) const {
+#pragma unroll
+    for (int i = 0; i < kRanksPerLane; ++i) {
+      const int rank = lane_id() + i * kWarpSize;
+      if (rank == x.rank || !contains(ranks, rank)) continue;
       const int slot = slot_of(rank, ranks, x.rank);
       wait_until<true>(x, s, kWaitPartialSums, rank, [&] { return flag_is_set(rank, unit, slot); });
     }
@@ -274,17 +279,17 @@ struct PushingWarp {
   }
 
   // Adds the partial sums in the slots of the peers in `ranks`, in order, to the totals.
-  __device__ void add_slots(uint32_t ranks, uint32_t all_ranks, int unit, Sums& totals) const {
+  __device__ void add_slots(RankSet ranks, RankSet all_ranks, int unit, Sums& totals) const {
     const Columns stored(p, unit);
     const Element* const slots = static_cast<const Element*>(p.partial_sums) +
                                  slot_index(p.slices.quotient(unit), 0) * p.width + stored.begin;
     constexpr int kBatch = 2;  // partial sums in flight together
     while (ranks != 0) {
       R partials[kBatch][kColumns];
-      const int count = __popc(ranks);
+      const int count = count_ranks(ranks);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int rank = i < count ? __ffs(static_cast<int>(ranks)) - 1 : 0;
+        const int rank = i < count ? first_rank(ranks) : 0;
         ranks &= ranks - 1;
         const Element* slot = slots + slot_of(rank, all_ranks, x.rank) * int64_t{p.width};
 #pragma unroll
@@ -306,8 +311,8 @@ struct PushingWarp {
   // All partial sums of one of this rank's tokens, in order of rank: the lower ranks', its own, and
   // the higher ranks'.
   __device__ void sum(const Task& task, Sums& sums) const {
-    const uint32_t ranks = ranks_of(task);
-    const uint32_t lower = (1u << x.rank) - 1;
+    const RankSet ranks = ranks_of(task);
+    const RankSet lower = below(x.rank);
     R own[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) own[c] = round_to<Element, kCount>(sums[c]);
@@ -316,7 +321,7 @@ struct PushingWarp {
     add_slots(ranks & lower, ranks, task.unit, sums);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) add<Element, kCount>(own[c], sums[c]);
-    add_slots(ranks & ~lower & ~(1u << x.rank), ranks, task.unit, sums);
+    add_slots(ranks & ~lower & ~set_of(x.rank), ranks, task.unit, sums);
     Element* row = static_cast<Element*>(p.sums) + int64_t{p.slices.quotient(task.unit)} * p.width;
     store_sums(row, task.unit, sums);
   }

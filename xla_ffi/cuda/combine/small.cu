@@ -7,6 +7,7 @@
 #include "cuda/device/end.cuh"
 #include "cuda/device/lines.cuh"
 #include "cuda/device/opening.cuh"
+#include "cuda/device/rank_set.cuh"
 #include "cuda/device/routes.cuh"
 #include "cuda/device/shared_memory.cuh"
 #include "cuda/geometry.h"
@@ -21,6 +22,7 @@ constexpr int kRowsTogether = 4;        // that a warp waits for at once
 // How many times a waiting warp loads whole lines, so that it has them in registers as soon as they
 // come. After that it polls only their flags, and looks at the clock.
 constexpr int kEagerPolls = 32;
+static_assert(kMaxRanks * kMaxTopK <= kTileAssignments, "those of one token fit");
 
 // A tile's work, as one warp does it.
 template <typename Element>
@@ -111,10 +113,9 @@ struct SendingWarp {
   // All partial sums of one of this rank's tokens, its own among them, in order of rank.
   __device__ void store_sum(const TokenRoutes<Accumulator>& of_token, const SumSlice& slice,
                             const LineSlice& own) const {
-    const uint32_t ranks =
-        __reduce_or_sync(kFullWarp, of_token.rank >= 0 ? 1u << of_token.rank : 0u);
+    const RankSet ranks = union_of_lanes(of_token.rank >= 0 ? set_of(of_token.rank) : 0);
     Sums sums = {};
-    add_all(ranks & ~(1u << x.rank), slice.unit, own, sums);
+    add_all(ranks & ~set_of(x.rank), slice.unit, own, sums);
     Element* const row = static_cast<Element*>(p.sums) + int64_t{slice.token} * p.width;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -124,22 +125,22 @@ struct SendingWarp {
   }
 
   // The partial sums that the peers in `ranks` send, and this rank's own where its turn is.
-  __device__ void add_all(uint32_t ranks, int unit, const LineSlice& own, Sums& sums) const {
+  __device__ void add_all(RankSet ranks, int unit, const LineSlice& own, Sums& sums) const {
     bool has_own = false;
     while (ranks != 0) {
       LineSlice slices[kSlicesTogether];
       for (int polls = 0; !load_sent(ranks, unit, slices); ++polls) {
         if (polls < kEagerPolls) continue;
-        uint32_t from = ranks;
+        RankSet from = ranks;
         for (int i = 0; i < slice_of_lane(); ++i) from &= from - 1;
-        const int rank = first_of(from);
+        const int rank = first_rank(from);
         const SentSlice* const sent = from == 0 ? nullptr : &slices_from(x, s, rank)[unit];
         if (!wait_for_lines(x, s, kWaitPartialSums, rank, sent)) return;
       }
 #pragma unroll
       for (int i = 0; i < kSlicesTogether; ++i, ranks &= ranks - 1) {
         if (ranks == 0) break;
-        if (!has_own && first_of(ranks) > x.rank) {
+        if (!has_own && first_rank(ranks) > x.rank) {
           add_one(own, sums);
           has_own = true;
         }
@@ -151,16 +152,16 @@ struct SendingWarp {
   }
 
   // Loads the partial sums of the first ranks, as many as fit. Returns whether they have arrived.
-  __device__ bool load_sent(uint32_t ranks, int unit, LineSlice (&slices)[kSlicesTogether]) const {
-    uint32_t rest = ranks;
+  __device__ bool load_sent(RankSet ranks, int unit, LineSlice (&slices)[kSlicesTogether]) const {
+    RankSet rest = ranks;
 #pragma unroll
     for (int i = 0; i < kSlicesTogether; ++i, rest &= rest - 1) {
-      if (rest != 0) slices[i].start(slices_from(x, s, first_of(rest))[unit]);
+      if (rest != 0) slices[i].start(slices_from(x, s, first_rank(rest))[unit]);
     }
     bool here = true;
 #pragma unroll
     for (int i = 0; i < kSlicesTogether; ++i, ranks &= ranks - 1) {
-      if (ranks != 0) here &= slices[i].is_here(s.epoch[first_of(ranks)]);
+      if (ranks != 0) here &= slices[i].is_here(s.epoch[first_rank(ranks)]);
     }
     return __all_sync(kFullWarp, here);
   }

@@ -1,6 +1,7 @@
 // How a kernel ends its exchange, and how it overwrites the results of a failed one.
 #pragma once
 
+#include "cuda/device/rank_set.cuh"
 #include "cuda/device/stamps.cuh"
 #include "cuda/device/waits.cuh"
 #include "cuda/params.h"
@@ -14,31 +15,45 @@ namespace freeio::cuda {
 template <bool kPublishes>
 __device__ void conclude(const Exchange& x, CtaState& s) {
   GpuBlock& block = self(x);
-  const int rank = lane_id();
+  const int lane = lane_id();
   if (__any_sync(kFullWarp, has_failed(s))) return;
   // Partner: the load below, of this GPU's CTA 0 and of the peers'.
-  if (rank < x.num_ranks) {
-    uint32_t* finished = &x.gpu_block[rank]->num_finished_ctas[x.gpu[x.rank]];
-    if constexpr (kPublishes) {
-      add_release_system(finished, 1);
-    } else {
-      add_relaxed_system(finished, 1);
+#pragma unroll
+  for (int i = 0; i < kRanksPerLane; ++i) {
+    if (const int rank = lane + i * kWarpSize; rank < x.num_ranks) {
+      uint32_t* finished = &x.gpu_block[rank]->num_finished_ctas[x.gpu[x.rank]];
+      if constexpr (kPublishes) {
+        add_release_system(finished, 1);
+      } else {
+        add_relaxed_system(finished, 1);
+      }
     }
   }
   if (blockIdx.x != 0) return;
-  const int gpu = x.gpu[rank < x.num_ranks ? rank : x.rank];
-  const uint32_t end = block.num_ended_ctas[gpu] + gridDim.x;
-  const bool ended =
-      rank >= x.num_ranks || wait_until(x, s, kWaitFinish, rank, [&] {
-        return static_cast<int32_t>(load_acquire_system(&block.num_finished_ctas[gpu]) - end) >= 0;
-      });
+  int gpu[kRanksPerLane];
+  uint32_t end[kRanksPerLane];
+  bool ended = true;
+#pragma unroll
+  for (int i = 0; i < kRanksPerLane; ++i) {
+    const int rank = lane + i * kWarpSize;
+    gpu[i] = x.gpu[rank < x.num_ranks ? rank : x.rank];
+    end[i] = block.num_ended_ctas[gpu[i]] + gridDim.x;
+    const auto has_ended = [&] {
+      const uint32_t finished = load_acquire_system(&block.num_finished_ctas[gpu[i]]);
+      return static_cast<int32_t>(finished - end[i]) >= 0;
+    };
+    ended = ended && (rank >= x.num_ranks || wait_until(x, s, kWaitFinish, rank, has_ended));
+  }
   // Not before all have ended: until then a CTA of this GPU may still read the epochs.
   if (!__all_sync(kFullWarp, ended)) return;
-  if (rank < x.num_ranks) {
-    block.num_ended_ctas[gpu] = end;
-    block.epoch[gpu] = s.epoch[rank];
+#pragma unroll
+  for (int i = 0; i < kRanksPerLane; ++i) {
+    if (const int rank = lane + i * kWarpSize; rank < x.num_ranks) {
+      block.num_ended_ctas[gpu[i]] = end[i];
+      block.epoch[gpu[i]] = s.epoch[rank];
+    }
   }
-  if (rank == 0) block.num_prepared_ctas = 0;
+  if (lane == 0) block.num_prepared_ctas = 0;
 }
 
 // The same at the end of a kernel. All threads.
@@ -58,12 +73,17 @@ __device__ inline void begin_alone(const Exchange& x) {
 __device__ inline void finish_alone(const Exchange& x, CtaState& s) {
   if (blockIdx.x != 0 || warp_id() != kWarps - 1 || __any_sync(kFullWarp, has_failed(s))) return;
   GpuBlock& block = self(x);
-  const int rank = lane_id();
+  const int lane = lane_id();
   // Not before all CTAs have looked at the epochs.
-  const bool opened = rank != 0 || wait_until(x, s, kWaitOwn, x.rank, [&] {
+  const bool opened = lane != 0 || wait_until(x, s, kWaitOwn, x.rank, [&] {
                         return load_relaxed_device(&block.num_opened_ctas) == 0;
                       });
-  if (__all_sync(kFullWarp, opened) && rank < x.num_ranks) block.epoch[x.gpu[rank]] = s.epoch[rank];
+  const bool have_all = __all_sync(kFullWarp, opened);
+#pragma unroll
+  for (int i = 0; i < kRanksPerLane; ++i) {
+    const int rank = lane + i * kWarpSize;
+    if (have_all && rank < x.num_ranks) block.epoch[x.gpu[rank]] = s.epoch[rank];
+  }
 }
 
 // Sets all bits of a failed exchange's result: it becomes NaN or -1, which cannot be taken for

@@ -1,6 +1,7 @@
 // How a kernel opens its exchange: epochs, signatures, and where the peers' buffers are.
 #pragma once
 
+#include "cuda/device/rank_set.cuh"
 #include "cuda/device/stamps.cuh"
 #include "cuda/device/waits.cuh"
 #include "cuda/params.h"
@@ -10,14 +11,20 @@ namespace freeio::cuda {
 // What a kernel loads first of all: each value by a thread of another warp, so that all are on
 // their way together, and the thread can load something else before it looks at them.
 struct Opening {
+  // The first threads load the epochs, these the other values.
+  static constexpr int kFailure = kRanksPerLane * kWarpSize;
+  static constexpr int kDevice = kFailure + kWarpSize;
+  static constexpr int kFirstRegions = kDevice + kWarpSize;
+  static_assert(kFirstRegions + kMaxRanks <= kThreads);
+
   uint64_t value = 0;
 
   __device__ explicit Opening(const Exchange& x) {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < x.num_ranks) value = self(x).epoch[x.gpu[thread]];
-    if (thread == kWarpSize) value = load_relaxed_device(&self(x).has_failed);
-    if (thread == 2 * kWarpSize) value = *x.device;
-    if (const int rank = thread - 3 * kWarpSize; rank >= 0 && rank < x.num_ranks) {
+    if (thread == kFailure) value = load_relaxed_device(&self(x).has_failed);
+    if (thread == kDevice) value = *x.device;
+    if (const int rank = thread - kFirstRegions; rank >= 0 && rank < x.num_ranks) {
       value = load_word(&self(x).region_base[x.gpu[rank]][kFirstRegion]);
     }
   }
@@ -32,15 +39,15 @@ __device__ inline bool open(const Exchange& x, CtaState& s, const Opening& loade
   bool wrong = false;
   // Never 0: what was never written must not count as arrived. Even after odd.
   if (thread < x.num_ranks) s.epoch[thread] = value + 1 == 0 ? 2 : value + 1;
-  if (thread == kWarpSize) {
+  if (thread == Opening::kFailure) {
     s.has_failed = value;
     wrong = value != 0;
   }
-  if (thread == 2 * kWarpSize) {
+  if (thread == Opening::kDevice) {
     s.device = value;
     wrong = value != x.expected_device;
   }
-  if (const int rank = thread - 3 * kWarpSize; rank >= 0 && rank < x.num_ranks) {
+  if (const int rank = thread - Opening::kFirstRegions; rank >= 0 && rank < x.num_ranks) {
     s.first_region[rank] = loaded.value;
   }
   if (!__syncthreads_or(wrong)) return true;

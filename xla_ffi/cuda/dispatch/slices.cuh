@@ -8,6 +8,7 @@
 namespace freeio::cuda {
 
 constexpr int kTileAssignments = kMaxCounts;  // of all ranks, whose rows are in shared memory
+static_assert(kMaxRanks * kMaxTopK <= kTileAssignments, "those of one token fit");
 
 // The addresses of the leaves' tokens: a bit for each.
 __device__ inline uint32_t leaf_addresses(const DispatchParams& p) {

@@ -6,6 +6,7 @@
 // accesses.
 #include "cuda/device/lines.cuh"
 #include "cuda/device/opening.cuh"
+#include "cuda/device/rank_set.cuh"
 #include "cuda/device/shared_memory.cuh"
 #include "cuda/dispatch/routing_by_ids.cuh"
 #include "cuda/dispatch/slices.cuh"
@@ -34,11 +35,10 @@ struct OutgoingSlice {
   __device__ void send(const DispatchParams& p, const CtaState& s, int unit) const {
     const Exchange& x = p.exchange;
     const bool valid = id >= 0 && id < x.num_experts;
-    const uint32_t ranks =
-        __reduce_or_sync(kFullWarp, valid ? 1u << x.local_experts.quotient(id) : 0u);
+    const RankSet ranks = union_of_lanes(valid ? set_of(x.local_experts.quotient(id)) : 0);
     for (int i = 0; i + 1 < x.num_ranks; ++i) {
       const int rank = rank_of_turn(x, i);
-      if ((ranks >> rank & 1) != 0) data.send(slices_to(x, s, rank)[unit], s.epoch[rank]);
+      if (contains(ranks, rank)) data.send(slices_to(x, s, rank)[unit], s.epoch[rank]);
     }
   }
 };
