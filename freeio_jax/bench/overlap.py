@@ -128,19 +128,19 @@ def run(
         plot_timeline(timelines, png, kind_of)
 
 
-def _measure(layer, num_chunks, num_sms, passes, timelines, name):
+def _measure(moe, num_chunks, num_sms, passes, timelines, name):
     for which in passes:
         gradients = which == "gradients"
-        compiled = layer.backward if gradients else layer.forward
-        exchange_s = seconds(layer.alone(fio, gradients))
-        compute_s = seconds(layer.experts(gradients))
-        in_turn = _bound(layer, compiled(None, overlap=False))
+        compiled = moe.backward if gradients else moe.forward
+        exchange_s = seconds(moe.alone(fio, gradients))
+        compute_s = seconds(moe.experts(gradients))
+        in_turn = _bound(moe, compiled(None, overlap=False))
         in_turn_s = seconds(in_turn)
         if gradients and timelines is not None:
             timelines[f"{name}, one after the other"] = profile.record(in_turn)
         for chunks in num_chunks:
             # The number of multiprocessors is read when an exchange runs.
-            beside = _bound(layer, compiled(None, overlap=True, num_chunks=chunks))
+            beside = _bound(moe, compiled(None, overlap=True, num_chunks=chunks))
             for sms in num_sms:
                 fio.config(overlap_num_sms=sms)
                 beside_s = seconds(beside)
@@ -160,8 +160,8 @@ def _measure(layer, num_chunks, num_sms, passes, timelines, name):
                 }
 
 
-def _bound(layer, compiled) -> Callable[[], object]:
-    return lambda: compiled(layer.parameters, layer.x)
+def _bound(moe, compiled) -> Callable[[], object]:
+    return lambda: compiled(moe.parameters, moe.x)
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -31,17 +31,17 @@ def routed(
 ) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
     """The weighted sums of the experts' outputs ``[T, H]``.
 
-    The order of chunks 0, ..., n-1, where each line runs while the exchanges behind it are under
-    way: ::
+    The order of chunks 0, ..., n-1. What a line names first runs while the exchanges that it names
+    then are under way. ::
 
         experts of chunk 0        dispatch of 1
         experts of chunk i        dispatch of i+1, combine of i-1
         experts of chunk n-1      combine of n-2
         beside                    combine of n-1
 
-    Nothing runs beside the dispatch of chunk 0. In the backward pass the gradients of that chunk's
-    weights do. Barriers keep XLA from starting an exchange earlier, so packed rows of two chunks
-    are there at most; backward, too.
+    Nothing runs beside the dispatch of chunk 0. In the backward pass the gradients of the weights
+    by that chunk do. Barriers keep XLA from starting an exchange earlier. So packed rows of two
+    chunks exist at most, and in the backward pass gradients of such rows.
 
     Args:
       parameters: of this rank's experts.
@@ -72,12 +72,13 @@ def routed(
             # This combine starts when the one before is done.
             rows, combined = _together(rows, returning[0].done())
             sums.append(combined)
+        if coming:
+            # In the backward pass the gradients of later chunks' parameters are added up before
+            # this chunk computes its own.
+            rows, parameters = _together(rows, parameters)
         arguments = (rows, handle, chunk.weights)
         if coming:
             arrived, handle = exchange.arrived(coming[0].done())
-            # In the backward pass the gradients of later chunks' parameters are added up before
-            # this chunk computes its own.
-            arguments, parameters = _together(arguments, parameters)
         if coming or beside is not None:
             returning = [exchange.combine_start(*arguments)]
     result = None
