@@ -88,6 +88,7 @@ def records(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     def program(num_chunks, gradients):
         width = arguments["hidden"]
         config = MoEConfig(
+            overlap=True,
             num_experts=arguments["num_experts"],
             top_k=arguments["top_k"],
             expert_width=arguments["expert_width"],

@@ -128,7 +128,7 @@ class MoE(nn.Module):
     drops: str = "last"
     fsdp_axes: tuple[str, ...] = ()
     model_axes: tuple[str, ...] = ()
-    overlap: bool = True
+    overlap: bool = False
     num_chunks: int = 1
     expert_capacity: int | None = None
 

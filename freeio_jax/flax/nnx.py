@@ -234,7 +234,7 @@ class MoE(nnx.Module):
         drops: str = "last",
         fsdp_axes: tuple[str, ...] = (),
         model_axes: tuple[str, ...] = (),
-        overlap: bool = True,
+        overlap: bool = False,
         num_chunks: int = 1,
         expert_capacity: int | None = None,
         deterministic: bool = False,

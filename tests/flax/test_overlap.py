@@ -22,7 +22,13 @@ from freeio_jax.flax.experts import MLP, Experts, SwiGLU
 from freeio_jax.grouped_matmul import grouped_matmul
 
 WIDTH = 8
-LAYER = {"num_experts": 4, "top_k": 2, "expert_width": 8, "shared_expert_width": 4}
+LAYER = {
+    "num_experts": 4,
+    "top_k": 2,
+    "expert_width": 8,
+    "shared_expert_width": 4,
+    "overlap": True,
+}
 GATED = LAYER | {"shared_expert_gate": True}
 
 
@@ -118,7 +124,7 @@ def case(name, **changes):
     settings, mesh, is_masked = LAYERS[name]
     for axis in mesh:
         settings = settings | AXES.get(axis, {})
-    config = MoEConfig(**settings, **changes)
+    config = MoEConfig(**settings | changes)
     parameters = {
         n: np.asarray(rng.normal(size=shape) / 2, np.float32)
         for n, (shape, _) in config.parameters(WIDTH).items()

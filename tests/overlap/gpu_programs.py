@@ -88,6 +88,7 @@ def gradients(mesh, fn):
 def whole_layer(num_chunks):
     """The gradients of a layer of freeio_jax.flax with a shared expert, and their arguments."""
     config = MoEConfig(
+        overlap=True,
         num_experts=E,
         top_k=K,
         expert_width=H,
