@@ -315,8 +315,26 @@ def assert_combined(z, expert_out, placement, topk_shape, weights=None, *, exact
     assert not np.any(excess > 0), f"off by {excess.max()} more than float32 accumulation allows"
 
 
-def check_exchange(rng, geometry, mesh, axis_name="expert", *, fn=None, skews=("holes",), **kwargs):
-    """Dispatch and combine over all EP groups of ``mesh`` against the oracle."""
+_AS_MESH = object()
+
+
+def check_exchange(
+    rng,
+    geometry,
+    mesh,
+    axis_name="expert",
+    *,
+    fn=None,
+    skews=("holes",),
+    hosts=_AS_MESH,
+    **kwargs,
+):
+    """Dispatch and combine over all EP groups of ``mesh`` against the oracle.
+
+    ``hosts``: of the ranks of each group. The default is what the devices of ``mesh`` say.
+    """
+    if kwargs.get("api", fio) is reference:
+        hosts = None  # it is not told of hosts
     fn = exchange_fn(geometry, mesh, axis_name, **kwargs) if fn is None else fn
     groups, shards = expert_groups(mesh, axis_name), mesh.size
     for skew in skews:
@@ -334,6 +352,5 @@ def check_exchange(rng, geometry, mesh, axis_name="expert", *, fn=None, skews=("
                 geometry.topk_shape,
                 weights[group],
                 exact=True,
-                # The reference is not told of hosts.
-                hosts=None if kwargs.get("api", fio) is reference else hosts_of(mesh, group),
+                hosts=hosts_of(mesh, group) if hosts is _AS_MESH else hosts,
             )
