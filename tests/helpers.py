@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -313,6 +315,16 @@ def assert_combined(z, expert_out, placement, topk_shape, weights=None, *, exact
     np.testing.assert_array_equal(np.isnan(z), np.isnan(expected))
     excess = np.nan_to_num(np.abs(z - expected)) - tolerance
     assert not np.any(excess > 0), f"off by {excess.max()} more than float32 accumulation allows"
+
+
+def calls_in(text):
+    """How often each operation is in a program's text, as lowered or as compiled.
+
+    Between hosts the ranks meet before each operation, and that call says which one follows.
+    """
+    calls = Counter(re.findall(r'(?:@|custom_call_target=")freeio_(\w+)', text))
+    del calls["meet"]
+    return calls + Counter(re.findall(r'freeio_meet.* operation = "(\w+)"', text))
 
 
 _AS_MESH = object()
