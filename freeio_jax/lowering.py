@@ -72,7 +72,7 @@ def _meet(ctx, value, *, engine, operation, layout, groups, rows_text):
     engine.start()
     (aval,) = ctx.avals_in
     if not aval.size:
-        return value  # no row moves, and nothing waits for another rank
+        return value  # there is nothing to exchange
     call_ctx = ctx.replace(avals_in=[_INDEX, aval], avals_out=[aval])
     (result,) = jax.ffi.ffi_lowering("freeio_meet", operand_output_aliases={1: 0})(
         call_ctx,

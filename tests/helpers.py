@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -315,8 +317,36 @@ def assert_combined(z, expert_out, placement, topk_shape, weights=None, *, exact
     assert not np.any(excess > 0), f"off by {excess.max()} more than float32 accumulation allows"
 
 
-def check_exchange(rng, geometry, mesh, axis_name="expert", *, fn=None, skews=("holes",), **kwargs):
-    """Dispatch and combine over all EP groups of ``mesh`` against the oracle."""
+def calls_in(text):
+    """How often each operation is in a program's text, as lowered or as compiled.
+
+    Between hosts the ranks meet before each operation, and that call says which one follows.
+    """
+    calls = Counter(re.findall(r'(?:@|custom_call_target=")freeio_(\w+)', text))
+    del calls["meet"]
+    return calls + Counter(re.findall(r'freeio_meet.* operation = "(\w+)"', text))
+
+
+_AS_MESH = object()
+
+
+def check_exchange(
+    rng,
+    geometry,
+    mesh,
+    axis_name="expert",
+    *,
+    fn=None,
+    skews=("holes",),
+    hosts=_AS_MESH,
+    **kwargs,
+):
+    """Dispatch and combine over all EP groups of ``mesh`` against the oracle.
+
+    ``hosts``: of the ranks of each group. The default is what the devices of ``mesh`` say.
+    """
+    if kwargs.get("api", fio) is reference:
+        hosts = None  # it is not told of hosts
     fn = exchange_fn(geometry, mesh, axis_name, **kwargs) if fn is None else fn
     groups, shards = expert_groups(mesh, axis_name), mesh.size
     for skew in skews:
@@ -334,6 +364,5 @@ def check_exchange(rng, geometry, mesh, axis_name="expert", *, fn=None, skews=("
                 geometry.topk_shape,
                 weights[group],
                 exact=True,
-                # The reference is not told of hosts.
-                hosts=None if kwargs.get("api", fio) is reference else hosts_of(mesh, group),
+                hosts=hosts_of(mesh, group) if hosts is _AS_MESH else hosts,
             )

@@ -1,5 +1,7 @@
 """Expert axes of every kind of mesh: groups, device orders, abstract and partly manual meshes."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from helpers import (
     Geometry,
     check_exchange,
     expert_groups,
+    hosts_of,
     make_mesh,
     per_shard,
     stacked,
@@ -17,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
+from freeio_jax import hosts
 
 GEOMETRY = {
     2: Geometry(2, 4, 3, 6, capacity=14),
@@ -35,6 +39,11 @@ def exchange(geometry, axis_name="expert"):
         return visible(out), expert_out, fio.combine(expert_out, out.handle, weights)
 
     return fn
+
+
+def known(mesh):
+    """Lets JAX know the devices of a mesh where it must: if the program has several hosts."""
+    return jax.set_mesh(mesh) if hosts.there_are_several() else contextlib.nullcontext()
 
 
 def on_shards(args, mesh):
@@ -113,7 +122,8 @@ def test_abstract_mesh(order, rng):
     def fn(*args):
         return inner(*on_shards(args, mesh))
 
-    check_exchange(rng, GEOMETRY[4], mesh, fn=fn)
+    with known(mesh):
+        check_exchange(rng, GEOMETRY[4], mesh, fn=fn)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +151,8 @@ def test_partly_manual(shape, names, manual, check_vma, rng):
     )
     # What the other axes hold is replicated: compare on a mesh of the manual ones alone.
     shards = make_mesh([mesh.shape[name] for name in named], named)
-    check_exchange(rng, GEOMETRY[mesh.shape["expert"]], shards, fn=fn, skews=SKEWS)
+    of_ranks = hosts_of(mesh, expert_groups(mesh, "expert")[0])
+    check_exchange(rng, GEOMETRY[mesh.shape["expert"]], shards, fn=fn, skews=SKEWS, hosts=of_ranks)
 
 
 def test_partly_manual_over_rows_sharded_by_the_compiler(rng):
@@ -177,7 +188,8 @@ def test_shard_map_inside_shard_map(rng):
     outer = jax.shard_map(
         inner, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
     )
-    check_exchange(rng, geometry, mesh, fn=jax.jit(outer))
+    with known(mesh):
+        check_exchange(rng, geometry, mesh, fn=jax.jit(outer))
 
 
 def test_results_stay_replicated_over_axes_that_the_arguments_do_not_vary_over():

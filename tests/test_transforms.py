@@ -1,14 +1,13 @@
 """Derivatives of dispatch and combine, and the exchanges that they cost."""
 
 import dataclasses
-import re
-from collections import Counter
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import calls_in
 from jax import lax
 from jax._src.ad_checkpoint import saved_residuals
 from jax.ad_checkpoint import checkpoint_name
@@ -21,8 +20,7 @@ assert_close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 
 def custom_calls(fn, *args):
     """How often each of the engine's calls is in the compiled program."""
-    text = jax.jit(fn).lower(*args).compile().as_text()
-    return Counter(re.findall(r'custom_call_target="freeio_(\w+)"', text))
+    return calls_in(jax.jit(fn).lower(*args).compile().as_text())
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -141,7 +139,7 @@ def test_hessian_vector_products_agree_with_dense(rng):
 
 def lowered_calls(fn, *args):
     """How often each call is in the program before XLA merges those that are equal."""
-    return Counter(re.findall(r"@freeio_(\w+)", jax.jit(fn).lower(*args).as_text()))
+    return calls_in(jax.jit(fn).lower(*args).as_text())
 
 
 def by_primitive(primitive, *_, **__):

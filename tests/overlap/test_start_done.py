@@ -23,6 +23,7 @@ from helpers import (
     Geometry,
     assert_bitwise,
     assert_dispatched,
+    calls_in,
     check_exchange,
     dispatch_fn,
     make_mesh,
@@ -55,7 +56,7 @@ def assert_equal_runs(run, *args):
 
 def lowered_calls(fn, *args):
     """How often each exchange is in the program before XLA looks at it."""
-    return Counter(re.findall(r"@freeio_(\w+)", lowered_for_cpu(fn, *args)))
+    return calls_in(lowered_for_cpu(fn, *args))
 
 
 def lowered_for_cpu(fn, *args):

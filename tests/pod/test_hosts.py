@@ -10,8 +10,8 @@ from pathlib import Path
 import network
 import pytest
 from test_faults import OTHER_PROGRAMS, PROGRAM, TIMEOUT, Run
+from test_recovery import PROGRAMS, said
 from test_recovery import run as run_program
-from test_recovery import said
 
 from freeio_jax.launch import Pod
 
@@ -177,6 +177,18 @@ def test_a_program_that_was_lowered_for_one_host(tmp_path):
     assert status == 0, "\n".join(lines[0])
     for (message,) in said(lines, "error"):
         assert "are on other hosts, and this program was compiled for ranks on one host" in message
+
+
+@pytest.mark.parametrize("form", PROGRAMS)
+def test_forms_of_programs(form, tmp_path):
+    """Also exchanges that nothing orders, which XLA runs at once."""
+    status, lines = run_program(
+        tmp_path,
+        PROGRAMS[form] + "\nfor _ in range(5):\n    assert right(step(tokens, topk_idx))\n",
+        processes=4,
+        num_hosts=2,
+    )
+    assert status == 0, "\n".join(lines[0])
 
 
 # --- Real hosts ----------------------------------------------------------------------------------
