@@ -1,6 +1,7 @@
 """MaxText's MoE layer with freeio_jax as its exchange: equal numbers on any mesh, drops, remat."""
 
 import contextlib
+import json
 import os
 import re
 from collections import Counter
@@ -24,39 +25,40 @@ from maxtext_adapter import freeio_exchange
 BATCH, LENGTH, WIDTH, EXPERTS, TOP_K = 16, 4, 16, 8, 2
 
 
+#: What base.yml is given beside the mesh and the folder.
+BASE = os.path.join(os.path.dirname(maxtext.__file__), "configs", "base.yml")
+OPTIONS = {
+    "run_name": "test",
+    "enable_checkpointing": False,
+    "skip_jax_distributed_system": True,
+    "log_config": False,
+    "base_emb_dim": WIDTH,
+    "base_moe_mlp_dim": 24,
+    "base_mlp_dim": 24,
+    "base_num_decoder_layers": 1,
+    "head_dim": 8,
+    "base_num_query_heads": 2,
+    "base_num_kv_heads": 2,
+    "vocab_size": 64,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "decoder_block": "mixtral",
+    "load_balance_loss_weight": 0.01,
+    "megablox": False,  # its kernel does not run on CPUs: lax.ragged_dot does
+    "dtype": "float32",
+    "weight_dtype": "float32",
+    "matmul_precision": "highest",
+    "per_device_batch_size": BATCH // 8,
+    "max_target_length": LENGTH,
+    "ici_fsdp_parallelism": 1,
+}
+
+
 @contextlib.contextmanager
 def routed_moe(folder, **options):
     """The layer on the mesh of ``options``, within MaxText's axis rules."""
-    config = pyconfig.initialize(
-        ["", os.path.join(os.path.dirname(maxtext.__file__), "configs", "base.yml")],
-        **{
-            "run_name": "test",
-            "base_output_directory": str(folder),
-            "enable_checkpointing": False,
-            "skip_jax_distributed_system": True,
-            "log_config": False,
-            "base_emb_dim": WIDTH,
-            "base_moe_mlp_dim": 24,
-            "base_mlp_dim": 24,
-            "base_num_decoder_layers": 1,
-            "head_dim": 8,
-            "base_num_query_heads": 2,
-            "base_num_kv_heads": 2,
-            "vocab_size": 64,
-            "num_experts": EXPERTS,
-            "num_experts_per_tok": TOP_K,
-            "decoder_block": "mixtral",
-            "load_balance_loss_weight": 0.01,
-            "megablox": False,  # its kernel does not run on CPUs: lax.ragged_dot does
-            "dtype": "float32",
-            "weight_dtype": "float32",
-            "matmul_precision": "highest",
-            "per_device_batch_size": BATCH // 8,
-            "max_target_length": LENGTH,
-            "ici_fsdp_parallelism": 1,
-        }
-        | options,
-    )
+    options = OPTIONS | {"base_output_directory": str(folder)} | options
+    config = pyconfig.initialize(["", BASE], **options)
     mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config), config.mesh_axes)
     with jax.set_mesh(mesh), partitioning.axis_rules(config.logical_axis_rules):
         layer = RoutedMoE(
@@ -130,6 +132,49 @@ def test_equal_to_maxtext_without_an_exchange(family, mesh, without_experts_axis
         ours = parts(layer, x)
     for theirs, mine in zip(jax.tree.leaves(expected), jax.tree.leaves(ours), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6 * max(np.abs(theirs).max(), 1))
+
+
+def losses_of_training(folder, **options):
+    """What MaxText's own train loop writes for each step: its losses by name."""
+    train = pytest.importorskip(
+        "maxtext.trainers.pre_train.train",
+        reason="MaxText's train loop has packages of its own: tests/examples/maxtext.txt",
+    )
+    folder.mkdir()
+    metrics = folder / "metrics"
+    options = (
+        OPTIONS
+        | options
+        | {
+            "base_output_directory": folder,
+            "metrics_file": metrics,
+            "base_num_decoder_layers": 2,
+            "attention": "dot_product",
+            "dataset_type": "synthetic",
+            "steps": 4,
+            "learning_rate": 0.01,
+            "enable_tensorboard": False,
+            "enable_goodput_recording": False,
+            "monitor_goodput": False,
+        }
+    )
+    arguments = (f"{name}={value}" for name, value in options.items())
+    config, recorder, *_ = train.initialize(["", BASE, *arguments])
+    train.run(config, recorder)
+    steps = map(json.loads, metrics.read_text().splitlines())
+    return [{n: value for n, value in step.items() if n.endswith("loss")} for step in steps]
+
+
+def test_the_train_loop_has_equal_losses(tmp_path):
+    expected = losses_of_training(tmp_path / "theirs", ici_data_parallelism=8)
+    with freeio_exchange():
+        ours = losses_of_training(tmp_path / "ours", **MESHES["expert 8"])
+    assert len(expected) == 4
+    assert {"learning/lm_loss", "learning/moe_lb_loss"} <= expected[0].keys()
+    lm_loss = [step["learning/lm_loss"] for step in expected]
+    assert lm_loss[-1] < lm_loss[0]
+    for theirs, mine in zip(expected, ours, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
 
 def test_drops_are_reported(tmp_path):
