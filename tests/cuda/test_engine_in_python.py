@@ -93,7 +93,7 @@ def make_pod(monkeypatch, process, others, gpus):
     ]
     monkeypatch.setattr(engines, "_gpus", lambda: devices)
     monkeypatch.setattr(engines, "jax", SimpleNamespace(process_index=lambda: process))
-    monkeypatch.setattr(runtime, "members", lambda: dict.fromkeys(others, 4711))
+    monkeypatch.setattr(runtime, "processes_here", lambda: {process, *others})
 
 
 #: Two GPUs of each of three processes, in no order; the ordinals of process 1 go down.
