@@ -35,11 +35,10 @@ GEOMETRIES = {
     "64 ranks": Geometry(64, 2, 8, 128),
 }
 #: In a large dispatch each rank waits for counts of all experts from all ranks, which takes the
-#: emulator minutes for 64.
+#: emulator minutes for more than 32.
 CASES = [
     *(("small", name) for name in GEOMETRIES),
     *((protocol, "17 ranks") for protocol in PROTOCOLS[1:]),
-    ("large", "33 ranks, drops"),
 ]
 # The emulator runs all threads of all GPUs on one core.
 pytestmark = pytest.mark.timeout(900, method="thread")
@@ -95,6 +94,7 @@ def test_every_operation(machine, rng, protocol, name):
 
 def test_the_last_ranks_of_many(machine, rng):
     """A group of ranks that are not the first GPUs, in another order, and sums of 64 bits."""
+    machine.set_protocol("small")
     group = Group(tuple(range(63, 30, -1)))
     geometry = Geometry(33, 1, 4, 33)
     topk_idx = routing(rng, geometry)
@@ -110,6 +110,7 @@ def test_the_last_ranks_of_many(machine, rng):
 
 def test_sums_that_are_too_wide(machine, rng):
     """Routes of a token of each of 64 ranks, with weights of 64 bits, do not fit a CTA."""
+    machine.set_protocol("small")
     geometry = Geometry(64, 1, 32, 64)
     _, out, _ = run_dispatch(machine, rng, geometry)
     expert_out = values(rng, (64, capacity_of(geometry), 7), np.float64)

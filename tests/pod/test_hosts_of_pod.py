@@ -9,7 +9,7 @@ from pathlib import Path
 
 import network
 import pytest
-from test_faults import OTHER_PROGRAMS, PROGRAM, TIMEOUT, Run
+from test_faults import CROWDED, OTHER_PROGRAMS, PROGRAM, TIMEOUT, Run
 from test_recovery import PROGRAMS, said
 from test_recovery import run as run_program
 
@@ -74,7 +74,7 @@ def test_a_killed_process_is_noticed_at_once(fault, processes):
         told = [line for line in run.lines[rank] if line.startswith("freeio_jax: ")]
         if fault != "killed inside" or rank == 3:
             assert any(names_process(run, 1, x) and "cannot be reached" in x for x in told), told
-    assert run.seconds() < TIMEOUT
+    assert run.seconds() < TIMEOUT + CROWDED
     assert run.status == 128 + signal.SIGKILL
 
 
@@ -88,7 +88,7 @@ def test_a_stopped_process_is_named_after_the_time_out():
     message = run.error(0)
     assert names_process(run, 1, message) and "waited 3 s" in message, message
     assert "rank 1 (mesh device 1)" in message, message
-    assert run.seconds() < TIMEOUT + 2
+    assert run.seconds() < TIMEOUT + CROWDED
     run.error(1)
 
 
@@ -116,7 +116,7 @@ def test_another_program_is_told_by_its_call():
                 text = re.sub(rf"\b{short}\b", long, text)
             assert text in ours and text in theirs, (text, ours, theirs)
         assert "on host" in ours, ours
-        assert float(ours.split(" AFTER ")[1].split()[0]) < TIMEOUT + 2
+        assert float(ours.split(" AFTER ")[1].split()[0]) < TIMEOUT + CROWDED
 
 
 @pytest.mark.parametrize("fault", ["raises", "shut down", "fewer calls"])
@@ -125,7 +125,7 @@ def test_a_process_that_does_not_come_is_named(fault):
     message = run.error(0)
     assert names_process(run, 1, message), message
     assert ("waits in no exchange" if fault == "fewer calls" else "left") in message, message
-    assert run.seconds() < TIMEOUT + 2
+    assert run.seconds() < TIMEOUT + CROWDED
 
 
 def test_sizes_of_hosts_that_differ(tmp_path):
@@ -220,7 +220,7 @@ def test_a_fault_on_a_real_host(fault, net):
     message = run.error(0)
     assert names_process(run, 1, message), message
     print(f"{fault}, real hosts: {run.seconds():.2f} s")
-    assert run.seconds() < TIMEOUT + 2
+    assert run.seconds() < TIMEOUT + CROWDED
 
 
 @REAL
