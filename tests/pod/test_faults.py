@@ -14,7 +14,7 @@ from freeio_jax.launch import Pod
 PROGRAM = Path(__file__).with_name("fault_program.py")
 TIMEOUT = 3.0
 #: Seconds that a crowded machine may add until an error is told.
-CROWDED = 15.0
+CROWDED = 60.0
 
 
 class Run:
@@ -29,7 +29,7 @@ class Run:
             [str(PROGRAM), fault, *arguments],
             num_processes=processes,
             num_hosts=hosts,
-            grace=3 * TIMEOUT,
+            grace=3 * TIMEOUT + CROWDED,
             output=self._take,
         )
         self.status = self.pod.run()
