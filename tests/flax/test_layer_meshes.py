@@ -1,12 +1,12 @@
 """The MoE layers on meshes as people have them: with axes that hold no tokens, or given in other
 ways than by ``jax.set_mesh``. Results and gradients are those of the layer on one device."""
 
-import dense_moe
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_moe import assert_close, squashed
 from flax import nnx
 from helpers import make_mesh
 from jax import lax
@@ -47,7 +47,7 @@ def results(parameters, x, config=CONFIG, **options):
 
     def loss(parameters, x):
         y, report = moe(parameters, x, config, **options)
-        return jnp.mean(jnp.sin(3 * y)) + report.aux_loss, (y, report)
+        return squashed(y) + report.aux_loss, (y, report)
 
     (_, out), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(parameters, x)
     return out, grads
@@ -55,13 +55,6 @@ def results(parameters, x, config=CONFIG, **options):
 
 #: Compiled once for all tests of the same shapes.
 on_one_device = jax.jit(results)
-
-
-def assert_close(got, expected):
-    jax.tree.map(
-        lambda g, e: np.testing.assert_allclose(np.asarray(g), np.asarray(e), 2e-5, 2e-5),
-        *map(dense_moe.on_any_mesh, (got, expected)),
-    )
 
 
 def other_than_expert(names):
@@ -151,7 +144,7 @@ def test_inside_a_shard_map_that_leaves_an_axis_over(outer_is_expert, left_over,
 
     def loss(parameters, x):
         y, report = layer(parameters, x)
-        return jnp.mean(jnp.sin(3 * y)) + report.aux_loss, (y, report)
+        return squashed(y) + report.aux_loss, (y, report)
 
     def gradient(parameters, x):
         return jax.grad(loss, (0, 1), has_aux=True)(parameters, x)
@@ -169,7 +162,7 @@ def test_inside_a_shard_map_whose_ranks_hold_different_tokens_for_a_layer_of_the
 
     def loss(parameters, x):
         y, report = moe(parameters, x, CONFIG)
-        return jnp.mean(jnp.sin(3 * y)) + report.aux_loss
+        return squashed(y) + report.aux_loss
 
     def average(parameters, x):
         return lax.pmean(loss(parameters, x), "data")
