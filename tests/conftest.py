@@ -26,13 +26,16 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 TEST_TIMEOUT_SECONDS = 180
 
+#: The variable that gives all random tests their seed: the same numbers in each run of a commit.
+SEED = "TESTS_SEED"
+
 
 def pytest_addoption(parser):
     parser.addoption(
         "--seed",
         type=int,
-        default=random.SystemRandom().randrange(2**32),
-        help="seed of the `rng` fixture; drawn anew in each run unless given",
+        default=int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32)),
+        help=f"seed of the `rng` fixture; drawn anew in each run unless given here or as {SEED}",
     )
 
 
@@ -40,6 +43,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     import pod_run
 
+    if os.environ.get(SEED) and config.pluginmanager.hasplugin("hypothesispytest"):
+        import hypothesis
+
+        hypothesis.settings.register_profile("same", derandomize=True)
+        hypothesis.settings.load_profile("same")
     if pod_run.is_pod():
         pod_run.join(config)
 
