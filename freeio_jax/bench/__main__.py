@@ -128,7 +128,7 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
             mix.run(report, arguments.soak, num_ranks=len(devices))
         elif part == "decode":
             for suite in _suites(arguments, "large", decode.TOKENS):
-                decode.run(report, suite, **sizes)
+                decode.run(report, suite, layers=arguments.layers, **sizes)
         elif part == "layer":
             given = {"hidden": arguments.hidden, "top_k": arguments.top_k}
             given |= {"num_experts": arguments.num_experts, "expert_width": arguments.expert_width}

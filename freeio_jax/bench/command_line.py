@@ -192,6 +192,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         metavar="N",
         help="multiprocessors beside compute, of --overlap; default: 8 16 24 32",
     )
+    what("--layers", type=count, default=61, help="of --decode, 2 at least; default: 61")
     what("--num-sms", type=count, help="as in freeio_jax.config")
     what("--repeats", type=count, default=5, help="on CPU: rounds; the median counts")
     what("--json", type=pathlib.Path, help="also write all figures to this file, as they come")
@@ -209,6 +210,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             parser.error(
                 "--suites have sizes of their own: leave out --hidden, --top-k, --num-experts"
             )
+    if arguments.layers < 2:
+        parser.error(
+            "--layers 1: the host's time of a call is that of two layers or more less one's"
+        )
     if (arguments.top_k or 8) > (arguments.num_experts or 64):
         parser.error(f"--top-k {arguments.top_k} exceeds --num-experts {arguments.num_experts}")
     if arguments.readme and arguments.json is None:

@@ -31,8 +31,8 @@ from freeio_jax.bench.programs import put
 from freeio_jax.bench.report import Report
 from freeio_jax.bench.shapes import Case, Suite
 
-LAYERS = 61  # DeepSeek-V3's
 TOKENS = (1, 8, 32, 128)
+LAYERS = 61  # DeepSeek-V3's
 #: Calls of a layer that reach the GPU, of every program without a shared expert.
 CALLS = 2
 #: Hidden width of the shared expert: DeepSeek-V3's.

@@ -108,7 +108,7 @@ def test_processes_print_once(tmp_path):
     """In several processes, by the launcher."""
     sizes = ["--tokens", "2", "--hidden", "16", "--top-k", "2", "--num-experts", "4"]
     path = tmp_path / "decode.json"
-    command = ["-m", "freeio_jax.bench", "--decode", *sizes, "--json", str(path)]
+    command = ["-m", "freeio_jax.bench", "--decode", "--layers", "3", *sizes, "--json", str(path)]
     launched = subprocess.run(
         [sys.executable, "-m", "freeio_jax.launch", "-n", "2", *command],
         capture_output=True,

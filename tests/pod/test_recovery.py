@@ -262,7 +262,9 @@ def test_who_waits_for_whom_is_told_before_the_time_out(layout, tmp_path):
     waiter = r"freeio_jax: freeio_jax.dispatch: rank 0 \(mesh device 0\)"
     if pod:
         waiter += r" of process 0 \(pid \d+\)"
-    for note, seconds in zip(notes, ("0.5", "1"), strict=True):
+    # On a crowded machine it may wait for longer, and says so once more.
+    assert len(notes) >= 2, lines
+    for note, seconds in zip(notes, ("0.5", "1", "2", "4", "8"), strict=False):
         assert re.match(
             rf"{waiter} has waited {seconds} s \(it gives up after 600 s\) for rank 1 \(mesh",
             note,
@@ -286,7 +288,9 @@ def test_who_is_waited_for_in_initialize_is_told(tmp_path):
     )
     assert status == 0, lines
     notes = [line for line in lines[0] if "has waited" in line]
-    for note, seconds in zip(notes, ("0.5", "1"), strict=True):
+    # On a crowded machine it may wait for longer, and says so once more.
+    assert len(notes) >= 2, lines
+    for note, seconds in zip(notes, ("0.5", "1", "2", "4", "8"), strict=False):
         assert note == (
             f"freeio_jax: freeio_jax.initialize: process 0 has waited {seconds} s (it gives up "
             "after 600 s) for the others to call it, which leaves process(es) [1]"
