@@ -31,6 +31,7 @@ def machine(emulator_library, _shared_machine, rng):
     if not _shared_machine:
         _shared_machine.append(Emulator(emulator_library, num_gpus=16, num_sms=16))
     shared = _shared_machine[0]
+    shared.set_hosts(0, 0)
     shared.set_num_sms(5)
     shared.set_overlap_num_sms(2)
     shared.starts_num_sms = None

@@ -32,6 +32,9 @@ PROTOCOLS = ("small", "large", "through buffers")
 #: The engine's own list, core/dtype.h: `Emulator` checks that.
 DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]
 
+#: Signals between hosts, as in xla_ffi/hosts/device/wire.cuh.
+SIGNALS = ("header", "parcel", "answer", "credit", "gave up")
+
 GUARD_BYTES = 64
 GARBAGE = 0xA5
 
@@ -246,6 +249,7 @@ class Emulator:
         assert names == [*(name.encode() for name in DTYPES), None]
         self._library.emulator_steps.restype = c.c_uint64
         self._library.emulator_driver_function.restype = c.c_void_p
+        self._library.emulator_network_bytes.restype = c.c_int64
         self._buffers = []  # of launches that have not run
         self._filled = []  # likewise: on their GPU's stream
         self._new_buffers = []  # of the next launch
@@ -384,6 +388,35 @@ class Emulator:
         slices = 2**31 if name == "small" else -1
         routes = -1 if name == "through buffers" else 2**31
         self._library.engine_set_most_sent(c.c_int64(routes), c.c_int64(slices))
+
+    def set_hosts(self, num_gpus, per_host, window_bytes=1 << 20):
+        """Shares the GPUs out among hosts; all calls are then those of groups that span hosts.
+
+        Args:
+          num_gpus: of all hosts; 0: all GPUs are on one host again.
+          per_host: of each.
+          window_bytes: of a part of a half of a window.
+        """
+        self._library.emulator_set_hosts(num_gpus, per_host, c.c_int64(window_bytes))
+
+    def set_network_faults(self, *, ignores_fences=False, lost=(), unawaited=()):
+        """What the network does wrong, for tests that show what kernels rely on.
+
+        Args:
+          ignores_fences: what is put and signalled arrives in any order.
+          lost: kinds of SIGNALS that never arrive.
+          unawaited: kinds for which the kernels do not wait.
+        """
+        lost, unawaited = (
+            c.c_uint32(sum(1 << SIGNALS.index(kind) for kind in kinds))
+            for kinds in (lost, unawaited)
+        )
+        self._library.emulator_set_network_faults(c.c_int(ignores_fences), lost, unawaited)
+
+    @property
+    def network_bytes(self):
+        """Put between hosts so far, without signals."""
+        return self._library.emulator_network_bytes()
 
     def set_epochs(self, group, epoch):
         """As if each two of the group's GPUs had made so many exchanges."""

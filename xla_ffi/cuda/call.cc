@@ -5,11 +5,8 @@
 #include "cuda/current_device.h"
 
 namespace freeio::cuda {
-namespace {
 
-// Fills the signature. The kernels of all ranks compare theirs, so that ranks which make different
-// calls get an error instead of each other's rows.
-void sign(const CallSite& site, const Plan& plan, uint32_t ctas,
+void sign(const CallSite& site, uint32_t rows, uint32_t ctas,
           uint32_t (&signature)[kSignatureWords]) {
   const Layout& layout = site.layout;
   signature[kOp] = static_cast<uint32_t>(site.operation);
@@ -20,10 +17,8 @@ void sign(const CallSite& site, const Plan& plan, uint32_t ctas,
   signature[kCapacity] = static_cast<uint32_t>(layout.capacity);
   signature[kAlignment] = static_cast<uint32_t>(layout.alignment);
   signature[kGrid] = ctas;
-  signature[kRows] = plan.rows;
+  signature[kRows] = rows;
 }
-
-}  // namespace
 
 Status SharedAddresses::translate(Peers& peers, uint64_t& address) {
   RelaxedCapture relaxed;  // XLA may be capturing the launch that this is for
@@ -59,7 +54,7 @@ Status Call<Operands>::prepare(int32_t alignment) {
   if (!status.ok()) return status;
   status = LoadedKernel::load(plan_.kernel, kernel_);
   if (!status.ok()) return status;
-  sign(site_, plan_, connection_.num_ctas, exchange.signature);
+  sign(site_, plan_.rows, connection_.num_ctas, exchange.signature);
   alignment_ = alignment;
   engine_version_ = version;
   return {};

@@ -30,6 +30,11 @@ struct CallSite {
   LaneShare share;
 };
 
+// Fills the signature. The kernels of all ranks compare theirs, so that ranks which make different
+// calls get an error instead of each other's rows. `rows`: a digest of the row types.
+void sign(const CallSite& site, uint32_t rows, uint32_t ctas,
+          uint32_t (&signature)[kSignatureWords]);
+
 // Turns addresses of this process's buffers into addresses for the peers: a region's number and an
 // offset (gpu_block.h).
 class SharedAddresses {

@@ -5,6 +5,7 @@
 #include <sstream>
 
 #include "core/operations.h"
+#include "hosts/failure_code.h"
 
 namespace freeio::cuda {
 namespace {
@@ -19,10 +20,19 @@ constexpr const char* kSignatureNames[kSignatureWords] = {"the operation",
                                                           "the number of CTAs",
                                                           "the dtypes or shapes of a row"};
 
+static_assert(std::size(kOperationNames) == kBetweenHosts);
+
+// The number may be that of an operation between hosts.
+const char* operation(uint32_t number) { return kOperationNames[number % kBetweenHosts]; }
+
+std::string rank_of_host(int rank, int host) {
+  return std::to_string(rank) + " on host " + std::to_string(host) + " of the group";
+}
+
 // The value of a word of a signature; empty: it is a digest, which says nothing to a user.
 std::string text_of_word(int word, uint32_t value) {
   if (word == kInstance || word == kRows) return "";
-  if (word == kOp && value < std::size(kOperationNames)) return kOperationNames[value];
+  if (word == kOp && value % kBetweenHosts < std::size(kOperationNames)) return operation(value);
   return std::to_string(value);
 }
 
@@ -61,11 +71,22 @@ const char* text_of_loss(uint32_t why) {
 }  // namespace
 
 Status to_status(const Failure& failure, double timeout, const std::string& peer_process) {
-  const std::string peer =
+  std::string peer =
       "rank " + std::to_string(failure.peer) + (peer_process.empty() ? "" : " of " + peer_process);
+  std::string rank = std::to_string(failure.rank);
+  int word = failure.word;
+  if (FailureCode::is_packed(failure.word)) {
+    const FailureCode between = FailureCode::unpack(failure.word);
+    rank = rank_of_host(between.rank, between.host);
+    peer = "rank " + rank_of_host(between.peer, between.peer_host);
+    word = between.word;
+  } else if (failure.op >= kBetweenHosts) {
+    rank += " of this host's ranks";
+    peer += " of them";
+  }
   std::ostringstream text;
   Code code = Code::kInternal;
-  text << "freeio_jax." << kOperationNames[failure.op] << ": rank " << failure.rank;
+  text << "freeio_jax." << operation(failure.op) << ": rank " << rank;
   switch (failure.step) {
     case kWrongDevice:
       text << " runs on mesh device " << failure.found << ", but was compiled for mesh device "
@@ -75,12 +96,12 @@ Status to_status(const Failure& failure, double timeout, const std::string& peer
       break;
     case kSignatureDiffers:
       code = Code::kInvalidArgument;
-      text << " and " << peer << " differ in " << kSignatureNames[failure.word];
-      if (const std::string here = text_of_word(failure.word, failure.expected); !here.empty()) {
-        text << " (" << here << " and " << text_of_word(failure.word, failure.found) << ")";
+      text << " and " << peer << " differ in " << kSignatureNames[word];
+      if (const std::string here = text_of_word(word, failure.expected); !here.empty()) {
+        text << " (" << here << " and " << text_of_word(word, failure.found) << ")";
       }
       text << ". All ranks of the expert axis must make the same calls in the same order";
-      if (failure.word == kGrid) {
+      if (word == kGrid) {
         text << ", with the same num_sms (freeio_jax.config, FREEIO_NUM_SMS)";
       }
       text << ".";
@@ -109,7 +130,7 @@ Status to_status(const Failure& failure, double timeout, const std::string& peer
 
 std::string to_note(const Wait& wait, double timeout, const std::string& peer_process) {
   std::ostringstream text;
-  text << "freeio_jax." << kOperationNames[wait.op_and_step & 15] << ": rank " << int{wait.rank}
+  text << "freeio_jax." << operation(wait.op_and_step & 15u) << ": rank " << int{wait.rank}
        << " has waited " << seconds_of(wait) << " s (it gives up after " << std::setprecision(4)
        << timeout << " s) for rank " << int{wait.peer}
        << (peer_process.empty() ? "" : " of " + peer_process) << ", for "

@@ -42,19 +42,6 @@ int32_t pack_of(DType dtype, bool wide) {
   return elements;
 }
 
-int64_t bytes_of(DType dtype) {
-  int64_t bytes = 0;
-  with_element_type(dtype, [&](auto tag) { bytes = sizeof(typename decltype(tag)::Type); });
-  return bytes;
-}
-
-// Whether lanes take several elements of a row at a time.
-template <typename Types>
-bool is_wide(const Types& types, int32_t alignment) {
-  const int64_t bytes = bytes_of(types.dtype);
-  return access_bytes(types.width * bytes, alignment) >= bytes * pack_of(types.dtype, true);
-}
-
 template <typename Params>
 void set_slices(int32_t slices, Params& params) {
   params.slices = Divisor(slices);
@@ -67,16 +54,6 @@ void cut_rows(const Types& types, bool wide, std::pair<int64_t, int32_t> slices,
   params.width = static_cast<int32_t>(types.width);
   params.slice_width = slices.second * pack_of(types.dtype, wide);
   set_slices(static_cast<int32_t>(slices.first), params);
-}
-
-// `marks`: whether the call marks padding in the handle, too.
-Blocks blocks_of(const Exchange& x, bool marks) {
-  // Groups are not padded if their sizes need not be multiples of more than 1.
-  const bool zeroes = x.zero_tail || x.alignment.divisor > 1;
-  if (x.capacity == 0 || (!zeroes && !marks)) return {1, 0, 1};
-  const int32_t rows = zeroes ? block_rows(x.capacity) : kMarkedBlockRows;
-  const int32_t count = (x.capacity - 1) / rows + 1;
-  return {rows, count, spreading_stride(count)};
 }
 
 constexpr uint32_t bit(int address) { return 1u << address; }
@@ -176,6 +153,26 @@ Status plan_routing(int32_t ctas, DispatchParams& params) {
 
 }  // namespace
 
+int64_t bytes_of(DType dtype) {
+  int64_t bytes = 0;
+  with_element_type(dtype, [&](auto tag) { bytes = sizeof(typename decltype(tag)::Type); });
+  return bytes;
+}
+
+bool is_wide(DType dtype, int64_t width, int32_t alignment) {
+  const int64_t bytes = bytes_of(dtype);
+  return access_bytes(width * bytes, alignment) >= bytes * pack_of(dtype, true);
+}
+
+Blocks blocks_of(const Exchange& x, bool marks) {
+  // Groups are not padded if their sizes need not be multiples of more than 1.
+  const bool zeroes = x.zero_tail || x.alignment.divisor > 1;
+  if (x.capacity == 0 || (!zeroes && !marks)) return {1, 0, 1};
+  const int32_t rows = zeroes ? block_rows(x.capacity) : kMarkedBlockRows;
+  const int32_t count = (x.capacity - 1) / rows + 1;
+  return {rows, count, spreading_stride(count)};
+}
+
 void set_most_sent(int64_t routes, int64_t slices) {
   max_sent_routes = std::min<int64_t>(routes, kMaxSentRoutes);
   max_sent_slices = std::min<int64_t>(slices, kMaxSentSlices);
@@ -193,20 +190,29 @@ int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operand
   return alignment;
 }
 
-Status make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
-                 DispatchParams& params, Plan& plan) {
-  plan = {};
+uint32_t plan_pulling(const DispatchTypes& types, int32_t alignment, DispatchParams& params,
+                      uint32_t& leaves) {
   Digest rows;
-  uint32_t leaves = 0;
+  leaves = 0;
   params.num_leaves = types.num_leaves;
-  params.num_slices = 0;
+  int32_t num_slices = 0;
   for (int i = 0; i < types.num_leaves; ++i) {
     SlicedLeaf& leaf = params.leaves[i];
     cut_leaf(types.leaves[i], alignment, leaf);
-    params.num_slices += leaf.num_slices;
+    num_slices += leaf.num_slices;
     leaves |= bit(kFirstLeaf + i);
     rows.add({static_cast<int64_t>(types.leaves[i].row_type), leaf.row_bytes, leaf.access_bytes});
   }
+  set_slices(num_slices, params);
+  params.padding = blocks_of(params.exchange, types.routed);
+  return rows.folded();
+}
+
+Status make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
+                 DispatchParams& params, Plan& plan) {
+  plan = {};
+  uint32_t leaves = 0;
+  plan.rows = plan_pulling(types, alignment, params, leaves);
   const Exchange& x = params.exchange;
   // Peers get only the addresses that they read.
   if (!types.routed) {
@@ -222,8 +228,6 @@ Status make_plan(const DispatchTypes& types, int32_t alignment, int32_t ctas,
     plan.posted = params.places_in_scratch ? leaves | bit(kScratch) : leaves;
   }
   set_slices(params.num_slices, params);
-  params.padding = blocks_of(x, types.routed);
-  plan.rows = rows.folded();
   return {};
 }
 
@@ -259,7 +263,7 @@ int32_t alignment_of(const CombineTypes&, const CombineOperands& operands) {
 Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, CombineParams& params,
                  Plan& plan) {
   plan = {};
-  const bool wide = is_wide(types, alignment);
+  const bool wide = is_wide(types.dtype, types.width, alignment);
   const Exchange& x = params.exchange;
   const bool sends = sends_routes(x, types.dtype);
   const int32_t pack = pack_of(types.dtype, wide);
@@ -319,7 +323,7 @@ Status make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t,
                  CombineTransposeParams& params, Plan& plan) {
   plan = {};
   const Exchange& x = params.exchange;
-  const bool wide = is_wide(types, alignment);
+  const bool wide = is_wide(types.dtype, types.width, alignment);
   const int assignments = x.num_ranks * x.top_k;
   const size_t accumulator_bytes = types.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   int64_t slice = transpose_slice(x.num_tokens);

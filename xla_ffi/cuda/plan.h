@@ -41,6 +41,18 @@ Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Com
 Status make_plan(const CombineTransposeTypes& types, int32_t alignment, int32_t ctas,
                  CombineTransposeParams& params, Plan& plan);
 
+// What make_plan() decides for rows that are pulled, in a dispatch and in one along a handle.
+// Returns the digest of the row types. Fills the leaves, the slices and the padding. `leaves` gets
+// a bit for the address of each leaf.
+uint32_t plan_pulling(const DispatchTypes& types, int32_t alignment, DispatchParams& params,
+                      uint32_t& leaves);
+
+// Whether lanes take several elements of a row at a time.
+bool is_wide(DType dtype, int64_t width, int32_t alignment);
+int64_t bytes_of(DType dtype);
+// The padding that a call looks for. `marks`: whether it marks padding in the handle, too.
+Blocks blocks_of(const Exchange& exchange, bool marks);
+
 // Fills in the addresses of the buffers, also those that may be posted.
 void set_operands(const DispatchOperands& operands, DispatchParams& params);
 void set_operands(const CombineOperands& operands, CombineParams& params);

@@ -22,6 +22,8 @@
 #include "cuda/plan.h"
 #include "cuda/sizes.h"
 #include "driver.h"
+#include "hosts/call.h"
+#include "hosts/plan.h"
 #include "machine.h"
 #include "pod/pod.h"
 #include "runtime.h"
@@ -138,26 +140,67 @@ int32_t num_leaves_of(const Types&) {
   return 0;
 }
 
+// Fills the operands, and returns the buffers in XLA's order.
+template <typename Operands>
+CallBuffers read_buffers(const typename Operands::Types& types, const NamedBuffers& buffers,
+                         Operands& operands) {
+  std::map<std::string, void*> addresses;
+  for (int i = 0; i < buffers.count; ++i) addresses[buffers.names[i]] = buffers.addresses[i];
+  operands.device = static_cast<const uint32_t*>(addresses.at("device"));
+  ByName by_name{addresses, num_leaves_of(types)};
+  by_name.buffers.arguments.push_back(operands.device);
+  visit_buffers(types, operands, by_name);
+  return by_name.buffers;
+}
+
+// Calls with equal keys are equal.
+template <typename Types>
+std::vector<int64_t> key_of(const Site& site, const Types& types) {
+  std::vector<int64_t> key = numbers_of(types);
+  key.insert(key.end(), {site.num_ranks, site.num_tokens, site.top_k, site.num_experts,
+                         site.capacity, site.alignment, site.zero_tail, site.rank, site.mesh_device,
+                         site.instance, site.is_start, site.num_sms, site.starts_num_sms});
+  key.insert(key.end(), site.gpus, site.gpus + site.num_ranks);
+  return key;
+}
+
+// The symmetric memory of the GPUs: one for each way to share them out among hosts.
+std::map<std::vector<int64_t>, Landings> all_landings;
+const Landings* landings = nullptr;  // in use
+
+// As run_call(), for a group that spans hosts.
+template <typename Operands>
+const char* run_between_hosts(Operation operation, const Site& site,
+                              const typename Operands::Types& types, const NamedBuffers& buffers) {
+  Operands operands = {};
+  read_buffers(types, buffers, operands);
+  static std::map<std::vector<int64_t>, HostsCall<Operands>> calls;
+  const int gpu = site.gpus[site.rank];
+  HostsMember member{{site.gpus, site.gpus + site.num_ranks}, {}, site.rank, site.mesh_device};
+  for (const int other : member.pes) {
+    if (landings->host_of_pe[other] == landings->host_of_pe[gpu]) member.gpus.push_back(other);
+  }
+  std::vector<int64_t> key = key_of(site, types);
+  key.push_back(reinterpret_cast<int64_t>(landings));
+  auto [found, is_new] =
+      calls.try_emplace(std::move(key), CallSite{operation, layout_of(site), {}, site.instance, {}},
+                        std::move(member), *landings, types);
+  cudaSetDevice(ordinal_of(gpu));
+  return text(found->second.run(operands, nullptr));
+}
+
 // Runs the call on the rank's GPU, and keeps its Call, as XLA keeps a custom call. So a later run
 // of an equal call is not its first run.
 template <typename Operands>
 const char* run_call(Operation operation, const Site& site, const typename Operands::Types& types,
                      const NamedBuffers& buffers) {
-  std::map<std::string, void*> addresses;
-  for (int i = 0; i < buffers.count; ++i) addresses[buffers.names[i]] = buffers.addresses[i];
+  if (landings != nullptr) return run_between_hosts<Operands>(operation, site, types, buffers);
   Operands operands = {};
-  operands.device = static_cast<const uint32_t*>(addresses.at("device"));
-  ByName by_name{addresses, num_leaves_of(types)};
-  by_name.buffers.arguments.push_back(operands.device);
-  visit_buffers(types, operands, by_name);
+  const CallBuffers in_order = read_buffers(types, buffers, operands);
   static std::map<std::vector<int64_t>, Call<Operands>> calls;
   const Layout layout = layout_of(site);
   GroupMember member{{site.gpus, site.gpus + site.num_ranks}, site.rank, site.mesh_device};
-  std::vector<int64_t> key = numbers_of(types);
-  key.insert(key.end(), {site.num_ranks, site.num_tokens, site.top_k, site.num_experts,
-                         site.capacity, site.alignment, site.zero_tail, site.rank, site.mesh_device,
-                         site.instance, site.is_start, site.num_sms, site.starts_num_sms});
-  key.insert(key.end(), member.gpus.begin(), member.gpus.end());
+  std::vector<int64_t> key = key_of(site, types);
   auto [found, is_new] =
       calls.try_emplace(std::move(key),
                         CallSite{operation, layout, std::move(member), site.instance,
@@ -167,8 +210,8 @@ const char* run_call(Operation operation, const Site& site, const typename Opera
   const int gpu = site.gpus[site.rank];
   cudaSetDevice(ordinal_of(gpu));
   if (site.is_start == 0) return text(found->second.run(operands, nullptr));
-  buffers_of_starts[{gpu, site.program, site.number, site.run}] = by_name.buffers;
-  return text(found->second.start(operands, name_of(site), by_name.buffers, nullptr));
+  buffers_of_starts[{gpu, site.program, site.number, site.run}] = in_order;
+  return text(found->second.start(operands, name_of(site), in_order, nullptr));
 }
 
 }  // namespace
@@ -222,6 +265,36 @@ EMULATOR_API void* emulator_driver_function(const char* name) {
 EMULATOR_API void emulator_close() { emulator::close(); }
 EMULATOR_API uint64_t emulator_steps() { return emulator::steps(); }
 EMULATOR_API const char* emulator_synchronize() { return text(emulator::synchronize()); }
+
+// From now on these GPUs are on hosts of `per_host` each, with windows of so many bytes, and calls
+// are those of groups that span hosts. 0: all are on one host.
+EMULATOR_API void emulator_set_hosts(int num_gpus, int per_host, int64_t window_bytes) {
+  landings = nullptr;
+  if (per_host == 0) return;
+  Landings& made = all_landings[{num_gpus, per_host, window_bytes}];
+  landings = &made;
+  if (made.address.empty()) {
+    made.layout = {num_gpus, (num_gpus + per_host - 1) / per_host, window_bytes};
+    const auto bytes = static_cast<size_t>(made.layout.bytes());
+    for (int gpu = 0; gpu < num_gpus; ++gpu) {
+      made.host_of_pe.push_back(gpu / per_host);
+      void* memory = nullptr;
+      cudaMalloc(&memory, bytes);
+      cudaMemset(memory, 0, static_cast<size_t>(made.layout.window_at(0, 0, kRequests)));
+      made.address.push_back(static_cast<std::byte*>(memory));
+    }
+  }
+  for (int gpu = 0; gpu < num_gpus; ++gpu) {
+    emulator::set_heap(gpu, made.address[gpu], static_cast<size_t>(made.layout.bytes()));
+  }
+}
+EMULATOR_API void emulator_set_network_faults(int ignores_fences, uint32_t lost_kinds,
+                                              uint32_t unawaited_kinds) {
+  emulator::set_network_faults({ignores_fences != 0, lost_kinds, unawaited_kinds});
+}
+EMULATOR_API int64_t emulator_network_bytes() {
+  return static_cast<int64_t>(emulator::network_bytes());
+}
 
 EMULATOR_API void engine_set_timeout(double seconds) { set_timeout(seconds); }
 EMULATOR_API void engine_set_num_sms(int64_t num_sms) { set_num_sms(num_sms); }

@@ -55,12 +55,14 @@ def _commands(compiler, folder, flags_of_all):
         paths = sorted(ENGINE.glob(pattern))
         return [(path, flags) for path in paths if path.name not in LEFT_OUT]
 
-    kernels = engine("cuda/*/*.cu", [*KERNEL_FLAGS, "-x", "c++"])
+    of_kernels = [*KERNEL_FLAGS, "-x", "c++"]
+    kernels = [*engine("cuda/*/*.cu", of_kernels), *engine("hosts/*.cu", of_kernels)]
     around = {BEFORE_KERNELS, AFTER_KERNELS}
     machine = [(path, ["-Wshadow", "-O2"]) for path in sorted(HERE.glob("*.cc"))]
     rest = [
         *engine("cuda/*.cc", []),
         *engine("core/*.cc", []),
+        *engine("hosts/*.cc", []),
         *engine("pod/*.cc", []),
         *(source for source in machine if source[0] not in around),
     ]

@@ -4,6 +4,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/params.h"
+#include "hosts/kernels.h"
 
 namespace emulator {
 namespace {
@@ -21,9 +22,11 @@ std::function<void()> bind(const void* function, const void* params) {
 
 std::map<const void*, Bind> make_table() {
   std::map<const void*, Bind> table;
-  for_each_kernel([&](const Kernel& kernel, auto tag) {
+  const auto add = [&](const Kernel& kernel, auto tag) {
     table[kernel.function] = bind<typename decltype(tag)::Type>;
-  });
+  };
+  for_each_kernel(add);
+  for_each_hosts_kernel(add);
   return table;
 }
 

@@ -111,6 +111,7 @@ struct Warp {
   uint32_t ready = 0;
   uint32_t arrived = 0;
   Together what = Together::kNothing;
+  uint32_t network_fences = 0;
   uint64_t arriving[kLanes];
   uint64_t gathered[kLanes];
 };
@@ -120,6 +121,7 @@ struct RunningKernel;
 struct Cta {
   RunningKernel* kernel = nullptr;
   unsigned number = 0;
+  uint64_t serial = 0;  // never that of another CTA
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   uint32_t ready_warps = 0;
@@ -160,6 +162,22 @@ struct WordInFlight {
   std::shared_ptr<LineInFlight> line;  // null: it is one word
 };
 
+// Something on the network.
+struct OnNetwork {
+  uint64_t warp;    // that sent it
+  uint32_t fences;  // of the warp, before
+  int gpu;          // to which it goes
+  std::byte* to;
+  const void* from;  // null: a signal
+  size_t bytes;
+  uint64_t value;
+};
+
+struct Heap {
+  std::byte* base = nullptr;
+  size_t bytes = 0;
+};
+
 class Machine {
  public:
   void seed(uint64_t seed) { random_ = Random(seed); }
@@ -189,16 +207,25 @@ class Machine {
       Cta* cta = choose();
       if (cta != nullptr) {
         run_cta(*cta);
-      } else if (!any && !start_kernels(true) && !deliver_late() && !wake_changed()) {
+      } else if (!any && !start_kernels(true) && !deliver_late() && !network_.late(random_) &&
+                 !wake_changed()) {
         idle();
       }
       if (random_.one_in(4)) deliver_some(random_.below(kMaxGpus));
+      if (random_.one_in(8)) network_.deliver_some(random_);
       if (!active_ctas_.empty() && random_.one_in(patience_)) {
         look_at_clock(*active_ctas_[random_.below(static_cast<uint32_t>(active_ctas_.size()))]);
       }
     }
+    if (stream < 0) network_.deliver_all();
     return error_;
   }
+
+  void set_heap(int gpu, void* base, size_t bytes) {
+    network_.heaps[gpu] = {static_cast<std::byte*>(base), bytes};
+  }
+  void set_network_faults(const NetworkFaults& faults) { network_.faults = faults; }
+  uint64_t network_bytes() const { return network_.bytes; }
 
   void close() {
     error_ = "emulator: closed";
@@ -297,6 +324,29 @@ class Machine {
     deliver_all(gpu());
   }
 
+  void network_put(void* symmetric, const void* from, size_t bytes, int gpu) {
+    preempt();
+    network_.bytes += bytes;
+    const auto* begin = static_cast<const std::byte*>(from);
+    // In two parts, which may arrive apart.
+    const size_t first = bytes > 0 ? random_.below(static_cast<uint32_t>(bytes)) : 0;
+    send({0, 0, gpu, static_cast<std::byte*>(symmetric), begin, first, 0});
+    send({0, 0, gpu, static_cast<std::byte*>(symmetric) + first, begin + first, bytes - first, 0});
+  }
+
+  void network_signal(int kind, uint64_t* symmetric, uint64_t value, int gpu) {
+    preempt();
+    if ((network_.faults.lost_kinds >> kind & 1) != 0) return;
+    send({0, 0, gpu, reinterpret_cast<std::byte*>(symmetric), nullptr, sizeof(value), value});
+  }
+
+  void network_fence() {
+    preempt();
+    if (!network_.faults.ignores_fences) ++warp_of(*current_).network_fences;
+  }
+
+  bool is_unawaited(int kind) const { return (network_.faults.unawaited_kinds >> kind & 1) != 0; }
+
   // Copies at once, or when the thread waits for it. These are the earliest and the latest time.
   void start_copy(void* to, const void* from, size_t bytes) {
     if (random_.one_in(2)) {
@@ -344,6 +394,77 @@ class Machine {
   // far ahead. A fair choice hardly ever does that.
   enum class Policy { kFair, kCtaPriority, kGpuPriority };
 
+  // Things between hosts, from all GPUs.
+  struct Network {
+    Machine& machine;
+    Heap heaps[kMaxGpus];
+    NetworkFaults faults;
+    uint64_t bytes = 0;
+    uint32_t slow_gpus = 0;  // what goes to these arrives when no thread can go on
+    std::vector<OnNetwork> things;
+
+    bool may_arrive(size_t index) const {
+      const OnNetwork& it = things[index];
+      return std::none_of(things.begin(), things.end(), [&](const OnNetwork& other) {
+        return other.warp == it.warp && other.gpu == it.gpu && other.fences < it.fences;
+      });
+    }
+    bool deliver_one(Random& random, bool slow_too) {
+      if (things.empty()) return false;
+      const size_t first = random.below(static_cast<uint32_t>(things.size()));
+      for (size_t i = 0; i < things.size(); ++i) {
+        const size_t index = (first + i) % things.size();
+        const bool is_slow = (slow_gpus >> things[index].gpu % 32 & 1) != 0;
+        if ((is_slow && !slow_too) || !may_arrive(index)) continue;
+        const OnNetwork it = things[index];
+        things[index] = things.back();
+        things.pop_back();
+        machine.arrive(it);
+        return true;
+      }
+      return false;
+    }
+    void deliver_some(Random& random) {
+      for (size_t i = 0; i < 1 + things.size() / 16; ++i) {
+        if (!deliver_one(random, false)) return;
+      }
+    }
+    bool late(Random& random) { return deliver_one(random, true); }
+    void deliver_all() {
+      for (const OnNetwork& it : things) machine.arrive(it);
+      things.clear();
+    }
+  };
+
+  Warp& warp_of(const Thread& thread) const {
+    return thread.cta->warps[static_cast<size_t>(thread.number / kLanes)];
+  }
+
+  // Sends what goes to the place `to` of the symmetric heap.
+  void send(OnNetwork it) {
+    const Heap& own = network_.heaps[gpu()];
+    const Heap& other = network_.heaps[it.gpu];
+    const auto at = static_cast<size_t>(it.to - own.base);
+    if (own.base == nullptr || it.to < own.base || at + it.bytes > other.bytes) {
+      error_ = "emulator: something is put outside the symmetric heap";
+      return;
+    }
+    it.warp = current_->cta->serial * 64 + static_cast<uint64_t>(current_->number / kLanes);
+    it.fences = warp_of(*current_).network_fences;
+    it.to = other.base + at;
+    network_.things.push_back(it);
+  }
+
+  void arrive(const OnNetwork& it) {
+    if (it.from != nullptr) {
+      memcpy(it.to, it.from, it.bytes);
+      return;
+    }
+    auto* const word = reinterpret_cast<uint64_t*>(it.to);
+    __atomic_store_n(word, it.value, __ATOMIC_RELEASE);
+    stored(word);
+  }
+
   static uint64_t load(const void* address, size_t bytes) {
     return bytes == sizeof(uint64_t)
                ? __atomic_load_n(static_cast<const uint64_t*>(address), __ATOMIC_ACQUIRE)
@@ -362,6 +483,7 @@ class Machine {
     yield_interval_ = 1u << random_.below(14);
     until_yield_ = 1 + random_.below(2 * yield_interval_);
     for (uint32_t& priority : gpu_priority_) priority = random_.next();
+    network_.slow_gpus = random_.next() & random_.next();
     for (auto& [stream, kernel] : running_) {
       for (auto& cta : kernel->ctas) cta->priority = random_.next();
     }
@@ -432,6 +554,7 @@ class Machine {
     auto cta = std::make_unique<Cta>();
     cta->kernel = &kernel;
     cta->number = static_cast<unsigned>(kernel.ctas.size());
+    cta->serial = ++ctas_so_far_;
     cta->live = it.threads;
     cta->priority = random_.next();
     cta->stacks = new_stacks(it.threads);
@@ -755,7 +878,9 @@ class Machine {
   uint64_t leap_ = kMillisecond;
   uint64_t pauses_ = 0;
   uint64_t steps_ = 0;
+  uint64_t ctas_so_far_ = 0;
   std::string error_;
+  Network network_{*this, {}, {}, 0, 0, {}};
 
   std::map<int, std::deque<Item>> queues_;  // by stream
   std::map<int, std::unique_ptr<RunningKernel>> running_;
@@ -796,6 +921,9 @@ void enqueue(int stream, Launch launch) { machine().enqueue(stream, std::move(la
 void record(int stream, Event& event) { machine().record(stream, event); }
 void wait(int stream, const Event& event) { machine().wait(stream, event); }
 std::string run(int stream) { return machine().run(stream); }
+void set_heap(int gpu, void* base, size_t bytes) { machine().set_heap(gpu, base, bytes); }
+void set_network_faults(const NetworkFaults& faults) { machine().set_network_faults(faults); }
+uint64_t network_bytes() { return machine().network_bytes(); }
 void close() { machine().close(); }
 uint64_t steps() { return machine().steps(); }
 bool barrier(SourceLine where, bool value) { return machine().barrier(where, value); }
@@ -812,6 +940,14 @@ void send_line(void* address, const uint64_t (&words)[kLineWords]) {
   machine().send_line(address, words);
 }
 void fence() { machine().fence(); }
+void network_put(void* symmetric, const void* from, size_t bytes, int gpu) {
+  machine().network_put(symmetric, from, bytes, gpu);
+}
+void network_signal(int kind, uint64_t* symmetric, uint64_t value, int gpu) {
+  machine().network_signal(kind, symmetric, value, gpu);
+}
+void network_fence() { machine().network_fence(); }
+bool is_unawaited(int kind) { return machine().is_unawaited(kind); }
 void start_copy(void* shared, const void* global, size_t bytes) {
   machine().start_copy(shared, global, bytes);
 }

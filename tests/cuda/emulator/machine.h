@@ -87,6 +87,23 @@ void wait(int stream, const Event& event);
 // Else "". After an error nothing runs any more.
 std::string run(int stream);
 
+// --- The network between hosts -------------------------------------------------------------------
+
+// A GPU's part of the symmetric heap, to which other GPUs put.
+void set_heap(int gpu, void* base, size_t bytes);
+
+// Faults of the network, for tests that show what the kernels rely on. `kinds`: a bit for each kind
+// of signal. Lost signals never arrive. Kernels take unawaited signals for arrived ones at once.
+struct NetworkFaults {
+  bool ignores_fences = false;
+  uint32_t lost_kinds = 0;
+  uint32_t unawaited_kinds = 0;
+};
+void set_network_faults(const NetworkFaults& faults);
+
+// Bytes that have been put so far, signals not included.
+uint64_t network_bytes();
+
 // Frees all stacks. Nothing can run any more.
 void close();
 
@@ -128,6 +145,16 @@ void send_line(void* address, const uint64_t (&words)[kLineWords]);
 
 // Makes everything that this GPU has stored visible to all.
 void fence();
+
+// The network. `symmetric` is an address in the heap of the GPU that runs the thread, and stands
+// for the same place in the heap of `gpu`. What is put arrives at any time, also after the kernel
+// has ended, and is read from `from` only then. A signal arrives at any time, too. Things to one
+// GPU that are on different sides of a fence of their warp arrive in order. One thread.
+void network_put(void* symmetric, const void* from, size_t bytes, int gpu);
+void network_signal(int kind, uint64_t* symmetric, uint64_t value, int gpu);
+void network_fence();
+// Whether tests want kernels to go on without this kind of signal.
+bool is_unawaited(int kind);
 
 // Asynchronous copies to shared memory, which only the thread that starts them may read. The copies
 // between two commits are a group. wait_for_copies() completes all groups except for the last

@@ -1,0 +1,96 @@
+// Headers: what each rank tells each other rank when an exchange begins. A dispatch needs the
+// counts in them. In every operation they show that all ranks make the same call.
+//
+// A header goes straight to each rank, so that nobody has to pass it on.
+#pragma once
+
+#include "cuda/device/cta.cuh"
+#include "hosts/device/host_waits.cuh"
+
+namespace freeio::cuda {
+
+// The epochs of the exchange. All threads; a barrier must follow.
+__device__ inline void load_epochs(const Hosts& h, HostsState& hs) {
+  const auto rank = static_cast<int>(threadIdx.x);
+  if (rank >= h.num_ranks) return;
+  const uint32_t last = mail_from(h, rank).epoch;
+  hs.epoch[rank] = last + 1 == 0 ? 2 : last + 1;  // never 0, and even after odd
+}
+
+// The value of a signal of this exchange.
+__device__ inline uint64_t stamp_of(uint32_t epoch, int number) {
+  return static_cast<uint64_t>(epoch) << 32 | static_cast<uint32_t>(number + 1);
+}
+
+// Sends this rank's header, with `num_counts` counts from shared memory, to every rank. All threads
+// of one CTA.
+//
+// A header to another host is put from memory of the pair, which the exchange after the next one
+// overwrites. By then the peer has it: it ends no exchange without the headers of all ranks.
+__device__ inline void send_headers(const Hosts& h, const HostsState& hs, const uint32_t* counts,
+                                    int num_counts) {
+  const int words = kSignatureWords + num_counts;
+  for (int i = static_cast<int>(threadIdx.x); i < words * h.num_ranks; i += kThreads) {
+    const int rank = i / words;
+    const int word = i - rank * words;
+    const uint32_t turn = hs.epoch[rank] % 2;
+    Header& header =
+        h.is_here(rank) ? mail_on(h, rank).received[turn] : mail_from(h, rank).sent[turn];
+    if (word < kSignatureWords) {
+      header.signature[word] = h.local.signature[word];
+    } else {
+      header.counts[word - kSignatureWords] = counts[word - kSignatureWords];
+    }
+  }
+  __syncthreads();
+  for (int rank = warp_id(); rank < h.num_ranks; rank += kWarps) {
+    const uint32_t turn = hs.epoch[rank] % 2;
+    const uint64_t stamp = stamp_of(hs.epoch[rank], 0);
+    fence_system();
+    __syncwarp();
+    if (!h.is_here(rank)) {
+      Wire::put(&mail_to(h).received[turn], &mail_from(h, rank).sent[turn],
+                words * sizeof(uint32_t), h.pe[rank]);
+      __syncwarp();
+    }
+    if (lane_id() != 0) continue;
+    // Partner: the loads in receive_headers().
+    if (h.is_here(rank)) {
+      store_word(&mail_on(h, rank).header_signals[turn], stamp);
+    } else {
+      Wire::fence();
+      Wire::signal(Signal::kHeader, &mail_to(h).header_signals[turn], stamp, h.pe[rank]);
+    }
+  }
+}
+
+// Waits for the header of a rank, and compares its signature.
+__device__ inline void receive_header(const Hosts& h, const HostsState& hs, CtaState& s, int rank) {
+  const uint32_t turn = hs.epoch[rank] % 2;
+  const MailOfPe& mail = mail_from(h, rank);
+  const uint64_t* signal = &mail.header_signals[turn];
+  const uint64_t stamp = stamp_of(hs.epoch[rank], 0);
+  const bool here = h.is_here(rank);
+  // Partner: send_headers() on the peer.
+  const bool arrived = here ? wait_until(h.local, s, kWaitCounts, h.local_of[rank],
+                                         [&] { return load_acquire_word(signal) == stamp; })
+                            : wait_for_host(h, s, kWaitSignature, rank, [&] {
+                                return Wire::has(Signal::kHeader, signal, stamp);
+                              });
+  if (!arrived || here) return;
+  for (int word = 0; word < kSignatureWords; ++word) {
+    const uint32_t found = mail.received[turn].signature[word];
+    if (found == h.local.signature[word]) continue;
+    return fail_between_hosts(h, s, kSignatureDiffers, rank, word, h.local.signature[word], found);
+  }
+}
+
+// Waits for the headers of all ranks. After it every thread may read them. All threads. False, for
+// all threads: an exchange has failed.
+__device__ inline bool receive_headers(const Hosts& h, const HostsState& hs, CtaState& s) {
+  const auto rank = static_cast<int>(threadIdx.x);
+  if (rank < h.num_ranks) receive_header(h, hs, s, rank);
+  return !__syncthreads_or(has_failed(s));
+}
+
+}  // namespace freeio::cuda

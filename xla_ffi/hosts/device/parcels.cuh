@@ -1,0 +1,306 @@
+// Parcels: how rows and routes of tokens go to other hosts.
+//
+// The token's rank puts a row once into the window on its rail of each other host, however many
+// experts there want it. It puts the routes of the parcel, a fence, and a signal. The ranks of that
+// host pull the rows out of the window over NVLink. Only the GPU of the window sees what the
+// network wrote when it sees the signal. So it passes the signal on, by a release of system scope.
+//
+// A window has two halves, and the rounds of a call use them in turn. A rank puts round n+2 when it
+// has the credit for round n: nobody there needs that round any more. A call ends when its ranks
+// have all credits. So every call finds both halves free, and small calls, which have one round,
+// wait for no credit before they put. Until it has the credit, the network may read what this rank
+// put.
+//
+// Warps wait in an order that has no circle: whatever belongs to a round waits only for things of
+// that round that come earlier on their way, or for earlier rounds.
+#pragma once
+
+#include "cuda/device/rows.cuh"
+#include "hosts/device/headers.cuh"
+
+namespace freeio::cuda {
+
+// How the warps of each CTA share the work once the exchange is open.
+constexpr int kRelayWarp = kWarps - 1;    // passes signals on, and gives credits
+constexpr int kPushWarp = kWarps - 2;     // puts parcels from the third round on
+constexpr int kMovingWarps = kWarps - 2;  // these move rows
+
+// A part of a round's tokens of one rank.
+struct Parcel {
+  int round;
+  int number;  // in the round
+  int first_token;
+  int end_token;
+  int first_slot;  // of the first token, in the round
+
+  __device__ Parcel(const Hosts& h, int its_round, int its_number)
+      : round(its_round), number(its_number) {
+    const Rounds& r = h.rounds;
+    const int round_begin = round * r.tokens;
+    const int round_end = min(round_begin + r.tokens, h.num_tokens);
+    first_slot = number * r.parcel_tokens;
+    first_token = min(round_begin + first_slot, round_end);
+    end_token = min(first_token + r.parcel_tokens, round_end);
+  }
+  __device__ int half() const { return round % kHalves; }
+  __device__ int size() const { return end_token - first_token; }
+  __device__ int slot_of(int token) const { return token - first_token + first_slot; }
+};
+
+// Parcels of a round that have tokens.
+__device__ inline int parcels_in(const Hosts& h, int round) {
+  const int tokens = min(h.rounds.tokens, h.num_tokens - round * h.rounds.tokens);
+  return (tokens + h.rounds.parcel_tokens - 1) / h.rounds.parcel_tokens;
+}
+
+// Parcels of a round and of the earlier rounds that use the same half.
+__device__ inline uint32_t parcels_up_to(const Hosts& h, int round) {
+  int parcels = 0;
+  for (int r = round; r >= 0; r -= kHalves) parcels += parcels_in(h, r);
+  return static_cast<uint32_t>(parcels);
+}
+
+// The window on the rail of this host that belongs to a rank of another host.
+__device__ inline std::byte* window_of(const Hosts& h, int rank, int half, Part part) {
+  return h.layout.window(h.landing[h.local_of[rank]], h.host_number[h.host_of[rank]], half, part);
+}
+// The window here that belongs to this GPU's pair on another host.
+__device__ inline std::byte* window_for(const Hosts& h, int host, int half, Part part) {
+  return h.layout.window(own_landing(h), h.host_number[host], half, part);
+}
+// The window of this GPU on its pair on another host; the address is this GPU's own.
+__device__ inline std::byte* window_to(const Hosts& h, int half, Part part) {
+  return window_for(h, h.host, half, part);
+}
+
+// Calls f(parcel, host) for this warp's share of the parcels of rounds [begin, end) to other hosts.
+// The share is the same whenever it is asked for. Whole warp.
+template <typename F>
+__device__ void for_each_push(const Hosts& h, int begin, int end, int team, int team_size,
+                              const F& f) {
+  const int per_round = h.rounds.parcels * h.num_others();
+  for (int round = begin; round < end; ++round) {
+    for (int i = team; i < per_round; i += team_size) {
+      const Parcel parcel(h, round, i / h.num_others());
+      if (parcel.size() > 0) f(parcel, h.other_host(i % h.num_others()));
+    }
+  }
+}
+
+// Puts the rows of those of the parcel's tokens that go to the host: those with an assignment `a`
+// for which goes_to(a) is the host. Whole warp.
+template <typename GoesTo>
+__device__ void put_rows(const Hosts& h, const Parcel& parcel, int host, const GoesTo& goes_to) {
+  std::byte* const window = window_to(h, parcel.half(), kRequests);
+  const int pe = h.pe[h.rail_on(host)];
+  for (int token = parcel.first_token; token < parcel.end_token; ++token) {
+    const bool goes = lane_id() < h.top_k && goes_to(token * h.top_k + lane_id()) == host;
+    if (__ballot_sync(kFullWarp, goes) == 0) continue;
+    for (int i = 0; i < h.num_leaves; ++i) {
+      const SentLeaf& leaf = h.leaves[i];
+      Wire::put(window + leaf.at + parcel.slot_of(token) * leaf.row_bytes,
+                leaf.tokens + token * leaf.row_bytes, leaf.row_bytes, pe);
+    }
+  }
+}
+
+// Puts the routes of the parcel, and signals that it is there. The warp that has put its rows.
+// Whole warp.
+__device__ inline void put_routes(const Hosts& h, const HostsState& hs, const Parcel& parcel,
+                                  int host) {
+  const Rounds& r = h.rounds;
+  std::byte* const window = window_to(h, parcel.half(), kRequests);
+  const int rail = h.rail_on(host);
+  const int64_t first = int64_t{parcel.first_slot} * h.top_k;
+  const int64_t a = int64_t{parcel.first_token} * h.top_k;
+  const int64_t count = int64_t{parcel.size()} * h.top_k;
+  const auto put = [&](int64_t at, const void* from, int64_t bytes) {
+    Wire::put(window + at + first * bytes, static_cast<const std::byte*>(from) + a * bytes,
+              count * bytes, h.pe[rail]);
+  };
+  // The network must see what other CTAs of this GPU have written to the handle.
+  fence_system();
+  __syncwarp();
+  put(r.dest_rank_at, h.dest_rank, sizeof(int32_t));
+  put(r.dest_row_at, h.dest_row, sizeof(int32_t));
+  if (r.weight_bytes > 0) put(r.weights_at, h.weights, r.weight_bytes);
+  __syncwarp();
+  if (lane_id() != 0) return;
+  Wire::fence();
+  // Partner: has_parcel() on the rail.
+  Wire::signal(Signal::kParcel, &mail_to_host(h).parcels[parcel.half()][parcel.number],
+               stamp_of(hs.epoch[rail], parcel.round), h.pe[rail]);
+}
+
+// Waits until the parcel of this GPU's pair on another host is in the window here. One thread.
+__device__ inline bool await_parcel(const Hosts& h, const HostsState& hs, CtaState& s, int host,
+                                    int round, int number) {
+  const int source = h.rail_on(host);
+  const uint64_t stamp = stamp_of(hs.epoch[source], round);
+  const uint64_t* signal = &mail_from_host(h, host).parcels[round % kHalves][number];
+  // Partner: put_routes() on the source.
+  return wait_for_host(h, s, kWaitRows, source,
+                       [&] { return Wire::has(Signal::kParcel, signal, stamp); });
+}
+
+// Waits until a rank of this host says that the parcel of a rank of another host is in its window.
+// The whole warp.
+__device__ inline bool await_relayed(const Hosts& h, const HostsState& hs, CtaState& s, int source,
+                                     const Parcel& parcel) {
+  bool arrived = true;
+  if (lane_id() == 0) {
+    // Of this rank's exchange with the rail: the rail's with the source may have another number.
+    const int rail = h.rank_at[h.host * h.num_local() + h.local_of[source]];
+    const uint64_t stamp = stamp_of(hs.epoch[rail], parcel.round);
+    const uint64_t* word = &mail_from(h, source).relayed[parcel.half()][parcel.number];
+    // Partner: relay(). The rail may be alive and wait for its source, so that is who is late.
+    arrived =
+        wait_for_host(h, s, kWaitRows, source, [&] { return load_acquire_word(word) == stamp; });
+  }
+  return __shfl_sync(kFullWarp, arrived, 0) != 0;
+}
+
+// Passes the signal of a parcel on to the ranks of this host, when it has come. Whole warp.
+__device__ inline void relay(const Hosts& h, const HostsState& hs, CtaState& s, int host, int round,
+                             int number) {
+  bool arrived = true;
+  if (lane_id() == 0) arrived = await_parcel(h, hs, s, host, round, number);
+  if (__shfl_sync(kFullWarp, arrived, 0) == 0) return;
+  const int source = h.rail_on(host);
+  // The first lane has seen what the network wrote. The fences of the lanes publish it.
+  fence_system();
+  for (int local = lane_id(); local < h.num_local(); local += kWarpSize) {
+    MailOfPe& mail = h.layout.mail_of_pe(h.landing[local], h.pe[source]);
+    const int rank = h.rank_at[h.host * h.num_local() + local];
+    // Partner: await_relayed(), on the ranks of this host.
+    store_word(&mail.relayed[round % kHalves][number], stamp_of(hs.epoch[rank], round));
+  }
+}
+
+// Says that this rank needs the parcel of a rank of another host no more. `kPublishes`: and that
+// what this warp has stored on the rail is there. Whole warp.
+template <bool kPublishes>
+__device__ void drain(const Hosts& h, int source, int half) {
+  __syncwarp();
+  if (lane_id() != 0) return;
+  uint32_t* const drained =
+      &h.layout.mail_of_host(h.landing[h.local_of[source]], h.host_number[h.host_of[source]])
+           .num_drained[half];
+  // Partner: the load in give_credit() on the rail.
+  if constexpr (kPublishes) {
+    add_release_system(drained, 1);
+  } else {
+    add_relaxed_system(drained, 1);
+  }
+}
+
+// Waits until no rank of this host needs the round of this GPU's pair on another host, puts the
+// answers that the ranks of this host have left here, and says so. Whole warp.
+__device__ inline void give_credit(const Hosts& h, const HostsState& hs, CtaState& s, int host,
+                                   int round) {
+  const int source = h.rail_on(host);
+  const int half = round % kHalves;
+  bool all = true;
+  if (lane_id() == 0) {
+    const uint32_t* drained = &mail_from_host(h, host).num_drained[half];
+    const uint32_t parcels = parcels_up_to(h, round) * h.num_local();
+    // Partner: drain(). A rank of this host is late mostly because the source is.
+    all = wait_for_host(h, s, kWaitFinish, source,
+                        [&] { return load_acquire_system(drained) >= parcels; });
+  }
+  if (__shfl_sync(kFullWarp, all, 0) == 0) return;
+  if (const int64_t bytes = h.rounds.answer_bytes; bytes > 0) {
+    fence_system();
+    __syncwarp();
+    const int tokens = min(h.rounds.tokens, h.num_tokens - round * h.rounds.tokens);
+    Wire::put(window_to(h, half, kAnswers), window_for(h, host, half, kOutbox), tokens * bytes,
+              h.pe[source]);
+    __syncwarp();
+  }
+  if (lane_id() != 0) return;
+  Wire::fence();
+  // Partner: await_credit() on the source.
+  Wire::signal(Signal::kCredit, &mail_to_host(h).credits[half], stamp_of(hs.epoch[source], round),
+               h.pe[source]);
+}
+
+// What the relay warp of each CTA does. Whole warp.
+__device__ inline void run_relay(const Hosts& h, const HostsState& hs, CtaState& s) {
+  const Team team = Team::all();
+  // Credits come one round late. Parcels of the next round do not wait for them.
+  for (int round = 0; round <= h.rounds.count; ++round) {
+    const int items = round < h.rounds.count ? parcels_in(h, round) * h.num_others() : 0;
+    for (int i = team.number; i < items && !has_failed(s); i += team.size) {
+      relay(h, hs, s, h.other_host(i % h.num_others()), round, i / h.num_others());
+    }
+    if (round == 0) continue;
+    for (int i = team.number; i < h.num_others() && !has_failed(s); i += team.size) {
+      give_credit(h, hs, s, h.other_host(i), round - 1);
+    }
+  }
+}
+
+// Waits for the credit of a round of this rank. Then the answers are here, too. Whole warp.
+__device__ inline bool await_credit(const Hosts& h, const HostsState& hs, CtaState& s, int host,
+                                    int round) {
+  bool arrived = true;
+  if (lane_id() == 0) {
+    const int rail = h.rail_on(host);
+    const uint64_t stamp = stamp_of(hs.epoch[rail], round);
+    const uint64_t* signal = &mail_from_host(h, host).credits[round % kHalves];
+    // Partner: give_credit() on the rail.
+    arrived = wait_for_host(h, s, kWaitFinish, rail,
+                            [&] { return Wire::has(Signal::kCredit, signal, stamp); });
+  }
+  return __shfl_sync(kFullWarp, arrived, 0) != 0;
+}
+
+// The first two rounds find their halves free, so all warps put them at once. Calls put(parcel,
+// host). Whole warp.
+template <typename Put>
+__device__ void push_first_rounds(const Hosts& h, const Put& put) {
+  const Team team = Team::all();
+  for_each_push(h, 0, min(kHalves, h.rounds.count), warp_id() * team.size + team.number,
+                kWarps * team.size, put);
+}
+
+// What the push warp of each CTA does: it waits for each round's credit, takes the answers by
+// take(parcel, host), and puts the round after the next one by put(parcel, host). Whole warp.
+template <typename Take, typename Put>
+__device__ void run_push(const Hosts& h, const HostsState& hs, CtaState& s, const Take& take,
+                         const Put& put) {
+  const Team team = Team::all();
+  for_each_push(h, 0, h.rounds.count, team.number, team.size, [&](const Parcel& before, int host) {
+    if (has_failed(s) || !await_credit(h, hs, s, host, before.round)) return;
+    take(before, host);
+    if (before.round + kHalves >= h.rounds.count) return;
+    const Parcel parcel(h, before.round + kHalves, before.number);
+    if (parcel.size() > 0) put(parcel, host);
+  });
+}
+
+// Ends the exchange. All threads.
+template <bool kPublishes>
+__device__ void finish_between_hosts(const Hosts& h, const HostsState& hs, CtaState& s) {
+  finish<kPublishes>(h.local, s);
+  // The first warp has waited for all CTAs of this host. So nobody uses what follows any more.
+  __syncthreads();
+  if (blockIdx.x != 0 || has_failed(s)) return;
+  for (int rank = static_cast<int>(threadIdx.x); rank < h.num_ranks; rank += kThreads) {
+    mail_from(h, rank).epoch = hs.epoch[rank];
+    for (int half = 0; half < kHalves; ++half) {
+      mail_from_host(h, h.host_of[rank]).num_drained[half] = 0;
+    }
+  }
+  if (threadIdx.x < kHalves) h.layout.mail_of_self(own_landing(h)).num_summed[threadIdx.x] = 0;
+}
+
+// Last phase of every kernel; as leave(). All threads.
+template <typename Spoil>
+__device__ void leave_between_hosts(const Hosts& h, CtaState& s, const Spoil& spoil_results) {
+  __syncthreads();
+  if (has_failed(s) && warp_id() == 0) tell_hosts(h);
+  leave(h.local, s, spoil_results);
+}
+
+}  // namespace freeio::cuda
