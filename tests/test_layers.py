@@ -13,6 +13,7 @@ KNOWN = {
     "pod": {"core", "pod"},
     "cpu": {"core", "pod", "cpu"},
     "cuda": {"core", "pod", "cuda"},
+    "hosts": {"core", "pod", "cuda", "hosts"},
 }
 
 

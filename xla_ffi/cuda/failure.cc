@@ -5,7 +5,7 @@
 #include <sstream>
 
 #include "core/operations.h"
-#include "hosts/failure_code.h"
+#include "cuda/failure_code.h"
 
 namespace freeio::cuda {
 namespace {

@@ -7,8 +7,8 @@
 
 #include "core/digest.h"
 #include "cuda/current_device.h"
+#include "cuda/failure_code.h"
 #include "cuda/plan.h"
-#include "hosts/failure_code.h"
 #include "hosts/plan.h"
 
 namespace freeio::cuda {

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "cuda/device/waits.cuh"
+#include "cuda/failure_code.h"
 #include "hosts/device/wire.cuh"
-#include "hosts/failure_code.h"
 #include "hosts/params.h"
 
 namespace freeio::cuda {
