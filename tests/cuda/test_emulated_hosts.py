@@ -100,9 +100,17 @@ GEOMETRIES = {
 }
 
 
+#: Sixteen GPUs take long, so they make some of the calls only.
+CASES = [
+    (name, hosts)
+    for hosts in HOSTS
+    for name in GEOMETRIES
+    if hosts != (4, 4) or name in ("one token", "drops", "many tokens")
+]
+
+
 @pytest.mark.parametrize("window_bytes", WINDOWS)
-@pytest.mark.parametrize("hosts", HOSTS, ids=str)
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize(("name", "hosts"), CASES, ids=str)
 def test_every_operation(machine, rng, name, hosts, window_bytes):
     num_hosts, per_host = hosts
     num_ranks = num_hosts * per_host
