@@ -6,8 +6,9 @@ of a host makes one connection. Each checks that the other one belongs to the sa
 kernel tells (SO_PEERCRED), and that it knows the job's token. So no other user or job takes part.
 
 Between hosts each pair makes a TCP connection, and both check that the other one knows the token.
-The address is that from which the process reaches JAX's coordinator. Where all share a host, no
-process listens on a network.
+The address is that from which the process reaches JAX's coordinator; on the coordinator's own host
+that may be a loopback address, and then it is the one by which the other hosts reach the
+coordinator. Where all share a host, no process listens on a network.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import ipaddress
 import json
 import os
 import secrets
+import selectors
 import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,9 @@ _SEND_BUFFER = 4 << 20
 
 #: Bytes of what two processes tell each other first.
 _MAX_HELLO = 4096
+
+#: A process of this job says hello at once. After this many seconds of silence it is none.
+_HELLO_SECONDS = 5.0
 
 #: Seconds between two checks that the awaited processes have not ended.
 _LOOK_SECONDS = 0.2
@@ -75,6 +82,16 @@ def credentials(connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
+@dataclasses.dataclass
+class _Caller:
+    """Who connected and has not said hello yet."""
+
+    connection: socket.socket
+    pid: int | None
+    give_up: float
+    said: bytes = b""
+
+
 class Listener:
     """Takes connections from processes of this user that know the token; closes all others.
 
@@ -83,14 +100,15 @@ class Listener:
     """
 
     def __init__(self, process: int, token: str, control: tuple[int, int]):
-        self._hello = {
-            "token": token,
-            "process": process,
-            "pid": os.getpid(),
-            "control": list(control),
-        }
+        self._token = token.encode()
+        hello = {"token": token, "process": process, "pid": os.getpid(), "control": list(control)}
+        self._hello = json.dumps(hello).encode() + b"\n"
         self._socket = self._bind()
         self._socket.listen(4096)  # or as many as the kernel allows
+        self._socket.setblocking(False)
+        # Callers are heard together, so that one that says nothing does not hold up the others.
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._socket, selectors.EVENT_READ)
 
     def _bind(self) -> socket.socket:
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -118,32 +136,76 @@ class Listener:
         return credentials(connection)
 
     def close(self) -> None:
-        self._socket.close()
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()
+        self._selector.close()
 
     def accept(self, deadline: float) -> Peer | None:
-        """The next connection, or None if it was not from this job.
+        """The next process of this job; None when a connection was closed that is of no such one.
 
         Raises:
           TimeoutError: no process connected until ``deadline`` (of ``time.monotonic``).
         """
-        self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
-        connection, _ = self._socket.accept()
+        while True:
+            now = time.monotonic()
+            callers = [key.data for key in self._selector.get_map().values() if key.data]
+            for caller in callers:
+                if caller.give_up <= now:
+                    self._selector.unregister(caller.connection)
+                    caller.connection.close()
+                    return None
+            if deadline <= now:
+                raise TimeoutError
+            until = min([deadline, *(caller.give_up for caller in callers)])
+            for key, _ in self._selector.select(until - now):
+                if key.data is None:
+                    if not self._admit():
+                        return None
+                elif self._has_said_hello(key.data):
+                    self._selector.unregister(key.data.connection)
+                    return self._answer(key.data)
+
+    def _admit(self) -> bool:
+        """Whether who connects is a process of this user, or may be one."""
+        try:
+            connection, _ = self._socket.accept()
+        except OSError:  # it has gone again
+            return False
         with contextlib.ExitStack() as stack:
             stack.callback(connection.close)
             pid, uid = self._credentials(connection)
             if uid != os.geteuid():
-                return None
-            try:
-                # A process of this job says hello at once. One that does not must not hold up the
-                # others.
-                peer = self._read_hello(connection, pid, min(deadline, time.monotonic() + 5.0))
-                if peer is None:
-                    return None
-                connection.sendall(json.dumps(self._hello).encode() + b"\n")
-            except OSError:
-                return None
+                return False
+            connection.setblocking(False)
+            caller = _Caller(connection, pid, time.monotonic() + _HELLO_SECONDS)
+            self._selector.register(connection, selectors.EVENT_READ, caller)
             stack.pop_all()
-            return peer
+            return True
+
+    def _has_said_hello(self, caller: _Caller) -> bool:
+        """Reads what has come. True when that is all: a hello, or what cannot become one."""
+        try:
+            while not self._is_whole(caller.said):
+                part = self._receive(caller.connection)
+                if not part:
+                    return True
+                caller.said += part
+        except BlockingIOError:
+            return False
+        except OSError:
+            caller.said = b""
+        return True
+
+    def _answer(self, caller: _Caller) -> Peer | None:
+        peer = self._peer(caller.said, caller.connection, caller.pid)
+        try:
+            if peer is not None:
+                peer.connection.sendall(self._hello)
+                return peer
+        except OSError:
+            pass
+        caller.connection.close()
+        return None
 
     def connect(self, process: int, name: str, deadline: float) -> Peer:
         """Connects with the listener ``name`` of ``process``.
@@ -162,8 +224,8 @@ class Listener:
                         f"freeio_jax: process {process} (pid {pid}) runs as user {uid}, this one "
                         f"as user {os.geteuid()}: all processes must be of one user."
                     )
-                connection.sendall(json.dumps(self._hello).encode() + b"\n")
-                peer = self._read_hello(connection, pid, deadline)
+                connection.sendall(self._hello)
+                peer = self._peer(self._listen_to(connection, deadline), connection, pid)
             except ConnectionError:
                 raise
             except OSError as error:
@@ -182,30 +244,41 @@ class Listener:
         """Where the listener of that name is, for errors."""
         return "of this host"
 
-    def _read_hello(
-        self, connection: socket.socket, pid: int | None, deadline: float
-    ) -> Peer | None:
-        message = self._read_line(connection, deadline)
+    def refused(self, name) -> str:
+        """What it means that nobody listens at ``name``, for errors."""
+        return "ended"
+
+    def _listen_to(self, connection: socket.socket, deadline: float) -> bytes:
+        said = b""
+        while not self._is_whole(said):
+            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+            part = self._receive(connection)
+            if not part:
+                raise ConnectionResetError("closed")
+            said += part
+        return said
+
+    def _is_whole(self, said: bytes) -> bool:
+        """Whether that is all of a hello: here it comes as one message."""
+        return bool(said)
+
+    def _receive(self, connection: socket.socket) -> bytes:
+        """Something of a hello, and nothing of what comes behind it."""
+        return connection.recv(_MAX_HELLO)
+
+    def _peer(self, said: bytes, connection: socket.socket, pid: int | None) -> Peer | None:
+        """The process that said so; None: it is not of this job."""
         try:
-            hello = json.loads(message)
-            token, process = str(hello["token"]), int(hello["process"])
+            hello = json.loads(said)
+            if not secrets.compare_digest(str(hello["token"]).encode(), self._token):
+                return None
             address, nonce = map(int, hello["control"])
-            pid = int(hello["pid"]) if pid is None else pid
-        except (ValueError, KeyError, TypeError):
-            return None
-        if not secrets.compare_digest(token.encode(), self._hello["token"].encode()):
+            process, pid = int(hello["process"]), int(hello["pid"]) if pid is None else pid
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         connection.setblocking(False)
         return Peer(process, pid, (address, nonce), connection)
-
-    def _read_line(self, connection: socket.socket, deadline: float) -> bytes:
-        """One message, which came at once."""
-        connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-        message = connection.recv(_MAX_HELLO)
-        if not message:
-            raise ConnectionResetError("closed")
-        return message
 
 
 #: Seconds without any sign of life from another host, after which a connection counts as broken: a
@@ -263,60 +336,107 @@ class NetworkListener(Listener):
     def where(self, name) -> str:
         return "at {}, port {}".format(*name)
 
-    def _read_line(self, connection: socket.socket, deadline: float) -> bytes:
-        # Byte by byte: what comes behind the line is for the engines.
-        line = b""
-        while not line.endswith(b"\n") and len(line) < _MAX_HELLO:
-            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-            byte = connection.recv(1)
-            if not byte:
-                raise ConnectionResetError("closed")
-            line += byte
-        return line
+    def refused(self, name) -> str:
+        return f"ended, or a firewall between the hosts refuses connections {self.where(name)},"
+
+    def _is_whole(self, said: bytes) -> bool:
+        return said.endswith(b"\n") or len(said) >= _MAX_HELLO
+
+    def _receive(self, connection: socket.socket) -> bytes:
+        return connection.recv(1)  # what comes behind the line is for the engines
 
 
-def address_towards(coordinator: str) -> str:
-    """The address from which this host reaches JAX's coordinator, ``host:port``.
-
-    Raises:
-      OSError: the coordinator's host has no address, or cannot be reached.
-    """
+def _in_network(coordinator: str | None) -> dict[str, str]:
+    """The addresses of this host and of JAX's coordinator, as this host sees them; or an error."""
+    if coordinator is None:
+        return {"error": "JAX does not say where its coordinator is"}
     host, port = coordinator.rsplit(":", 1)
-    family, kind, _, _, address = socket.getaddrinfo(
-        host.strip("[]"), int(port), type=socket.SOCK_DGRAM
-    )[0]
-    with socket.socket(family, kind) as caller:
-        caller.connect(address)  # sends nothing
-        return caller.getsockname()[0]
-
-
-def _absent(client, where: str, num_processes: int) -> str:
-    """Which processes have not come, in words; empty where the store does not answer."""
     try:
-        came = {
-            int(key.rsplit("/", 1)[1]) for key, _ in client.key_value_dir_get(f"{where}/process/")
+        family, kind, _, _, address = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind) as caller:
+            caller.connect(address)  # sends nothing
+            return {"mine": caller.getsockname()[0], "coordinator": address[0]}
+    except (OSError, ValueError) as error:
+        return {"error": f"JAX's coordinator ({coordinator}) has no address here: {error}"}
+
+
+def _address(process: int, networks: dict[int, dict[str, str]]) -> str:
+    """The address of a process for other hosts, from what :func:`_in_network` says in each."""
+    mine = networks[process]["mine"]
+    if not ipaddress.ip_address(mine).is_loopback:
+        return mine
+    # It is on the coordinator's host, whose own name may mean 127.0.1.1 there.
+    seen = (networks[p]["coordinator"] for p in sorted(networks))
+    return next((one for one in seen if not ipaddress.ip_address(one).is_loopback), mine)
+
+
+class _Store:
+    """JAX's key-value store, for one :func:`connect`."""
+
+    def __init__(self, client, where: str, process: int, num_processes: int, timeout: float):
+        self._client, self._where = client, where
+        self._process, self._num_processes = process, num_processes
+        self.timeout, self.deadline = timeout, time.monotonic() + timeout
+
+    def token(self) -> str:
+        """A secret of the job: process 0 makes it."""
+        if self._process == 0:
+            self._client.key_value_set(f"{self._where}/token", secrets.token_hex(16))
+        with self._in_time(lambda: ", which leaves process 0"):
+            return self._client.blocking_key_value_get(f"{self._where}/token", self._rest_ms())
+
+    def publish(self, key: str, value: Any) -> dict[int, Any]:
+        """What all processes publish under ``key``, by process."""
+        folder = f"{self._where}/{key}/"
+        self._client.key_value_set(f"{folder}{self._process}", json.dumps(value))
+        with self._in_time(lambda: self.absent(key)):
+            self._client.wait_at_barrier(f"{folder}published", self._rest_ms())
+        return {
+            int(name.rsplit("/", 1)[1]): json.loads(text)
+            for name, text in self._client.key_value_dir_get(folder)
         }
-    except RuntimeError:
-        return ""
-    return f", which leaves process(es) {sorted(set(range(num_processes)) - came)}"
+
+    def absent(self, key: str) -> str:
+        """Which processes have not published it; empty where the store does not answer."""
+        try:
+            published = self._client.key_value_dir_get(f"{self._where}/{key}/")
+        except RuntimeError:
+            return ""
+        came = {int(name.rsplit("/", 1)[1]) for name, _ in published}
+        return f", which leaves process(es) {sorted(set(range(self._num_processes)) - came)}"
+
+    def _rest_ms(self) -> int:
+        return max(1, int(1000 * (self.deadline - time.monotonic())))
+
+    @contextlib.contextmanager
+    def _in_time(self, absent: Callable[[], str]):
+        try:
+            yield
+        except RuntimeError as error:  # what jaxlib's client raises, DEADLINE_EXCEEDED included
+            raise BootstrapError(
+                f"freeio_jax.initialize: not all {self._num_processes} processes came within "
+                f"{self.timeout:g} s{absent()}. Every process must call it, after "
+                f"jax.distributed.initialize(). ({error})"
+            ) from error
 
 
 @contextlib.contextmanager
-def _logging_absence(client, where: str, process: int, num_processes: int, timeout: float):
-    """Logs which processes have not come, while the body waits for them."""
-    came = threading.Event()
+def _logging_waits(process: int, timeout: float, for_whom: Callable[[], str]):
+    """Logs for whom the body waits, while it does."""
+    done = threading.Event()
 
     def tell():
         seconds = _PATIENCE_SECONDS
         wait = seconds
-        while not came.wait(wait):
+        while not done.wait(wait):
             log.logger.warning(
-                "freeio_jax.initialize: process %d has waited %g s (it gives up after %g s) for "
-                "the others to call it%s",
+                "freeio_jax.initialize: process %d has waited %g s (it gives up after %g s) for %s",
                 process,
                 seconds,
                 timeout,
-                _absent(client, where, num_processes),
+                for_whom(),
             )
             wait, seconds = seconds, 2 * seconds
 
@@ -325,7 +445,7 @@ def _logging_absence(client, where: str, process: int, num_processes: int, timeo
     try:
         yield
     finally:
-        came.set()
+        done.set()
         teller.join()
 
 
@@ -395,90 +515,96 @@ def connect(
     Raises:
       BootstrapError: not all processes came in time, or could be connected, or they are not alike.
     """
-    where, process = f"freeio_jax/{generation}", me.process
-    deadline = time.monotonic() + timeout
-
-    def publish(key: str, value: Any) -> dict[int, Any]:
-        """What all processes publish under ``key``, by process."""
-        client.key_value_set(f"{where}/{key}/{process}", json.dumps(value))
-        client.wait_at_barrier(f"{where}/{key}/published", int(timeout * 1000))
-        return {
-            int(name.rsplit("/", 1)[1]): json.loads(text)
-            for name, text in client.key_value_dir_get(f"{where}/{key}/")
-        }
-
+    process = me.process
+    store = _Store(client, f"freeio_jax/{generation}", process, num_processes, timeout)
     with contextlib.ExitStack() as stack:
-        try:
-            with _logging_absence(client, where, process, num_processes, timeout):
-                if process == 0:
-                    client.key_value_set(f"{where}/token", secrets.token_hex(16))
-                token = client.blocking_key_value_get(f"{where}/token", int(timeout * 1000))
-                listener = Listener(process, token, me.control)
-                stack.callback(listener.close)
-                others = publish(
-                    "process",
-                    {
-                        "host": host_identity(),
-                        "virtual_host": me.virtual_host,
-                        "hostname": socket.gethostname(),
-                        "name": listener.name,
-                        "pid": os.getpid(),
-                        "alike": me.alike,
-                    },
-                )
-                _check_alike(others)
-                hosts = _hosts_of(others)
-                mine = others.pop(process)
-                here = {p for p, other in others.items() if other["host"] == mine["host"]}
-                names = {p: others[p]["name"] for p in here}
-                listeners = {listener: here}
-                # All processes know alike whether they share a host.
-                if len({other["host"] for other in (*others.values(), mine)}) > 1:
-                    network = _listen_on_network(me, token, coordinator)
-                    stack.callback(network.close)
-                    reached_at = publish("address", network.name)
-                    listeners[network] = set(others) - here
-                    names.update({p: reached_at[p] for p in listeners[network]})
-        except RuntimeError as error:  # what jaxlib's client raises, DEADLINE_EXCEEDED included
-            if isinstance(error, BootstrapError):
-                raise
-            raise BootstrapError(
-                f"freeio_jax.initialize: not all {num_processes} processes came within "
-                f"{timeout:g} s{_absent(client, where, num_processes)}. Every process must call "
-                f"it, after jax.distributed.initialize(). ({error})"
-            ) from error
+        with _logging_waits(
+            process, timeout, lambda: "the others to call it" + store.absent("process")
+        ):
+            token = store.token()
+            listener = Listener(process, token, me.control)
+            stack.callback(listener.close)
+            all_of_them = store.publish(
+                "process",
+                {
+                    "host": host_identity(),
+                    "virtual_host": me.virtual_host,
+                    "hostname": socket.gethostname(),
+                    "name": listener.name,
+                    "pid": os.getpid(),
+                    "alike": me.alike,
+                    "network": _in_network(coordinator),
+                },
+            )
+        _check_alike(all_of_them)
+        identity = all_of_them[process]["host"]
+        here = {p for p, one in all_of_them.items() if one["host"] == identity} - {process}
+        names = {p: all_of_them[p]["name"] for p in here}
+        listeners: dict[Listener, set[int]] = {listener: here}
+        # All processes know alike whether they share a host.
+        if len(here) + 1 < num_processes:
+            network, reached_at = _meet_in_network(me, token, store, all_of_them)
+            stack.callback(network.close)
+            listeners[network] = set(all_of_them) - here - {process}
+            names.update({p: reached_at[p] for p in listeners[network]})
         peers: dict[int, Peer] = {}
+        known = {p: (name, all_of_them[p]["pid"]) for p, name in names.items()}
         stack.callback(lambda: [peer.connection.close() for peer in peers.values()])
-        known = {p: (names[p], others[p]["pid"]) for p in others}
-        for one, of_listener in listeners.items():
-            _connect_by(one, process, of_listener, known, deadline, timeout, peers)
+
+        def not_connected() -> str:
+            missing = ", ".join(f"{p} (pid {known[p][1]})" for p in sorted(set(known) - set(peers)))
+            return f"connections with process(es) {missing}"
+
+        with _logging_waits(process, timeout, not_connected):
+            for one, of_listener in listeners.items():
+                _connect_by(one, process, of_listener, known, store.deadline, timeout, peers)
         stack.pop_all()
         for one in listeners:
             one.close()
-        return [peers[p] for p in sorted(peers)], hosts
+        return [peers[p] for p in sorted(peers)], _hosts_of(all_of_them)
 
 
-def _listen_on_network(me: Self, token: str, coordinator: str | None) -> NetworkListener:
-    if coordinator is None:
-        raise BootstrapError(
-            "freeio_jax.initialize: this program has several hosts, and JAX does not say where its "
-            "coordinator is. Call jax.distributed.initialize() first."
-        )
-    try:
-        return NetworkListener(me.process, token, me.control, address_towards(coordinator))
-    except OSError as error:
-        raise BootstrapError(
-            f"freeio_jax.initialize: process {me.process} cannot listen for processes of other "
-            f"hosts in the network of JAX's coordinator ({coordinator}): {error}."
-        ) from error
+def _meet_in_network(
+    me: Self, token: str, store: _Store, published: dict[int, dict]
+) -> tuple[NetworkListener, dict[int, Any]]:
+    """A listener for processes of other hosts, and the names of all such, by process.
+
+    Raises:
+      BootstrapError: a process has no address, or cannot listen there. All processes raise it.
+    """
+
+    def check(errors: dict[int, str]) -> None:
+        for process, error in sorted(errors.items()):
+            raise BootstrapError(
+                f"freeio_jax.initialize: this program has several hosts, and process {process} "
+                f"(pid {published[process]['pid']}, {published[process]['hostname']}) cannot "
+                f"listen for those of other hosts: {error}. Hosts meet in the network of JAX's "
+                "coordinator: give jax.distributed.initialize an address that all of them know."
+            )
+
+    networks = {p: one["network"] for p, one in published.items()}
+    check({p: one["error"] for p, one in networks.items() if "error" in one})
+    address = _address(me.process, networks)
+    with contextlib.ExitStack() as stack:
+        try:
+            network = NetworkListener(me.process, token, me.control, address)
+            stack.callback(network.close)
+            told = network.name
+        except OSError as error:
+            told = {"error": f"{address}: {error}"}
+        names = store.publish("address", told)
+        check({p: one["error"] for p, one in names.items() if isinstance(one, dict)})
+        stack.pop_all()
+        return network, names
 
 
 def _connect_by(listener, process, others, known, deadline, timeout, peers) -> None:
     """Connects with ``others`` and enters them in ``peers``. ``known``: (name, pid) of each."""
 
-    def ended(other: int) -> BootstrapError:
+    def refused(other: int) -> BootstrapError:
+        name, pid = known[other]
         return BootstrapError(
-            f"freeio_jax.initialize: process {other} (pid {known[other][1]}) ended while "
+            f"freeio_jax.initialize: process {other} (pid {pid}) {listener.refused(name)} while "
             f"process {process} connected with it."
         )
 
@@ -486,7 +612,7 @@ def _connect_by(listener, process, others, known, deadline, timeout, peers) -> N
         try:
             peers[other] = listener.connect(other, known[other][0], deadline)
         except ConnectionError as error:
-            raise ended(other) from error
+            raise refused(other) from error
     awaited = {p for p in others if p > process}
     while awaited:
         try:
@@ -496,10 +622,12 @@ def _connect_by(listener, process, others, known, deadline, timeout, peers) -> N
             # and is not connected with this process, has ended.
             for other in sorted(awaited):
                 if listener.has_ended(known[other][0]):
-                    raise ended(other) from error
+                    raise refused(other) from error
             if time.monotonic() < deadline:
                 continue
-            late = ", ".join(f"{p} (pid {known[p][1]})" for p in sorted(awaited))
+            late = ", ".join(
+                f"{p} (pid {known[p][1]}, {listener.where(known[p][0])})" for p in sorted(awaited)
+            )
             raise BootstrapError(
                 f"freeio_jax.initialize: process(es) {late} did not connect within {timeout:g} s."
             ) from error

@@ -60,8 +60,12 @@ def processes_here() -> set[int]:
 
 def _alike() -> dict[str, Any]:
     """What must be equal in all processes."""
+    try:
+        version = importlib.metadata.version("freeio_jax")
+    except importlib.metadata.PackageNotFoundError:  # a tree on the path, not installed
+        version = "unknown"
     return {
-        "the version of freeio_jax": importlib.metadata.version("freeio_jax"),
+        "the version of freeio_jax": version,
         "the version of jaxlib": jaxlib.version.__version__,
         "the kind of machine": f"{platform.machine()}, {sys.byteorder} endian",
         "the setting host_size": settings.config()["host_size"],
