@@ -39,7 +39,28 @@ def test_several_hosts(capsys, tmp_path):
         assert max(network["network_in"] + network["network_out"]) == plan["rails"][busiest]
     assert even["rails"]["busiest_even"] < same["rails"]["busiest_same"]
     assert (even["num_hosts"], even["num_gpus"]) == (4, 4)
-    assert even["memory"]["windows"] == 2 * max(even["moved"]["dispatch"]["network_in"])
+    for plan in (even, same):
+        assert plan["memory"]["windows"] == 2 * most_that_land(plan)
+
+
+def most_that_land(plan):
+    """Bytes that land on the busiest rail, in dispatch or in combine."""
+    return max(max(plan["moved"][op]["network_in"]) for op in ("dispatch", "combine"))
+
+
+def test_windows_hold_what_combine_brings_back(tmp_path):
+    """One host of three has all tokens, and each token an expert on both other hosts."""
+    ids = np.full((3, 10, 2), -1)
+    ids[0] = [1, 2]
+    np.save(tmp_path / "ids.npy", ids)
+    pod = ["--hosts", "3", "--gpus", "1", "--experts", "3", "--hidden", "64"]
+    files = ["--routing", str(tmp_path / "ids.npy"), "--json", str(tmp_path / "plan.json")]
+    assert main([*pod, *files]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    row_bytes = 128
+    assert plan["moved"]["dispatch"]["network_in"] == [0, 10 * row_bytes, 10 * row_bytes]
+    assert plan["moved"]["combine"]["network_in"] == [20 * row_bytes, 0, 0]
+    assert plan["memory"]["windows"] == 2 * 20 * row_bytes
 
 
 def test_a_file_of_recorded_ids(capsys, tmp_path, rng):
