@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from freeio_jax import _native, bootstrap
+from freeio_jax import _native, bootstrap, runtime
 from freeio_jax.bootstrap import BootstrapError, Listener
 
 NOBODY = 65534
@@ -128,6 +128,30 @@ def test_processes_that_are_not_alike(monkeypatch):
         assert isinstance(error, BootstrapError)
         assert "the colour is red in process 0" in str(error)
         assert "and blue in process 2" in str(error)
+
+
+@pytest.mark.parametrize(
+    "platform, owner, name, told",
+    [
+        ("cpu", _native, "protocol", "the protocol of freeio_jax's native module"),
+        ("gpu", _native.cuda_sizes, "max_ranks", "the build option FREEIO_MAX_RANKS"),
+    ],
+)
+def test_builds_that_are_not_alike(platform, owner, name, told, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: platform)
+    here = runtime._alike()
+    monkeypatch.setattr(owner, name, 77)
+    there = runtime._alike()
+    results = connect_all(2, alike=lambda process: (here, there)[process][told])
+    for error in results.values():
+        assert isinstance(error, BootstrapError)
+        assert "and 77 in process 1" in str(error)
+
+
+def test_the_size_of_gpu_blocks_does_not_matter_on_cpu(monkeypatch):
+    here = runtime._alike()
+    monkeypatch.setattr(_native.cuda_sizes, "max_ranks", 77)
+    assert runtime._alike() == here
 
 
 def test_a_process_that_does_not_come(monkeypatch):
