@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import secrets
 import socket
@@ -208,9 +209,27 @@ class Listener:
         return message
 
 
-#: Seconds without any sign of life from another host, after which a connection counts as broken: a
-#: first probe after so many seconds of silence, then so many probes with so many seconds between.
-_KEEPALIVE_IDLE, _KEEPALIVE_INTERVAL, _KEEPALIVE_PROBES = 10, 5, 4
+#: A connection between hosts counts as broken after this silence, or after the time-out of an
+#: exchange if that is longer. Broken it stays, while after a time-out a program can go on.
+_LEAST_SILENCE_SECONDS = 30
+#: The kernel asks for a sign of life after this silence, and then this often until the end.
+_KEEPALIVE_IDLE, _KEEPALIVE_PROBES = 10, 20
+#: The most seconds between two probes that the kernel takes.
+_MAX_KEEPALIVE_INTERVAL = 32767
+
+
+def _keepalive(timeout: float) -> dict[int, int]:
+    """Options of a TCP connection, and their values: after which silence it is broken."""
+    silence = max(_LEAST_SILENCE_SECONDS, timeout)
+    interval = math.ceil((silence - _KEEPALIVE_IDLE) / _KEEPALIVE_PROBES)
+    interval = min(interval, _MAX_KEEPALIVE_INTERVAL)
+    return {
+        socket.TCP_KEEPIDLE: _KEEPALIVE_IDLE,
+        socket.TCP_KEEPINTVL: interval,
+        socket.TCP_KEEPCNT: _KEEPALIVE_PROBES,
+        # The same bound where something was sent and nobody answers, in milliseconds.
+        socket.TCP_USER_TIMEOUT: 1000 * (_KEEPALIVE_IDLE + interval * _KEEPALIVE_PROBES),
+    }
 
 
 class NetworkListener(Listener):
@@ -218,10 +237,14 @@ class NetworkListener(Listener):
 
     Args:
       address: of this host, under which the others can reach it.
+      timeout: seconds that a rank waits for its peers in one exchange.
     """
 
-    def __init__(self, process: int, token: str, control: tuple[int, int], address: str):
+    def __init__(
+        self, process: int, token: str, control: tuple[int, int], address: str, timeout: float
+    ):
         self._address = address
+        self._keepalive = _keepalive(timeout)
         super().__init__(process, token, control)
 
     def _bind(self) -> socket.socket:
@@ -245,17 +268,7 @@ class NetworkListener(Listener):
 
     def _credentials(self, connection: socket.socket) -> tuple[int | None, int]:
         # Users of different hosts are not compared: the token shows that it is this job.
-        for option, value in (
-            (socket.TCP_NODELAY, 1),
-            (socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE),
-            (socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL),
-            (socket.TCP_KEEPCNT, _KEEPALIVE_PROBES),
-            # The same bound where something was sent and nobody answers, in milliseconds.
-            (
-                socket.TCP_USER_TIMEOUT,
-                1000 * (_KEEPALIVE_IDLE + _KEEPALIVE_INTERVAL * _KEEPALIVE_PROBES),
-            ),
-        ):
+        for option, value in {socket.TCP_NODELAY: 1, **self._keepalive}.items():
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         return None, os.geteuid()
@@ -385,7 +398,8 @@ def connect(
     Args:
       client: JAX's client of the key-value store.
       me: this process.
-      timeout: seconds until all must have called.
+      timeout: seconds until all must have called. Between hosts a connection also lasts through
+        a silence of this length.
       generation: how often the processes have been connected, this time included.
       coordinator: ``host:port`` of JAX's coordinator. Hosts reach each other in its network.
 
@@ -434,7 +448,7 @@ def connect(
                 listeners = {listener: here}
                 # All processes know alike whether they share a host.
                 if len({other["host"] for other in (*others.values(), mine)}) > 1:
-                    network = _listen_on_network(me, token, coordinator)
+                    network = _listen_on_network(me, token, coordinator, timeout)
                     stack.callback(network.close)
                     reached_at = publish("address", network.name)
                     listeners[network] = set(others) - here
@@ -458,14 +472,17 @@ def connect(
         return [peers[p] for p in sorted(peers)], hosts
 
 
-def _listen_on_network(me: Self, token: str, coordinator: str | None) -> NetworkListener:
+def _listen_on_network(
+    me: Self, token: str, coordinator: str | None, timeout: float
+) -> NetworkListener:
     if coordinator is None:
         raise BootstrapError(
             "freeio_jax.initialize: this program has several hosts, and JAX does not say where its "
             "coordinator is. Call jax.distributed.initialize() first."
         )
     try:
-        return NetworkListener(me.process, token, me.control, address_towards(coordinator))
+        address = address_towards(coordinator)
+        return NetworkListener(me.process, token, me.control, address, timeout)
     except OSError as error:
         raise BootstrapError(
             f"freeio_jax.initialize: process {me.process} cannot listen for processes of other "

@@ -267,15 +267,21 @@ void PeerSession::peer_gone(int process, pod::Departure how, AfterUnlock& after)
   // Before the first exchange of a group is complete, any process may have its ranks.
   const bool unknown = how != pod::Departure::kOrderly && to_all_ && state_ == State::kGathering;
   if (state_ != State::kOver && awaits(process) && concerns(process) && (involved || unknown)) {
+    const bool out_of_reach =
+        how == pod::Departure::kDeath && !exchanges_.peers_.at(process).is_here;
+    std::string did = " ended";
+    if (out_of_reach) did = " ended, or cannot be reached any more,";
+    if (how == pod::Departure::kOrderly) {
+      did = " left (freeio_jax.shutdown(), or the end of its program)";
+    }
+    if (how == pod::Departure::kGarbage) did = " sent bytes that are no message of this engine";
     fail(Code::kUnavailable,
-         name() + ": " + exchanges_.who(process) + ranks_of(process) +
-             (how == pod::Departure::kDeath ? exchanges_.peers_.at(process).is_here
-                                                  ? " ended"
-                                                  : " ended, or cannot be reached any more,"
-              : how == pod::Departure::kOrderly
-                  ? " left (freeio_jax.shutdown(), or the end of its program)"
-                  : " sent bytes that are no message of this engine") +
-             " while " + exchanges_.who(exchanges_.process_) + " waited for it",
+         name() + ": " + exchanges_.who(process) + ranks_of(process) + did + " while " +
+             exchanges_.who(exchanges_.process_) + " waited for it" +
+             (out_of_reach ? ". If it still runs, its connection is lost for good: all processes "
+                             "must call freeio_jax.shutdown() and then freeio_jax.initialize(). "
+                             "Otherwise start the program again."
+                           : ""),
          after);
   }
   silent_.insert(process);
