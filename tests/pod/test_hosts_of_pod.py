@@ -105,6 +105,18 @@ def test_a_process_that_goes_on_within_the_time_out_does_no_harm():
     assert run.status == 0, run.lines
 
 
+def test_no_process_gives_up_alone():
+    """Process 1 hears after its time-out that process 0 is ready, which is in the collective then.
+
+    If process 1 gave up, process 0 would wait there, and nothing would end that.
+    """
+    run = Run("done comes late", hosts=2)
+    assert run.status == 0, run.lines
+    assert any(" FAULT" in line for line in run.lines[1]), run.lines
+    told = [line for line in run.lines[1] if "has waited 3 s" in line]
+    assert any("does not give up" in x and "gives up after" not in x for x in told), run.lines
+
+
 def test_another_program_is_told_by_its_call():
     """After each error the processes go on: XLA's collectives had not begun."""
     run = Run("other programs", arguments=OTHER_PROGRAMS, hosts=2)

@@ -291,6 +291,12 @@ bool PeerSession::look() {
   AfterUnlock after;
   std::lock_guard lock(exchanges_.mutex_);
   if (state_ == State::kOver || !failure_.ok()) return false;
+  if (has_committed()) {
+    note(who_waits_for_whom(waits_without_end(patience_)) +
+         " This process does not give up, because others may have begun the exchange.");
+    patience_.extend_past_end();
+    return true;
+  }
   if (!patience_.at_end()) {
     // While it runs, it reads rows, and waits for no process.
     if (state_ != State::kRunning) note(who_waits_for_whom(waits_on(patience_)));
