@@ -139,6 +139,7 @@ IN_INITIALIZE = {
     "killed before it connects": killed_before_it_connects,
     "killed when connected": killed_when_connected,
     "done comes late": deliver_late,
+    "connection lost": keep_connections,
     "garbage": keep_connections,
     "garbage on a channel": keep_connections,
 }
@@ -189,6 +190,8 @@ def main():
         os.kill(os.getpid(), signal.SIGSTOP)
     elif FAULT == "done comes late":
         is_slow.set()
+    elif FAULT == "connection lost":
+        lose_connections_and_connect_again(step, culprit)
     elif FAULT == "link cut":
         if culprit:
             report("FAULT")
@@ -214,6 +217,21 @@ def main():
         time.sleep(100)
     for _ in range(1_000_000 if FAULT.endswith("at some time") else 3):
         step()
+
+
+def lose_connections_and_connect_again(step, culprit):
+    """As the error asks for."""
+    if culprit:
+        for connection in connections:
+            socket.socket(fileno=os.dup(connection)).shutdown(socket.SHUT_RDWR)
+    try:
+        step()
+    except Exception as error:
+        report("LOST " + " ".join(str(error).split()))
+    else:
+        raise AssertionError("no error")
+    fio.shutdown()
+    fio.initialize()
 
 
 def run_other_programs(mesh, culprit):

@@ -135,6 +135,15 @@ def test_another_program_is_told_by_its_call():
         assert float(ours.split(" AFTER ")[1].split()[0]) < TIMEOUT + CROWDED
 
 
+def test_processes_connect_again_as_the_error_says():
+    run = Run("connection lost", hosts=2)
+    assert run.status == 0, run.lines
+    for rank, lines in enumerate(run.lines):
+        (message,) = (line for line in lines if " LOST " in line)
+        assert names_process(run, 1 - rank, message), message
+        assert "call freeio_jax.shutdown() and then freeio_jax.initialize()" in message, message
+
+
 @pytest.mark.parametrize("fault", ["raises", "shut down", "fewer calls"])
 def test_a_process_that_does_not_come_is_named(fault):
     run = Run(fault, hosts=2)
