@@ -18,6 +18,7 @@ import dataclasses
 import errno
 import ipaddress
 import json
+import math
 import os
 import secrets
 import selectors
@@ -281,9 +282,27 @@ class Listener:
         return Peer(process, pid, (address, nonce), connection)
 
 
-#: Seconds without any sign of life from another host, after which a connection counts as broken: a
-#: first probe after so many seconds of silence, then so many probes with so many seconds between.
-_KEEPALIVE_IDLE, _KEEPALIVE_INTERVAL, _KEEPALIVE_PROBES = 10, 5, 4
+#: A connection between hosts counts as broken after this silence, or after the time-out of an
+#: exchange if that is longer. Broken it stays, while after a time-out a program can go on.
+_LEAST_SILENCE_SECONDS = 30
+#: The kernel asks for a sign of life after this silence, and then this often until the end.
+_KEEPALIVE_IDLE, _KEEPALIVE_PROBES = 10, 20
+#: The most seconds between two probes that the kernel takes.
+_MAX_KEEPALIVE_INTERVAL = 32767
+
+
+def _keepalive(timeout: float) -> dict[int, int]:
+    """Options of a TCP connection, and their values: after which silence it is broken."""
+    silence = max(_LEAST_SILENCE_SECONDS, timeout)
+    interval = math.ceil((silence - _KEEPALIVE_IDLE) / _KEEPALIVE_PROBES)
+    interval = min(interval, _MAX_KEEPALIVE_INTERVAL)
+    return {
+        socket.TCP_KEEPIDLE: _KEEPALIVE_IDLE,
+        socket.TCP_KEEPINTVL: interval,
+        socket.TCP_KEEPCNT: _KEEPALIVE_PROBES,
+        # The same bound where something was sent and nobody answers, in milliseconds.
+        socket.TCP_USER_TIMEOUT: 1000 * (_KEEPALIVE_IDLE + interval * _KEEPALIVE_PROBES),
+    }
 
 
 class NetworkListener(Listener):
@@ -291,10 +310,14 @@ class NetworkListener(Listener):
 
     Args:
       address: of this host, under which the others can reach it.
+      timeout: seconds that a rank waits for its peers in one exchange.
     """
 
-    def __init__(self, process: int, token: str, control: tuple[int, int], address: str):
+    def __init__(
+        self, process: int, token: str, control: tuple[int, int], address: str, timeout: float
+    ):
         self._address = address
+        self._keepalive = _keepalive(timeout)
         super().__init__(process, token, control)
 
     def _bind(self) -> socket.socket:
@@ -318,17 +341,7 @@ class NetworkListener(Listener):
 
     def _credentials(self, connection: socket.socket) -> tuple[int | None, int]:
         # Users of different hosts are not compared: the token shows that it is this job.
-        for option, value in (
-            (socket.TCP_NODELAY, 1),
-            (socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE),
-            (socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL),
-            (socket.TCP_KEEPCNT, _KEEPALIVE_PROBES),
-            # The same bound where something was sent and nobody answers, in milliseconds.
-            (
-                socket.TCP_USER_TIMEOUT,
-                1000 * (_KEEPALIVE_IDLE + _KEEPALIVE_INTERVAL * _KEEPALIVE_PROBES),
-            ),
-        ):
+        for option, value in {socket.TCP_NODELAY: 1, **self._keepalive}.items():
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         return None, os.geteuid()
@@ -469,8 +482,9 @@ class Self:
 def _check_alike(published: dict[int, dict]) -> None:
     first, *others = sorted(published)
     for process in others:
-        for name, value in published[process]["alike"].items():
-            expected = published[first]["alike"].get(name)
+        alike = published[process]["alike"]
+        for name in {**published[first]["alike"], **alike}:
+            value, expected = alike.get(name), published[first]["alike"].get(name)
             if value != expected:
                 raise BootstrapError(
                     f"freeio_jax.initialize: {name} is {expected} in process {first} (pid "
@@ -505,7 +519,8 @@ def connect(
     Args:
       client: JAX's client of the key-value store.
       me: this process.
-      timeout: seconds until all must have called.
+      timeout: seconds until all must have called. Between hosts a connection also lasts through
+        a silence of this length.
       generation: how often the processes have been connected, this time included.
       coordinator: ``host:port`` of JAX's coordinator. Hosts reach each other in its network.
 
@@ -587,7 +602,7 @@ def _meet_in_network(
     address = _address(me.process, networks)
     with contextlib.ExitStack() as stack:
         try:
-            network = NetworkListener(me.process, token, me.control, address)
+            network = NetworkListener(me.process, token, me.control, address, store.timeout)
             stack.callback(network.close)
             told = network.name
         except OSError as error:

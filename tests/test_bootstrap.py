@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from freeio_jax import _native, bootstrap
+from freeio_jax import _native, bootstrap, runtime
 from freeio_jax.bootstrap import BootstrapError, Listener, NetworkListener
 
 NOBODY = 65534
@@ -131,12 +131,71 @@ def test_processes_of_other_hosts_are_told_apart(monkeypatch):
             peer.connection.close()
 
 
+@pytest.mark.parametrize("timeout, least", [(3.0, 30), (600.0, 600), (1e9, 600_000)])
+def test_connections_between_hosts_last_through_a_time_out(timeout, least):
+    """And through 30 s, however short the time-out is; the kernel takes no more than 7 days."""
+    listener = bootstrap.NetworkListener(0, "token", (1, 2), "127.0.0.1", timeout)
+    with contextlib.closing(listener), contextlib.ExitStack() as stack:
+        caller = stack.enter_context(listener._call(listener.name, time.monotonic() + 10))
+        accepted, _ = listener._socket.accept()
+        stack.enter_context(accepted)
+        for end in (caller, accepted):
+            listener._credentials(end)
+            idle, interval, probes, milliseconds = (
+                end.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (
+                    *(socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT),
+                    socket.TCP_USER_TIMEOUT,
+                )
+            )
+            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            # A process that is gone is noticed when the bound is over, and soon after silence.
+            assert idle <= 10
+            assert least <= idle + interval * probes <= 1.1 * least
+            assert milliseconds == 1000 * (idle + interval * probes)
+
+
+def test_the_time_out_reaches_the_connections(monkeypatch):
+    results = connect_all(
+        2, timeout=60.0, host_of=lambda process: f"host {process}", monkeypatch=monkeypatch
+    )
+    for peers, _ in results.values():
+        for peer in peers:
+            option = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT
+            assert peer.connection.getsockopt(*option) >= 60_000
+            peer.connection.close()
+
+
 def test_processes_that_are_not_alike(monkeypatch):
     results = connect_all(3, alike=lambda process: "red" if process != 2 else "blue")
     for error in results.values():
         assert isinstance(error, BootstrapError)
         assert "the colour is red in process 0" in str(error)
         assert "and blue in process 2" in str(error)
+
+
+@pytest.mark.parametrize(
+    "platform, owner, name, told",
+    [
+        ("cpu", _native, "protocol", "the protocol of freeio_jax's native module"),
+        ("gpu", _native.cuda_sizes, "max_ranks", "the build option FREEIO_MAX_RANKS"),
+    ],
+)
+def test_builds_that_are_not_alike(platform, owner, name, told, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: platform)
+    here = runtime._alike()
+    monkeypatch.setattr(owner, name, 77)
+    there = runtime._alike()
+    results = connect_all(2, alike=lambda process: (here, there)[process][told])
+    for error in results.values():
+        assert isinstance(error, BootstrapError)
+        assert "and 77 in process 1" in str(error)
+
+
+def test_the_size_of_gpu_blocks_does_not_matter_on_cpu(monkeypatch):
+    here = runtime._alike()
+    monkeypatch.setattr(_native.cuda_sizes, "max_ranks", 77)
+    assert runtime._alike() == here
 
 
 def test_a_process_that_does_not_come(monkeypatch):
@@ -208,7 +267,7 @@ def test_foreign_messages_are_not_answered(message, listener):
 
 @pytest.fixture
 def network_listener():
-    listener = NetworkListener(0, "token", (1, 2), "127.0.0.1")
+    listener = NetworkListener(0, "token", (1, 2), "127.0.0.1", 10.0)
     yield listener
     listener.close()
 

@@ -245,5 +245,5 @@ def test_a_size_that_changes_after_initialize_is_an_error(host_size, monkeypatch
     monkeypatch.setattr(hosts, "_connected", None)
     hosts.connect([hosts.Host(0, "one", (0, 1))])
     host_size(1)
-    with pytest.raises(RuntimeError, match="host_size was None when initialize.*and is 1 now"):
+    with pytest.raises(RuntimeError, match=r"host_size was None when initialize.*and is 1 now"):
         hosts.of_groups(None, np.arange(2)[None])
