@@ -12,7 +12,7 @@ import jax
 import freeio_jax
 from freeio_jax.bench import cases, timing
 
-DEFAULTS = {"tokens": (128, 256, 512, 1024), "hidden": 1024, "top_k": 8, "experts": 64}
+DEFAULTS = {"tokens": (128, 256, 512, 1024), "hidden": 1024, "top_k": 8, "num_experts": 64}
 
 
 def measure(arguments: argparse.Namespace) -> list[dict]:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from freeio_jax.bench import __main__ as command
-from freeio_jax.bench import baselines, command_line, floor, shapes
+from freeio_jax.bench import baselines, command_line, cpu, floor, shapes
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,17 @@ def test_parts_run(tmp_path, capsys):
     assert "exists on GPUs alone" in capsys.readouterr().out
 
 
+def test_the_comparison_on_cpu_has_sizes_by_default():
+    arguments = command_line.parse_arguments([])
+    cpu.set_defaults(arguments)
+    assert {name: getattr(arguments, name) for name in cpu.DEFAULTS} == cpu.DEFAULTS
+    assert (arguments.num_experts, arguments.dtype) == (64, "float32")
+
+
 def test_the_comparison_on_cpu(tmp_path):
     path, picture = tmp_path / "out.json", tmp_path / "out.png"
     command_line = [sys.executable, "-m", "freeio_jax.bench", "--ranks", "2", "--tokens", "4"]
-    command_line += ["--hidden", "8", "--num-experts", "8", "--repeats", "1"]
+    command_line += ["--hidden", "8", "--repeats", "1"]
     command_line += ["--json", str(path), "--png", str(picture)]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(command_line, env=environment, capture_output=True, text=True)
