@@ -221,10 +221,21 @@ def test_other_exchanges_run_to_their_end_where_they_begin():
     assert_close(results("gated", exchange=reference, num_chunks=2), expected)
 
 
-@pytest.mark.parametrize("num_chunks", [0, 1.5])
+@pytest.mark.parametrize("num_chunks", [0, 1.5, True])
 def test_num_chunks_is_checked(num_chunks):
     with pytest.raises(ValueError, match=f"num_chunks must be an int .*{num_chunks}"):
         MoEConfig(**LAYER, num_chunks=num_chunks)
+
+
+def test_num_chunks_may_be_an_int_of_numpy():
+    assert type(MoEConfig(**LAYER, num_chunks=np.int64(2)).num_chunks) is int
+
+
+@pytest.mark.parametrize("field", ["overlap", "shared_expert_gate"])
+def test_switches_are_bools(field):
+    with pytest.raises(TypeError, match=f"{field} must be True or False, got 'no'"):
+        MoEConfig(**GATED | {field: "no"})
+    MoEConfig(**GATED | {field: np.True_})
 
 
 @pytest.mark.parametrize("of", ["linen", "nnx"])
