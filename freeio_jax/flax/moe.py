@@ -79,8 +79,8 @@ def moe(
     if config.expert_capacity is not None and x.ndim < 3:
         raise ValueError(
             f"MoE: expert_capacity={config.expert_capacity} is for each sequence, so x must be "
-            f"[..., L, H] of three or more dimensions, got {x.aval}. Reshape it to [B, L, H], which "
-            "is x[None] for one sequence alone, or set expert_capacity=None to drop nothing."
+            f"[..., L, H] of three or more dimensions, got {x.aval}. Reshape it to [B, L, H], "
+            "which is x[None] for one sequence alone, or set expert_capacity=None to drop nothing."
         )
     width = x.shape[-1]
     check_names(parameters, config, width)

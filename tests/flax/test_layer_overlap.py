@@ -132,9 +132,7 @@ LAYERS = {
     "by hand": (LAYER | {"experts": ByHand()}, {"expert": 2}, False),
     "own rule": (LAYER | {"experts": OwnRule(True)}, {"expert": 2}, False),
     "own rule alone": (LAYER | {"experts": OwnRule(False)}, {"expert": 2}, False),
-    **{
-        f"in {how}": (LAYER | {"experts": Nested(how)}, {"expert": 2}, False) for how in NESTED
-    },
+    **{f"in {how}": (LAYER | {"experts": Nested(how)}, {"expert": 2}, False) for how in NESTED},
     "drops": (
         LAYER | {"experts": SwiGLU(separate=True), "capacity_factor": 0.6, "drops": "evenly"},
         {"data": 2, "expert": 2, "model": 2},
