@@ -1,4 +1,4 @@
-"""The figures of README and docs/performance.md: measured, kept in a record, written as tables.
+"""The figures of README and of pages in docs: measured, kept in a record, written as tables.
 
 A page names the record of each of its tables in a comment before it:
 
@@ -44,7 +44,9 @@ def measure(
     stamped: Sequence[Mapping[str, Any]] = (),
     png: pathlib.Path | None = None,
 ) -> None:
-    """All parts that the tables show, on these GPUs; one record has them all.
+    """All parts that the tables of README and docs/performance.md show, on these GPUs.
+
+    One record has them all.
 
     ``stamped``, ``png``: of :func:`freeio_jax.bench.tax.run`.
     """
@@ -276,6 +278,21 @@ def _tax_rows(data: Data) -> Rows:
             yield *where, *(_us(r.get(field)) for field in fields)
 
 
+#: Chunks of a layer, of the table of memory.
+NUM_CHUNKS = (1, 2, 4)
+
+
+def _memory_rows(data: Data) -> Rows:
+    planned: dict[tuple, dict[int, float]] = {}
+    for r in data.get("memory", []):
+        if "temporary_bytes" in r:
+            of_chunks = planned.setdefault((r["model"], r["num_tokens"], r["pass"]), {})
+            of_chunks[r["num_chunks"]] = r["temporary_bytes"]
+    for about, of_chunks in planned.items():
+        sizes = (of_chunks.get(n) for n in NUM_CHUNKS)
+        yield *about, *("" if size is None else f"{size * 1e-6:.0f}" for size in sizes)
+
+
 def _cpu_rows(data: Data) -> Rows:
     ratios: dict[int, list[float]] = {}
     for record in data.get("cpu", []):
@@ -322,6 +339,7 @@ TABLES: dict[str, tuple[Sequence[str], Callable[[Data], Rows]]] = {
         ),
         _layer_rows,
     ),
+    "memory": (("layer", "T", "pass", *(f"n={n}" for n in NUM_CHUNKS)), _memory_rows),
     "cpu": (("T", "dispatch", "combine", "both with gradients"), _cpu_rows),
 }
 

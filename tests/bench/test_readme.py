@@ -1,4 +1,4 @@
-"""The figures of README and docs/performance.md are those of records that are checked in."""
+"""The figures of README and of pages in docs are those of records that are checked in."""
 
 import inspect
 import json
@@ -104,6 +104,15 @@ def test_the_fastest_of_xla_may_be_a_new_one_that_ran_in_one_process():
     assert readme._fastest_of_xla(both, 128) == (pytest.approx(1.8e-4), "ragged-1, device kernel")
     for other in (newest(1, None), newest(1, 9e-5, name="custom")):
         assert readme._fastest_of_xla({**DATA, "newest": other}, 128)[1] == "ragged-by-expert"
+
+
+def test_memory_of_chunks():
+    about = {"model": "some", "num_tokens": 8, "pass": "forward"}
+    records = [about | {"num_chunks": n, "temporary_bytes": 6.4e7 / n} for n in (1, 4)]
+    records.append({"model": "other", "num_tokens": 8, "error": "RuntimeError: no plugin"})
+    assert readme.render("memory", {"memory": records})[2:] == [
+        "| some | 8 | forward | 64 |  | 16 |"
+    ]
 
 
 def test_a_product_that_could_not_be_measured_is_a_cell():
