@@ -12,7 +12,7 @@ from freeio_jax.bench import command_line, decode, experts, layer, readme, shape
 from freeio_jax.bench.report import Report
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "overlap.md"))]
 TABLES = [
     pytest.param(*found, id=f"{page.name}-{found[0]}")
     for page in PAGES
