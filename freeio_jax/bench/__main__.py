@@ -276,6 +276,15 @@ def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     several = cluster.num_processes() > 1
     ranks = arguments.ranks or 8
+    num_gpus = 0 if several else _num_gpus()
+    ignored = ignored_by_readme(arguments) if arguments.readme and num_gpus else []
+    if ignored:
+        print(
+            f"--readme has sizes of its own on GPUs: leave out {', '.join(ignored)}, or run "
+            "the part that they are for without --readme.",
+            file=sys.stderr,
+        )
+        return 2
     # Both are read when JAX's backends start.
     if not several and (jax.config.jax_num_cpu_devices or 0) < ranks:
         jax.config.update("jax_num_cpu_devices", ranks)
@@ -284,15 +293,6 @@ def main(argv=None) -> int:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
     if not several:
         newest = []
-        num_gpus = _num_gpus()
-        ignored = ignored_by_readme(arguments) if arguments.readme and num_gpus else []
-        if ignored:
-            print(
-                f"--readme has sizes of its own on GPUs: leave out {', '.join(ignored)}, or run "
-                "the part that they are for without --readme.",
-                file=sys.stderr,
-            )
-            return 2
         if arguments.newest or (arguments.readme and num_gpus):
             newest = _try_newest(arguments, num_gpus)
         return _run(arguments, ranks, newest)
