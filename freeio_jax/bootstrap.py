@@ -6,52 +6,38 @@ of a host makes one connection. Each checks that the other one belongs to the sa
 kernel tells (SO_PEERCRED), and that it knows the job's token. So no other user or job takes part.
 
 Between hosts each pair makes a TCP connection, and both check that the other one knows the token.
-The address is that from which the process reaches JAX's coordinator. Where all share a host, no
-process listens on a network.
+The address is that from which the process reaches JAX's coordinator; on the coordinator's own host
+that may be a loopback address, and then it is the one by which the other hosts reach the
+coordinator. Where all share a host, no process listens on a network.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
+import ipaddress
 import json
 import os
 import secrets
 import socket
-import struct
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from freeio_jax import log
 from freeio_jax.hosts import Host
-
-_SEND_BUFFER = 4 << 20
-
-#: Bytes of what two processes tell each other first.
-_MAX_HELLO = 4096
-
-#: Seconds between two checks that the awaited processes have not ended.
-_LOOK_SECONDS = 0.2
+from freeio_jax.listeners import (
+    LOOK_SECONDS,
+    BootstrapError,
+    Listener,
+    NetworkListener,
+    Peer,
+)
 
 #: After this wait the log says which processes are missing, and again each time it has doubled.
 _PATIENCE_SECONDS = 30.0
-
-
-class BootstrapError(RuntimeError):
-    """The processes of this program could not be connected."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Peer:
-    """Another process of the program, and the connection with it."""
-
-    process: int
-    pid: int
-    control: tuple[int, int]
-    connection: socket.socket
 
 
 def host_identity() -> str:
@@ -60,263 +46,97 @@ def host_identity() -> str:
     return f"{boot} {os.readlink('/proc/self/ns/net')}"
 
 
-def has_ended(name: str) -> bool:
-    """Whether the process that listened at ``name`` does so no longer."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
-        caller.setblocking(False)
-        return caller.connect_ex(f"\0{name}") == errno.ECONNREFUSED
-
-
-def credentials(connection: socket.socket) -> tuple[int, int]:
-    """(pid, uid) of the process at the other end, from the kernel."""
-    size = struct.calcsize("3i")
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    pid, uid, _ = struct.unpack("3i", raw)
-    return pid, uid
-
-
-class Listener:
-    """Takes connections from processes of this user that know the token; closes all others.
-
-    Attributes:
-      name: what :meth:`connect` of another process must know.
-    """
-
-    def __init__(self, process: int, token: str, control: tuple[int, int]):
-        self._hello = {
-            "token": token,
-            "process": process,
-            "pid": os.getpid(),
-            "control": list(control),
-        }
-        self._socket = self._bind()
-        self._socket.listen(4096)  # or as many as the kernel allows
-
-    def _bind(self) -> socket.socket:
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.name = f"freeio-jax-{secrets.token_hex(16)}"
-        listening.bind(f"\0{self.name}")
-        return listening
-
-    def _call(self, name, deadline: float) -> socket.socket:
-        """A connection with the listener of this name."""
-        caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            caller.settimeout(max(deadline - time.monotonic(), 1e-3))
-            caller.connect(f"\0{name}")
-        except BaseException:
-            caller.close()
-            raise
-        return caller
-
-    def has_ended(self, name) -> bool:
-        """Whether the process that listened at ``name`` does so no longer."""
-        return has_ended(name)
-
-    def _credentials(self, connection: socket.socket) -> tuple[int | None, int]:
-        """(pid, uid) at the other end. No pid: its hello says it."""
-        return credentials(connection)
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def accept(self, deadline: float) -> Peer | None:
-        """The next connection, or None if it was not from this job.
-
-        Raises:
-          TimeoutError: no process connected until ``deadline`` (of ``time.monotonic``).
-        """
-        self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
-        connection, _ = self._socket.accept()
-        with contextlib.ExitStack() as stack:
-            stack.callback(connection.close)
-            pid, uid = self._credentials(connection)
-            if uid != os.geteuid():
-                return None
-            try:
-                # A process of this job says hello at once. One that does not must not hold up the
-                # others.
-                peer = self._read_hello(connection, pid, min(deadline, time.monotonic() + 5.0))
-                if peer is None:
-                    return None
-                connection.sendall(json.dumps(self._hello).encode() + b"\n")
-            except OSError:
-                return None
-            stack.pop_all()
-            return peer
-
-    def connect(self, process: int, name: str, deadline: float) -> Peer:
-        """Connects with the listener ``name`` of ``process``.
-
-        Raises:
-          ConnectionError: there is none, or it ended.
-          BootstrapError: it is another user's, or it does not know the token.
-        """
-        with contextlib.ExitStack() as stack:
-            try:
-                connection = self._call(name, deadline)
-                stack.callback(connection.close)
-                pid, uid = self._credentials(connection)
-                if uid != os.geteuid():
-                    raise BootstrapError(
-                        f"freeio_jax: process {process} (pid {pid}) runs as user {uid}, this one "
-                        f"as user {os.geteuid()}: all processes must be of one user."
-                    )
-                connection.sendall(json.dumps(self._hello).encode() + b"\n")
-                peer = self._read_hello(connection, pid, deadline)
-            except ConnectionError:
-                raise
-            except OSError as error:
-                raise BootstrapError(
-                    f"freeio_jax: process {process} {self.where(name)} could not be connected: "
-                    f"{error}."
-                ) from error
-            if peer is None or peer.process != process:
-                raise BootstrapError(
-                    f"freeio_jax: what answers for process {process} is not of this job."
-                )
-            stack.pop_all()
-            return peer
-
-    def where(self, name) -> str:
-        """Where the listener of that name is, for errors."""
-        return "of this host"
-
-    def _read_hello(
-        self, connection: socket.socket, pid: int | None, deadline: float
-    ) -> Peer | None:
-        message = self._read_line(connection, deadline)
-        try:
-            hello = json.loads(message)
-            token, process = str(hello["token"]), int(hello["process"])
-            address, nonce = map(int, hello["control"])
-            pid = int(hello["pid"]) if pid is None else pid
-        except (ValueError, KeyError, TypeError):
-            return None
-        if not secrets.compare_digest(token.encode(), self._hello["token"].encode()):
-            return None
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        connection.setblocking(False)
-        return Peer(process, pid, (address, nonce), connection)
-
-    def _read_line(self, connection: socket.socket, deadline: float) -> bytes:
-        """One message, which came at once."""
-        connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-        message = connection.recv(_MAX_HELLO)
-        if not message:
-            raise ConnectionResetError("closed")
-        return message
-
-
-#: Seconds without any sign of life from another host, after which a connection counts as broken: a
-#: first probe after so many seconds of silence, then so many probes with so many seconds between.
-_KEEPALIVE_IDLE, _KEEPALIVE_INTERVAL, _KEEPALIVE_PROBES = 10, 5, 4
-
-
-class NetworkListener(Listener):
-    """The same between hosts. Its name is (address, port).
-
-    Args:
-      address: of this host, under which the others can reach it.
-    """
-
-    def __init__(self, process: int, token: str, control: tuple[int, int], address: str):
-        self._address = address
-        super().__init__(process, token, control)
-
-    def _bind(self) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.bind((self._address, 0))
-        self.name = listening.getsockname()[:2]
-        return listening
-
-    def _call(self, name, deadline: float) -> socket.socket:
-        return socket.create_connection(tuple(name), max(deadline - time.monotonic(), 1e-3))
-
-    def has_ended(self, name) -> bool:
-        try:
-            socket.create_connection(tuple(name), _LOOK_SECONDS).close()
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False  # slow, or out of reach: the time-out decides
-        return False
-
-    def _credentials(self, connection: socket.socket) -> tuple[int | None, int]:
-        # Users of different hosts are not compared: the token shows that it is this job.
-        for option, value in (
-            (socket.TCP_NODELAY, 1),
-            (socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE),
-            (socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL),
-            (socket.TCP_KEEPCNT, _KEEPALIVE_PROBES),
-            # The same bound where something was sent and nobody answers, in milliseconds.
-            (
-                socket.TCP_USER_TIMEOUT,
-                1000 * (_KEEPALIVE_IDLE + _KEEPALIVE_INTERVAL * _KEEPALIVE_PROBES),
-            ),
-        ):
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return None, os.geteuid()
-
-    def where(self, name) -> str:
-        return "at {}, port {}".format(*name)
-
-    def _read_line(self, connection: socket.socket, deadline: float) -> bytes:
-        # Byte by byte: what comes behind the line is for the engines.
-        line = b""
-        while not line.endswith(b"\n") and len(line) < _MAX_HELLO:
-            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-            byte = connection.recv(1)
-            if not byte:
-                raise ConnectionResetError("closed")
-            line += byte
-        return line
-
-
-def address_towards(coordinator: str) -> str:
-    """The address from which this host reaches JAX's coordinator, ``host:port``.
-
-    Raises:
-      OSError: the coordinator's host has no address, or cannot be reached.
-    """
-    host, port = coordinator.rsplit(":", 1)
-    family, kind, _, _, address = socket.getaddrinfo(
-        host.strip("[]"), int(port), type=socket.SOCK_DGRAM
-    )[0]
-    with socket.socket(family, kind) as caller:
-        caller.connect(address)  # sends nothing
-        return caller.getsockname()[0]
-
-
-def _absent(client, where: str, num_processes: int) -> str:
-    """Which processes have not come, in words; empty where the store does not answer."""
+def _in_network(coordinator: str | None) -> dict[str, str]:
+    """The addresses of this host and of JAX's coordinator, as this host sees them; or an error."""
+    if coordinator is None:
+        return {"error": "JAX does not say where its coordinator is"}
     try:
-        came = {
-            int(key.rsplit("/", 1)[1]) for key, _ in client.key_value_dir_get(f"{where}/process/")
+        host, port = coordinator.rsplit(":", 1)
+        family, kind, _, _, address = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind) as caller:
+            caller.connect(address)  # sends nothing
+            return {"mine": caller.getsockname()[0], "coordinator": address[0]}
+    except (OSError, ValueError) as error:
+        return {"error": f"JAX's coordinator ({coordinator}) has no address here: {error}"}
+
+
+def _address(process: int, networks: dict[int, dict[str, str]]) -> str:
+    """The address of a process for other hosts, from what :func:`_in_network` says in each."""
+    mine = networks[process]["mine"]
+    if not ipaddress.ip_address(mine).is_loopback:
+        return mine
+    # It is on the coordinator's host, whose own name may mean 127.0.1.1 there.
+    seen = (networks[p]["coordinator"] for p in sorted(networks))
+    return next((one for one in seen if not ipaddress.ip_address(one).is_loopback), mine)
+
+
+class _Store:
+    """JAX's key-value store, for one :func:`connect`."""
+
+    def __init__(self, client, where: str, process: int, num_processes: int, timeout: float):
+        self._client, self._where = client, where
+        self._process, self._num_processes = process, num_processes
+        self.timeout, self.deadline = timeout, time.monotonic() + timeout
+
+    def token(self) -> str:
+        """A secret of the job: process 0 makes it."""
+        if self._process == 0:
+            self._client.key_value_set(f"{self._where}/token", secrets.token_hex(16))
+        with self._in_time(lambda: ", which leaves process 0"):
+            return self._client.blocking_key_value_get(f"{self._where}/token", self._rest_ms())
+
+    def publish(self, key: str, value: Any) -> dict[int, Any]:
+        """What all processes publish under ``key``, by process."""
+        folder = f"{self._where}/{key}/"
+        self._client.key_value_set(f"{folder}{self._process}", json.dumps(value))
+        with self._in_time(lambda: self.absent(key)):
+            self._client.wait_at_barrier(f"{folder}published", self._rest_ms())
+        return {
+            int(name.rsplit("/", 1)[1]): json.loads(text)
+            for name, text in self._client.key_value_dir_get(folder)
         }
-    except RuntimeError:
-        return ""
-    return f", which leaves process(es) {sorted(set(range(num_processes)) - came)}"
+
+    def absent(self, key: str) -> str:
+        """Which processes have not published it; empty where the store does not answer."""
+        try:
+            published = self._client.key_value_dir_get(f"{self._where}/{key}/")
+        except RuntimeError:
+            return ""
+        came = {int(name.rsplit("/", 1)[1]) for name, _ in published}
+        return f", which leaves process(es) {sorted(set(range(self._num_processes)) - came)}"
+
+    def _rest_ms(self) -> int:
+        return max(1, int(1000 * (self.deadline - time.monotonic())))
+
+    @contextlib.contextmanager
+    def _in_time(self, absent: Callable[[], str]):
+        try:
+            yield
+        except RuntimeError as error:  # what jaxlib's client raises, DEADLINE_EXCEEDED included
+            raise BootstrapError(
+                f"freeio_jax.initialize: not all {self._num_processes} processes came within "
+                f"{self.timeout:g} s{absent()}. Every process must call it, after "
+                f"jax.distributed.initialize(). ({error})"
+            ) from error
 
 
 @contextlib.contextmanager
-def _logging_absence(client, where: str, process: int, num_processes: int, timeout: float):
-    """Logs which processes have not come, while the body waits for them."""
-    came = threading.Event()
+def _logging_waits(process: int, timeout: float, for_whom: Callable[[], str]):
+    """Logs for whom the body waits, while it does."""
+    done = threading.Event()
 
     def tell():
         seconds = _PATIENCE_SECONDS
         wait = seconds
-        while not came.wait(wait):
+        while not done.wait(wait):
             log.logger.warning(
-                "freeio_jax.initialize: process %d has waited %g s (it gives up after %g s) for "
-                "the others to call it%s",
+                "freeio_jax.initialize: process %d has waited %g s (it gives up after %g s) for %s",
                 process,
                 seconds,
                 timeout,
-                _absent(client, where, num_processes),
+                for_whom(),
             )
             wait, seconds = seconds, 2 * seconds
 
@@ -325,7 +145,7 @@ def _logging_absence(client, where: str, process: int, num_processes: int, timeo
     try:
         yield
     finally:
-        came.set()
+        done.set()
         teller.join()
 
 
@@ -349,8 +169,9 @@ class Self:
 def _check_alike(published: dict[int, dict]) -> None:
     first, *others = sorted(published)
     for process in others:
-        for name, value in published[process]["alike"].items():
-            expected = published[first]["alike"].get(name)
+        alike = published[process]["alike"]
+        for name in {**published[first]["alike"], **alike}:
+            value, expected = alike.get(name), published[first]["alike"].get(name)
             if value != expected:
                 raise BootstrapError(
                     f"freeio_jax.initialize: {name} is {expected} in process {first} (pid "
@@ -385,7 +206,8 @@ def connect(
     Args:
       client: JAX's client of the key-value store.
       me: this process.
-      timeout: seconds until all must have called.
+      timeout: seconds until all must have called. Between hosts a connection also lasts through
+        a silence of this length.
       generation: how often the processes have been connected, this time included.
       coordinator: ``host:port`` of JAX's coordinator. Hosts reach each other in its network.
 
@@ -395,90 +217,96 @@ def connect(
     Raises:
       BootstrapError: not all processes came in time, or could be connected, or they are not alike.
     """
-    where, process = f"freeio_jax/{generation}", me.process
-    deadline = time.monotonic() + timeout
-
-    def publish(key: str, value: Any) -> dict[int, Any]:
-        """What all processes publish under ``key``, by process."""
-        client.key_value_set(f"{where}/{key}/{process}", json.dumps(value))
-        client.wait_at_barrier(f"{where}/{key}/published", int(timeout * 1000))
-        return {
-            int(name.rsplit("/", 1)[1]): json.loads(text)
-            for name, text in client.key_value_dir_get(f"{where}/{key}/")
-        }
-
+    process = me.process
+    store = _Store(client, f"freeio_jax/{generation}", process, num_processes, timeout)
     with contextlib.ExitStack() as stack:
-        try:
-            with _logging_absence(client, where, process, num_processes, timeout):
-                if process == 0:
-                    client.key_value_set(f"{where}/token", secrets.token_hex(16))
-                token = client.blocking_key_value_get(f"{where}/token", int(timeout * 1000))
-                listener = Listener(process, token, me.control)
-                stack.callback(listener.close)
-                others = publish(
-                    "process",
-                    {
-                        "host": host_identity(),
-                        "virtual_host": me.virtual_host,
-                        "hostname": socket.gethostname(),
-                        "name": listener.name,
-                        "pid": os.getpid(),
-                        "alike": me.alike,
-                    },
-                )
-                _check_alike(others)
-                hosts = _hosts_of(others)
-                mine = others.pop(process)
-                here = {p for p, other in others.items() if other["host"] == mine["host"]}
-                names = {p: others[p]["name"] for p in here}
-                listeners = {listener: here}
-                # All processes know alike whether they share a host.
-                if len({other["host"] for other in (*others.values(), mine)}) > 1:
-                    network = _listen_on_network(me, token, coordinator)
-                    stack.callback(network.close)
-                    reached_at = publish("address", network.name)
-                    listeners[network] = set(others) - here
-                    names.update({p: reached_at[p] for p in listeners[network]})
-        except RuntimeError as error:  # what jaxlib's client raises, DEADLINE_EXCEEDED included
-            if isinstance(error, BootstrapError):
-                raise
-            raise BootstrapError(
-                f"freeio_jax.initialize: not all {num_processes} processes came within "
-                f"{timeout:g} s{_absent(client, where, num_processes)}. Every process must call "
-                f"it, after jax.distributed.initialize(). ({error})"
-            ) from error
+        with _logging_waits(
+            process, timeout, lambda: "the others to call it" + store.absent("process")
+        ):
+            token = store.token()
+            listener = Listener(process, token, me.control)
+            stack.callback(listener.close)
+            all_of_them = store.publish(
+                "process",
+                {
+                    "host": host_identity(),
+                    "virtual_host": me.virtual_host,
+                    "hostname": socket.gethostname(),
+                    "name": listener.name,
+                    "pid": os.getpid(),
+                    "alike": me.alike,
+                    "network": _in_network(coordinator),
+                },
+            )
+        _check_alike(all_of_them)
+        identity = all_of_them[process]["host"]
+        here = {p for p, one in all_of_them.items() if one["host"] == identity} - {process}
+        names = {p: all_of_them[p]["name"] for p in here}
+        listeners: dict[Listener, set[int]] = {listener: here}
+        # All processes know alike whether they share a host.
+        if len(here) + 1 < num_processes:
+            network, reached_at = _meet_in_network(me, token, store, all_of_them)
+            stack.callback(network.close)
+            listeners[network] = set(all_of_them) - here - {process}
+            names.update({p: reached_at[p] for p in listeners[network]})
         peers: dict[int, Peer] = {}
+        known = {p: (name, all_of_them[p]["pid"]) for p, name in names.items()}
         stack.callback(lambda: [peer.connection.close() for peer in peers.values()])
-        known = {p: (names[p], others[p]["pid"]) for p in others}
-        for one, of_listener in listeners.items():
-            _connect_by(one, process, of_listener, known, deadline, timeout, peers)
+
+        def not_connected() -> str:
+            missing = ", ".join(f"{p} (pid {known[p][1]})" for p in sorted(set(known) - set(peers)))
+            return f"connections with process(es) {missing}"
+
+        with _logging_waits(process, timeout, not_connected):
+            for one, of_listener in listeners.items():
+                _connect_by(one, process, of_listener, known, store.deadline, timeout, peers)
         stack.pop_all()
         for one in listeners:
             one.close()
-        return [peers[p] for p in sorted(peers)], hosts
+        return [peers[p] for p in sorted(peers)], _hosts_of(all_of_them)
 
 
-def _listen_on_network(me: Self, token: str, coordinator: str | None) -> NetworkListener:
-    if coordinator is None:
-        raise BootstrapError(
-            "freeio_jax.initialize: this program has several hosts, and JAX does not say where its "
-            "coordinator is. Call jax.distributed.initialize() first."
-        )
-    try:
-        return NetworkListener(me.process, token, me.control, address_towards(coordinator))
-    except OSError as error:
-        raise BootstrapError(
-            f"freeio_jax.initialize: process {me.process} cannot listen for processes of other "
-            f"hosts in the network of JAX's coordinator ({coordinator}): {error}."
-        ) from error
+def _meet_in_network(
+    me: Self, token: str, store: _Store, published: dict[int, dict]
+) -> tuple[NetworkListener, dict[int, Any]]:
+    """A listener for processes of other hosts, and the names of all such, by process.
+
+    Raises:
+      BootstrapError: a process has no address, or cannot listen there. All processes raise it.
+    """
+
+    def check(errors: dict[int, str]) -> None:
+        for process, error in sorted(errors.items()):
+            raise BootstrapError(
+                f"freeio_jax.initialize: this program has several hosts, and process {process} "
+                f"(pid {published[process]['pid']}, {published[process]['hostname']}) cannot "
+                f"listen for those of other hosts: {error}. Hosts meet in the network of JAX's "
+                "coordinator: give jax.distributed.initialize an address that all of them know."
+            )
+
+    networks = {p: one["network"] for p, one in published.items()}
+    check({p: one["error"] for p, one in networks.items() if "error" in one})
+    address = _address(me.process, networks)
+    with contextlib.ExitStack() as stack:
+        try:
+            network = NetworkListener(me.process, token, me.control, address, store.timeout)
+            stack.callback(network.close)
+            told = network.name
+        except OSError as error:
+            told = {"error": f"{address}: {error}"}
+        names = store.publish("address", told)
+        check({p: one["error"] for p, one in names.items() if isinstance(one, dict)})
+        stack.pop_all()
+        return network, names
 
 
 def _connect_by(listener, process, others, known, deadline, timeout, peers) -> None:
     """Connects with ``others`` and enters them in ``peers``. ``known``: (name, pid) of each."""
 
-    def ended(other: int) -> BootstrapError:
+    def refused(other: int) -> BootstrapError:
+        name, pid = known[other]
         return BootstrapError(
-            f"freeio_jax.initialize: process {other} (pid {known[other][1]}) ended while "
+            f"freeio_jax.initialize: process {other} (pid {pid}) {listener.refused(name)} while "
             f"process {process} connected with it."
         )
 
@@ -486,20 +314,22 @@ def _connect_by(listener, process, others, known, deadline, timeout, peers) -> N
         try:
             peers[other] = listener.connect(other, known[other][0], deadline)
         except ConnectionError as error:
-            raise ended(other) from error
+            raise refused(other) from error
     awaited = {p for p in others if p > process}
     while awaited:
         try:
-            peer = listener.accept(min(deadline, time.monotonic() + _LOOK_SECONDS))
+            peer = listener.accept(min(deadline, time.monotonic() + LOOK_SECONDS))
         except TimeoutError as error:
             # A process listens until it is connected with all others. So one that does not listen,
             # and is not connected with this process, has ended.
             for other in sorted(awaited):
                 if listener.has_ended(known[other][0]):
-                    raise ended(other) from error
+                    raise refused(other) from error
             if time.monotonic() < deadline:
                 continue
-            late = ", ".join(f"{p} (pid {known[p][1]})" for p in sorted(awaited))
+            late = ", ".join(
+                f"{p} (pid {known[p][1]}, {listener.where(known[p][0])})" for p in sorted(awaited)
+            )
             raise BootstrapError(
                 f"freeio_jax.initialize: process(es) {late} did not connect within {timeout:g} s."
             ) from error

@@ -90,8 +90,21 @@ def in_order_of_rank(hosts: Iterable[Hashable]) -> tuple[int, ...]:
 def there_are_several() -> bool:
     """Whether some devices of the program are on different hosts."""
     if jax.process_count() > 1:
+        _check_host_size()
         return len(of_program()) > 1
-    return settings.config()["host_size"] is not None
+    host_size = settings.config()["host_size"]
+    return host_size is not None and host_size < jax.device_count()
+
+
+def _check_host_size() -> None:
+    """Raises if the setting ``host_size`` has changed since the processes were connected."""
+    host_size = settings.config()["host_size"]
+    if _connected is not None and host_size != _connected.host_size:
+        raise RuntimeError(
+            f"freeio_jax: host_size was {_connected.host_size} when initialize() connected the "
+            f"processes, and is {host_size} now. Set it before that call, alike in all processes "
+            "(FREEIO_HOST_SIZE)."
+        )
 
 
 def of_devices(devices: Sequence) -> list[Hashable]:
@@ -102,12 +115,7 @@ def of_devices(devices: Sequence) -> list[Hashable]:
     """
     host_size = settings.config()["host_size"]
     if jax.process_count() > 1:
-        if _connected is not None and host_size != _connected.host_size:
-            raise RuntimeError(
-                f"freeio_jax: host_size was {_connected.host_size} when initialize() connected the "
-                f"processes, and is {host_size} now. Set it before that call, alike in all "
-                "processes (FREEIO_HOST_SIZE)."
-            )
+        _check_host_size()
         number = {p: host.number for host in of_program() for p in host.processes}
         return [number.get(device.process_index) for device in devices]
     if host_size is None:

@@ -60,12 +60,21 @@ def processes_here() -> set[int]:
 
 def _alike() -> dict[str, Any]:
     """What must be equal in all processes."""
-    return {
-        "the version of freeio_jax": importlib.metadata.version("freeio_jax"),
+    try:
+        version = importlib.metadata.version("freeio_jax")
+    except importlib.metadata.PackageNotFoundError:  # a tree on the path, not installed
+        version = "unknown"
+    alike = {
+        "the version of freeio_jax": version,
+        "the protocol of freeio_jax's native module": _native.protocol,
         "the version of jaxlib": jaxlib.version.__version__,
         "the kind of machine": f"{platform.machine()}, {sys.byteorder} endian",
         "the setting host_size": settings.config()["host_size"],
     }
+    # Only GPUs write to each other's GPU blocks, whose layout follows from this option.
+    if jax.default_backend() != "cpu":
+        alike["the build option FREEIO_MAX_RANKS"] = _native.cuda_sizes.max_ranks
+    return alike
 
 
 def initialize() -> None:

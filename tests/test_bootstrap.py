@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import time
 
 import pytest
 
-from freeio_jax import _native, bootstrap
-from freeio_jax.bootstrap import BootstrapError, Listener
+from freeio_jax import _native, bootstrap, listeners, runtime
+from freeio_jax.listeners import BootstrapError, Listener, NetworkListener
 
 NOBODY = 65534
 
@@ -53,7 +54,15 @@ class Store:
             return [(k, v) for k, v in self._values.items() if k.startswith(folder)]
 
 
-def connect_all(num_processes, timeout=20.0, absent=(), host_of=None, alike=None, monkeypatch=None):
+def connect_all(
+    num_processes,
+    timeout=20.0,
+    absent=(),
+    host_of=None,
+    alike=None,
+    monkeypatch=None,
+    coordinator="127.0.0.1:1",
+):
     """(peers, hosts) of each process, or what it raised."""
     store, results = Store(num_processes), {}
     if host_of is not None:
@@ -69,7 +78,7 @@ def connect_all(num_processes, timeout=20.0, absent=(), host_of=None, alike=None
                 alike={} if alike is None else {"the colour": alike(process)},
             )
             results[process] = bootstrap.connect(
-                store, me, num_processes, timeout, generation=1, coordinator="127.0.0.1:1"
+                store, me, num_processes, timeout, generation=1, coordinator=coordinator
             )
         except BootstrapError as error:
             results[process] = error
@@ -122,12 +131,71 @@ def test_processes_of_other_hosts_are_told_apart(monkeypatch):
             peer.connection.close()
 
 
+@pytest.mark.parametrize("timeout, least", [(3.0, 30), (600.0, 600), (1e9, 600_000)])
+def test_connections_between_hosts_last_through_a_time_out(timeout, least):
+    """And through 30 s, however short the time-out is; the kernel takes no more than 7 days."""
+    listener = bootstrap.NetworkListener(0, "token", (1, 2), "127.0.0.1", timeout)
+    with contextlib.closing(listener), contextlib.ExitStack() as stack:
+        caller = stack.enter_context(listener._call(listener.name, time.monotonic() + 10))
+        accepted, _ = listener._socket.accept()
+        stack.enter_context(accepted)
+        for end in (caller, accepted):
+            listener._credentials(end)
+            idle, interval, probes, milliseconds = (
+                end.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (
+                    *(socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT),
+                    socket.TCP_USER_TIMEOUT,
+                )
+            )
+            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            # A process that is gone is noticed when the bound is over, and soon after silence.
+            assert idle <= 10
+            assert least <= idle + interval * probes <= 1.1 * least
+            assert milliseconds == 1000 * (idle + interval * probes)
+
+
+def test_the_time_out_reaches_the_connections(monkeypatch):
+    results = connect_all(
+        2, timeout=60.0, host_of=lambda process: f"host {process}", monkeypatch=monkeypatch
+    )
+    for peers, _ in results.values():
+        for peer in peers:
+            option = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT
+            assert peer.connection.getsockopt(*option) >= 60_000
+            peer.connection.close()
+
+
 def test_processes_that_are_not_alike(monkeypatch):
     results = connect_all(3, alike=lambda process: "red" if process != 2 else "blue")
     for error in results.values():
         assert isinstance(error, BootstrapError)
         assert "the colour is red in process 0" in str(error)
         assert "and blue in process 2" in str(error)
+
+
+@pytest.mark.parametrize(
+    "platform, owner, name, told",
+    [
+        ("cpu", _native, "protocol", "the protocol of freeio_jax's native module"),
+        ("gpu", _native.cuda_sizes, "max_ranks", "the build option FREEIO_MAX_RANKS"),
+    ],
+)
+def test_builds_that_are_not_alike(platform, owner, name, told, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: platform)
+    here = runtime._alike()
+    monkeypatch.setattr(owner, name, 77)
+    there = runtime._alike()
+    results = connect_all(2, alike=lambda process: (here, there)[process][told])
+    for error in results.values():
+        assert isinstance(error, BootstrapError)
+        assert "and 77 in process 1" in str(error)
+
+
+def test_the_size_of_gpu_blocks_does_not_matter_on_cpu(monkeypatch):
+    here = runtime._alike()
+    monkeypatch.setattr(_native.cuda_sizes, "max_ranks", 77)
+    assert runtime._alike() == here
 
 
 def test_a_process_that_does_not_come(monkeypatch):
@@ -164,6 +232,11 @@ def closed_silently(caller):
 
 
 HELLO = {"token": "token", "process": 1, "control": [3, 4]}
+HOSTILE = [
+    b"[" * 4000,
+    json.dumps(HELLO | {"process": float("inf")}).encode(),
+    json.dumps(HELLO | {"token": "\ud800"}).encode(),
+]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +248,7 @@ HELLO = {"token": "token", "process": 1, "control": [3, 4]}
         json.dumps(HELLO | {"token": "another"}).encode(),
         json.dumps({"token": "token", "process": 1}).encode(),
         json.dumps(HELLO | {"control": ["x", 1]}).encode(),
+        *HOSTILE,
     ],
 )
 def test_foreign_messages_are_not_answered(message, listener):
@@ -189,6 +263,124 @@ def test_foreign_messages_are_not_answered(message, listener):
         assert (peer.process, peer.control) == (1, (3, 4))
         assert json.loads(caller.recv(4096))["process"] == 0
         peer.connection.close()
+
+
+@pytest.fixture
+def network_listener():
+    listener = NetworkListener(0, "token", (1, 2), "127.0.0.1", 10.0)
+    yield listener
+    listener.close()
+
+
+def accept(listener, seconds=10.0):
+    """The next peer, whatever else connects."""
+    deadline = time.monotonic() + seconds
+    while (peer := listener.accept(deadline)) is None:
+        pass
+    return peer
+
+
+@pytest.mark.parametrize(
+    "message", [b"", b"\n", b"x" * 5000, b"\x00\xff\n", *(one + b"\n" for one in HOSTILE)]
+)
+def test_foreign_messages_from_another_host_are_not_answered(message, network_listener):
+    with socket.create_connection(network_listener.name, 10) as caller:
+        caller.sendall(message)
+        caller.shutdown(socket.SHUT_WR)
+        assert network_listener.accept(time.monotonic() + 10) is None
+        assert closed_silently(caller)
+
+
+def test_callers_that_say_nothing_hold_up_nobody(network_listener, monkeypatch):
+    begin = time.monotonic()
+    hello = json.dumps(HELLO | {"pid": 77}).encode() + b"\nwhat follows"
+    with contextlib.ExitStack() as stack:
+        for said in (b"", b'{"tok', b""):
+            silent = stack.enter_context(socket.create_connection(network_listener.name, 10))
+            silent.sendall(said)
+        caller = stack.enter_context(socket.create_connection(network_listener.name, 10))
+        for part in (hello[:10], hello[10:]):
+            caller.sendall(part)
+        peer = accept(network_listener)
+        assert (peer.process, peer.pid) == (1, 77)
+        assert time.monotonic() - begin < listeners._HELLO_SECONDS
+        # What comes behind the hello is still there.
+        peer.connection.settimeout(10)
+        assert peer.connection.recv(100) == b"what follows"
+        peer.connection.close()
+        with pytest.raises(TimeoutError):
+            network_listener.accept(time.monotonic() + 0.1)
+        assert caller.recv(4096).endswith(b"\n")
+    monkeypatch.setattr(listeners, "_HELLO_SECONDS", 0.05)
+    with socket.create_connection(network_listener.name, 10) as silent:
+        while not closed_silently_now(silent):
+            with contextlib.suppress(TimeoutError):
+                network_listener.accept(time.monotonic() + 0.1)
+
+
+def closed_silently_now(caller):
+    caller.settimeout(0.01)
+    try:
+        return closed_silently(caller)
+    except TimeoutError:
+        return False
+
+
+def test_a_host_whose_own_name_is_a_loopback_address():
+    """As Debian's /etc/hosts has it: the others know the coordinator's address."""
+    networks = {
+        0: {"mine": "127.0.0.1", "coordinator": "127.0.1.1"},
+        1: {"mine": "10.0.0.2", "coordinator": "10.0.0.1"},
+        2: {"mine": "fd00::2", "coordinator": "10.0.0.1"},
+    }
+    addresses = [bootstrap._address(process, networks) for process in networks]
+    assert addresses == ["10.0.0.1", "10.0.0.2", "fd00::2"]
+
+
+def test_a_process_that_cannot_listen_is_told_to_all(monkeypatch):
+    def address(process, networks):
+        return "192.0.2.1" if process == 1 else "127.0.0.1"  # nobody's
+
+    monkeypatch.setattr(bootstrap, "_address", address)
+    begin = time.monotonic()
+    results = connect_all(3, host_of=lambda process: f"host {process}", monkeypatch=monkeypatch)
+    for error in results.values():
+        assert isinstance(error, BootstrapError)
+        assert re.search(r"process 1 \(pid \d+, \S+\) cannot listen.*: 192.0.2.1", str(error))
+    assert time.monotonic() - begin < 10
+
+
+def test_a_coordinator_without_an_address_is_told_to_all(monkeypatch):
+    results = connect_all(
+        2,
+        host_of=lambda process: f"host {process}",
+        monkeypatch=monkeypatch,
+        coordinator="no-such-host.invalid:1",
+    )
+    for error in results.values():
+        assert "JAX's coordinator (no-such-host.invalid:1) has no address here" in str(error)
+    assert "has no address here" in bootstrap._in_network("without a port")["error"]
+
+
+def test_a_refused_connection_between_hosts_may_be_a_firewalls(monkeypatch):
+    class Closed(NetworkListener):
+        """Its port is another one than it says."""
+
+        def _bind(self):
+            listening = super()._bind()
+            with socket.socket() as other:
+                other.bind(("127.0.0.1", 0))
+                self.name = other.getsockname()
+            return listening
+
+    monkeypatch.setattr(bootstrap, "NetworkListener", Closed)
+    results = connect_all(2, host_of=lambda process: f"host {process}", monkeypatch=monkeypatch)
+    for error in results.values():
+        assert re.search(
+            r"process \d \(pid \d+\) ended, or a firewall between the hosts refuses connections at "
+            r"127.0.0.1, port \d+, while process \d connected",
+            str(error),
+        ), error
 
 
 def as_another_user(program, *arguments):

@@ -229,3 +229,21 @@ def test_the_reference_wants_a_host_for_each_rank():
 def test_sizes_of_hosts(value):
     with pytest.raises(ValueError, match="host_size="):
         fio.config(host_size=value)
+
+
+def test_a_size_that_covers_all_devices_makes_no_hosts(host_size):
+    host_size(jax.device_count())
+    mesh = jax.sharding.AbstractMesh((2,), ("expert",))
+    assert hosts.of_groups(mesh, np.arange(2)[None]) is None
+    host_size(jax.device_count() - 1)
+    with pytest.raises(ValueError, match="several hosts, and the mesh has no devices"):
+        hosts.of_groups(mesh, np.arange(2)[None])
+
+
+def test_a_size_that_changes_after_initialize_is_an_error(host_size, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "_connected", None)
+    hosts.connect([hosts.Host(0, "one", (0, 1))])
+    host_size(1)
+    with pytest.raises(RuntimeError, match=r"host_size was None when initialize.*and is 1 now"):
+        hosts.of_groups(None, np.arange(2)[None])

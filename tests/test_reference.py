@@ -141,3 +141,24 @@ def test_handles_are_interchangeable(rng):
 
 def test_check_vma_off(rng):
     check_exchange(rng, GEOMETRY, make_mesh(4), api=reference, check_vma=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_as_documented(dtype):
+    """Two arrays of R x T x K rows on each rank, as docs/processes.md says, and little more."""
+    num_ranks, num_tokens, top_k, hidden = 4, 64, 4, 512
+    spec = jax.sharding.PartitionSpec("expert")
+
+    def body(tokens, topk_idx):
+        out = reference.dispatch(
+            tokens, topk_idx, num_experts=8, axis_name="expert", capacity=num_tokens
+        )
+        return out.tokens, reference.combine(out.tokens, out.handle)
+
+    run = jax.shard_map(body, mesh=make_mesh(num_ranks), in_specs=spec, out_specs=spec)
+    tokens = jax.ShapeDtypeStruct((num_ranks * num_tokens, hidden), dtype)
+    topk_idx = jax.ShapeDtypeStruct((num_ranks * num_tokens, top_k), jnp.int32)
+    needed = jax.jit(run).lower(tokens, topk_idx).compile().memory_analysis().temp_size_in_bytes
+    one_array = num_ranks * num_tokens * top_k * hidden * tokens.dtype.itemsize
+    print("arrays:", needed / one_array)
+    assert 2 * one_array <= needed < 3 * one_array

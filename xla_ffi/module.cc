@@ -15,6 +15,7 @@
 #include "core/dtype.h"
 #include "core/layout.h"
 #include "core/patience.h"
+#include "core/protocol.h"
 #include "cpu/handlers.h"
 #include "cpu/instance_name.h"
 #include "cpu/notes.h"
@@ -105,6 +106,8 @@ PYBIND11_MODULE(_native, module) {
   // The element types that combine can sum.
   module.attr("combine_dtypes") =
       std::vector<std::string>(std::begin(freeio::kDTypeNames), std::end(freeio::kDTypeNames));
+  // Equal in processes that can exchange rows.
+  module.attr("protocol") = freeio::kProtocol;
   freeio::cpu::add_engine(module);
   add_cuda_sizes(module);
 #ifdef FREEIO_CUDA

@@ -17,7 +17,13 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from freeio_jax import cluster
-from freeio_jax.bench.command_line import MODELS, NAMES, parse_arguments
+from freeio_jax.bench.command_line import (
+    MODELS,
+    NAMES,
+    ignored_by_readme,
+    layer_sizes,
+    parse_arguments,
+)
 from freeio_jax.launch import pod
 
 
@@ -58,21 +64,8 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
         return [name for name in names if not name.startswith("ragged")]
 
     dtype = arguments.dtype or "bfloat16"
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
-        "command": " ".join(["python -m freeio_jax.bench", *sys.argv[1:]]),
-        "platform": devices[0].client.platform_version,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": devices[0].device_kind,
-        "ranks": len(devices),
-        "processes": jax.process_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "settings": freeio_jax.config(),
-    }
     print(f"# {len(devices)} x {devices[0].device_kind}, jax {jax.__version__}", flush=True)
-    report = Report(about, arguments.json)
+    report = Report(_about(devices), arguments.json)
     if newest:
         report.data["newest"] = list(newest)
         report.save()
@@ -128,12 +121,9 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
             mix.run(report, arguments.soak, num_ranks=len(devices))
         elif part == "decode":
             for suite in _suites(arguments, "large", decode.TOKENS):
-                decode.run(report, suite, layers=arguments.layers, **sizes)
+                decode.run(report, suite, layers=arguments.layers or decode.LAYERS, **sizes)
         elif part == "layer":
-            given = {"hidden": arguments.hidden, "top_k": arguments.top_k}
-            given |= {"num_experts": arguments.num_experts, "expert_width": arguments.expert_width}
-            given = {name: value for name, value in given.items() if value is not None}
-            tokens = arguments.tokens or (4096,)
+            tokens, given = arguments.tokens or (4096,), layer_sizes(arguments)
             all_sizes = [layer.Sizes(num_tokens=t, **sizes, **given) for t in tokens]
             products = [
                 None if name == "chosen" else name for name in arguments.products or ["chosen"]
@@ -163,9 +153,7 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
                     report, devices=devices, dtype=dtype, stamped=stamped, png=arguments.png
                 )
             else:
-                cpu.set_defaults(arguments)
-                report.data["cpu"] = cpu.measure(arguments)
-                report.save()
+                cpu.run(report, arguments)
             readme.print_tables(report.data, arguments.json.name)
         elif part == "once":
             op, tokens = arguments.once
@@ -174,6 +162,25 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
     if report.failed:
         print(f"\n{report.failed} measurement(s) failed, see above", file=sys.stderr)
     return min(report.failed, 1)
+
+
+def _about(devices: Sequence[jax.Device]) -> dict[str, object]:
+    """What a record says of its run."""
+    import freeio_jax
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "command": " ".join(["python -m freeio_jax.bench", *sys.argv[1:]]),
+        "platform": devices[0].client.platform_version,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": devices[0].device_kind,
+        "ranks": len(devices),
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "settings": freeio_jax.config(),
+    }
 
 
 def _commit() -> str | None:
@@ -185,6 +192,14 @@ def _commit() -> str | None:
     except FileNotFoundError:  # there is no git
         return None
     return found.stdout.strip() or None
+
+
+def _num_gpus() -> int:
+    """GPUs that JAX will use here. It need not have started."""
+    platforms = jax.config.jax_platforms
+    if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
+        return 0
+    return len(pod.visible_gpus())
 
 
 def _try_newest(arguments, num_gpus: int) -> list[Mapping]:
@@ -234,13 +249,9 @@ def _models(arguments):
     """The layers of --overlap and --memory, by name."""
     from freeio_jax.bench import overlap
 
-    given = {"hidden": arguments.hidden, "top_k": arguments.top_k}
-    given |= {"num_experts": arguments.num_experts}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = layer_sizes(arguments)
     if given:
-        of = overlap.MODELS[MODELS[0]]
-        custom = dataclasses.replace(of, **given, expert_width=arguments.expert_width)
-        return {"custom": custom}
+        return {"custom": dataclasses.replace(overlap.MODELS[MODELS[0]], **given)}
     return {name: overlap.MODELS[name] for name in arguments.models or MODELS}
 
 
@@ -265,6 +276,15 @@ def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     several = cluster.num_processes() > 1
     ranks = arguments.ranks or 8
+    num_gpus = 0 if several else _num_gpus()
+    ignored = ignored_by_readme(arguments) if arguments.readme and num_gpus else []
+    if ignored:
+        print(
+            f"--readme has sizes of its own on GPUs: leave out {', '.join(ignored)}, or run "
+            "the part that they are for without --readme.",
+            file=sys.stderr,
+        )
+        return 2
     # Both are read when JAX's backends start.
     if not several and (jax.config.jax_num_cpu_devices or 0) < ranks:
         jax.config.update("jax_num_cpu_devices", ranks)
@@ -273,7 +293,6 @@ def main(argv=None) -> int:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
     if not several:
         newest = []
-        num_gpus = len(pod.visible_gpus())
         if arguments.newest or (arguments.readme and num_gpus):
             newest = _try_newest(arguments, num_gpus)
         return _run(arguments, ranks, newest)
@@ -323,8 +342,9 @@ def _run(arguments, ranks: int, newest: Sequence[Mapping] = ()) -> int:
         return 2
     if on_cpu and not arguments.parts:
         from freeio_jax.bench import cpu
+        from freeio_jax.bench.report import Report
 
-        cpu.run(arguments)
+        cpu.run(Report(_about(jax.devices()[: arguments.ranks]), arguments.json), arguments)
         return 0
     arguments.parts = arguments.parts or ["shapes"]
     return run_parts(arguments, newest)

@@ -66,7 +66,8 @@ newest: XLA's kernel that moves ragged rows from and to symmetric buffers. It ma
 exchange is tried in processes of its own, which this part starts: one, and one for each GPU.
 
 readme: measures what the tables of README and docs/performance.md show, of XLA's newest exchanges,
-too, and prints them. On CPU: the table of the CPU.
+too, and prints them. The tables have their sizes, so it takes none. On CPU: the table of the CPU,
+of any sizes.
 
 floors: also by a single rate, the link's better one, and the copy's for all bytes in memory.
 
@@ -143,7 +144,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     sizes("--hidden", type=count, help="H, elements of one row")
     sizes("--top-k", type=count, help="K, experts of one token")
     sizes("--num-experts", type=count, help="E, experts of all ranks")
-    sizes("--expert-width", type=count, default=2048, help="of the layer; default %(default)s")
+    sizes("--expert-width", type=count, help="of one expert, of the layer; default: 2048")
     sizes("--dtype", choices=DTYPES, help="of the rows; default: float32 on CPU, else bfloat16")
     sizes(
         "--capacity-factor",
@@ -192,7 +193,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         metavar="N",
         help="multiprocessors beside compute, of --overlap; default: 8 16 24 32",
     )
-    what("--layers", type=count, default=61, help="of --decode, 2 at least; default: 61")
+    what("--layers", type=count, help="of --decode, 2 at least; default: 61")
     what("--num-sms", type=count, help="as in freeio_jax.config")
     what("--repeats", type=count, default=5, help="on CPU: rounds; the median counts")
     what("--json", type=pathlib.Path, help="also write all figures to this file, as they come")
@@ -203,14 +204,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if arguments.all:
         arguments.parts = [p for p in PARTS if p not in NOT_OF_ALL or p in arguments.parts]
         arguments.soak = arguments.soak or SOAK_CALLS
-    if arguments.models and (arguments.hidden or arguments.top_k or arguments.num_experts):
-        parser.error("--models have sizes of their own: leave out --hidden, --top-k, --num-experts")
+    if arguments.models and layer_sizes(arguments):
+        parser.error(
+            "--models have sizes of their own: leave out --hidden, --top-k, --num-experts, "
+            "--expert-width"
+        )
     for suites in (arguments.hidden, arguments.top_k, arguments.num_experts):
         if suites is not None and arguments.suites:
             parser.error(
                 "--suites have sizes of their own: leave out --hidden, --top-k, --num-experts"
             )
-    if arguments.layers < 2:
+    if arguments.layers == 1:
         parser.error(
             "--layers 1: the host's time of a call is that of two layers or more less one's"
         )
@@ -236,6 +240,21 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{path}: there is no folder {path.parent}")
     return arguments
+
+
+def layer_sizes(arguments: argparse.Namespace) -> dict[str, int]:
+    """The sizes of a layer that the command line names."""
+    names = ("hidden", "top_k", "num_experts", "expert_width")
+    given = {name: getattr(arguments, name) for name in names}
+    return {name: size for name, size in given.items() if size is not None}
+
+
+def ignored_by_readme(arguments: argparse.Namespace) -> list[str]:
+    """The options given that mean nothing to --readme on GPUs: its tables have their sizes."""
+    names = ("suites", "tokens", "hidden", "top_k", "num_experts", "expert_width")
+    names += ("capacity_factor", "exchanges", "products", "layers")
+    given = [name for name in names if getattr(arguments, name) is not None]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def _at_least_one(text: str) -> int:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 
 import jax
 
 import freeio_jax
 from freeio_jax.bench import cases, timing
+from freeio_jax.bench.report import Report
 
-DEFAULTS = {"tokens": (128, 256, 512, 1024), "hidden": 1024, "top_k": 8, "experts": 64}
+DEFAULTS = {"tokens": (128, 256, 512, 1024), "hidden": 1024, "top_k": 8, "num_experts": 64}
 
 
 def measure(arguments: argparse.Namespace) -> list[dict]:
@@ -109,7 +109,8 @@ def set_defaults(arguments: argparse.Namespace) -> None:
     arguments.dtype = arguments.dtype or "float32"
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(report: Report, arguments: argparse.Namespace) -> None:
+    """Measures, prints, and keeps the rows as the part ``cpu`` of the record."""
     set_defaults(arguments)
     capacity = (
         "dropless capacity"
@@ -123,7 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     results = measure(arguments)
     print_growth(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    report.data["cpu"] = results
+    report.save()
     if arguments.png:
         plot(results, arguments.png)

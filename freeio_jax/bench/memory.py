@@ -116,6 +116,7 @@ def records(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
             planned = program(num_chunks, gradients)
             yield {
                 "pass": "with gradients" if gradients else "forward",
+                "num_ranks": mesh.size,
                 "num_chunks": num_chunks,
                 "temporary_bytes": planned.temp_size_in_bytes,
                 "argument_bytes": planned.argument_size_in_bytes,

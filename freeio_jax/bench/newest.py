@@ -38,6 +38,7 @@ _COLUMNS = {
     "exchange": "exchange",
     "options": "XLA's options",
     "processes": "processes",
+    "name": "shape",
     "num_tokens": "T",
     "op": "operation",
     "wall_s": "wall us",
@@ -87,11 +88,11 @@ def _try(exchange, flags, processes, num_ranks, platform, sizes) -> Iterator[Map
         found = json.loads(path.read_text()).get("shapes", []) if path.exists() else []
     failed = [record for record in found if "error" in record]
     for record in found:
+        about = {name: record[name] for name in ("name", "num_tokens", "op")}
         if "error" not in record:
-            yield {name: record[name] for name in ("num_tokens", "op", "wall_s")}
+            yield about | {"wall_s": record["wall_s"]}
         else:
-            error = record["error"].splitlines()[0][:200]
-            yield {"num_tokens": record["num_tokens"], "op": record["op"], "ended": error}
+            yield about | {"ended": record["error"].splitlines()[0][:200]}
     # Status 1 is that of failures which have rows of their own.
     if ended and not (failed and ended == _status(1)):
         yield {"ended": ended}

@@ -1,4 +1,4 @@
-"""The figures of README and docs/performance.md: measured, kept in a record, written as tables.
+"""The figures of README and of pages in docs: measured, kept in a record, written as tables.
 
 A page names the record of each of its tables in a comment before it:
 
@@ -44,7 +44,9 @@ def measure(
     stamped: Sequence[Mapping[str, Any]] = (),
     png: pathlib.Path | None = None,
 ) -> None:
-    """All parts that the tables show, on these GPUs; one record has them all.
+    """All parts that the tables of README and docs/performance.md show, on these GPUs.
+
+    One record has them all.
 
     ``stamped``, ``png``: of :func:`freeio_jax.bench.tax.run`.
     """
@@ -164,7 +166,8 @@ def _fastest_of_xla(data: Data, num_tokens: int) -> tuple[float, str]:
     found = [(_wall_of_both(data, name, num_tokens), name) for name in XLAS]
     newest: dict[str, list[float]] = {}
     for record in data.get("newest", []):
-        if record["processes"] == 1 and record.get("num_tokens") == num_tokens:
+        at = record["processes"], record.get("name"), record.get("num_tokens")
+        if at == (1, "large", num_tokens):
             name = f"{record['exchange']}, {record['options']}"
             newest.setdefault(name, []).append(record.get("wall_s") or math.nan)
     found += [(sum(times), name) for name, times in newest.items() if len(times) == 2]
@@ -243,10 +246,11 @@ def _expert_rows(data: Data) -> Rows:
     def cell(shape, product, by):
         here = [r for r in records if (r["shape"], r["product"]) == (shape, product)]
         for record in here:
-            if record["by"].startswith(by):
+            # A measurement that failed is of no implementation.
+            if record.get("by", "").startswith(by):
                 share = _share(record.get("of_dense"))
                 return "wrong" if record["verdict"].startswith("WRONG") else share
-        return ""
+        return "failed" if any("error" in record for record in here) else ""
 
     for shape in dict.fromkeys(r["shape"] for r in records):
         ours = [cell(shape, product, "hopper") for product in products]
@@ -272,6 +276,21 @@ def _tax_rows(data: Data) -> Rows:
         if "total_s" in r:
             where = (r["num_ranks"], r["num_tokens"], r["op"], r["exchange"])
             yield *where, *(_us(r.get(field)) for field in fields)
+
+
+#: Chunks of a layer, of the table of memory.
+NUM_CHUNKS = (1, 2, 4)
+
+
+def _memory_rows(data: Data) -> Rows:
+    planned: dict[tuple, dict[int, float]] = {}
+    for r in data.get("memory", []):
+        if "temporary_bytes" in r:
+            of_chunks = planned.setdefault((r["model"], r["num_tokens"], r["pass"]), {})
+            of_chunks[r["num_chunks"]] = r["temporary_bytes"]
+    for about, of_chunks in planned.items():
+        sizes = (of_chunks.get(n) for n in NUM_CHUNKS)
+        yield *about, *("" if size is None else f"{size * 1e-6:.0f}" for size in sizes)
 
 
 def _cpu_rows(data: Data) -> Rows:
@@ -320,6 +339,7 @@ TABLES: dict[str, tuple[Sequence[str], Callable[[Data], Rows]]] = {
         ),
         _layer_rows,
     ),
+    "memory": (("layer", "T", "pass", *(f"n={n}" for n in NUM_CHUNKS)), _memory_rows),
     "cpu": (("T", "dispatch", "combine", "both with gradients"), _cpu_rows),
 }
 

@@ -113,10 +113,9 @@ def read_stamped(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _key(record):
-    return tuple(
-        record[name]
-        for name in ("name", "num_tokens", "num_ranks", "op", "hidden", "top_k", "num_experts")
-    )
+    """What two records of one operation on one shape have in common."""
+    sizes = ("num_tokens", "num_ranks", "hidden", "top_k", "num_experts", "dtype", "capacity")
+    return tuple(record[name] for name in ("name", "op", *sizes))
 
 
 def _run(report, suites, devices, exchanges, dtype, stamped):

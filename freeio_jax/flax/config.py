@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from freeio_jax.flax.custom_router import CustomRouter
 from freeio_jax.flax.experts import DEFAULT_EXPERTS, Experts
@@ -80,7 +83,9 @@ class MoEConfig:
       expert_capacity: rows of one expert for one sequence, that is, for the L tokens of
         ``x[..., L, H]``. It takes them in order of token, then of k, and what exceeds it is
         dropped. None: no such bound. Switch Transformers have one. So has MaxText, as
-        ``capacity_factor``, a multiple of ``L*K/E``. It costs a sort of each sequence's ids.
+        ``capacity_factor``, a multiple of ``L*K/E``. It costs a sort of each sequence's ids. A
+        sequence stays on one rank, and whole sequences are padded. So the first dimension of x
+        should be a multiple of the ranks that hold tokens: otherwise some ranks have less to do.
     """
 
     num_experts: int
@@ -127,15 +132,19 @@ class MoEConfig:
             )
         if self.drops not in ("last", "evenly"):
             raise ValueError(f"MoE: drops must be 'last' or 'evenly', got {self.drops!r}.")
-        if not isinstance(self.num_chunks, int) or self.num_chunks < 1:
-            raise ValueError(
-                f"MoE: num_chunks must be an int of at least 1, got {self.num_chunks!r}."
-            )
-        room = self.expert_capacity
-        if room is not None and (not isinstance(room, int) or room < 1):
-            raise ValueError(
-                f"MoE: expert_capacity must be an int of at least 1, or None, got {room!r}."
-            )
+        for field in ("overlap", "shared_expert_gate"):
+            value = getattr(self, field)
+            if not isinstance(value, (bool, np.bool_)):
+                raise TypeError(f"MoE: {field} must be True or False, got {value!r}.")
+        for field, or_none in (("num_chunks", ""), ("expert_capacity", ", or None")):
+            value = getattr(self, field)
+            if or_none and value is None:
+                continue
+            if _whole_number(value) < 1:
+                raise ValueError(
+                    f"MoE: {field} must be an int of at least 1{or_none}, got {value!r}."
+                )
+            object.__setattr__(self, field, _whole_number(value))
         if self.shared_expert_gate and self.shared_expert_width is None:
             raise ValueError(
                 "MoE: shared_expert_gate=True, but there is no shared expert: give "
@@ -253,6 +262,15 @@ class MoEConfig:
     def spread_parameters(self, width: int) -> tuple[str, ...]:
         """Names of the parameters that each expert has of its own: spread over the expert axes."""
         return tuple(self.experts.parameters(width, self.expert_width))
+
+
+def _whole_number(value) -> int:
+    """The int that ``value`` is; 0: it is none. A bool is none."""
+    try:
+        # A tracer has __index__ as well. It raises a TypeError.
+        return 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return 0
 
 
 def _shard_shape(shape, names, sizes):

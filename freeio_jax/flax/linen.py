@@ -94,7 +94,8 @@ class MoE(nn.Module):
         ``capacity_factor`` is that of each chunk.
       expert_capacity: rows of one expert for one sequence, the L tokens of ``x[..., L, H]``. Those
         of later tokens are dropped. None: no such bound. (Switch Transformers, MaxText's
-        ``capacity_factor``.)
+        ``capacity_factor``.) Whole sequences are padded then, so B should be a multiple of the
+        ranks that hold tokens.
 
     >>> import jax, jax.numpy as jnp
     >>> from freeio_jax.flax.linen import MoE

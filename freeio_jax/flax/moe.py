@@ -38,8 +38,10 @@ def moe(
 
     Args:
       parameters: arrays by the names and shapes of ``config.parameters(H)``.
-      x: ``[..., H]``, floating, at least two dimensions. The first is sharded over the token axes;
-        where it does not divide evenly, all tokens together are padded until they do.
+      x: ``[..., H]``, floating, at least two dimensions. The first is sharded over the token axes.
+        Where it does not divide evenly, all tokens together are padded until they do. With
+        ``expert_capacity`` x is ``[..., L, H]``, and whole sequences are padded instead: B should
+        be a multiple of the ranks that hold tokens, where x is ``[B, L, H]``.
       config: the layer.
       router_input: what the router sees; None: x. ``[..., W]``, floating, with the dimensions of x
         before the last one; W is ``config.router_width``. A custom router may take a pytree of
@@ -77,7 +79,8 @@ def moe(
     if config.expert_capacity is not None and x.ndim < 3:
         raise ValueError(
             f"MoE: expert_capacity={config.expert_capacity} is for each sequence, so x must be "
-            f"[..., L, H] of three or more dimensions, got {x.aval}. Use x[None] for one sequence."
+            f"[..., L, H] of three or more dimensions, got {x.aval}. Reshape it to [B, L, H], "
+            "which is x[None] for one sequence alone, or set expert_capacity=None to drop nothing."
         )
     width = x.shape[-1]
     check_names(parameters, config, width)

@@ -196,7 +196,8 @@ class MoE(nnx.Module):
         ``capacity_factor`` is that of each chunk.
       expert_capacity: rows of one expert for one sequence, the L tokens of ``x[..., L, H]``. Those
         of later tokens are dropped. None: no such bound. (Switch Transformers, MaxText's
-        ``capacity_factor``.)
+        ``capacity_factor``.) Whole sequences are padded then, so B should be a multiple of the
+        ranks that hold tokens.
       deterministic: the default of the calls; ``train()`` and ``eval()`` set it.
       rngs: streams ``params``, and ``jitter`` for ``router.jitter``.
 

@@ -29,6 +29,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
@@ -81,7 +82,9 @@ def multiply(experts: Experts, parameters: dict[str, jax.Array], arrived: Arrive
     """``experts(parameters, rows, group_sizes)`` of what has arrived.
 
     The gradient of a parameter is computed beside the backward exchange as far as ``experts`` pass
-    the parameter, as it is, to ``grouped_matmul``.
+    the parameter, as it is, to ``grouped_matmul``. In a function that JAX traces by itself
+    (``jax.checkpoint``, ``jax.jit``, ``lax.cond``, ``lax.scan``, ``jax.vmap``) it is computed where
+    JAX puts it.
     """
     return _multiply(experts, context.implementation.value, parameters, arrived)
 
@@ -112,10 +115,13 @@ def _multiply_jvp(experts, implementation, primals, tangents):
         """
         products, rows = [], rows.get("rows", arrived_rows)
         names = {id(parameter): name for name, parameter in changing.items()}
+        here = jax.extend.core.get_opaque_trace_state()
 
         def substitute(left, weights, group_sizes):
             name = names.get(id(weights))
-            if name is None:
+            # A function that JAX traces by itself may close over a parameter. Its rows and results
+            # must not leave it.
+            if name is None or jax.extend.core.get_opaque_trace_state() != here:
                 return grouped_matmul(left, weights, group_sizes)
             out = grouped_matmul(left, parameters[name], group_sizes)
             if added is not None:

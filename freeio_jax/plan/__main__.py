@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 
+from freeio_jax.dtypes import has_whole_bytes
 from freeio_jax.plan import rates as known_rates
 from freeio_jax.plan import report
 from freeio_jax.plan.plan import capacity_of, make
@@ -46,7 +49,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    count = _at_least_one
+    count = _at_least(1)
     sizes = parser.add_argument_group("sizes").add_argument
     sizes("--hosts", type=count, default=1, help="NVLink domains; default %(default)s")
     sizes("--gpus", type=count, default=8, help="GPUs of each; default %(default)s")
@@ -54,10 +57,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     sizes("--hidden", type=count, default=7168, help="H, elements of a row; default %(default)s")
     sizes("--top-k", type=count, help="K, experts of a token; default 8, or the file's")
     sizes("--experts", type=count, default=256, help="E, of all ranks; default %(default)s")
-    sizes("--dtype", default="bfloat16", help="of the rows; default %(default)s")
+    sizes("--dtype", type=_dtype, default="bfloat16", help="of the rows; default %(default)s")
     sizes(
         "--capacity-factor",
-        type=float,
+        type=_factor,
         default=1.25,
         help="packed rows of a rank as a multiple of T*K, or as many as the routing needs; "
         "0: the dropless bound; default %(default)s",
@@ -65,7 +68,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     sizes("--no-zero-tail", action="store_true", help="as zero_tail=False of dispatch")
     what = parser.add_argument_group("routing").add_argument
     what("--routing", default="uniform", help="see below; default %(default)s")
-    what("--seed", type=int, default=0, help="of the made ones; default %(default)s")
+    what("--seed", type=_at_least(0), default=0, help="of the made ones; default %(default)s")
     what(
         "--rails",
         choices=("even", "same"),
@@ -80,7 +83,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         ("memory", "of memory, read and written"),
         ("network", "of a GPU's network card, each direction"),
     ):
-        machine(f"--{name}", type=float, metavar="GB/s", help=words)
+        machine(f"--{name}", type=_rate, metavar="GB/s", help=words)
     told = parser.add_argument_group("output").add_argument
     told("--per-rank", action="store_true", help="also the bytes of each rank in dispatch")
     told("--json", type=pathlib.Path, help="write all figures to this file")
@@ -89,17 +92,58 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for path in (arguments.json, arguments.png):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{path}: there is no folder {path.parent}")
+        if path is not None and path.is_dir():
+            parser.error(f"{path} is a folder: name a file in it")
     return arguments
 
 
-def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+def _at_least(least: int):
+    """A type of arguments: an int that is not less."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    number.__name__ = "int"
+    return number
+
+
+def _rate(text: str) -> float:
+    """A type of arguments: a rate in GB/s, by which bytes can be divided."""
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a positive number of GB/s, got {text}")
     return value
 
 
-_at_least_one.__name__ = "int"
+def _factor(text: str) -> float:
+    """A type of arguments: a capacity factor; 0 stands for the dropless bound."""
+    value = float(text)
+    if not (value >= 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a positive number or 0, got {text}")
+    return value
+
+
+def _dtype(text: str) -> np.dtype:
+    """A type of arguments: a dtype whose rows dispatch moves."""
+    try:
+        dtype = jnp.dtype(text)
+    except TypeError:
+        dtype = None
+    # numpy has dtypes that JAX lacks: strings, objects, dates, long doubles.
+    if dtype is None or not hasattr(jnp, dtype.name):
+        raise argparse.ArgumentTypeError(f"JAX has no dtype {text}; bfloat16 is one")
+    if not has_whole_bytes(dtype):
+        raise argparse.ArgumentTypeError(
+            f"elements of {text} are not whole bytes, and dispatch moves none of them"
+        )
+    return dtype
+
+
+# What argparse calls them where float() fails.
+_rate.__name__ = _factor.__name__ = "float"
 
 
 def counts_of(arguments: argparse.Namespace) -> Counts:
@@ -161,15 +205,14 @@ def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     try:
         counts, rates = counts_of(arguments), rates_of(arguments)
-        element_bytes = jnp.dtype(arguments.dtype).itemsize
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     plan = make(
         counts,
         rates,
         hidden=arguments.hidden,
-        element_bytes=element_bytes,
+        element_bytes=arguments.dtype.itemsize,
         capacity=capacity_of(counts, arguments.capacity_factor),
         zero_tail=not arguments.no_zero_tail,
         even=arguments.rails == "even",

@@ -34,12 +34,14 @@ def memory(
     """Of an exchange of rows of ``hidden`` elements.
 
     A window has room for all rows that land on a rail in one exchange, twice, because the next
-    exchange may begin before all ranks have read the rows of the last one.
+    exchange may begin before all ranks have read the rows of the last one. Rows of dispatch land
+    on the receivers, and those of combine on the senders of dispatch. The same window serves both.
     """
     pod, sizes = counts.pod, _native.cuda_sizes
     row_bytes = hidden * element_bytes
     shape = pod.num_ranks, pod.num_tokens, pod.top_k
     slots, flags = sizes.combine_scratch(*shape, hidden)
+    landing = max(rails.received(counts.rows).max(), rails.sent(counts.rows).max())
     if pod.num_hosts > 1:
         # The sums of the host's ranks, and one for each other host.
         slots = pod.num_tokens * (
@@ -47,7 +49,7 @@ def memory(
         )
     return Memory(
         engine=sizes.owned_bytes(pod.num_gpus),
-        windows=2 * int(rails.received(counts.rows).max()) * row_bytes,
+        windows=2 * int(landing) * row_bytes,
         dispatch_scratch=8 * sizes.dispatch_scratch(*shape),
         combine_scratch=slots * row_bytes + 4 * flags,
         packed_rows=capacity * row_bytes,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
-from freeio_jax.layout import dropless_capacity, round_up
+from freeio_jax.layout import balanced_capacity, dropless_capacity, round_up
 from freeio_jax.plan.memory import Memory, beyond_the_engine, memory
 from freeio_jax.plan.predict import Prediction, predict
 from freeio_jax.plan.rates import Rates
@@ -73,15 +71,23 @@ def make(
 
 
 def capacity_of(counts: Counts, factor: float) -> int:
-    """Packed rows of a rank: ``factor`` times T*K, but enough for the routing; 0: the bound."""
+    """Packed rows of a rank: ``factor`` times T*K, but enough for the routing; 0: the bound.
+
+    They are never more than what the dropless bound takes.
+
+    Args:
+      factor: not negative, and finite.
+    """
     pod = counts.pod
+    sizes = {
+        "num_ranks": pod.num_ranks,
+        "num_tokens": pod.num_tokens,
+        "top_k": pod.top_k,
+        "num_experts": pod.num_experts,
+        "alignment": 1,
+    }
     if factor == 0:
-        return dropless_capacity(
-            num_ranks=pod.num_ranks,
-            num_tokens=pod.num_tokens,
-            top_k=pod.top_k,
-            num_experts=pod.num_experts,
-            alignment=1,
-        )
-    share = int(np.ceil(factor * pod.num_tokens * pod.top_k))
+        return dropless_capacity(**sizes)
+    # R times T*K are all assignments. A larger factor could only overflow.
+    share = balanced_capacity(min(factor, pod.num_ranks), **sizes)
     return round_up(max(share, int(counts.loads.max())), 8)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from freeio_jax.layout import round_up
+
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
@@ -114,10 +116,13 @@ def made(name: str, pod: Pod, seed: int) -> Iterator[Ids]:
     Raises:
       ValueError: the routing does not suit the experts.
     """
-    if name == "group-limited" and (pod.num_experts % 8 or pod.num_experts < 2 * pod.top_k):
+    if name == "group-limited" and (
+        pod.num_experts % 8 or pod.num_experts < max(16, 2 * pod.top_k)
+    ):
         raise ValueError(
-            f"group-limited routing has 8 groups of experts, of which 4 must have {pod.top_k}: "
-            f"{pod.num_experts} experts do not suit it."
+            "group-limited routing has 8 groups of two or more experts, of which 4 must have "
+            f"{pod.top_k}: {pod.num_experts} experts do not suit it. Use a multiple of 8 from "
+            f"{round_up(max(16, 2 * pod.top_k), 8)} on."
         )
     if name == "one-host" and pod.experts_per_host < pod.top_k:
         raise ValueError(
@@ -133,11 +138,18 @@ def recorded(path: pathlib.Path, num_ranks: int) -> np.ndarray:
     """Ids ``[R, T, K]`` of a .npy file that has them so, or as ``[R * T, K]`` in order of rank.
 
     Raises:
-      ValueError: the file's array has another shape or dtype.
+      ValueError: it is no such file, or its array has another shape or dtype.
     """
-    ids = np.load(path, mmap_mode="r")
+    try:
+        ids = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: this is no .npy file of ids ({error}). Write one array by numpy.save."
+        ) from error
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"{path}: ids must be integers, got {ids.dtype}.")
+    if not ids.size:
+        raise ValueError(f"{path}: ids of shape {ids.shape} are none. Record one token or more.")
     if ids.ndim == 2 and len(ids) % num_ranks == 0:
         return ids.reshape(num_ranks, -1, ids.shape[-1])
     if ids.ndim == 3 and len(ids) == num_ranks:

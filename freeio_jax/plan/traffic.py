@@ -41,7 +41,8 @@ class Counts:
         for ids in ids_of_ranks:
             valid = (ids >= 0) & (ids < pod.num_experts)
             token = np.nonzero(valid)[0]
-            rank = ids[valid] // per_rank
+            # Recorded ids may be of a dtype that does not hold `per_rank`.
+            rank = ids[valid].astype(np.int64) // per_rank
             wants = np.zeros((len(ids), pod.num_ranks), bool)
             wants[token, rank] = True
             pairs.append(wants.sum(0))

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from freeio_jax.bench import __main__ as command
-from freeio_jax.bench import baselines, command_line, floor, shapes
+from freeio_jax.bench import baselines, command_line, cpu, floor, overlap, shapes
 
 
 @pytest.mark.parametrize(
@@ -25,14 +27,45 @@ from freeio_jax.bench import baselines, command_line, floor, shapes
         (["--once", "dispatch", "4", "--suites", "half", "zipf"], "of one of the --suites"),
         (["--soak", "none"], "invalid int value"),
         (["--top-k", "9", "--num-experts", "8"], "--top-k 9 exceeds --num-experts 8"),
+        (["--decode", "--layers", "1"], "of two layers or more"),
         (["--suites", "large", "--hidden", "8"], "have sizes of their own"),
+        (["--models", "DeepSeek-V3", "--expert-width", "8"], "leave out .*--expert-width"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
         command_line.parse_arguments(arguments)
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_record_of_gpus_has_sizes_of_its_own(monkeypatch, tmp_path, capsys):
+    """Its tables would compare different shapes."""
+    monkeypatch.setattr(command, "_num_gpus", lambda: 2)
+    monkeypatch.setattr(command, "_try_newest", lambda *_: pytest.fail("it has started"))
+    record = ["--readme", "--json", str(tmp_path / "record.json")]
+    assert command.main([*record, "--tokens", "4", "--top-k", "2"]) == 2
+    assert "leave out --tokens, --top-k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("platforms", "number"), [("cpu", 0), ("cuda,cpu", 2), (None, 2)])
+def test_gpus_count_where_jax_may_use_them(monkeypatch, platforms, number):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(
+        command, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=platforms))
+    )
+    assert command._num_gpus() == number
+
+
+def test_the_width_of_experts_makes_another_layer():
+    def models(*arguments):
+        return command._models(command_line.parse_arguments(arguments))
+
+    assert list(models()) == list(command_line.MODELS)
+    (custom,) = models("--expert-width", "768").values()
+    assert custom == overlap.Model(7168, 8, 256, 768)
+    (custom,) = models("--hidden", "16").values()
+    assert custom == overlap.Model(16, 8, 256, 2048)
 
 
 def test_names_are_those_of_the_modules():
@@ -92,16 +125,25 @@ def test_parts_run(tmp_path, capsys):
     assert "exists on GPUs alone" in capsys.readouterr().out
 
 
+def test_the_comparison_on_cpu_has_sizes_by_default():
+    arguments = command_line.parse_arguments([])
+    cpu.set_defaults(arguments)
+    assert {name: getattr(arguments, name) for name in cpu.DEFAULTS} == cpu.DEFAULTS
+    assert (arguments.num_experts, arguments.dtype) == (64, "float32")
+
+
 def test_the_comparison_on_cpu(tmp_path):
     path, picture = tmp_path / "out.json", tmp_path / "out.png"
     command_line = [sys.executable, "-m", "freeio_jax.bench", "--ranks", "2", "--tokens", "4"]
-    command_line += ["--hidden", "8", "--num-experts", "8", "--repeats", "1"]
+    command_line += ["--hidden", "8", "--repeats", "1"]
     command_line += ["--json", str(path), "--png", str(picture)]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(command_line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 cpu devices" in done.stdout
-    records = json.loads(path.read_text())
+    data = json.loads(path.read_text())
+    assert (data["about"]["ranks"], data["about"]["device"]) == (2, "cpu")
+    records = data["cpu"]
     assert {r["operation"] for r in records} == {"dispatch", "combine", "both + gradients"}
     assert records[0]["ratio"] == records[0]["engine_s"] / records[0]["all_to_all_s"]
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -21,10 +21,11 @@ def processes(monkeypatch):
         flags = "device_kernel" in env["XLA_FLAGS"]
         ran.append((command, env["XLA_FLAGS"]))
         path = command[command.index("--json") + 1]
-        record = {"exchange": exchange, "num_tokens": 128, "op": "dispatch", "wall_s": 1e-3}
+        about = {"name": "large", "num_tokens": 128, "op": "dispatch"}
+        record = {"exchange": exchange, **about, "wall_s": 1e-3}
         stderr, status = "", 0
         if not flags and exchange == "ragged":
-            record = {"num_tokens": 128, "op": "dispatch", "error": "XlaRuntimeError: refused\nat"}
+            record = about | {"error": "XlaRuntimeError: refused\nat"}
             status = 1
         if flags and exchange == "ragged-by-expert":
             raise subprocess.TimeoutExpired(command, options["timeout"])
@@ -63,7 +64,9 @@ def test_every_end_is_a_row(processes, capsys):
     ended = [r["ended"] for r in report.data["newest"] if r["processes"] == 2 and "ended" in r]
     assert "SIGSEGV" in ended
     assert report.failed == 0
-    assert "| ragged | device kernel | 2 |  |  |  | SIGSEGV |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| ragged | defaults | 1 | large | 128 | dispatch |  | XlaRuntimeError: refused |" in out
+    assert "| ragged | device kernel | 2 |  |  |  |  | SIGSEGV |" in out
 
 
 def test_processes_are_started_by_the_launcher(processes):

@@ -1,4 +1,4 @@
-"""The figures of README and docs/performance.md are those of records that are checked in."""
+"""The figures of README and of pages in docs are those of records that are checked in."""
 
 import inspect
 import json
@@ -12,7 +12,7 @@ from freeio_jax.bench import command_line, decode, experts, layer, readme, shape
 from freeio_jax.bench.report import Report
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "overlap.md"))]
 TABLES = [
     pytest.param(*found, id=f"{page.name}-{found[0]}")
     for page in PAGES
@@ -96,13 +96,42 @@ def test_tables():
 def test_the_fastest_of_xla_may_be_a_new_one_that_ran_in_one_process():
     def newest(processes, seconds, **more):
         about = {"exchange": "ragged-1", "options": "device kernel", "processes": processes}
-        ops = ("dispatch", "combine")
-        return [{**about, "num_tokens": 128, "op": op, "wall_s": seconds, **more} for op in ops]
+        about |= {"name": "large", "num_tokens": 128, "wall_s": seconds}
+        return [{**about, "op": op, **more} for op in ("dispatch", "combine")]
 
     crashed = {"exchange": "ragged", "options": "device kernel", "processes": 1, "ended": "SIGSEGV"}
     both = {**DATA, "newest": [*newest(1, 9e-5), *newest(2, 1e-5), crashed]}
     assert readme._fastest_of_xla(both, 128) == (pytest.approx(1.8e-4), "ragged-1, device kernel")
-    assert readme._fastest_of_xla({**DATA, "newest": newest(1, None)}, 128)[1] == "ragged-by-expert"
+    for other in (newest(1, None), newest(1, 9e-5, name="custom")):
+        assert readme._fastest_of_xla({**DATA, "newest": other}, 128)[1] == "ragged-by-expert"
+
+
+def test_memory_of_chunks():
+    about = {"model": "some", "num_tokens": 8, "pass": "forward"}
+    records = [about | {"num_chunks": n, "temporary_bytes": 6.4e7 / n} for n in (1, 4)]
+    records.append({"model": "other", "num_tokens": 8, "error": "RuntimeError: no plugin"})
+    assert readme.render("memory", {"memory": records})[2:] == [
+        "| some | 8 | forward | 64 |  | 16 |"
+    ]
+
+
+def test_a_product_that_could_not_be_measured_is_a_cell():
+    def of(product, **found):
+        return {"shape": "8192 x 2 x 2, 2 even", "product": product, "num_rows": 8192, **found}
+
+    def right(by, share):
+        return {"by": by, "verdict": "right", "of_dense": share}
+
+    records = [
+        of("forward", **right("hopper", 0.9)),
+        of("forward", **right("tokamax 0.1", 0.4)),
+        of("rows_gradient", error="XlaRuntimeError: out of memory"),
+        of("weights_gradient", **right("hopper", 0.8)),
+        of("weights_gradient", by="tokamax 0.1", verdict="WRONG by 1"),
+    ]
+    assert readme.render("experts", {"experts": records})[2:] == [
+        "| 8192 x 2 x 2, 2 even | 0.90 | failed | 0.80 | 0.40 / failed / wrong |"
+    ]
 
 
 def test_what_is_measured_is_what_the_tables_show():

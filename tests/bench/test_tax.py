@@ -10,7 +10,7 @@ import pytest
 from freeio_jax.bench import tax
 from freeio_jax.bench.profile import Event
 from freeio_jax.bench.report import Report
-from freeio_jax.bench.shapes import Suite
+from freeio_jax.bench.shapes import Case, Suite
 
 SUITE = Suite("tiny", 16, 2, 4, "uniform", (6,))
 
@@ -109,15 +109,14 @@ def test_on_cpu_there_are_totals(tmp_path, capsys):
 
 
 def stamped_record(**more):
-    about = {"name": "tiny", "num_tokens": 6, "num_ranks": 2, "op": "dispatch", "hidden": 16}
+    about = Case(SUITE, 6, 2, "float32").about
     parts = {f"{part}_s": 1e-6 for part in tax.PARTS}
-    return {**about, "top_k": 2, "num_experts": 4, "stamped_s": 5e-6, **parts, **more}
+    return {**about, "op": "dispatch", "stamped_s": 5e-6, **parts, **more}
 
 
-def test_parts_of_a_build_with_stamps_are_shown_beside_the_shipped_total(tmp_path):
-
-    path = tmp_path / "stamped.json"
-    path.write_text(json.dumps({"tax": [stamped_record()]}))
+def tax_beside(path, *stamped):
+    """The records of SUITE on two ranks, and these ones of a build with stamps."""
+    path.write_text(json.dumps({"tax": stamped}))
     report = Report({})
     tax.run(
         report,
@@ -128,12 +127,22 @@ def test_parts_of_a_build_with_stamps_are_shown_beside_the_shipped_total(tmp_pat
         dtype="float32",
         stamped=tax.read_stamped(path),
     )
-    dispatch, combine = report.data["tax"]
+    return report.data["tax"]
+
+
+def test_parts_of_a_build_with_stamps_are_shown_beside_the_shipped_total(tmp_path):
+    dispatch, combine = tax_beside(tmp_path / "stamped.json", stamped_record())
     assert dispatch["stamped_s"] == 5e-6
     assert dispatch["agreement_s"] == 1e-6
     assert dispatch["total_s"] == dispatch["wall_s"]
     assert math.isnan(combine["stamped_s"])
     assert "agreement_s" not in combine
+
+
+def test_parts_of_another_shape_are_left_out(tmp_path):
+    others = [stamped_record(dtype="bfloat16"), stamped_record(capacity=99)]
+    dispatch, _ = tax_beside(tmp_path / "stamped.json", *others)
+    assert math.isnan(dispatch["stamped_s"])
 
 
 def test_a_record_without_stamps_is_refused(tmp_path):

@@ -347,16 +347,20 @@ def run(told, sockets):
         tuple(tuple(gpu) for gpu in told["gpus"]),
     )
     rng = np.random.default_rng(told["seed"])
-    machine = Emulator(
-        told["library"],
-        seed=told["seed"] + place.process,
-        num_gpus=len(place.ordinals()),
-        timeout=told["timeout"],
-        place=place,
-    )
-    machine.allocate = Pool(machine).allocate
-    process = Process(machine, place, rng, sockets)
-    globals()[told["scenario"]](process)
+    try:
+        machine = Emulator(
+            told["library"],
+            seed=told["seed"] + place.process,
+            num_gpus=len(place.ordinals()),
+            timeout=told["timeout"],
+            place=place,
+        )
+    except EngineError as error:
+        print(f"ERROR {error}")
+    else:
+        machine.allocate = Pool(machine).allocate
+        process = Process(machine, place, rng, sockets)
+        globals()[told["scenario"]](process)
     print("FINISHED", flush=True)
     # The peers may still read its memory. So it stays until the test says that they are done.
     sys.stdin.readline()

@@ -9,12 +9,14 @@ import itertools
 import json
 import multiprocessing.forkserver
 import os
+import re
 import signal
 import socket
 from pathlib import Path
 
 import pod_program
 import pytest
+from test_emulated_many_ranks import MAX_RANKS as MANY_RANKS
 
 HERE = Path(__file__).parent
 TIMEOUT = 2.0
@@ -23,7 +25,8 @@ TIMEOUT = 2.0
 class Pod:
     """Processes that run one scenario, and what they print."""
 
-    def __init__(self, context, library, scenario, gpus_of, seed, timeout=60.0):
+    def __init__(self, context, libraries, scenario, gpus_of, seed, timeout=60.0):
+        """``libraries``: the engine of each process."""
         count = len(gpus_of)
         sockets = {
             pair: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -60,7 +63,7 @@ class Pod:
                     if peer != process
                 ],
                 "gpus": gpus,
-                "library": str(library),
+                "library": str(libraries[process]),
                 "scenario": scenario,
                 "seed": seed,
                 "timeout": timeout,
@@ -121,8 +124,9 @@ def forks():
 
 @pytest.fixture
 def pod(emulator_library, forks, rng):
-    def make(scenario, gpus_of, **options):
-        return Pod(forks, emulator_library, scenario, gpus_of, int(rng.integers(2**31)), **options)
+    def make(scenario, gpus_of, libraries=None, **options):
+        libraries = libraries or [emulator_library] * len(gpus_of)
+        return Pod(forks, libraries, scenario, gpus_of, int(rng.integers(2**31)), **options)
 
     return make
 
@@ -212,6 +216,28 @@ def test_garbage_instead_of_a_message(pod, scenario):
     (failure,), _ = running.run()
     who = f"rank 1 of {running.who(1)}"
     assert f"{who} sent bytes that are no message of this engine" in failure, failure
+
+
+@pytest.mark.timeout(900, method="thread")  # it may have to build one of them
+def test_builds_for_different_numbers_of_ranks(pod, emulator_library):
+    """Their GPU blocks have different sizes, so neither process maps the other's."""
+    import build  # on the path where the emulator can be built
+
+    libraries = [emulator_library, build.library(max_ranks=MANY_RANKS)]
+    running = pod("layers", (1, 1), libraries=libraries)
+    sizes = []
+    for process, (line,) in enumerate(running.run()):
+        here, there = (re.escape(running.who(p)) for p in (process, 1 - process))
+        found = re.search(
+            rf"ERROR INTERNAL: freeio_jax.initialize: {there} has GPU blocks of (\d+) bytes, and "
+            rf"{here} has GPU blocks of (\d+) bytes\. All processes need the same build of "
+            "freeio_jax: one version",
+            line,
+        )
+        assert found, line
+        sizes.append((int(found[1]), int(found[2])))
+    assert sizes[0] == sizes[1][::-1]
+    assert sizes[0][0] > sizes[0][1]
 
 
 def test_a_process_that_stays_away_is_named(pod):

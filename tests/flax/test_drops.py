@@ -321,8 +321,9 @@ def test_expert_capacity_and_the_room_of_a_rank_bind_together(rng):
 
 def test_expert_capacity_wants_sequences():
     config, parameters, x = chosen_by_hand(1, [0, 1], expert_capacity=1)
-    with pytest.raises(ValueError, match=r"x must be \[..., L, H\].*Use x\[None\]"):
+    with pytest.raises(ValueError, match=r"Reshape it to \[B, L, H\].*expert_capacity=None"):
         moe(parameters, x, config)
-    for wrong in (0, 1.5):
+    for wrong in (0, 1.5, True):
         with pytest.raises(ValueError, match=f"at least 1, or None, got {wrong}"):
             dataclasses.replace(config, expert_capacity=wrong)
+    assert type(dataclasses.replace(config, expert_capacity=np.int64(2)).expert_capacity) is int

@@ -47,6 +47,34 @@ class Twice(Experts):
         return grouped_matmul(rows, kernel, group_sizes)
 
 
+#: Ways to call a function of the rows that JAX traces by itself.
+NESTED = {
+    "checkpoint": lambda f, rows: jax.checkpoint(f)(rows),
+    "jit": lambda f, rows: jax.jit(f)(rows),
+    "cond": lambda f, rows: jax.lax.cond(rows.size > 0, f, jnp.zeros_like, rows),
+    "scan": lambda f, rows: jax.lax.scan(lambda r, _: (f(r), None), rows, length=2)[0],
+    "vmap": lambda f, rows: jax.vmap(f)(jnp.stack([rows, -rows]))[1],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested(Experts):
+    """A product in a function that closes over its matrix, and one that is not."""
+
+    how: str
+
+    ignores_tail = True
+
+    def parameters(self, width, expert_width):
+        return {"first": (width, width), "second": (width, width)}
+
+    def __call__(self, parameters, rows, group_sizes):
+        def first(rows):
+            return jnp.sin(grouped_matmul(rows, parameters["first"], group_sizes))
+
+        return grouped_matmul(NESTED[self.how](first, rows), parameters["second"], group_sizes)
+
+
 @dataclasses.dataclass(frozen=True)
 class ByHand(Experts):
     """No product of this package's."""
@@ -104,6 +132,7 @@ LAYERS = {
     "by hand": (LAYER | {"experts": ByHand()}, {"expert": 2}, False),
     "own rule": (LAYER | {"experts": OwnRule(True)}, {"expert": 2}, False),
     "own rule alone": (LAYER | {"experts": OwnRule(False)}, {"expert": 2}, False),
+    **{f"in {how}": (LAYER | {"experts": Nested(how)}, {"expert": 2}, False) for how in NESTED},
     "drops": (
         LAYER | {"experts": SwiGLU(separate=True), "capacity_factor": 0.6, "drops": "evenly"},
         {"data": 2, "expert": 2, "model": 2},
@@ -190,10 +219,21 @@ def test_other_exchanges_run_to_their_end_where_they_begin():
     assert_close(results("gated", exchange=reference, num_chunks=2), expected)
 
 
-@pytest.mark.parametrize("num_chunks", [0, 1.5])
+@pytest.mark.parametrize("num_chunks", [0, 1.5, True])
 def test_num_chunks_is_checked(num_chunks):
     with pytest.raises(ValueError, match=f"num_chunks must be an int .*{num_chunks}"):
         MoEConfig(**LAYER, num_chunks=num_chunks)
+
+
+def test_num_chunks_may_be_an_int_of_numpy():
+    assert type(MoEConfig(**LAYER, num_chunks=np.int64(2)).num_chunks) is int
+
+
+@pytest.mark.parametrize("field", ["overlap", "shared_expert_gate"])
+def test_switches_are_bools(field):
+    with pytest.raises(TypeError, match=f"{field} must be True or False, got 'no'"):
+        MoEConfig(**GATED | {field: "no"})
+    MoEConfig(**GATED | {field: np.True_})
 
 
 @pytest.mark.parametrize("of", ["linen", "nnx"])

@@ -1,8 +1,10 @@
 """What a process of test_faults.py runs: exchanges, one of which goes wrong in process 1."""
 
+import dataclasses
 import os
 import pathlib
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -71,6 +73,42 @@ def keep_connections(_culprit):
 connections = []
 
 
+def deliver_late(culprit):
+    """Once ``is_slow`` is set, process 1 hears after its time-out that a peer is done."""
+    if not culprit:
+        return
+    connect = bootstrap.connect
+
+    def connect_by_relay(*args, **kwargs):
+        peers, hosts = connect(*args, **kwargs)
+        return [dataclasses.replace(p, connection=relay(p.connection)) for p in peers], hosts
+
+    bootstrap.connect = connect_by_relay
+
+
+is_slow = threading.Event()
+
+
+def relay(outer):
+    """The end of a connection whose messages go through this program to ``outer``, and back."""
+    end, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    end.setblocking(False)
+    outer.setblocking(True)
+    for source, sink in ((outer, inner), (inner, outer)):
+        threading.Thread(target=forward, args=(source, sink, source is outer), daemon=True).start()
+    return end
+
+
+def forward(source, sink, incoming):
+    while message := source.recv(1 << 20):
+        if incoming and message.startswith(DONE) and is_slow.is_set():
+            is_slow.clear()
+            report("FAULT")
+            time.sleep(1.5 * TIMEOUT)
+        sink.send(message)
+    sink.close()
+
+
 def killed_before_it_connects(culprit):
     if culprit:
         bootstrap.Listener.connect = lambda *_: kill_myself()
@@ -100,6 +138,8 @@ IN_INITIALIZE = {
     "killed before initialize": killed_before_initialize,
     "killed before it connects": killed_before_it_connects,
     "killed when connected": killed_when_connected,
+    "done comes late": deliver_late,
+    "connection lost": keep_connections,
     "garbage": keep_connections,
     "garbage on a channel": keep_connections,
 }
@@ -109,6 +149,10 @@ GARBAGE = {
     "garbage": b"\x01garbage",
     "garbage on a channel": struct.pack("=I", 0) + b"garbage",
 }
+
+
+#: The beginning of a message `Message::Kind::kDone` (cpu/wire.h) on the CPU engine's channel.
+DONE = struct.pack("=Ii", 0, 1)
 
 
 def main():
@@ -144,6 +188,10 @@ def main():
     elif FAULT.startswith("stopped") and culprit:
         report(f"FAULT {os.getpid()}")
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif FAULT == "done comes late":
+        is_slow.set()
+    elif FAULT == "connection lost":
+        lose_connections_and_connect_again(step, culprit)
     elif FAULT == "link cut":
         if culprit:
             report("FAULT")
@@ -169,6 +217,21 @@ def main():
         time.sleep(100)
     for _ in range(1_000_000 if FAULT.endswith("at some time") else 3):
         step()
+
+
+def lose_connections_and_connect_again(step, culprit):
+    """As the error asks for."""
+    if culprit:
+        for connection in connections:
+            socket.socket(fileno=os.dup(connection)).shutdown(socket.SHUT_RDWR)
+    try:
+        step()
+    except Exception as error:
+        report("LOST " + " ".join(str(error).split()))
+    else:
+        raise AssertionError("no error")
+    fio.shutdown()
+    fio.initialize()
 
 
 def run_other_programs(mesh, culprit):

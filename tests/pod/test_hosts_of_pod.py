@@ -68,7 +68,11 @@ def test_a_killed_process_is_noticed_at_once(fault, processes):
             continue
         message = run.error(rank)
         assert re.search(rf"process 1 \(pid {run.pid(1)}\)", message), message
-        assert "on host" in message and "cannot be reached any more" in message, message
+        # Of four, process 0 shares the host of process 1. It may see the end first, and tell the
+        # others in the words of one host.
+        if processes != 4 or ", ended while process 0" not in message:
+            assert "on host" in message and "cannot be reached any more" in message, message
+            assert "must call freeio_jax.shutdown() and then freeio_jax.initialize()" in message
         assert "freeio_jax.dispatch" in message or "freeio_jax.combine" in message, message
         # Also in the log, for an error of XLA's collectives that names nobody.
         told = [line for line in run.lines[rank] if line.startswith("freeio_jax: ")]
@@ -101,6 +105,18 @@ def test_a_process_that_goes_on_within_the_time_out_does_no_harm():
     assert run.status == 0, run.lines
 
 
+def test_no_process_gives_up_alone():
+    """Process 1 hears after its time-out that process 0 is ready, which is in the collective then.
+
+    If process 1 gave up, process 0 would wait there, and nothing would end that.
+    """
+    run = Run("done comes late", hosts=2)
+    assert run.status == 0, run.lines
+    assert any(" FAULT" in line for line in run.lines[1]), run.lines
+    told = [line for line in run.lines[1] if "has waited 3 s" in line]
+    assert any("does not give up" in x and "gives up after" not in x for x in told), run.lines
+
+
 def test_another_program_is_told_by_its_call():
     """After each error the processes go on: XLA's collectives had not begun."""
     run = Run("other programs", arguments=OTHER_PROGRAMS, hosts=2)
@@ -117,6 +133,15 @@ def test_another_program_is_told_by_its_call():
             assert text in ours and text in theirs, (text, ours, theirs)
         assert "on host" in ours, ours
         assert float(ours.split(" AFTER ")[1].split()[0]) < TIMEOUT + CROWDED
+
+
+def test_processes_connect_again_as_the_error_says():
+    run = Run("connection lost", hosts=2)
+    assert run.status == 0, run.lines
+    for rank, lines in enumerate(run.lines):
+        (message,) = (line for line in lines if " LOST " in line)
+        assert names_process(run, 1 - rank, message), message
+        assert "call freeio_jax.shutdown() and then freeio_jax.initialize()" in message, message
 
 
 @pytest.mark.parametrize("fault", ["raises", "shut down", "fewer calls"])

@@ -27,4 +27,6 @@ double Patience::waited() const { return std::chrono::duration<double>(due_ - be
 
 void Patience::extend() { due_ = std::min(end_, begin_ + 2 * (due_ - begin_)); }
 
+void Patience::extend_past_end() { due_ = begin_ + 2 * (due_ - begin_); }
+
 }  // namespace freeio

@@ -20,8 +20,9 @@ class Patience {
   double timeout() const { return timeout_; }
   Clock::time_point due() const { return due_; }
   bool at_end() const { return due_ >= end_; }
-  double waited() const;  // how many seconds the wait has lasted at due()
-  void extend();          // moves due() to the next report, or to the end
+  double waited() const;   // how many seconds the wait has lasted at due()
+  void extend();           // moves due() to the next report, or to the end
+  void extend_past_end();  // moves due() to the next report, though it may come after the end
 
  private:
   const double timeout_;

@@ -262,7 +262,8 @@ std::string PeerExchanges::waiting_in(int process, const std::string& here) cons
   if (const auto departure = peer->second.departure) {
     switch (*departure) {
       case pod::Departure::kDeath:
-        return text + " has ended.";
+        return text + (peer->second.is_here ? " has ended."
+                                            : " has ended, or cannot be reached any more.");
       case pod::Departure::kOrderly:
         return text + " has left the program.";
       case pod::Departure::kGarbage:

@@ -267,15 +267,21 @@ void PeerSession::peer_gone(int process, pod::Departure how, AfterUnlock& after)
   // Before the first exchange of a group is complete, any process may have its ranks.
   const bool unknown = how != pod::Departure::kOrderly && to_all_ && state_ == State::kGathering;
   if (state_ != State::kOver && awaits(process) && concerns(process) && (involved || unknown)) {
+    const bool out_of_reach =
+        how == pod::Departure::kDeath && !exchanges_.peers_.at(process).is_here;
+    std::string did = " ended";
+    if (out_of_reach) did = " ended, or cannot be reached any more,";
+    if (how == pod::Departure::kOrderly) {
+      did = " left (freeio_jax.shutdown(), or the end of its program)";
+    }
+    if (how == pod::Departure::kGarbage) did = " sent bytes that are no message of this engine";
     fail(Code::kUnavailable,
-         name() + ": " + exchanges_.who(process) + ranks_of(process) +
-             (how == pod::Departure::kDeath ? exchanges_.peers_.at(process).is_here
-                                                  ? " ended"
-                                                  : " ended, or cannot be reached any more,"
-              : how == pod::Departure::kOrderly
-                  ? " left (freeio_jax.shutdown(), or the end of its program)"
-                  : " sent bytes that are no message of this engine") +
-             " while " + exchanges_.who(exchanges_.process_) + " waited for it",
+         name() + ": " + exchanges_.who(process) + ranks_of(process) + did + " while " +
+             exchanges_.who(exchanges_.process_) + " waited for it" +
+             (out_of_reach ? ". If it still runs, its connection is lost for good: all processes "
+                             "must call freeio_jax.shutdown() and then freeio_jax.initialize(). "
+                             "Otherwise start the program again."
+                           : ""),
          after);
   }
   silent_.insert(process);
@@ -285,6 +291,12 @@ bool PeerSession::look() {
   AfterUnlock after;
   std::lock_guard lock(exchanges_.mutex_);
   if (state_ == State::kOver || !failure_.ok()) return false;
+  if (has_committed()) {
+    note(who_waits_for_whom(waits_without_end(patience_)) +
+         " This process does not give up, because others may have begun the exchange.");
+    patience_.extend_past_end();
+    return true;
+  }
   if (!patience_.at_end()) {
     // While it runs, it reads rows, and waits for no process.
     if (state_ != State::kRunning) note(who_waits_for_whom(waits_on(patience_)));

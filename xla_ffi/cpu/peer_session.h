@@ -68,6 +68,10 @@ class PeerSession final : public Session,
     kOver,
   };
 
+  // Whether this process has told its peers that it will take part in the collective after this
+  // meeting. They may wait for it there, and nothing ends that wait. So it must not give up.
+  bool has_committed() const { return spans_hosts_ && state_ == State::kPeersReading; }
+
   bool concerns(int process) const;      // whether the process may have ranks of the group
   std::set<int> peers_of_group() const;  // processes, as far as known
   std::vector<int> audience() const;     // processes that get the messages about this exchange

@@ -56,6 +56,12 @@ std::string has_waited(const Patience& patience) {
   return text.str();
 }
 
+std::string waits_without_end(const Patience& patience) {
+  std::ostringstream text;
+  text << std::setprecision(4) << " has waited " << patience.waited() << " s for ";
+  return text.str();
+}
+
 std::string more_time() {
   return " If it is only slow, allow more time with freeio_jax.config(timeout=seconds) or "
          "FREEIO_TIMEOUT.";

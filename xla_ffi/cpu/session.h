@@ -40,6 +40,8 @@ std::string describe(const Layout& layout, const Operands& operands);
 // time-out.
 std::string waits_on(const Patience& patience);
 std::string has_waited(const Patience& patience);
+// For a wait that no time-out ends: " has waited 30 s for ".
+std::string waits_without_end(const Patience& patience);
 // The end of the error at the time-out.
 std::string more_time();
 

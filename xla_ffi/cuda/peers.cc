@@ -260,7 +260,16 @@ Status Peers::map_file(const pod::UniqueFd& file, size_t bytes, Mapping& mapping
   return status.ok() ? Mapping::make(allocation, bytes, ordinals(), mapping) : status;
 }
 
-Status Peers::map_block(const Message& message, const pod::UniqueFd& file) {
+Status Peers::map_block(int process, const Message& message, const pod::UniqueFd& file) {
+  // The size follows from the build and from the number of GPUs, which all processes know alike.
+  if (message.bytes != own_.front().bytes) {
+    return {Code::kInternal,
+            pod_.who(process) + " has GPU blocks of " + std::to_string(message.bytes) +
+                " bytes, and " + pod_.who(process_) + " has GPU blocks of " +
+                std::to_string(own_.front().bytes) +
+                " bytes. All processes need the same build of freeio_jax: one version, "
+                "and one FREEIO_MAX_RANKS"};
+  }
   Mapping mapping;
   Status status = map_file(file, message.bytes, mapping);
   if (!status.ok()) return status;
@@ -325,7 +334,7 @@ void Peers::received(int process, std::string_view text, pod::UniqueFd file) {
                                  " sent the GPU block of GPU " + std::to_string(message.gpu) +
                                  ", which is not its own");
       }
-      const Status status = map_block(message, file);
+      const Status status = map_block(process, message, file);
       if (!status.ok()) {
         std::lock_guard lock(mutex_);
         failure_ = status.message;

@@ -93,7 +93,7 @@ class Peers final : public pod::Guest {
 
   void send(int process, const Message& message, const std::string& text = "", int file = -1);
   Status map_file(const pod::UniqueFd& file, size_t bytes, Mapping& mapping) const;
-  Status map_block(const Message& message, const pod::UniqueFd& file);
+  Status map_block(int process, const Message& message, const pod::UniqueFd& file);
   Status map_region(int process, const Message& message, const pod::UniqueFd& file);
   Status enter_base(int process, uint32_t region, uint64_t base) const;
   Status publish(const void* pointer, Region& region);
