@@ -72,8 +72,13 @@ def _address(process: int, networks: dict[int, dict[str, str]]) -> str:
     return next((one for one in seen if not ipaddress.ip_address(one).is_loopback), mine)
 
 
-class _Store:
-    """JAX's key-value store, for one :func:`connect`."""
+class Store:
+    """A folder of JAX's key-value store, for one ``initialize``.
+
+    Attributes:
+      timeout: seconds that a process waits for the others, from now on.
+      deadline: when they are over, by ``time.monotonic()``.
+    """
 
     def __init__(self, client, where: str, process: int, num_processes: int, timeout: float):
         self._client, self._where = client, where
@@ -89,23 +94,29 @@ class _Store:
 
     def publish(self, key: str, value: Any) -> dict[int, Any]:
         """What all processes publish under ``key``, by process."""
-        folder = f"{self._where}/{key}/"
-        self._client.key_value_set(f"{folder}{self._process}", json.dumps(value))
+        self.tell(key, value)
         with self._in_time(lambda: self.absent(key)):
-            self._client.wait_at_barrier(f"{folder}published", self._rest_ms())
+            self._client.wait_at_barrier(f"{self._where}/{key}/published", self._rest_ms())
+        return self.told(key)
+
+    def tell(self, key: str, value: Any) -> None:
+        """Publishes a value under ``key``, and waits for nobody."""
+        self._client.key_value_set(f"{self._where}/{key}/{self._process}", json.dumps(value))
+
+    def told(self, key: str) -> dict[int, Any]:
+        """What the processes have told so far, by process."""
         return {
             int(name.rsplit("/", 1)[1]): json.loads(text)
-            for name, text in self._client.key_value_dir_get(folder)
+            for name, text in self._client.key_value_dir_get(f"{self._where}/{key}/")
         }
 
     def absent(self, key: str) -> str:
         """Which processes have not published it; empty where the store does not answer."""
         try:
-            published = self._client.key_value_dir_get(f"{self._where}/{key}/")
+            came = self.told(key)
         except RuntimeError:
             return ""
-        came = {int(name.rsplit("/", 1)[1]) for name, _ in published}
-        return f", which leaves process(es) {sorted(set(range(self._num_processes)) - came)}"
+        return f", which leaves process(es) {sorted(set(range(self._num_processes)) - set(came))}"
 
     def _rest_ms(self) -> int:
         return max(1, int(1000 * (self.deadline - time.monotonic())))
@@ -218,7 +229,7 @@ def connect(
       BootstrapError: not all processes came in time, or could be connected, or they are not alike.
     """
     process = me.process
-    store = _Store(client, f"freeio_jax/{generation}", process, num_processes, timeout)
+    store = Store(client, f"freeio_jax/{generation}", process, num_processes, timeout)
     with contextlib.ExitStack() as stack:
         with _logging_waits(
             process, timeout, lambda: "the others to call it" + store.absent("process")
@@ -267,7 +278,7 @@ def connect(
 
 
 def _meet_in_network(
-    me: Self, token: str, store: _Store, published: dict[int, dict]
+    me: Self, token: str, store: Store, published: dict[int, dict]
 ) -> tuple[NetworkListener, dict[int, Any]]:
     """A listener for processes of other hosts, and the names of all such, by process.
 

@@ -110,7 +110,10 @@ class _Engine:
       starts_apart: whether it has custom calls that start an exchange and do not wait for it.
       platform: as JAX's lowering names it.
       meets: whether it has a custom call that waits until all ranks of a group have come to it.
+      suffix: of the names of its custom calls, behind the names of the primitives.
     """
+
+    suffix = ""
 
     def __init__(self, native):
         self.native = native
@@ -249,11 +252,13 @@ class CudaEngine(_Engine):
     @functools.cache  # noqa: B019 - engines live as long as the process
     def _register(self) -> None:
         _register(_native.cuda, "CUDA")
+        if hasattr(_native, "hosts"):
+            _register(_native.hosts, "CUDA")
 
     def _start(self) -> None:
         # In a pod, `_join` has made the GPUs ready.
         if jax.process_count() == 1:
-            _native.cuda.start([device.local_hardware_id for device in self._numbers()])
+            _native.cuda.start([device.local_hardware_id for device in self.numbers()])
         self._log_start()
 
     @functools.cache  # noqa: B019 - engines live as long as the process
@@ -271,7 +276,7 @@ class CudaEngine(_Engine):
         watch.watch(_native.cuda.take_failure, logging.ERROR)
         watch.watch(_native.cuda.take_note, logging.WARNING)
 
-    def _numbers(self) -> dict:
+    def numbers(self) -> dict:
         """The number of each GPU of this host. All processes of the host count alike."""
         here = runtime.processes_here()
         devices = [device for device in _gpus() if device.process_index in here]
@@ -282,7 +287,7 @@ class CudaEngine(_Engine):
         # JAX knows the CUDA ordinals of this process's devices alone.
         gpus = [
             (number, device.process_index, -1 if ordinal is None else ordinal)
-            for device, number in self._numbers().items()
+            for device, number in self.numbers().items()
             for ordinal in [device.local_hardware_id]
         ]
         if gpus:
@@ -314,7 +319,7 @@ class CudaEngine(_Engine):
         mesh = module_context.axis_context.mesh
         if not isinstance(mesh, jax.sharding.Mesh) and not (known := get_concrete_mesh()).empty:
             mesh = known
-        numbers = self._numbers()
+        numbers = self.numbers()
         if isinstance(mesh, jax.sharding.Mesh):
             devices = mesh.devices.flat
         else:
@@ -357,6 +362,43 @@ class CudaEngine(_Engine):
         shape = layout.num_ranks, layout.num_tokens, layout.top_k
         slots, flags = _native.cuda_sizes.combine_scratch(*shape, width)
         return ((slots, width), expert_out.dtype), ((flags,), np.uint32)
+
+
+class CudaEngineBetweenHosts:
+    """The CUDA engine for groups that span hosts, whose rows NVSHMEM carries between them."""
+
+    suffix = "_between_hosts"
+
+    def __init__(self, engine: CudaEngine):
+        self._engine = engine
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    # XLA shares work on a program among processes, for which the program must be the same in all of
+    # them. So no attribute may depend on the host, as the numbers of GPUs do.
+
+    def attributes(self, module_context):
+        """Also the PE of each mesh device: its process."""
+        mesh = module_context.axis_context.mesh
+        pes = np.array([device.process_index for device in mesh.devices.flat], np.int64)
+        return {"pes": pes, **_Engine.attributes(self._engine, module_context)}
+
+    def program_check(self, module_context):
+        """Asks for all GPUs of the process."""
+        if not self._modules.is_first_at(module_context, ()):
+            return None
+        return {"gpus": np.zeros(0, np.int64)}
+
+    # These kernels need no memory of XLA's, but the custom calls have the buffers.
+
+    def dispatch_scratch(self, layout, num_leaves):
+        self.check(layout, num_leaves)
+        return (((1,), np.uint32),)
+
+    def combine_scratch(self, layout, expert_out):
+        self.check(layout)
+        return ((1, 1), expert_out.dtype), ((1,), np.uint32)
 
 
 #: Engines of this installation, by the platform as JAX's lowering names it.

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from freeio_jax import _native, cluster, hosts, runtime, settings, transport
+from freeio_jax import _native, cluster, hosts, nvshmem, runtime, settings, transport
 from freeio_jax.engines import ENGINES
 from freeio_jax.grouped_matmul import choice
 from freeio_jax.grouped_matmul.product import Product
@@ -104,6 +104,8 @@ def _between_hosts() -> str:
     """What carries rows between hosts, and why nothing faster does."""
     backend = jax.default_backend()
     carrier = transport.choose("cuda" if backend == "gpu" else backend)
+    if isinstance(carrier, transport.Nvshmem):
+        return nvshmem.describe(nvshmem.state())
     return f"{carrier.name}: {carrier.why}"
 
 

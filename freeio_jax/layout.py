@@ -67,6 +67,20 @@ def balanced_capacity(
     return min(share, bound)
 
 
+#: Most bytes of a GPU's windows, in which rows from other hosts land.
+WINDOW_BYTES = 512 << 20
+
+
+def window_part_bytes(num_hosts: int) -> int:
+    """Bytes of a part of a window: a power of two, so that all windows fit in WINDOW_BYTES.
+
+    A GPU has a window for each host. A window has two halves, and a half three parts: what comes
+    in, what comes back, and what goes back.
+    """
+    parts = 2 * 3 * num_hosts
+    return 1 << max(WINDOW_BYTES // parts, 1).bit_length() - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Geometry of one exchange: hashable, known at trace time, equal on all ranks.

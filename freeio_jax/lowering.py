@@ -51,10 +51,13 @@ def register_operation(primitive: core.Primitive, lowering: Callable) -> None:
                 rows_text=transport.describe_rows(operation, ctx.avals_in),
             )
         # A transport has nothing that only starts: the operation runs to its end.
-        return transport.choose(engine.platform).lower(
+        carrier = transport.choose(engine.platform, ctx.module_context.axis_context.mesh, groups)
+        return carrier.lower(
             ctx,
             *operands,
             operation=operation,
+            lowering=lowering,
+            engine=engine,
             meet=meet,
             device_index=lambda: (_device_index(ctx), _INDEX),
             axes=axes,
@@ -165,7 +168,7 @@ def lower(ctx, *operands, axes, layout, engine, scratch=(), start=None, **attrib
     if (spanned := hosts.of_groups(mesh, groups)) is not None:
         attributes["hosts"] = spanned.reshape(-1)
     if start is None:
-        results = jax.ffi.ffi_lowering(target)(call_ctx, *operands, **attributes)
+        results = jax.ffi.ffi_lowering(target + engine.suffix)(call_ctx, *operands, **attributes)
         room = engine.room(ctx.module_context)
         room.calls.append(results[0].owner)
         if room.num_sms is not None:

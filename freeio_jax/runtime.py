@@ -52,6 +52,17 @@ def members() -> dict[int, int] | None:
     return dict(_members) if _pod_is_connected else None
 
 
+def store(folder: str) -> bootstrap.Store:
+    """A folder of JAX's key-value store for the present pod, with the ``timeout`` setting."""
+    return bootstrap.Store(
+        distributed.global_state.client,
+        f"freeio_jax/{_generation}/{folder}",
+        jax.process_index(),
+        jax.process_count(),
+        settings.config()["timeout"],
+    )
+
+
 def processes_here() -> set[int]:
     """The processes of this host, this one included: those that are known."""
     me = jax.process_index()
@@ -70,6 +81,7 @@ def _alike() -> dict[str, Any]:
         "the version of jaxlib": jaxlib.version.__version__,
         "the kind of machine": f"{platform.machine()}, {sys.byteorder} endian",
         "the setting host_size": settings.config()["host_size"],
+        "the setting transport": settings.config()["transport"],
     }
     # Only GPUs write to each other's GPU blocks, whose layout follows from this option.
     if jax.default_backend() != "cpu":

@@ -1,4 +1,4 @@
-"""What carries rows between hosts: :func:`choose`, and :class:`XlaCollectives`.
+"""What carries rows between hosts: :func:`choose`, :class:`Nvshmem`, :class:`XlaCollectives`.
 
 An engine moves rows within a host. Where a group spans hosts, a transport lowers the operation
 instead.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir.dialects import hlo
 
-from freeio_jax import log, plain
+from freeio_jax import hosts, log, nvshmem, plain
 from freeio_jax.define import split_routes
+from freeio_jax.engines import CudaEngineBetweenHosts
 
 
 class XlaCollectives:
@@ -31,7 +33,19 @@ class XlaCollectives:
         self.why = why
 
     def lower(
-        self, ctx, *operands, operation, meet, device_index, axes, layout, groups, hosts, **params
+        self,
+        ctx,
+        *operands,
+        operation,
+        lowering,
+        engine,
+        meet,
+        device_index,
+        axes,
+        layout,
+        groups,
+        hosts,
+        **params,
     ):
         """Lowers an operation of the groups of a call that spans hosts.
 
@@ -39,6 +53,8 @@ class XlaCollectives:
           ctx: JAX's lowering context.
           operands: of the operation's primitive.
           operation: its name.
+          lowering: lowers it to a custom call of an engine.
+          engine: that of the platform.
           meet: None, or ``meet(ctx, value)``: makes a custom call that returns ``value`` when all
             ranks of the group have come. XLA's collectives of a rank that waits for another one
             hang for long, and do not say for whom. So none begins before all are there.
@@ -103,9 +119,86 @@ def describe_rows(operation: str, avals) -> str:
     return f"rows: {' '.join(texts)}".replace(", ", ",")
 
 
-@functools.cache
-def choose(platform: str) -> XlaCollectives:
-    """What carries rows between hosts, for the devices of a platform as the lowering names it."""
+class Nvshmem:
+    """Kernels of the CUDA engine that put rows to other hosts by NVSHMEM.
+
+    Attributes: as those of :class:`XlaCollectives`.
+    """
+
+    name = "NVSHMEM"
+    why = ""
+
+    def lower(
+        self,
+        ctx,
+        *operands,
+        operation,
+        lowering,
+        engine,
+        meet,
+        device_index,
+        axes,
+        layout,
+        groups,
+        hosts,
+        **params,
+    ):
+        """As :meth:`XlaCollectives.lower`. What starts an exchange runs to its end, too."""
+        engine = CudaEngineBetweenHosts(engine)
+        return lowering(ctx, *operands, engine=engine, axes=axes, layout=layout, **params)
+
+
+def choose(platform: str, mesh=None, groups=None) -> XlaCollectives | Nvshmem:
+    """What carries rows between hosts.
+
+    Args:
+      platform: of the devices, as the lowering names it.
+      mesh: of the program, if it is known.
+      groups: mesh device indices ``[groups, R]``, in order of rank.
+
+    Raises:
+      ValueError: NVSHMEM is there, and a process has several GPUs.
+    """
     if platform == "cpu":
-        return XlaCollectives("on CPU there is nothing faster.")
-    return XlaCollectives("this installation has no transport between hosts for GPUs.")
+        return _by_xla("on CPU there is nothing faster.")
+    if jax.process_count() == 1:
+        return _by_xla("NVSHMEM takes one GPU of a process, and here one process has all of them.")
+    state = nvshmem.state()
+    if state.several_gpus and groups is not None:
+        raise ValueError(
+            "freeio_jax: in a group that spans hosts, NVSHMEM carries the rows of one GPU of each "
+            f"process, and {state.several_gpus}. Start a process for each GPU, or set "
+            "FREEIO_TRANSPORT=xla in all processes: then XLA's collectives carry them, which is "
+            "slower."
+        )
+    if state.why_not:
+        return _by_xla(state.why_not)
+    if groups is not None and (why_not := _misfit(mesh, groups)):
+        return _by_xla(why_not)
+    return Nvshmem()
+
+
+@functools.cache
+def _by_xla(why: str) -> XlaCollectives:
+    return XlaCollectives(why)
+
+
+def _misfit(mesh, groups) -> str:
+    """Why the kernels cannot serve the groups of a mesh; empty: they can."""
+    devices = list(mesh.devices.flat)
+    host = {p: h for h in hosts.of_program() for p in h.processes}
+    for group in groups:
+        processes = [devices[index].process_index for index in group]
+        of_host: dict = {}
+        for process in processes:
+            of_host.setdefault(host[process].number, []).append(
+                host[process].processes.index(process)
+            )
+        first, *others = of_host.values()
+        if any(numbers != first for numbers in others):
+            return (
+                f"a group has processes {processes}, in order of rank. NVSHMEM serves groups that "
+                "have the same processes, in the same order, on each of their hosts, counted "
+                "within the host."
+            )
+    return ""

@@ -30,6 +30,9 @@
 #include "cuda/gpus.h"
 #include "cuda/module.h"
 #endif
+#ifdef FREEIO_HOSTS
+#include "hosts/module.h"
+#endif
 
 namespace py = pybind11;
 
@@ -112,6 +115,9 @@ PYBIND11_MODULE(_native, module) {
   add_cuda_sizes(module);
 #ifdef FREEIO_CUDA
   freeio::cuda::add_module(module);
+#endif
+#ifdef FREEIO_HOSTS
+  freeio::cuda::add_hosts_module(module);
 #endif
   module.def(
       "set_timeout",

@@ -114,7 +114,7 @@ def test_all_processes_give_gpus_the_same_numbers(engine, native, monkeypatch, p
 
 def test_gpus_of_other_hosts_have_no_number(engine, native, monkeypatch):
     make_pod(monkeypatch, 1, [2], GPUS)
-    numbers = {device.id: number for device, number in engine._numbers().items()}
+    numbers = {device.id: number for device, number in engine.numbers().items()}
     assert numbers == {2: 0, 3: 1, 4: 2, 5: 3}
     engine._join()
     assert native.joined == [(1, [(0, 1, 1), (1, 1, 0), (2, 2, -1), (3, 2, -1)])]

@@ -20,20 +20,7 @@ Status load_kernels(int ordinal) {
       cuda_status(cudaDeviceGetAttribute(&of_gpu, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal),
                   "cudaDeviceGetAttribute");
   for_each_kernel([&](const Kernel& kernel, auto) {
-    if (!status.ok()) return;
-    cudaFuncAttributes attributes;
-    status = cuda_status(cudaFuncGetAttributes(&attributes, kernel.function),
-                         "cudaFuncGetAttributes (the engine's kernels do not fit this GPU: it was "
-                         "built for other architectures?)");
-    if (!status.ok()) return;
-    // Some GPUs have less shared memory than a kernel needs for the most experts. A call that needs
-    // more than there is gets an error when it is launched.
-    const int most = of_gpu - static_cast<int>(attributes.sharedSizeBytes);
-    const auto bytes = static_cast<int>(kernel.shared_bytes);
-    status = cuda_status(
-        cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             std::min(bytes, most)),
-        "cudaFuncSetAttribute");
+    if (status.ok()) status = load_kernel(kernel, of_gpu);
   });
   return status;
 }
@@ -125,6 +112,22 @@ Status connect(int from, int to) {
 }
 
 }  // namespace
+
+Status load_kernel(const Kernel& kernel, int shared_bytes_of_gpu) {
+  cudaFuncAttributes attributes;
+  Status status = cuda_status(cudaFuncGetAttributes(&attributes, kernel.function),
+                              "cudaFuncGetAttributes (the engine's kernels do not fit this GPU: it "
+                              "was built for other architectures?)");
+  if (!status.ok()) return status;
+  // Some GPUs have less shared memory than a kernel needs for the most experts. A call that needs
+  // more than there is gets an error when it is launched.
+  const int most = shared_bytes_of_gpu - static_cast<int>(attributes.sharedSizeBytes);
+  const auto bytes = static_cast<int>(kernel.shared_bytes);
+  return cuda_status(
+      cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           std::min(bytes, most)),
+      "cudaFuncSetAttribute");
+}
 
 void FreeDevice::operator()(void* pointer) const { cudaFree(pointer); }
 void FreeHost::operator()(void* pointer) const { cudaFreeHost(pointer); }

@@ -8,6 +8,7 @@
 
 #include "core/status.h"
 #include "cuda/gpu_block.h"
+#include "cuda/kernels.h"
 #include "cuda/memory.h"
 #include "cuda/overlap.h"
 #include "cuda/timeline.h"
@@ -65,6 +66,10 @@ struct Gpu {
 // whether other processes take part.
 Status make_gpus(const std::map<int, int>& ordinals, int num_gpus, bool shared, uint64_t timeout_ns,
                  std::map<int, Gpu>& gpus);
+
+// Loads a kernel on the calling thread's GPU, and lets it have its shared memory.
+// `shared_bytes_of_gpu`: the most that a CTA can have there.
+Status load_kernel(const Kernel& kernel, int shared_bytes_of_gpu);
 
 // Whether NVLink leads from one GPU to another (CUDA ordinals).
 bool has_link(int from, int to);

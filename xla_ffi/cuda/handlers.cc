@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -13,6 +12,7 @@
 #include "core/digest.h"
 #include "core/registration.h"
 #include "cuda/call.h"
+#include "cuda/custom_call.h"
 #include "cuda/gpus.h"
 #include "cuda/operands.h"
 #include "cuda/overlap.h"
@@ -22,29 +22,14 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr int kMaxOrdinals = 64;  // a process may see more GPUs than take part in a pod
-
 // One custom call of a program. XLA shares it among the devices that run the program.
 template <typename Operands>
-struct CustomCall {
+struct CustomCall : CustomCallOf<Operands, Call<Operands>> {
   static inline ffi::TypeId id = {};
 
-  // The call as one GPU runs it.
-  struct OnGpu {
-    std::mutex mutex;  // XLA may run the program twice at once
-    std::unique_ptr<Call<Operands>> call;
-  };
-
-  Operation operation;
-  Layout layout;
-  std::vector<int64_t> groups;  // mesh device indices, a group after the other, by rank
   // GPU number of each mesh device; -1: the device is on another host. Empty: the mesh has one
   // device, and that may be any GPU.
   std::vector<int64_t> gpus;
-  uint32_t name;  // a digest of this call and its program
-  LaneShare share;
-  typename Operands::Types types = {};      // only what the attributes say
-  std::array<OnGpu, kMaxOrdinals> on_gpus;  // by CUDA ordinal
 
   // Of a start: its name, but for the run, and the custom call that waits for it.
   StartName start;
@@ -54,52 +39,12 @@ struct CustomCall {
   GroupMember member(int gpu) const {
     GroupMember found{{}, -1, 0};
     if (gpu < 0) return found;
-    if (gpus.empty()) return {{gpu}, 0, static_cast<uint32_t>(groups.front())};
-    for (size_t i = 0; i < groups.size(); ++i) {
-      if (gpus[groups[i]] != gpu) continue;
-      const auto num_ranks = static_cast<size_t>(layout.num_ranks);
-      found.rank = static_cast<int>(i % num_ranks);
-      found.mesh_device = static_cast<uint32_t>(groups[i]);
-      for (size_t j = i - i % num_ranks; j < i - i % num_ranks + num_ranks; ++j) {
-        found.gpus.push_back(static_cast<int>(gpus[groups[j]]));
-      }
-      break;
-    }
+    if (gpus.empty()) return {{gpu}, 0, static_cast<uint32_t>(this->groups.front())};
+    const PlaceInGroup place = this->find([&](int64_t device) { return gpus[device] == gpu; });
+    found.rank = place.rank;
+    found.mesh_device = place.mesh_device;
+    for (const int64_t device : place.devices) found.gpus.push_back(static_cast<int>(gpus[device]));
     return found;
-  }
-};
-
-// Fills what the attributes say about the types.
-void read_flags(Operation operation, const ffi::Dictionary&, DispatchTypes& types) {
-  types.routed = operation == Operation::kDispatch;
-}
-void read_flags(Operation, const ffi::Dictionary& attributes, CombineTypes& types) {
-  types.weighted = read_flag(attributes, "weighted");
-}
-void read_flags(Operation, const ffi::Dictionary& attributes, CombineTransposeTypes& types) {
-  types.rows = read_flag(attributes, "rows");
-  types.weights = read_flag(attributes, "weights");
-}
-
-// Reads the buffers of a call into its operands. Given `types`, it also fills these.
-struct CallReader : BufferReader {
-  DispatchTypes* leaf_types = nullptr;
-
-  explicit CallReader(Buffers& of_call) : BufferReader{of_call} {}
-  CallReader(Buffers& of_call, DispatchTypes& types) : BufferReader{of_call}, leaf_types(&types) {}
-  template <typename Types>
-  CallReader(Buffers& of_call, Types& types) : BufferReader{of_call, &types.dtype, &types.width} {}
-
-  void leaves(LeafBuffers (&leaves)[kMaxLeaves]) {
-    for (int i = 0; i < kMaxLeaves && buffers.has_arg(); ++i) {
-      const ffi::AnyBuffer* tokens = buffers.arg();
-      ffi::AnyBuffer* rows = buffers.ret();
-      if (!buffers.ok()) return;
-      leaves[i] = {tokens->untyped_data(), rows->untyped_data()};
-      if (leaf_types == nullptr) continue;
-      leaf_types->leaves[i] = {Buffers::row_bytes(*tokens), Buffers::row_digest(*tokens)};
-      leaf_types->num_leaves = i + 1;
-    }
   }
 };
 
@@ -110,12 +55,6 @@ ffi::ErrorOr<std::vector<int64_t>> read_gpus(const ffi::Dictionary& attributes) 
         ffi::Error(ffi::ErrorCode::kInternal, "freeio_jax: custom call lacks attribute gpus"));
   }
   return std::vector<int64_t>(gpus->begin(), gpus->end());
-}
-
-// An attribute that is a number; absent: the default.
-int64_t read_number(const ffi::Dictionary& attributes, const char* name, int64_t otherwise) {
-  const auto value = attributes.get<int64_t>(name);
-  return value.has_value() ? *value : otherwise;
 }
 
 // The name of an exchange that runs beside compute, but for the run of the program.
@@ -135,22 +74,13 @@ ffi::ErrorOr<StartName> read_start(const ffi::Dictionary& attributes,
 template <typename Operands, Operation kOperation, Lane kLane = kSynchronous>
 ffi::ErrorOr<std::unique_ptr<CustomCall<Operands>>> instantiate(ffi::Dictionary attributes) {
   if (ffi::Error error = starter().ensure(); error.failure()) return ffi::Unexpected(error);
-  auto read = read_attributes(attributes);
-  if (!read.has_value()) return ffi::Unexpected(read.error());
   auto gpus = read_gpus(attributes);
   if (!gpus.has_value()) return ffi::Unexpected(gpus.error());
   auto call = std::make_unique<CustomCall<Operands>>();
-  call->operation = kOperation;
-  // The ranks' n-th calls belong together. Their names are compared, to find ranks that make
-  // different calls.
-  call->name = Digest(identity_of(static_cast<int64_t>(kOperation), *read, attributes)).folded();
-  call->layout = read->layout;
-  call->groups = std::move(read->groups);
+  if (ffi::Error error = call->read(kOperation, kLane, attributes); error.failure()) {
+    return ffi::Unexpected(error);
+  }
   call->gpus = std::move(*gpus);
-  read_flags(kOperation, attributes, call->types);
-  call->share.lane = kLane;
-  call->share.num_sms = read_number(attributes, "num_sms", 0);
-  call->share.starts_num_sms = read_number(attributes, "starts_num_sms", LaneShare::kNoStarts);
   if constexpr (kLane == kOverlap) {
     auto start = read_start(attributes, call->gpus);
     if (!start.has_value()) return ffi::Unexpected(start.error());
@@ -160,45 +90,27 @@ ffi::ErrorOr<std::unique_ptr<CustomCall<Operands>>> instantiate(ffi::Dictionary 
   return call;
 }
 
-ffi::Error check_ordinal(int32_t ordinal) {
-  if (ordinal >= 0 && ordinal < kMaxOrdinals) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kInternal,
-                    "freeio_jax: CUDA device " + std::to_string(ordinal) +
-                        " is beyond the engine's " + std::to_string(kMaxOrdinals) +
-                        ". Leave GPUs out with CUDA_VISIBLE_DEVICES.");
+// Makes a custom call as the GPU with this ordinal runs it.
+template <typename Operands>
+Status make_call(const CustomCall<Operands>& custom_call, int32_t ordinal,
+                 const typename Operands::Types& types, std::unique_ptr<Call<Operands>>& call) {
+  GroupMember member = custom_call.member(gpu_number(ordinal));
+  if (member.rank < 0) return not_in_mesh(ordinal);
+  call = std::make_unique<Call<Operands>>(
+      CallSite{custom_call.operation, custom_call.layout, std::move(member), custom_call.name,
+               custom_call.share},
+      types);
+  return {};
 }
 
-// Reads the buffers of a run, and calls run(call, operands) with the call as this GPU runs it.
 template <typename Operands, typename Run>
 ffi::Error run_on_gpu(CustomCall<Operands>* custom_call, int32_t ordinal,
                       ffi::Buffer<ffi::U32, 0> device, const ffi::RemainingArgs& args,
                       const ffi::RemainingRets& rets, const Run& run) {
-  if (ffi::Error error = check_ordinal(ordinal); error.failure()) return error;
-  auto& [mutex, call] = custom_call->on_gpus[ordinal];
-  std::lock_guard lock(mutex);
-  Buffers buffers(args, rets);
-  Operands operands = {};
-  operands.device = device.typed_data();
-  if (call != nullptr) {
-    CallReader reader(buffers);
-    visit_buffers(custom_call->types, operands, reader);
-    return buffers.ok() ? to_error(run(*call, operands)) : buffers.error();
-  }
-  GroupMember member = custom_call->member(gpu_number(ordinal));
-  if (member.rank < 0) {
-    return ffi::Error(
-        ffi::ErrorCode::kInternal,
-        "freeio_jax: CUDA device " + std::to_string(ordinal) + " is not in the mesh of this call.");
-  }
-  auto types = custom_call->types;
-  CallReader reader(buffers, types);
-  visit_buffers(custom_call->types, operands, reader);
-  if (!buffers.ok()) return buffers.error();
-  call = std::make_unique<Call<Operands>>(
-      CallSite{custom_call->operation, custom_call->layout, std::move(member), custom_call->name,
-               custom_call->share},
-      types);
-  return to_error(run(*call, operands));
+  return custom_call->run_on_gpu(
+      ordinal, device.typed_data(), args, rets,
+      [&](const auto& types, auto& call) { return make_call(*custom_call, ordinal, types, call); },
+      run);
 }
 
 template <typename Operands>

@@ -1,12 +1,9 @@
 #include "hosts/call.h"
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 #include <string>
 
 #include "core/digest.h"
-#include "cuda/current_device.h"
 #include "cuda/failure_code.h"
 #include "cuda/plan.h"
 #include "hosts/plan.h"
@@ -123,12 +120,17 @@ Hosts& hosts_of(HostsDispatchParams& params) { return params.hosts; }
 Hosts& hosts_of(HostsCombineParams& params) { return params.hosts; }
 Hosts& hosts_of(HostsTransposeParams& params) { return params.hosts; }
 
-// Lets the kernel have its shared memory on the calling thread's GPU.
-Status allow_shared_memory(const Kernel& kernel) {
-  return cuda_status(
-      cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(kernel.shared_bytes)),
-      "cudaFuncSetAttribute");
+// Exposes the buffers out of which the kernel puts.
+Status expose(const Hosts& hosts, Sources& sources) {
+  Status status;
+  const auto one = [&](const void* buffer) {
+    if (status.ok() && buffer != nullptr) status = sources.expose(buffer);
+  };
+  for (int i = 0; i < hosts.num_leaves; ++i) one(hosts.leaves[i].tokens);
+  one(hosts.dest_rank);
+  one(hosts.dest_row);
+  if (hosts.rounds.weight_bytes > 0) one(hosts.weights);
+  return status;
 }
 
 }  // namespace
@@ -198,7 +200,6 @@ Status HostsCall<Operands>::prepare(int32_t alignment) {
   Kernel kernel;
   uint32_t rows = 0;
   status = plan_call(landings_, types_, alignment, group, params_, kernel, posted_, rows);
-  if (status.ok()) status = allow_shared_memory(kernel);
   if (status.ok()) status = LoadedKernel::load(kernel, kernel_);
   if (!status.ok()) return status;
   sign(site_, rows, connection_.num_ctas, hosts.local.signature);
@@ -219,6 +220,10 @@ Status HostsCall<Operands>::run(const Operands& operands, void* stream) {
   set_buffers(operands, params_);
   Exchange& local = hosts_of(params_).local;
   local.device = operands.device;
+  if (landings_.sources != nullptr) {
+    Status status = expose(hosts_of(params_), *landings_.sources);
+    if (!status.ok()) return status;
+  }
   for (int slot = 0; connection_.peers != nullptr && slot < kMaxAddresses; ++slot) {
     uint64_t& address = local.posted[slot];
     if ((posted_ >> slot & 1) == 0 || address == 0) continue;

@@ -8,14 +8,17 @@
 #include "cuda/call.h"
 #include "hosts/kernels.h"
 #include "hosts/params.h"
+#include "hosts/sources.h"
 
 namespace freeio::cuda {
 
 // The symmetric memory of a program: its layout, and where it is.
 struct Landings {
   LandingLayout layout;
-  std::vector<int> host_of_pe;      // hosts are numbered in order of their first PEs
-  std::vector<std::byte*> address;  // of each PE's, as this process sees it; null: on another host
+  std::vector<int> host_of_pe;  // hosts are numbered in order of their first PEs
+  // Of each PE's, as this GPU sees it. Used for the PEs of this host only.
+  std::vector<std::byte*> address;
+  Sources* sources = nullptr;  // null: what rows are put out of need not be exposed
 };
 
 // One member of a group that spans hosts.

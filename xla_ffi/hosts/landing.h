@@ -17,7 +17,7 @@ constexpr int kHalves = 2;  // of a window: rounds use them in turn
 // tokens, and what goes back. They do not overlap, because a rank may begin its next call while
 // another one still reads what came back.
 enum Part : int { kRequests, kAnswers, kOutbox, kParts };
-constexpr int kMaxParcels = 64;  // of a round
+constexpr int kMaxParcels = 1024;  // of a round
 constexpr int64_t kWindowAlignment = 128;
 
 // What a rank tells each other rank when an exchange begins.

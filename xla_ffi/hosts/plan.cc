@@ -9,8 +9,10 @@ namespace freeio::cuda {
 
 Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_token,
                    SentLeaf* leaves, int num_leaves, Rounds& rounds) {
-  // A signal for each parcel costs a fence. Parcels of this size hide it.
-  constexpr int64_t kParcelBytes = 64 << 10;
+  // One warp moves a parcel, so there should be about as many as warps. But a signal for each
+  // parcel costs a fence, which smaller parcels would not hide.
+  constexpr int64_t kLeastParcelBytes = 8 << 10;
+  constexpr int64_t kMostParcelBytes = 64 << 10;
   const int64_t route_bytes = of_token.top_k * int64_t{sizeof(int32_t)};
   const int64_t weights_bytes = of_token.top_k * int64_t{of_token.weight_bytes};
   int64_t row_bytes = 0;
@@ -30,8 +32,10 @@ Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_
   rounds = {};
   const int64_t tokens = std::clamp<int64_t>(num_tokens, 1, most);
   const int64_t sent = std::max<int64_t>(row_bytes, of_token.answer_bytes);
+  const int64_t parcel_bytes =
+      std::clamp(tokens * sent / kMaxParcels, kLeastParcelBytes, kMostParcelBytes);
   const int64_t parcel = std::max(ceil_div(tokens, kMaxParcels),
-                                  std::min(tokens, kParcelBytes / std::max<int64_t>(sent, 1)));
+                                  std::min(tokens, parcel_bytes / std::max<int64_t>(sent, 1)));
   rounds.tokens = static_cast<int32_t>(tokens);
   rounds.count = static_cast<int32_t>(ceil_div(num_tokens, tokens));
   rounds.parcel_tokens = static_cast<int32_t>(std::max<int64_t>(parcel, 1));

@@ -16,6 +16,7 @@
 
 #include "core/dtype.h"
 #include "cuda/call.h"
+#include "cuda/gpu.h"
 #include "cuda/gpus.h"
 #include "cuda/operands.h"
 #include "cuda/overlap.h"
@@ -285,6 +286,11 @@ EMULATOR_API void emulator_set_hosts(int num_gpus, int per_host, int64_t window_
     }
   }
   for (int gpu = 0; gpu < num_gpus; ++gpu) {
+    cudaSetDevice(ordinal_of(gpu));
+    int shared_bytes = 0;
+    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                           ordinal_of(gpu));
+    for_each_hosts_kernel([&](const Kernel& kernel, auto) { load_kernel(kernel, shared_bytes); });
     emulator::set_heap(gpu, made.address[gpu], static_cast<size_t>(made.layout.bytes()));
   }
 }

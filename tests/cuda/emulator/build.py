@@ -19,9 +19,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENGINE = HERE.parents[2] / "xla_ffi"
-#: Sources of the engine that know XLA or Python. (No folder of kernels has `measure.cu`, whose
-#: launches only nvcc understands.)
-LEFT_OUT = {"handlers.cc", "module.cc", "nothing.cc"}
+#: Sources of the engine that know XLA, Python or NVSHMEM. (No folder of kernels has `measure.cu`,
+#: whose launches only nvcc understands.)
+LEFT_OUT = {
+    *("handlers.cc", "module.cc", "nothing.cc"),
+    *("nvshmem.cc", "program.cc", "device_library.cc"),
+}
 BEFORE_KERNELS, AFTER_KERNELS = HERE / "shared_begin.cc", HERE / "shared_end.cc"
 
 FLAGS = [

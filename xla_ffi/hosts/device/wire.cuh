@@ -36,7 +36,13 @@ struct Wire {
   __device__ static bool has(Signal, const uint64_t* word, uint64_t value) {
     uint64_t found;
     asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(found) : "l"(word) : "memory");
-    return found == value;
+    if (found != value) return false;
+    // On some machines a network card's writes may pass each other on their way to the memory. What
+    // NVSHMEM's own waits do about it is right here, too.
+    if (nvshmemi_device_state_d.job_connectivity > NVSHMEMI_JOB_GPU_PROXY) {
+      nvshmemi_transfer_syncapi_update_mem();
+    }
+    return true;
   }
 };
 

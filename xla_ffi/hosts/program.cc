@@ -1,0 +1,154 @@
+#include "hosts/program.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "cuda/current_device.h"
+#include "cuda/gpu.h"
+#include "hosts/kernels.h"
+#include "hosts/nvshmem.h"
+#include "hosts/sources.h"
+
+namespace freeio::cuda {
+namespace {
+
+class NetworkSources final : public Sources {
+ public:
+  explicit NetworkSources(const Nvshmem& nvshmem) : nvshmem_(nvshmem) {}
+
+ private:
+  Status expose_region(void* base, size_t bytes) override { return nvshmem_.expose(base, bytes); }
+  void hide_region(void* base) override { nvshmem_.hide(base); }
+
+  const Nvshmem nvshmem_;
+};
+
+struct State {
+  std::mutex mutex;
+  const JoinedHosts* joined = nullptr;
+  // Calls that were prepared before leave_hosts() may still read these.
+  std::vector<std::unique_ptr<JoinedHosts>> all;
+  std::unique_ptr<NetworkSources> sources;
+  bool is_bound = false;  // NVSHMEM knows of the kernels' module
+  std::byte* memory = nullptr;
+  int64_t bytes = 0;
+};
+
+// Lives until the process ends, as the engine does.
+State& state() {
+  static State* const instance = std::make_unique<State>().release();
+  return *instance;
+}
+
+// With the state locked. Symmetric memory of this size, as it was when it was new. The PEs agree on
+// the size, so they agree on what to call.
+Status allocate(const Nvshmem& nvshmem, int64_t bytes) {
+  if (state().bytes != bytes) {
+    if (state().memory != nullptr) nvshmem.free(state().memory);
+    state().memory = nullptr;
+    state().bytes = 0;
+    void* memory = nullptr;
+    Status status = nvshmem.allocate(kWindowAlignment, static_cast<size_t>(bytes), memory);
+    if (!status.ok()) return status;
+    state().memory = static_cast<std::byte*>(memory);
+    state().bytes = bytes;
+  }
+  Status status =
+      cuda_status(cudaMemset(state().memory, 0, static_cast<size_t>(bytes)), "cudaMemset");
+  if (status.ok()) status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  return status;
+}
+
+// Loads every kernel: one that CUDA loads lazily waits for the kernels that run, and these may wait
+// for it.
+Status load_kernels(int ordinal) {
+  int of_gpu = 0;
+  Status status =
+      cuda_status(cudaDeviceGetAttribute(&of_gpu, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal),
+                  "cudaDeviceGetAttribute");
+  for_each_hosts_kernel([&](const Kernel& kernel, auto) {
+    if (status.ok()) status = load_kernel(kernel, of_gpu);
+  });
+  return status;
+}
+
+}  // namespace
+
+Status join_hosts(HostsProgram program) {
+  RelaxedCapture relaxed;
+  CurrentDevice current(program.ordinal);
+  Status status = cuda_status(current.error(), "cudaSetDevice");
+  if (!status.ok()) return status;
+  Nvshmem nvshmem;
+  status = Nvshmem::find(nvshmem);
+  if (!status.ok()) return status;
+  std::lock_guard lock(state().mutex);
+  const auto num_pes = static_cast<int>(program.host_of_pe.size());
+  auto joined = std::make_unique<JoinedHosts>();
+  Landings& landings = joined->landings;
+  landings.layout.num_pes = num_pes;
+  landings.layout.num_hosts =
+      *std::max_element(program.host_of_pe.begin(), program.host_of_pe.end()) + 1;
+  landings.layout.part_bytes = program.part_bytes;
+  landings.host_of_pe = program.host_of_pe;
+  status = allocate(nvshmem, landings.layout.bytes());
+  if (!status.ok()) return status;
+  landings.address.resize(num_pes, nullptr);
+  bool needs_network = false;
+  for (int pe = 0; pe < num_pes; ++pe) {
+    void* const address =
+        pe == program.pe ? state().memory : nvshmem.address_on(state().memory, pe);
+    landings.address[pe] = static_cast<std::byte*>(address);
+    needs_network |= address == nullptr;
+    if (address == nullptr && program.gpu_of_pe[pe] >= 0) {
+      return {Code::kInternal,
+              "freeio_jax: NVSHMEM does not map the memory of PE " + std::to_string(pe) +
+                  ", which is on the same host, so the ranks of a host cannot share what comes "
+                  "from other hosts. NVSHMEM_DISABLE_P2P must not be set where a host has several "
+                  "GPUs."};
+    }
+  }
+  // By itself a GPU reads all of its memory. The network has to be told of it.
+  if (needs_network) {
+    if (state().sources == nullptr) state().sources = std::make_unique<NetworkSources>(nvshmem);
+    landings.sources = state().sources.get();
+  }
+  if (!state().is_bound) {
+    status = nvshmem.bind(hosts_dispatch_along());
+    if (!status.ok()) return status;
+    state().is_bound = true;
+  }
+  status = load_kernels(program.ordinal);
+  if (!status.ok()) return status;
+  joined->program = std::move(program);
+  state().joined = joined.get();
+  state().all.push_back(std::move(joined));
+  return {};
+}
+
+void leave_hosts() {
+  std::lock_guard lock(state().mutex);
+  state().joined = nullptr;
+}
+
+const JoinedHosts* joined_hosts() {
+  std::lock_guard lock(state().mutex);
+  return state().joined;
+}
+
+Reach reach_of(const JoinedHosts& joined) {
+  Reach reach;
+  for (int pe = 0; pe < joined.landings.layout.num_pes; ++pe) {
+    if (joined.program.gpu_of_pe[pe] >= 0) continue;
+    (joined.landings.address[pe] != nullptr ? reach.by_link : reach.by_network).push_back(pe);
+  }
+  reach.symmetric_bytes = joined.landings.layout.bytes();
+  return reach;
+}
+
+}  // namespace freeio::cuda
