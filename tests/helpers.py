@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
 from freeio_jax import hosts as hosts_of_program
-from freeio_jax import reference
+from freeio_jax import reference, transport
+from freeio_jax.engines import CudaEngineBetweenHosts
 
 # --- Meshes and per-shard functions --------------------------------------------------------------
 
@@ -298,7 +299,11 @@ def hosts_of(mesh, group=None):
 
 def moves_rows(mesh):
     """Whether an engine moves the rows of a group of all devices, not XLA's collectives."""
-    return hosts_of(mesh) is None or jax.process_count() == 1
+    if hosts_of(mesh) is None or jax.process_count() == 1:
+        return True
+    platform = mesh.devices.flat[0].platform
+    carrier = transport.choose("cuda" if platform == "gpu" else platform)
+    return isinstance(carrier, transport.Nvshmem)
 
 
 def assert_combined(z, expert_out, placement, topk_shape, weights=None, *, exact, hosts=None):
@@ -322,7 +327,8 @@ def calls_in(text):
 
     Between hosts the ranks meet before each operation, and that call says which one follows.
     """
-    calls = Counter(re.findall(r'(?:@|custom_call_target=")freeio_(\w+)', text))
+    names = re.findall(r'(?:@|custom_call_target=")freeio_(\w+)', text)
+    calls = Counter(name.removesuffix(CudaEngineBetweenHosts.suffix) for name in names)
     del calls["meet"]
     return calls + Counter(re.findall(r'freeio_meet.* operation = "(\w+)"', text))
 

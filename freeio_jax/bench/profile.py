@@ -79,7 +79,7 @@ def durations(events: Iterable[Event], kernel: str) -> list[float]:
 
 #: What moves rows between GPUs: ours, NCCL's, XLA's own collective kernels, and its copies.
 COMMUNICATION = re.compile(
-    r"(dispatch|combine)_[a-z]+_kernel|nccl|ragged_?all_?to_?all|multi_?gpu_?barrier|p2p",
+    r"(dispatch|combine|hosts)_[a-z_]+_kernel|nccl|ragged_?all_?to_?all|multi_?gpu_?barrier|p2p",
     re.IGNORECASE,
 )
 

@@ -6,6 +6,7 @@ shards against the oracle.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -71,9 +72,8 @@ class Layer:
     def check(self, results):
         """Compares this process's shards."""
         ranks = self.mesh.shape["expert"]
-        expected = [
-            self._expected(slice(first, first + ranks)) for first in range(0, self.mesh.size, ranks)
-        ]
+        firsts = range(0, self.mesh.size, ranks)
+        expected = [self._expected(first, first + ranks) for first in firsts]
         for i, (name, array) in enumerate(
             zip(("rows", "z", "d tokens", "d weights"), results, strict=True)
         ):
@@ -81,8 +81,11 @@ class Layer:
             for shard in array.addressable_shards:
                 np.testing.assert_array_equal(np.asarray(shard.data), whole[shard.index], name)
 
-    def _expected(self, group):
-        tokens, weights, topk_idx = (a[group] for a in (self.tokens, self.weights, self.topk_idx))
+    @functools.cache  # noqa: B019 - a layer lives as long as the process
+    def _expected(self, first, end):
+        tokens, weights, topk_idx = (
+            a[first:end] for a in (self.tokens, self.weights, self.topk_idx)
+        )
         capacity = dropless_capacity(
             num_ranks=len(tokens),
             num_tokens=tokens.shape[1],
@@ -175,6 +178,78 @@ def _replayed_layer():
     for _ in range(3):
         layer.check(layer())
     return layer
+
+
+def soak():
+    """Two thousand exchanges and more, of shapes that change from call to call."""
+    rng = np.random.default_rng(0)
+    tokens = (1, 2, 3, 7, 16, 40, 128, 129, 300, 1000, 3000)
+    layers = [Layer(make_mesh(), n, width, n) for n in tokens for width in (8, 33, 1024)]
+    began = time.monotonic()
+    for call in range(len(layers) + 550):  # of four exchanges each
+        number = call if call < len(layers) else rng.integers(len(layers))
+        layers[number].check(layers[number]())
+        if call % 50 == 0:
+            print(f"{4 * call} exchanges in {time.monotonic() - began:.1f} s", flush=True)
+
+
+def times():
+    """Times of the kernels, as a profiler sees them."""
+    from freeio_jax.bench import profile
+
+    hidden, top_k, num_experts = 7168, 8, 256
+    mesh = make_mesh()
+    ranks = mesh.shape["expert"]
+    for num_tokens in (128, 4096):
+        rng = np.random.default_rng(num_tokens)
+        ids = rng.permuted(np.tile(np.arange(num_experts), (ranks * num_tokens, 1)), axis=1)
+        capacity = num_tokens * top_k * 5 // 4
+        sharding = NamedSharding(mesh, P("expert"))
+
+        def put(array, sharding=sharding):
+            return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+        tokens = rng.standard_normal((ranks * num_tokens, hidden), np.float32)
+        tokens = put(tokens.astype(jnp.bfloat16))
+        weights = put(rng.random((ranks * num_tokens, top_k), np.float32))
+        topk_idx = put(ids[:, :top_k].astype(np.int32))
+
+        def body(tokens, weights, topk_idx, capacity=capacity):
+            def layer(tokens, weights):
+                out = fio.dispatch(
+                    tokens, topk_idx, num_experts=num_experts, axis_name="expert", capacity=capacity
+                )
+                return fio.combine(out.tokens, out.handle, weights)
+
+            z, pull = jax.vjp(layer, tokens, weights)
+            return z, *pull(z)
+
+        spec = P("expert")
+        step = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec))
+
+        def run(step=step, args=(tokens, weights, topk_idx)):
+            return [step(*args) for _ in range(20)][-1]
+
+        events = profile.record(run)
+        for name, pattern in (
+            ("dispatch", "(hosts_dispatch|dispatch_small|dispatch_large)_kernel"),
+            ("combine", "(hosts_combine|combine_small|combine_large)_kernel"),
+            ("combine_transpose", "(hosts|combine)_transpose_kernel"),
+            ("dispatch along", "dispatch_along_kernel"),
+        ):
+            found = sorted(profile.durations(events, pattern))
+            if found:
+                print(
+                    f"TIMES T={num_tokens} {name}: median {found[len(found) // 2] * 1e6:.1f} us, "
+                    f"least {found[0] * 1e6:.1f} us of {len(found)}",
+                    flush=True,
+                )
+        by_name = sorted(profile.longest(events).items(), key=lambda item: -item[1])
+        for name, seconds in by_name[:8]:
+            print(f"KERNEL T={num_tokens} {seconds / 20 * 1e6:.1f} us {name[:150]}", flush=True)
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        print(f"STEP T={num_tokens} {(time.perf_counter() - began) / 20 * 1e6:.1f} us", flush=True)
 
 
 def _until_error(layer):

@@ -1,7 +1,11 @@
-"""The CUDA engine among GPUs of several processes: one each, and two each where there are four."""
+"""The CUDA engine among GPUs of several processes: one each, and two each where there are four.
+
+Also between virtual hosts of one GPU, where NVSHMEM carries the rows.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -25,7 +29,7 @@ SHAPES = [(n, NUM_GPUS // n) for n in range(2, NUM_GPUS + 1) if NUM_GPUS % n == 
 
 @pytest.fixture
 def run(monkeypatch):
-    def run(scenario, shape=(2, 1), **environment):
+    def run(scenario, shape=(2, 1), num_hosts=1, **environment):
         for name, value in {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3", **environment}.items():
             monkeypatch.setitem(os.environ, name, value)
         lines = [[] for _ in range(shape[0])]
@@ -33,6 +37,7 @@ def run(monkeypatch):
             [str(PROGRAM), scenario],
             num_processes=shape[0],
             devices_per_process=shape[1],
+            num_hosts=num_hosts,
             platform="cuda",
             output=lambda rank, _stream, line: lines[rank].append(line),
         )
@@ -80,3 +85,55 @@ def test_a_process_that_stays_away_is_named(run):
     pod, _, said = run("stays_away", FREEIO_TIMEOUT="3")
     assert f"waited 3 s for rank 1 of process 1 (pid {pod.processes[1].pid})" in said[0], said
     assert said[0].count("SPOILED") == 1, said
+
+
+# --- Between hosts -------------------------------------------------------------------------------
+
+BETWEEN_HOSTS = pytest.mark.skipif(
+    importlib.util.find_spec("nvshmem") is None, reason="needs the extra `hosts`: nvshmem4py"
+)
+BY_NVSHMEM = {"num_hosts": 2, "FREEIO_TRANSPORT": "nvshmem"}
+
+
+@BETWEEN_HOSTS
+@pytest.mark.parametrize("scenario", ["layers", "groups", "growth"])
+def test_exchanges_between_hosts(run, scenario):
+    _, status, said = run(scenario, **BY_NVSHMEM)
+    assert status == 0, said
+    assert all("FINISHED" in text for text in said)
+
+
+@BETWEEN_HOSTS
+@pytest.mark.timeout(600)
+def test_many_exchanges_between_hosts(run):
+    _, status, said = run("soak", **BY_NVSHMEM)
+    assert status == 0, said
+
+
+@BETWEEN_HOSTS
+def test_a_program_of_before_shutdown_between_hosts(run):
+    _, status, said = run("again", **BY_NVSHMEM)
+    assert status == 0, said
+    assert all("jax.clear_caches()" in text for text in said), said
+
+
+@BETWEEN_HOSTS
+def test_a_killed_process_of_another_host_is_named(run):
+    _, _, said = run("killed", FREEIO_TIMEOUT="5", **BY_NVSHMEM)
+    assert "for rank 1 on host 1 of the group" in said[0], said
+    assert float(said[0].split("ERROR after ")[1].split()[0]) < 15
+    assert said[0].count("SPOILED") == 1, said
+
+
+@BETWEEN_HOSTS
+def test_a_process_of_another_host_that_stays_away_is_named(run):
+    _, _, said = run("stays_away", FREEIO_TIMEOUT="3", **BY_NVSHMEM)
+    assert "waited 3 s for rank 1 on host 1 of the group" in said[0], said
+    assert said[0].count("SPOILED") == 1, said
+
+
+@BETWEEN_HOSTS
+def test_without_nvshmem_xlas_collectives_carry_the_rows(run):
+    _, status, said = run("layers", num_hosts=2, FREEIO_TRANSPORT="xla")
+    assert status == 0, said
+    assert all("XLA's collectives carry their rows: process 0" in text for text in said), said
