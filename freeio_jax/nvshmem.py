@@ -53,8 +53,10 @@ def state() -> State:
     return _state
 
 
-def _gpu_count() -> int:
-    return len(jax.local_devices(backend="cuda"))
+def _local_gpus() -> list[jax.Device]:
+    """The GPUs of this process; none where programs run on something else."""
+    has_engine = jax.default_backend() == "gpu" and "cuda" in ENGINES
+    return jax.local_devices(backend="cuda") if has_engine else []
 
 
 def _import() -> tuple[Any, str]:
@@ -171,7 +173,7 @@ def _start(store: Store, version: str) -> None:
     """Starts NVSHMEM in all processes."""
     global _is_started
     me, num_processes = jax.process_index(), jax.process_count()
-    ordinal = jax.local_devices(backend="cuda")[0].local_hardware_id
+    ordinal = _local_gpus()[0].local_hardware_id
     # Kernels use no multicast of NVLink, which NVSHMEM would prepare.
     os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
     part_bytes = layout.window_part_bytes(len(hosts.of_program()))
@@ -216,7 +218,7 @@ def _make_memory(store: Store) -> None:
         "make NVSHMEM's symmetric memory",
         lambda: _native.hosts.join(
             jax.process_index(),
-            jax.local_devices(backend="cuda")[0].local_hardware_id,
+            _local_gpus()[0].local_hardware_id,
             [host_of[process].number for process in processes],
             [numbers.get(process, -1) for process in processes],
             layout.window_part_bytes(len(program)),
@@ -227,14 +229,13 @@ def _make_memory(store: Store) -> None:
 def _join() -> None:
     """Called when the processes are connected: starts NVSHMEM if there are several hosts."""
     global _state, _joined_hosts
-    if jax.default_backend() != "gpu" or "cuda" not in ENGINES or len(hosts.of_program()) < 2:
+    gpus = _local_gpus()
+    if not gpus or len(hosts.of_program()) < 2:
         _state = State(why_not="this program has no GPUs on several hosts.")
         return
     store = runtime.store("nvshmem")
     obstacle, version = _obstacle()
-    offers = store.publish(
-        "offer", {"obstacle": obstacle, "version": version, "gpus": _gpu_count()}
-    )
+    offers = store.publish("offer", {"obstacle": obstacle, "version": version, "gpus": len(gpus)})
     decided = _agree(offers)
     if decided is None:
         if not _is_started:

@@ -173,7 +173,7 @@ def choose(platform: str, mesh=None, groups=None) -> XlaCollectives | Nvshmem:
         )
     if state.why_not:
         return _by_xla(state.why_not)
-    if groups is not None and (why_not := _misfit(mesh, groups)):
+    if mesh is not None and (why_not := _misfit(mesh, groups)):
         return _by_xla(why_not)
     return Nvshmem()
 

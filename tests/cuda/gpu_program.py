@@ -183,8 +183,9 @@ def _replayed_layer():
 def soak():
     """Two thousand exchanges and more, of shapes that change from call to call."""
     rng = np.random.default_rng(0)
-    tokens = (1, 2, 3, 7, 16, 40, 128, 129, 300, 1000, 3000)
-    layers = [Layer(make_mesh(), n, width, n) for n in tokens for width in (8, 33, 1024)]
+    shapes = (1, 8), (2, 1024), (3, 33), (7, 7168), (16, 33), (40, 8), (128, 7168), (129, 1024)
+    shapes += (300, 33), (1000, 1024), (1500, 8), (3000, 256)
+    layers = [Layer(make_mesh(), num_tokens, width, seed=width) for num_tokens, width in shapes]
     began = time.monotonic()
     for call in range(len(layers) + 550):  # of four exchanges each
         number = call if call < len(layers) else rng.integers(len(layers))
