@@ -233,8 +233,8 @@ def _join() -> None:
     if not gpus or len(hosts.of_program()) < 2:
         _state = State(why_not="this program has no GPUs on several hosts.")
         return
+    obstacle, version = _obstacle()  # to import nvshmem4py may take long
     store = runtime.store("nvshmem")
-    obstacle, version = _obstacle()
     offers = store.publish("offer", {"obstacle": obstacle, "version": version, "gpus": len(gpus)})
     decided = _agree(offers)
     if decided is None:

@@ -1,5 +1,7 @@
 """One process of test_gpu_processes.py: exchanges among the GPUs of several processes.
 
+    python gpu_program.py SCENARIO [TIMEOUT]
+
 Runs on any platform that has an engine. Every process draws the same numbers and checks its own
 shards against the oracle.
 """
@@ -270,6 +272,9 @@ def _until_error(layer):
 if __name__ == "__main__":
     jax.distributed.initialize()
     fio.initialize()
+    # To start NVSHMEM may take longer than an exchange should wait.
+    for seconds in sys.argv[2:]:
+        fio.config(timeout=seconds)
     globals()[sys.argv[1]]()
     print("FINISHED", flush=True)
     fio.shutdown()

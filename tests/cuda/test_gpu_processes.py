@@ -29,12 +29,12 @@ SHAPES = [(n, NUM_GPUS // n) for n in range(2, NUM_GPUS + 1) if NUM_GPUS % n == 
 
 @pytest.fixture
 def run(monkeypatch):
-    def run(scenario, shape=(2, 1), num_hosts=1, **environment):
+    def run(scenario, *arguments, shape=(2, 1), num_hosts=1, **environment):
         for name, value in {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3", **environment}.items():
             monkeypatch.setitem(os.environ, name, value)
         lines = [[] for _ in range(shape[0])]
         pod = Pod(
-            [str(PROGRAM), scenario],
+            [str(PROGRAM), scenario, *arguments],
             num_processes=shape[0],
             devices_per_process=shape[1],
             num_hosts=num_hosts,
@@ -50,7 +50,7 @@ def run(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scenario", ["layers", "groups"])
 def test_exchanges(run, scenario, shape):
-    _, status, said = run(scenario, shape)
+    _, status, said = run(scenario, shape=shape)
     assert status == 0, said
     assert all("FINISHED" in text for text in said)
 
@@ -75,14 +75,14 @@ def test_an_allocator_whose_memory_cannot_be_shared(run, allocator):
 
 
 def test_a_killed_process_is_named(run):
-    pod, _, said = run("killed", FREEIO_TIMEOUT="30")
+    pod, _, said = run("killed", "30")
     assert f"rank 1 of process 1 (pid {pod.processes[1].pid}) ended" in said[0], said
     assert float(said[0].split("ERROR after ")[1].split()[0]) < 15
     assert said[0].count("SPOILED") == 1, said
 
 
 def test_a_process_that_stays_away_is_named(run):
-    pod, _, said = run("stays_away", FREEIO_TIMEOUT="3")
+    pod, _, said = run("stays_away", "3")
     assert f"waited 3 s for rank 1 of process 1 (pid {pod.processes[1].pid})" in said[0], said
     assert said[0].count("SPOILED") == 1, said
 
@@ -119,7 +119,7 @@ def test_a_program_of_before_shutdown_between_hosts(run):
 
 @BETWEEN_HOSTS
 def test_a_killed_process_of_another_host_is_named(run):
-    _, _, said = run("killed", FREEIO_TIMEOUT="5", **BY_NVSHMEM)
+    _, _, said = run("killed", "5", **BY_NVSHMEM)
     assert "for rank 1 on host 1 of the group" in said[0], said
     assert float(said[0].split("ERROR after ")[1].split()[0]) < 15
     assert said[0].count("SPOILED") == 1, said
@@ -127,7 +127,7 @@ def test_a_killed_process_of_another_host_is_named(run):
 
 @BETWEEN_HOSTS
 def test_a_process_of_another_host_that_stays_away_is_named(run):
-    _, _, said = run("stays_away", FREEIO_TIMEOUT="3", **BY_NVSHMEM)
+    _, _, said = run("stays_away", "3", **BY_NVSHMEM)
     assert "waited 3 s for rank 1 on host 1 of the group" in said[0], said
     assert said[0].count("SPOILED") == 1, said
 
