@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from freeio_jax import _native, hosts, layout, log, runtime, settings
 from freeio_jax.bootstrap import BootstrapError, Store
@@ -180,8 +181,6 @@ def _start(store: Store, version: str) -> None:
     needed = _native.hosts.landing_bytes(num_processes, len(hosts.of_program()), part_bytes)
     # Where NVSHMEM's heap cannot grow, it has this size. It needs some of it for itself.
     os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(needed + (256 << 20)))
-    import numpy as np
-
     nvshmem, _ = _import()
     unique_id = nvshmem.get_unique_id(empty=me != 0)
     its_bytes = unique_id._data.view(np.int8)
@@ -226,6 +225,18 @@ def _make_memory(store: Store) -> None:
     )
 
 
+def _try_network(store: Store) -> None:
+    """Sends something by the network, where processes need it."""
+    device = _local_gpus()[0]
+
+    def send():
+        array = jax.device_put(np.zeros(1 << 20, np.uint8), device)
+        array.block_until_ready()
+        _native.hosts.try_network(array.unsafe_buffer_pointer(), array.size)
+
+    _all_do(store, "reach the other hosts by NVSHMEM", send)
+
+
 def _join() -> None:
     """Called when the processes are connected: starts NVSHMEM if there are several hosts."""
     global _state, _joined_hosts
@@ -242,6 +253,7 @@ def _join() -> None:
             _start(store, version)
         _make_memory(store)
         _joined_hosts = True
+        _try_network(store)
         decided = State(version=version)
         log.logger.info("between hosts: %s", describe(decided))
     _state = decided

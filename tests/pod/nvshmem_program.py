@@ -20,6 +20,7 @@ from freeio_jax import _native, nvshmem, transport
 from freeio_jax.engines import ENGINES
 
 SCENARIO = sys.argv[1]
+ORDINAL = 0  # of a device of this process
 
 
 def in_process_1(scenario):
@@ -47,7 +48,7 @@ class Nvshmem(ModuleType):
     def init(self, device, uid, rank, nranks, initializer_method):
         assert (rank, nranks) == (jax.process_index(), jax.process_count())
         assert (uid._data["internal"] == np.arange(124)).all()
-        assert (device.ordinal, initializer_method) == (5, "uid")
+        assert (device.ordinal, initializer_method) == (ORDINAL, "uid")
         if in_process_1("fails"):
             raise RuntimeError("no network interface")
         if in_process_1("hangs"):
@@ -75,10 +76,14 @@ class Native:
 
     @staticmethod
     def join(pe, ordinal, host_of_pe, gpu_of_pe, part_bytes):
-        assert (pe, ordinal) == (jax.process_index(), 5)
+        assert (pe, ordinal) == (jax.process_index(), ORDINAL)
         assert host_of_pe == [0, 1]
         assert gpu_of_pe == [0 if process == pe else -1 for process in range(2)]
         assert part_bytes == 32 << 20
+
+    @staticmethod
+    def try_network(memory_of_xla, size):
+        assert memory_of_xla and size == 1 << 20
 
     @staticmethod
     def leave():
@@ -99,7 +104,7 @@ class Numbered:
 
 def main():
     jax.distributed.initialize()
-    gpu = SimpleNamespace(local_hardware_id=5)
+    gpu = jax.local_devices()[0]
     gpus = [gpu, gpu] if in_process_1("several_gpus") else [gpu]
     nvshmem._local_gpus = lambda: gpus
     mine = Numbered()

@@ -32,6 +32,15 @@ void add_hosts_module(py::module_& native) {
       py::arg("part_bytes"), py::call_guard<py::gil_scoped_release>(),
       "Makes the symmetric memory, and waits for the other PEs, without a bound. gpu_of_pe: the "
       "number in the engine, -1 on other hosts. part_bytes: of a part of a window.");
+  module.def(
+      "try_network",
+      [](uint64_t memory_of_xla, size_t bytes) {
+        const Status status = try_network(reinterpret_cast<const void*>(memory_of_xla), bytes);
+        if (!status.ok()) throw std::runtime_error(status.message);
+      },
+      py::arg("memory_of_xla"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>(),
+      "Puts some of XLA's memory to each PE that only the network reaches, and waits for it, "
+      "without a bound.");
   module.def("leave", &leave_hosts);
   module.def(
       "reach",

@@ -41,6 +41,8 @@ Status Nvshmem::find(Nvshmem& found) {
   look_up("nvshmem_ptr", found.address_);
   look_up("nvshmemx_buffer_register", found.expose_);
   look_up("nvshmemx_buffer_unregister", found.hide_);
+  look_up("nvshmem_putmem", found.put_);
+  look_up("nvshmem_quiet", found.quiet_);
   look_up("nvshmemx_cumodule_init", found.bind_);
   dlclose(library);  // it stays loaded: nvshmem4py holds it
   if (missing.empty()) return {};

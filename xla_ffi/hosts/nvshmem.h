@@ -29,6 +29,12 @@ class Nvshmem {
   // The counterpart. The memory may be gone.
   void hide(void* memory) const { hide_(memory); }
 
+  // Puts bytes to a PE's symmetric memory, and waits until they are there, without a bound.
+  void put(void* symmetric, const void* from, size_t bytes, int pe) const {
+    put_(symmetric, from, bytes, pe);
+    quiet_();
+  }
+
   // Tells the module that has the kernel about the PEs and their symmetric memory. To be called
   // after allocate(), on the thread's GPU.
   Status bind(const Kernel& kernel) const;
@@ -39,6 +45,8 @@ class Nvshmem {
   void* (*address_)(const void*, int) = nullptr;
   int (*expose_)(void*, size_t) = nullptr;
   int (*hide_)(void*) = nullptr;
+  void (*put_)(void*, const void*, size_t, int) = nullptr;
+  void (*quiet_)() = nullptr;
   int (*bind_)(void* cu_module) = nullptr;
 };
 

@@ -131,6 +131,28 @@ Status join_hosts(HostsProgram program) {
   return {};
 }
 
+Status try_network(const void* memory_of_xla, size_t bytes) {
+  const JoinedHosts* const joined = joined_hosts();
+  if (joined == nullptr || joined->landings.sources == nullptr) return {};
+  CurrentDevice current(joined->program.ordinal);
+  Nvshmem nvshmem;
+  Status status = Nvshmem::find(nvshmem);
+  if (status.ok()) status = joined->landings.sources->expose(memory_of_xla);
+  if (!status.ok()) return status;
+  const LandingLayout& layout = joined->landings.layout;
+  const int host = joined->program.host_of_pe[joined->program.pe];
+  std::byte* const window =
+      layout.window(joined->landings.address[joined->program.pe], host, 0, kRequests);
+  const auto most = std::min(bytes, static_cast<size_t>(layout.part_bytes));
+  for (int pe = 0; pe < layout.num_pes; ++pe) {
+    if (joined->landings.address[pe] != nullptr) continue;
+    for (const size_t size : {size_t{8}, most / 64, most / 64, most}) {
+      nvshmem.put(window, memory_of_xla, size, pe);
+    }
+  }
+  return {};
+}
+
 void leave_hosts() {
   std::lock_guard lock(state().mutex);
   state().joined = nullptr;

@@ -2,6 +2,7 @@
 // there are, and where their symmetric memory is. Each process has one GPU, which is a PE.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -22,6 +23,12 @@ struct HostsProgram {
 // has joined the pod and NVSHMEM has been started. It waits for the other PEs, without a bound. The
 // memory must not be used before all processes have returned from it.
 Status join_hosts(HostsProgram program);
+
+// Puts some of XLA's memory to each PE that only the network reaches, and waits for it, without a
+// bound. So what the network needs for that is there before a kernel waits for it: to make it, the
+// network may have to wait for kernels. All processes must call it after join_hosts(), before the
+// first call.
+Status try_network(const void* memory_of_xla, size_t bytes);
 
 // The counterpart. The symmetric memory stays for the next join_hosts().
 void leave_hosts();
