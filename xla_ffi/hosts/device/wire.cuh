@@ -10,16 +10,61 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/device/cta.cuh"
+
 namespace freeio::cuda {
 
 // What a signal says. All are 64 bits in symmetric memory.
 enum class Signal { kHeader, kParcel, kAnswer, kCredit, kGaveUp };
 
+// Where this GPU sees a PE's symmetric memory; null: only the network reaches it.
+__device__ inline void* address_on(const void* symmetric, int pe) {
+  const uint64_t base = __ldg(
+      reinterpret_cast<const unsigned long long*>(nvshmemi_device_state_d.peer_heap_base_p2p) + pe);
+  if (base == 0) return nullptr;
+  const auto begin = reinterpret_cast<uint64_t>(nvshmemi_device_state_d.heap_base);
+  return reinterpret_cast<void*>(base + (reinterpret_cast<uint64_t>(symmetric) - begin));
+}
+
+// Copies with many accesses of each lane in flight. Whole warp.
+template <typename Access>
+__device__ void copy_by_warp(void* to, const void* from, size_t bytes) {
+  constexpr int kInFlight = 8;
+  auto* const target = static_cast<Access*>(to);
+  const auto* const source = static_cast<const Access*>(from);
+  const auto count = static_cast<int64_t>(bytes / sizeof(Access));
+#pragma unroll 1
+  for (int64_t begin = lane_id(); begin < count; begin += kInFlight * kWarpSize) {
+    Access values[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      if (begin + u * kWarpSize < count) values[u] = source[begin + u * kWarpSize];
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      if (begin + u * kWarpSize < count) target[begin + u * kWarpSize] = values[u];
+    }
+  }
+}
+
+[[gnu::noinline]] __device__ inline void put_by_warp(void* symmetric, const void* from,
+                                                     size_t bytes, int pe) {
+  void* const to = address_on(symmetric, pe);
+  if (to == nullptr) return nvshmemx_putmem_nbi_warp(symmetric, from, bytes, pe);
+  // NVSHMEM's own copy has one access of a lane in flight.
+  const uint64_t all = reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from) | bytes;
+  if (all % 16 == 0) return copy_by_warp<uint4>(to, from, bytes);
+  if (all % 4 == 0) return copy_by_warp<uint32_t>(to, from, bytes);
+  copy_by_warp<uint8_t>(to, from, bytes);
+}
+
 struct Wire {
   // Writes `bytes` to symmetric memory of a PE. `from` must stay as it is until the PE has
   // answered. Whole warp.
   __device__ static void put(void* symmetric, const void* from, size_t bytes, int pe) {
-    nvshmemx_putmem_nbi_warp(symmetric, from, bytes, pe);
+    __syncwarp();  // lanes may read what others have written
+    put_by_warp(symmetric, from, bytes, pe);
+    __syncwarp();
   }
 
   // What this warp has put comes before what it puts and signals from here on. The puts may read
