@@ -5,6 +5,7 @@
 
 #include "core/digest.h"
 #include "cuda/failure_code.h"
+#include "cuda/geometry.h"
 #include "cuda/plan.h"
 #include "hosts/plan.h"
 
@@ -55,9 +56,14 @@ Status plan_call(const Landings& landings, const CombineTypes& types, int32_t al
   kernel = hosts_combine(types.dtype, wide);
   TokenBytes of_token = {group.top_k};
   if (types.weighted) of_token.weight_bytes = types.dtype == DType::kFloat64 ? 8 : 4;
-  of_token.answer_bytes = static_cast<int32_t>(types.width * bytes_of(types.dtype));
-  return plan_rounds(landings.layout.part_bytes, group.num_tokens, of_token, nullptr, 0,
-                     params.hosts.rounds);
+  constexpr int64_t kLanes = 32;
+  const auto element_bytes = static_cast<int32_t>(bytes_of(types.dtype));
+  of_token.answer_bytes = static_cast<int32_t>(types.width) * element_bytes;
+  Rounds& rounds = params.hosts.rounds;
+  Status status =
+      plan_rounds(landings.layout.part_bytes, group.num_tokens, of_token, nullptr, 0, rounds);
+  plan_answers(types.width, kLanes * (wide ? wide_pack(element_bytes) : 1), rounds);
+  return status;
 }
 
 Status plan_call(const Landings& landings, const CombineTransposeTypes& types, int32_t alignment,

@@ -31,6 +31,17 @@ struct SummingWarp {
   using Accumulator = typename Element::Accumulator;
   using R = Raw<Element, kCount>;
   static constexpr int kStep = kWarpSize * kCount;
+  static constexpr int kRows = 4;     // loaded together
+  static constexpr int kColumns = 2;  // steps of a row that are loaded together
+
+  // This lane's elements of some steps of a row.
+  struct Columns {
+    int first;
+    int end;  // of all lanes
+
+    __device__ int at(int step) const { return first + step * kStep; }
+    __device__ bool has(int step) const { return at(step) < end; }
+  };
 
   const HostsCombineParams& p;
   const Hosts& h;
@@ -67,33 +78,66 @@ struct SummingWarp {
     return __ballot_sync(kFullWarp, is_there);
   }
 
-  // The sum of the token's rows on this host, rounded where it is rounded before it crosses: each
-  // rank's rows in order of k, then the ranks in order. Whole warp; this lane's elements from
-  // `column` on, if it has any.
-  __device__ R sum_of_host(const Lanes<Accumulator>& lanes, int column) const {
-    Accumulator sums[kCount] = {};
+  // The sums of the token's rows on this host, rounded where they are rounded before they cross:
+  // each rank's rows in order of k, then the ranks in order. Whole warp; this lane's elements of
+  // kColumns steps from `first` on, if it has any. Several rows are loaded before they are added.
+  __device__ void sum_of_host(const Lanes<Accumulator>& lanes, const Columns& columns,
+                              R (&sums)[kColumns]) const {
+    Accumulator totals[kColumns][kCount] = {};
     for (int local = 0; local < h.num_local(); ++local) {
       const int rank = h.rank_at[h.host * h.num_local() + local];
       uint32_t mask = __ballot_sync(kFullWarp, lanes.rank == rank);
       if (mask == 0) continue;
-      const auto* rows = rank == h.rank ? static_cast<const Element*>(p.expert_out)
-                                        : s.buffer<const Element>(local, kFirstLeaf);
-      Accumulator partial[kCount] = {};
-      for (; mask != 0; mask &= mask - 1) {
-        const int k = __ffs(static_cast<int>(mask)) - 1;
-        const int64_t row = __shfl_sync(kFullWarp, lanes.row, k);
-        const Accumulator weight = __shfl_sync(kFullWarp, lanes.weight, k);
-        if (column >= p.width) continue;
-        add_weighted<Element, kCount>(
-            weight, load_raw<Element, kCount>(rows + row * p.width + column), partial);
+      const auto* expert_rows = rank == h.rank ? static_cast<const Element*>(p.expert_out)
+                                               : s.buffer<const Element>(local, kFirstLeaf);
+      Accumulator partial[kColumns][kCount] = {};
+      while (mask != 0) {
+        R raw[kRows][kColumns];
+        Accumulator weights[kRows];
+        const int count = __popc(mask);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (i >= count) break;
+          const int k = __ffs(static_cast<int>(mask)) - 1;
+          mask &= mask - 1;
+          const int64_t row = __shfl_sync(kFullWarp, lanes.row, k);
+          weights[i] = __shfl_sync(kFullWarp, lanes.weight, k);
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) {
+            if (!columns.has(c)) continue;
+            raw[i][c] = load_raw<Element, kCount>(expert_rows + row * p.width + columns.at(c));
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (i >= count) break;
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) {
+            if (columns.has(c)) add_weighted<Element, kCount>(weights[i], raw[i][c], partial[c]);
+          }
+        }
       }
-      add<Element, kCount>(round_to<Element, kCount>(partial), sums);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        add<Element, kCount>(round_to<Element, kCount>(partial[c]), totals[c]);
+      }
     }
-    return round_to<Element, kCount>(sums);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) sums[c] = round_to<Element, kCount>(totals[c]);
+  }
+
+  // The columns of a part of the answers.
+  __device__ int part_begin(int part) const { return part * h.rounds.part_columns; }
+  __device__ int part_end(int part) const {
+    return min(part_begin(part) + h.rounds.part_columns, p.width);
+  }
+  // The signal of a part among those of the round.
+  __device__ int signal_of(const Parcel& parcel, int part) const {
+    return parcel.number * h.rounds.answer_parts + part;
   }
 
   // For the parcel of a rank of another host, whose rail this GPU is.
-  __device__ void answer(int host, const Parcel& parcel) const {
+  __device__ void answer(int host, const Parcel& parcel, int part) const {
     bool arrived = true;
     if (lane_id() == 0) arrived = await_parcel(h, hs, s, host, parcel.round, parcel.number);
     if (__shfl_sync(kFullWarp, arrived, 0) == 0) return;
@@ -102,38 +146,46 @@ struct SummingWarp {
     const std::byte* const requests = window_for(h, host, half, kRequests);
     std::byte* const outbox = window_for(h, host, half, kOutbox);
     const int64_t row_bytes = h.rounds.answer_bytes;
+    const int64_t part_at = part_begin(part) * static_cast<int64_t>(sizeof(Element));
+    const auto part_bytes =
+        static_cast<size_t>(part_end(part) - part_begin(part)) * sizeof(Element);
     for (int slot = parcel.first_slot; slot < parcel.first_slot + parcel.size(); ++slot) {
       const Lanes<Accumulator> lanes = routes_of(requests, slot);
       if (on_host(lanes, h.host) == 0) continue;
       std::byte* const sum = outbox + slot * row_bytes;
-      for (int begin = 0; begin < p.width; begin += kStep) {
-        const int column = begin + lane_id() * kCount;
-        const R of_host = sum_of_host(lanes, column);
-        if (column < p.width) {
-          store_raw<Element, kCount>(reinterpret_cast<Element*>(sum) + column, of_host);
+      for (int begin = part_begin(part); begin < part_end(part); begin += kColumns * kStep) {
+        const Columns columns{begin + lane_id() * kCount, part_end(part)};
+        R of_host[kColumns];
+        sum_of_host(lanes, columns, of_host);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          if (!columns.has(c)) continue;
+          store_raw<Element, kCount>(reinterpret_cast<Element*>(sum) + columns.at(c), of_host[c]);
         }
       }
       fence_system();  // the network reads what all lanes have stored
       __syncwarp();
-      Wire::put(window_to(h, half, kAnswers) + slot * row_bytes, sum, row_bytes, h.pe[source]);
+      Wire::put(window_to(h, half, kAnswers) + slot * row_bytes + part_at, sum + part_at,
+                part_bytes, h.pe[source]);
     }
     __syncwarp();
     if (lane_id() != 0) return;
     Wire::fence();
     // Partner: await_answers() on the source.
-    Wire::signal(Signal::kAnswer, &mail_to_host(h).answers[half][parcel.number],
+    Wire::signal(Signal::kAnswer, &mail_to_host(h).answers[half][signal_of(parcel, part)],
                  stamp_of(hs.epoch[source], parcel.round), h.pe[source]);
   }
 
   // Waits for the answers of all hosts to this rank's parcel. A host without rows of the parcel
   // answers, too: its answer says that it needs the routes no more. Whole warp.
-  __device__ bool await_answers(const Parcel& parcel) const {
+  __device__ bool await_answers(const Parcel& parcel, int part) const {
     bool arrived = true;
     for (int n = lane_id(); n < h.num_others(); n += kWarpSize) {
       const int host = h.other_host(n);
       const int rail = h.rail_on(host);
       const uint64_t stamp = stamp_of(hs.epoch[rail], parcel.round);
-      const uint64_t* signal = &mail_from_host(h, host).answers[parcel.half()][parcel.number];
+      const uint64_t* signal =
+          &mail_from_host(h, host).answers[parcel.half()][signal_of(parcel, part)];
       // Partner: answer() on the rail.
       arrived = arrived && wait_for_host(h, s, kWaitPartialSums, rail,
                                          [&] { return Wire::has(Signal::kAnswer, signal, stamp); });
@@ -142,34 +194,43 @@ struct SummingWarp {
   }
 
   // Adds up the sums of the hosts for one of this rank's tokens, in order of the hosts.
-  __device__ void sum_token(const Parcel& parcel, int token) const {
+  __device__ void sum_token(const Parcel& parcel, int part, int token) const {
     const Lanes<Accumulator> lanes = own_routes(token);
-    for (int begin = 0; begin < p.width; begin += kStep) {
-      const int column = begin + lane_id() * kCount;
-      Accumulator totals[kCount] = {};
+    for (int begin = part_begin(part); begin < part_end(part); begin += kColumns * kStep) {
+      const Columns columns{begin + lane_id() * kCount, part_end(part)};
+      Accumulator totals[kColumns][kCount] = {};
       for (int host = 0; host < h.num_hosts; ++host) {
         if (on_host(lanes, host) == 0) continue;
+        R of_host[kColumns] = {};
         if (host == h.host) {
-          add<Element, kCount>(sum_of_host(lanes, column), totals);
-          continue;
+          sum_of_host(lanes, columns, of_host);
+        } else {
+          const auto* sum = reinterpret_cast<const Element*>(
+              window_for(h, host, parcel.half(), kAnswers) +
+              int64_t{parcel.slot_of(token)} * h.rounds.answer_bytes);
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) {
+            if (columns.has(c)) of_host[c] = load_raw<Element, kCount>(sum + columns.at(c));
+          }
         }
-        if (column >= p.width) continue;
-        const std::byte* sum = window_for(h, host, parcel.half(), kAnswers) +
-                               int64_t{parcel.slot_of(token)} * h.rounds.answer_bytes;
-        add<Element, kCount>(
-            load_raw<Element, kCount>(reinterpret_cast<const Element*>(sum) + column), totals);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) add<Element, kCount>(of_host[c], totals[c]);
       }
-      if (column >= p.width) continue;
-      store_raw<Element, kCount>(static_cast<Element*>(p.sums) + int64_t{token} * p.width + column,
-                                 round_to<Element, kCount>(totals));
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        if (!columns.has(c)) continue;
+        store_raw<Element, kCount>(
+            static_cast<Element*>(p.sums) + int64_t{token} * p.width + columns.at(c),
+            round_to<Element, kCount>(totals[c]));
+      }
     }
   }
 
   // For this rank's own parcel.
-  __device__ void sum(const Parcel& parcel) const {
-    if (!await_answers(parcel)) return;
+  __device__ void sum(const Parcel& parcel, int part) const {
+    if (!await_answers(parcel, part)) return;
     for (int token = parcel.first_token; token < parcel.end_token; ++token) {
-      sum_token(parcel, token);
+      sum_token(parcel, part, token);
     }
     __syncwarp();
     // Partner: await_summed(). The counter also says that the answers have been read.
@@ -180,10 +241,12 @@ struct SummingWarp {
   }
 
   // The moving warps take the parcels in order: of each, first those of the other hosts, and then
-  // this rank's own. So the answers for which a warp waits come from items before its own.
+  // this rank's own, all in parts. So the answers for which a warp waits come from items before its
+  // own.
   __device__ void run() const {
     const Team team = Team::all();
-    const int per_parcel = h.num_hosts;
+    const int parts = h.rounds.answer_parts;
+    const int per_parcel = h.num_hosts * parts;
     const int per_round = h.rounds.parcels * per_parcel;
     const int own = (per_round * h.rounds.count - team.number + team.size - 1) / team.size;
     // Beyond the last one when the exchange has failed.
@@ -193,11 +256,12 @@ struct SummingWarp {
       const int in_round = item - round * per_round;
       const Parcel parcel(h, round, in_round / per_parcel);
       if (parcel.size() == 0) continue;
-      const int turn = in_round % per_parcel;
+      const int turn = in_round % per_parcel / parts;
+      const int part = in_round % parts;
       if (turn < h.num_others()) {
-        answer(h.other_host(turn), parcel);
+        answer(h.other_host(turn), parcel, part);
       } else {
-        sum(parcel);
+        sum(parcel, part);
       }
     }
   }
@@ -206,10 +270,10 @@ struct SummingWarp {
   __device__ bool await_summed(int round) const {
     bool all = true;
     if (lane_id() == 0) {
-      const uint32_t parcels = parcels_up_to(h, round);
+      const uint32_t parts = parcels_up_to(h, round) * h.rounds.answer_parts;
       const uint32_t* summed = &h.layout.mail_of_self(own_landing(h)).num_summed[round % kHalves];
       // Partner: sum().
-      all = wait_for_own_warps(h, s, [&] { return load_acquire_system(summed) >= parcels; });
+      all = wait_for_own_warps(h, s, [&] { return load_acquire_system(summed) >= parts; });
     }
     return __shfl_sync(kFullWarp, all, 0) != 0;
   }

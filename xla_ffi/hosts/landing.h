@@ -41,15 +41,16 @@ struct alignas(128) MailOfPe {
 // Of the PE of another host with which this GPU exchanges rows.
 struct alignas(128) MailOfHost {
   uint64_t parcels[kHalves][kMaxParcels];  // signals: the parcel is in the window here
-  uint64_t answers[kHalves][kMaxParcels];  // combine: so are the sums of this rank's parcel
-  uint64_t credits[kHalves];               // that host needs this rank's round no more
+  // combine: so is a part of the sums for this rank's parcel.
+  uint64_t answers[kHalves][kMaxParcels];
+  uint64_t credits[kHalves];  // that host needs this rank's round no more
   // By the ranks of this host: parcels of rounds in each half of the window here. (One number for
   // both halves would not do: some ranks may be a round ahead.)
   uint32_t num_drained[kHalves];
 };
 
 struct alignas(128) MailOfSelf {
-  uint32_t num_summed[kHalves];  // combine: parcels of this rank, as num_drained
+  uint32_t num_summed[kHalves];  // combine: parts of this rank's parcels, as num_drained
 };
 
 // Where things lie. The same on all GPUs.

@@ -31,6 +31,10 @@ struct Rounds {
   int64_t weights_at = 0;     // [tokens, K]
   int32_t weight_bytes = 0;   // of each; 0: none are sent
   int32_t answer_bytes = 0;   // for a token; 0: there are none
+  // combine: an answer to a parcel comes in parts, each for some of its columns, with its own
+  // signal.
+  int32_t answer_parts = 1;
+  int32_t part_columns = 0;
 };
 
 // What all these kernels have. Here "host" is a host's number in the group, in order of the hosts'

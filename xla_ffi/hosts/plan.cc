@@ -55,6 +55,14 @@ Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_
   return {};
 }
 
+void plan_answers(int64_t width, int64_t step, Rounds& rounds) {
+  const int64_t steps = std::max<int64_t>(ceil_div(width, step), 1);
+  const int64_t most = std::max(kMaxParcels / std::max(rounds.parcels, 1), 1);
+  const int64_t steps_of_part = ceil_div(steps, std::min(most, steps));
+  rounds.answer_parts = static_cast<int32_t>(ceil_div(steps, steps_of_part));
+  rounds.part_columns = static_cast<int32_t>(steps_of_part * step);
+}
+
 int64_t landing_bytes(int num_pes, int num_hosts, int64_t part_bytes) {
   return LandingLayout{num_pes, num_hosts, part_bytes}.bytes();
 }

@@ -21,6 +21,10 @@ struct TokenBytes {
 Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_token,
                    SentLeaf* leaves, int num_leaves, Rounds& rounds);
 
+// Cuts the answers to parcels into parts, so that there is work for many warps where there are few
+// tokens. `step`: the columns that a warp takes at a time.
+void plan_answers(int64_t width, int64_t step, Rounds& rounds);
+
 // Bytes of symmetric memory that each GPU has for `num_pes` GPUs on `num_hosts` hosts.
 int64_t landing_bytes(int num_pes, int num_hosts, int64_t part_bytes);
 

@@ -20,7 +20,8 @@ struct CotangentWarp {
   using Accumulator = typename Element::Accumulator;
   using R = Raw<Element, kCount>;
   static constexpr int kStep = kWarpSize * kCount;
-  static constexpr int kRows = 4;  // of a token for which one read of x is enough
+  static constexpr int kRows = 4;     // of a token for which one read of x is enough
+  static constexpr int kColumns = 2;  // steps of a row that are loaded together
 
   const CombineTransposeParams& p;
   const Hosts& h;
@@ -79,29 +80,48 @@ struct CotangentWarp {
     int count;
   };
 
+  // Loads are made before stores, as the compiler cannot tell that these change nothing.
   __device__ void serve(const Element* x, Rows& rows) const {
-    for (int column = lane_id() * kCount; column < p.width; column += kStep) {
-      Accumulator values[kCount];
-      widen<Element, kCount>(load_raw<Element, kCount>(x + column), values);
+    for (int begin = lane_id() * kCount; begin < p.width; begin += kColumns * kStep) {
+      R tokens[kColumns];
+      R outputs[kColumns][kRows];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if (i >= rows.count) break;
-        const int64_t at = rows.rows[i] * p.width + column;
-        if (p.rows != nullptr) {
-          Accumulator products[kCount];
+      for (int c = 0; c < kColumns; ++c) {
+        const int column = begin + c * kStep;
+        if (column >= p.width) break;
+        tokens[c] = load_raw<Element, kCount>(x + column);
+        if (p.weight_grads == nullptr) continue;
 #pragma unroll
-          for (int j = 0; j < kCount; ++j) products[j] = rows.weights[i] * values[j];
-          store_raw<Element, kCount>(static_cast<Element*>(p.rows) + at,
-                                     round_to<Element, kCount>(products));
+        for (int i = 0; i < kRows; ++i) {
+          if (i >= rows.count) break;
+          outputs[c][i] = load_raw<Element, kCount>(static_cast<const Element*>(p.expert_out) +
+                                                    rows.rows[i] * p.width + column);
         }
-        if (p.weight_grads != nullptr) {
-          Accumulator expert_values[kCount];
-          widen<Element, kCount>(
-              load_raw<Element, kCount>(static_cast<const Element*>(p.expert_out) + at),
-              expert_values);
+      }
 #pragma unroll
-          for (int j = 0; j < kCount; ++j) {
-            rows.dots[i] = fma(expert_values[j], values[j], rows.dots[i]);
+      for (int c = 0; c < kColumns; ++c) {
+        const int column = begin + c * kStep;
+        if (column >= p.width) break;
+        Accumulator values[kCount];
+        widen<Element, kCount>(tokens[c], values);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (i >= rows.count) break;
+          if (p.rows != nullptr) {
+            Accumulator products[kCount];
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) products[j] = rows.weights[i] * values[j];
+            store_raw<Element, kCount>(
+                static_cast<Element*>(p.rows) + rows.rows[i] * p.width + column,
+                round_to<Element, kCount>(products));
+          }
+          if (p.weight_grads != nullptr) {
+            Accumulator expert_values[kCount];
+            widen<Element, kCount>(outputs[c][i], expert_values);
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) {
+              rows.dots[i] = fma(expert_values[j], values[j], rows.dots[i]);
+            }
           }
         }
       }
