@@ -119,7 +119,7 @@ def test_a_program_of_before_shutdown_between_hosts(run):
 
 @BETWEEN_HOSTS
 def test_a_killed_process_of_another_host_is_named(run):
-    _, _, said = run("killed", "5", **BY_NVSHMEM)
+    _, _, said = run("killed", "3", **BY_NVSHMEM)
     assert "for rank 1 on host 1 of the group" in said[0], said
     assert float(said[0].split("ERROR after ")[1].split()[0]) < 15
     assert said[0].count("SPOILED") == 1, said
