@@ -305,7 +305,7 @@ __device__ void combine(const HostsCombineParams& p, CtaState& s, HostsState& hs
     post(h.local, s, kAddresses);
     send_headers(h, hs, nullptr, 0);
   }
-  push_first_rounds(h, [&](const Parcel& parcel, int host) { put_routes(h, hs, parcel, host); });
+  push_ahead(h, [&](const Parcel& parcel, int host) { put_routes(h, hs, parcel, host); });
   if (!receive_headers(h, hs, s) || !receive_addresses(h.local, s, kAddresses)) return;
   const SummingWarp<Element, kCount> warp{p, h, hs, s};
   if (warp_id() == kPushWarp) {

@@ -33,12 +33,21 @@ __device__ void count_and_send_headers(const DispatchParams& p, const Hosts& h,
   const bool counts_all = blockIdx.x == 0;
   const int end = (counts_all ? x.num_tokens : chunk.begin) * x.top_k;
   int invalid = 0;
-  for (int a = static_cast<int>(threadIdx.x); a < end; a += kThreads) {
-    const int id = p.topk_idx[a];
-    if (id >= 0 && id < x.num_experts) {
-      atomicAdd(&routing.next[id], 1u);
-    } else {
-      invalid += id != -1;
+  constexpr int kInFlight = 8;
+  for (int begin = static_cast<int>(threadIdx.x); begin < end; begin += kInFlight * kThreads) {
+    int ids[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int a = begin + u * kThreads;
+      ids[u] = a < end ? p.topk_idx[a] : -1;
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      if (ids[u] >= 0 && ids[u] < x.num_experts) {
+        atomicAdd(&routing.next[ids[u]], 1u);
+      } else {
+        invalid += ids[u] != -1;
+      }
     }
   }
   if (!counts_all) return;
@@ -217,7 +226,7 @@ __device__ void dispatch(const DispatchParams& p, const Hosts& h, CtaState& s, H
     const int id = p.topk_idx[a];
     return id >= 0 && id < x.num_experts ? h.host_of[x.local_experts.quotient(id)] : -1;
   };
-  push_first_rounds(h, [&](const Parcel& parcel, int host) { put_rows(h, parcel, host, goes_to); });
+  push_ahead(h, [&](const Parcel& parcel, int host) { put_rows(h, parcel, host, goes_to); });
   count_and_send_headers(p, h, hs, routing, chunk);
   if (!receive_headers(h, hs, s)) return;
   add_counts(p, h, hs, routing);
@@ -227,7 +236,7 @@ __device__ void dispatch(const DispatchParams& p, const Hosts& h, CtaState& s, H
   assign_rows(p, h, s, routing, chunk);
   await_own_routes(h, s);
   if (!receive_addresses(h.local, s, leaf_addresses(p) | kRoutesOfPeers)) return;
-  push_first_rounds(h, [&](const Parcel& parcel, int host) { put_routes(h, hs, parcel, host); });
+  push_ahead(h, [&](const Parcel& parcel, int host) { put_routes(h, hs, parcel, host); });
   exchange_rows<true>(p, h, hs, s, goes_to,
                       [&](int64_t first_row) { zero_padding(p, routing, first_row); });
 }
@@ -244,7 +253,7 @@ __device__ void dispatch_along(const DispatchParams& p, const Hosts& h, CtaState
     send_headers(h, hs, nullptr, 0);
   }
   const auto goes_to = [&](int a) { return p.dest_rank[a] < 0 ? -1 : h.host_of[p.dest_rank[a]]; };
-  push_first_rounds(h, [&](const Parcel& parcel, int host) {
+  push_ahead(h, [&](const Parcel& parcel, int host) {
     put_rows(h, parcel, host, goes_to);
     put_routes(h, hs, parcel, host);
   });

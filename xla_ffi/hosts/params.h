@@ -26,11 +26,14 @@ struct Rounds {
   int32_t tokens = 1;         // of a round
   int32_t parcel_tokens = 1;  // of a parcel
   int32_t parcels = 0;        // of a round; the last round may have fewer
-  int64_t dest_rank_at = 0;   // [tokens, K]
-  int64_t dest_row_at = 0;    // [tokens, K]
-  int64_t weights_at = 0;     // [tokens, K]
-  int32_t weight_bytes = 0;   // of each; 0: none are sent
-  int32_t answer_bytes = 0;   // for a token; 0: there are none
+  // Whether all warps put the first rounds before anything else: of small calls. In others the push
+  // warps do so while the moving warps pull, so that links and memory are busy together.
+  bool pushes_ahead = true;
+  int64_t dest_rank_at = 0;  // [tokens, K]
+  int64_t dest_row_at = 0;   // [tokens, K]
+  int64_t weights_at = 0;    // [tokens, K]
+  int32_t weight_bytes = 0;  // of each; 0: none are sent
+  int32_t answer_bytes = 0;  // for a token; 0: there are none
   // combine: an answer to a parcel comes in parts, each for some of its columns, with its own
   // signal.
   int32_t answer_parts = 1;

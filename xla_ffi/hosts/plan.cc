@@ -40,6 +40,8 @@ Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_
   rounds.count = static_cast<int32_t>(ceil_div(num_tokens, tokens));
   rounds.parcel_tokens = static_cast<int32_t>(std::max<int64_t>(parcel, 1));
   rounds.parcels = static_cast<int32_t>(ceil_div(tokens, rounds.parcel_tokens));
+  constexpr int64_t kMostAhead = 8;  // a call puts ahead up to so much of a part of a window
+  rounds.pushes_ahead = num_tokens * row_bytes <= part_bytes / kMostAhead;
   rounds.weight_bytes = of_token.weight_bytes;
   rounds.answer_bytes = of_token.answer_bytes;
   int64_t end = 0;

@@ -246,7 +246,7 @@ __device__ void transpose(const CombineTransposeParams& p, const Hosts& h, CtaSt
     put_rows(h, parcel, host, goes_to);
     put_routes(h, hs, parcel, host);
   };
-  push_first_rounds(h, put);
+  push_ahead(h, put);
   if (!receive_headers(h, hs, s) || !receive_addresses(h.local, s, addresses)) return;
   const CotangentWarp<Element, kCount> warp{p, h, hs, s};
   if (warp_id() == kRelayWarp) {

@@ -22,7 +22,7 @@ namespace freeio::cuda {
 
 // How the warps of each CTA share the work once the exchange is open.
 constexpr int kRelayWarp = kWarps - 1;    // passes signals on, and gives credits
-constexpr int kPushWarp = kWarps - 2;     // puts parcels from the third round on
+constexpr int kPushWarp = kWarps - 2;     // puts parcels, in a small call from the third round on
 constexpr int kMovingWarps = kWarps - 2;  // these move rows
 
 // A part of a round's tokens of one rank.
@@ -255,21 +255,26 @@ __device__ inline bool await_credit(const Hosts& h, const HostsState& hs, CtaSta
   return __shfl_sync(kFullWarp, arrived, 0) != 0;
 }
 
-// The first two rounds find their halves free, so all warps put them at once. Calls put(parcel,
-// host). Whole warp.
+// The first two rounds find their halves free. So in a small call all warps put them at once. Calls
+// put(parcel, host). Whole warp.
 template <typename Put>
-__device__ void push_first_rounds(const Hosts& h, const Put& put) {
+__device__ void push_ahead(const Hosts& h, const Put& put) {
+  if (!h.rounds.pushes_ahead) return;
   const Team team = Team::all();
   for_each_push(h, 0, min(kHalves, h.rounds.count), warp_id() * team.size + team.number,
                 kWarps * team.size, put);
 }
 
-// What the push warp of each CTA does: it waits for each round's credit, takes the answers by
+// What the push warp of each CTA does: it puts the first two rounds by put(parcel, host), unless
+// push_ahead() has. It waits for each round's credit, takes the answers by
 // take(parcel, host), and puts the round after the next one by put(parcel, host). Whole warp.
 template <typename Take, typename Put>
 __device__ void run_push(const Hosts& h, const HostsState& hs, CtaState& s, const Take& take,
                          const Put& put) {
   const Team team = Team::all();
+  if (!h.rounds.pushes_ahead) {
+    for_each_push(h, 0, min(kHalves, h.rounds.count), team.number, team.size, put);
+  }
   for_each_push(h, 0, h.rounds.count, team.number, team.size, [&](const Parcel& before, int host) {
     if (has_failed(s) || !await_credit(h, hs, s, host, before.round)) return;
     take(before, host);
