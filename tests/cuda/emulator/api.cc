@@ -288,8 +288,7 @@ EMULATOR_API void emulator_set_hosts(int num_gpus, int per_host, int64_t window_
   for (int gpu = 0; gpu < num_gpus; ++gpu) {
     cudaSetDevice(ordinal_of(gpu));
     int shared_bytes = 0;
-    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                           ordinal_of(gpu));
+    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal_of(gpu));
     for_each_hosts_kernel([&](const Kernel& kernel, auto) { load_kernel(kernel, shared_bytes); });
     emulator::set_heap(gpu, made.address[gpu], static_cast<size_t>(made.layout.bytes()));
   }
