@@ -413,6 +413,10 @@ class Emulator:
         )
         self._library.emulator_set_network_faults(c.c_int(ignores_fences), lost, unawaited)
 
+    def set_gone(self, gpu, pe, why=1):
+        """As if the process of a GPU of another host had gone (why=1: ended, 2: left)."""
+        self._library.emulator_set_gone(gpu, pe, c.c_uint32(why))
+
     @property
     def network_bytes(self):
         """Put between hosts so far, without signals."""

@@ -305,6 +305,26 @@ def test_a_host_that_comes_too_late_hears_of_it(new_machine):
         assert re.search(GAVE_UP, message), message
 
 
+@pytest.mark.parametrize(("why", "text"), [(1, "ended"), (2, r"left \(freeio_jax.shutdown.*\)")])
+def test_processes_of_another_host_that_have_gone(new_machine, why, text):
+    machine = new_machine(timeout=600, num_sms=3)
+    machine.set_hosts(4, 2)
+    group = Group((0, 1, 2, 3))
+    for rank in (0, 1):
+        for gone in (2, 3):
+            machine.set_gone(rank, gone, why)
+        launch(machine, group, rank)
+    machine.synchronize()
+    messages = errors_of(machine, group, (0, 1))
+    cause = (
+        r"UNAVAILABLE: freeio_jax.dispatch: rank [01] on host 0 of the group: rank [23] on host 1 "
+        rf"of the group {text} while it was waited for"
+    )
+    assert any(re.search(cause, message) for message in messages), messages
+    for message in messages:
+        assert re.search(f"{cause}|{GAVE_UP}", message), message
+
+
 @pytest.mark.parametrize("rank", range(4))
 def test_one_rank_that_never_comes(new_machine, rank):
     machine = new_machine(timeout=5, num_sms=3)

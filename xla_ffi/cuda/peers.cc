@@ -59,6 +59,8 @@ const char* text_of(pod::Departure how) {
   return "";
 }
 
+}  // namespace
+
 WhyGone why_gone(pod::Departure how) {
   switch (how) {
     case pod::Departure::kOrderly:
@@ -70,8 +72,6 @@ WhyGone why_gone(pod::Departure how) {
   }
   return kDied;
 }
-
-}  // namespace
 
 // The beginning of every message. It travels as it lies in memory, because sender and receiver are
 // the same program on the same host.

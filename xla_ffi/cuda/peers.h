@@ -54,6 +54,8 @@ struct SharedRegion {
   }
 };
 
+WhyGone why_gone(pod::Departure how);
+
 class Peers final : public pod::Guest {
  public:
   // `processes`: which process has each GPU. The pointers in `own` must be valid until release().

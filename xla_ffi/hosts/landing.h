@@ -35,7 +35,8 @@ struct alignas(128) MailOfPe {
   uint64_t has_given_up;
   // From the rail of this host to which the PE sends: these parcels of the PE are in its window.
   uint64_t relayed[kHalves][kMaxParcels];
-  uint32_t epoch;  // written by this GPU: exchanges completed with the PE
+  uint32_t epoch;     // written by this GPU: exchanges completed with the PE
+  uint32_t why_gone;  // a WhyGone, written by this GPU's process; 0: the PE's takes part
 };
 
 // Of the PE of another host with which this GPU exchanges rows.

@@ -12,6 +12,7 @@
 #include "hosts/nvshmem.h"
 #include "hosts/plan.h"
 #include "hosts/program.h"
+#include "pod/pod.h"
 
 namespace freeio::cuda {
 
@@ -24,8 +25,10 @@ void add_hosts_module(py::module_& native) {
       "join",
       [](int pe, int ordinal, std::vector<int> host_of_pe, std::vector<int> gpu_of_pe,
          int64_t part_bytes) {
-        const Status status =
-            join_hosts({pe, ordinal, std::move(host_of_pe), std::move(gpu_of_pe), part_bytes});
+        pod::Pod* const pod = pod::Pod::current();
+        if (pod == nullptr) throw std::runtime_error("freeio_jax: this process is in no pod.");
+        const Status status = join_hosts(
+            *pod, {pe, ordinal, std::move(host_of_pe), std::move(gpu_of_pe), part_bytes});
         if (!status.ok()) throw std::runtime_error(status.message);
       },
       py::arg("pe"), py::arg("ordinal"), py::arg("host_of_pe"), py::arg("gpu_of_pe"),

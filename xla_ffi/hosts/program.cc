@@ -5,11 +5,15 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 
+#include "core/channels.h"
 #include "cuda/current_device.h"
 #include "cuda/gpu.h"
+#include "cuda/peers.h"
 #include "hosts/kernels.h"
 #include "hosts/nvshmem.h"
 #include "hosts/sources.h"
@@ -28,11 +32,44 @@ class NetworkSources final : public Sources {
   const Nvshmem nvshmem_;
 };
 
+// Tells the GPU of this process which PEs have gone.
+class Departures final : public pod::Guest {
+ public:
+  explicit Departures(const JoinedHosts& joined) : joined_(joined) {}
+
+  void received(int process, std::string_view, pod::UniqueFd) override {
+    throw std::runtime_error("freeio_jax: process " + std::to_string(process) +
+                             " sent a message on the channel of hosts, which has none");
+  }
+
+  void gone(int process, pod::Departure how) override {
+    const HostsProgram& program = joined_.program;
+    if (static_cast<size_t>(process) >= program.host_of_pe.size()) return;
+    RelaxedCapture relaxed;
+    CurrentDevice current(program.ordinal);
+    const uint32_t why = why_gone(how);
+    uint32_t* const word =
+        &joined_.landings.layout.mail_of_pe(joined_.landings.address[program.pe], process).why_gone;
+    // On a stream of its own, because the kernel that waits for the PE holds XLA's.
+    cudaStream_t stream = nullptr;
+    if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) return;
+    // Partner: the load in may_wait_for_host(). If this fails, kernels wait until the time-out.
+    if (cudaMemcpyAsync(word, &why, sizeof(why), cudaMemcpyDefault, stream) == cudaSuccess) {
+      cudaStreamSynchronize(stream);
+    }
+    cudaStreamDestroy(stream);
+  }
+
+ private:
+  const JoinedHosts& joined_;
+};
+
 struct State {
   std::mutex mutex;
   const JoinedHosts* joined = nullptr;
   // Calls that were prepared before leave_hosts() may still read these.
   std::vector<std::unique_ptr<JoinedHosts>> all;
+  std::vector<std::unique_ptr<Departures>> all_departures;  // their pods may still call them
   std::unique_ptr<NetworkSources> sources;
   bool is_bound = false;  // NVSHMEM knows of the kernels' module
   std::byte* memory = nullptr;
@@ -79,7 +116,7 @@ Status load_kernels(int ordinal) {
 
 }  // namespace
 
-Status join_hosts(HostsProgram program) {
+Status join_hosts(pod::Pod& pod, HostsProgram program) {
   RelaxedCapture relaxed;
   CurrentDevice current(program.ordinal);
   Status status = cuda_status(current.error(), "cudaSetDevice");
@@ -126,6 +163,8 @@ Status join_hosts(HostsProgram program) {
   status = load_kernels(program.ordinal);
   if (!status.ok()) return status;
   joined->program = std::move(program);
+  state().all_departures.push_back(std::make_unique<Departures>(*joined));
+  pod.admit(Channel::kHosts, *state().all_departures.back());
   state().joined = joined.get();
   state().all.push_back(std::move(joined));
   return {};

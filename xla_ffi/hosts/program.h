@@ -8,6 +8,7 @@
 
 #include "core/status.h"
 #include "hosts/call.h"
+#include "pod/pod.h"
 
 namespace freeio::cuda {
 
@@ -19,10 +20,11 @@ struct HostsProgram {
   int64_t part_bytes = 0;      // of a window (landing.h)
 };
 
-// Makes the symmetric memory, and prepares the kernels. All processes must call it, when the engine
+// Makes the symmetric memory, and prepares the kernels. From then on kernels learn which processes
+// of the pod have gone. All processes must call it, when the engine
 // has joined the pod and NVSHMEM has been started. It waits for the other PEs, without a bound. The
 // memory must not be used before all processes have returned from it.
-Status join_hosts(HostsProgram program);
+Status join_hosts(pod::Pod& pod, HostsProgram program);
 
 // Puts some of XLA's memory to each PE that only the network reaches, and waits for it, without a
 // bound. So what the network needs for that is there before a kernel waits for it: to make it, the

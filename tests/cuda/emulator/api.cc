@@ -293,6 +293,10 @@ EMULATOR_API void emulator_set_hosts(int num_gpus, int per_host, int64_t window_
     emulator::set_heap(gpu, made.address[gpu], static_cast<size_t>(made.layout.bytes()));
   }
 }
+// As if the process of a PE had gone, and this GPU's process knew.
+EMULATOR_API void emulator_set_gone(int gpu, int pe, uint32_t why) {
+  landings->layout.mail_of_pe(landings->address[gpu], pe).why_gone = why;
+}
 EMULATOR_API void emulator_set_network_faults(int ignores_fences, uint32_t lost_kinds,
                                               uint32_t unawaited_kinds) {
   emulator::set_network_faults({ignores_fences != 0, lost_kinds, unawaited_kinds});

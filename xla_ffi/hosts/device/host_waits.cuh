@@ -62,6 +62,13 @@ __device__ inline MailOfPe& mail_on(const Hosts& h, int rank) {
   }
   const uint64_t now = nanoseconds();
   if (begin == 0) begin = now;
+  // What a process has sent before it left may come later than the news that it has.
+  constexpr uint64_t kLateNews = 1'000'000'000;
+  const uint32_t why = load_acquire_system(&mail_from(h, peer).why_gone);
+  if (why != 0 && now - begin > kLateNews) {
+    fail_between_hosts(h, s, kPeerLost, peer, 0, 0, why);
+    return 0;
+  }
   look_at_host(h.local, now, now, step, h.local.rank);
   const volatile GpuBlock& copy = block;
   for (int rank = 0; rank < h.num_local(); ++rank) {
