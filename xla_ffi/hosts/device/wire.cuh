@@ -85,7 +85,7 @@ struct Wire {
     // On some machines a network card's writes may pass each other on their way to the memory. What
     // NVSHMEM's own waits do about it is right here, too.
     if (nvshmemi_device_state_d.job_connectivity > NVSHMEMI_JOB_GPU_PROXY) {
-      nvshmemi_transfer_syncapi_update_mem();
+      return nvshmem_uint64_test(const_cast<uint64_t*>(word), NVSHMEM_CMP_EQ, value) != 0;
     }
     return true;
   }
