@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from freeio_jax.flax.config import MoEConfig
@@ -18,9 +18,6 @@ from freeio_jax.flax.moe import moe
 from freeio_jax.flax.parameters import initializer
 from freeio_jax.flax.report import Report
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
-
-#: Names that parameters of an MoE layer have with some settings.
-_OF_SOME_LAYER = re.compile(r"(shared|router|gate|up|down)(_|$)")
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 
@@ -336,12 +333,9 @@ class MoE(nnx.Module):
     ) -> jax.Array:
         router = self.config.router
         training = not (self.deterministic if deterministic is None else deterministic)
-        # A checkpoint may have put some there for which the layer has no use: moe() says so.
-        names = {*self.config.parameters(x.shape[-1]), *filter(_OF_SOME_LAYER.match, vars(self))}
-        variables = {name: getattr(self, name, None) for name in sorted(names)}
         bias = getattr(self, "bias", None)
         y, report = moe(
-            {name: v[...] for name, v in variables.items() if isinstance(v, nnx.Variable)},
+            self._parameters(x.shape[-1]),
             x,
             self.config,
             router_input=router_input,
@@ -355,6 +349,20 @@ class MoE(nnx.Module):
         if training:
             self._write(report)
         return y
+
+    def _parameters(self, width):
+        """The arrays of the layer's parameters by name, also of those that it has no use for.
+
+        ``nnx.update`` may have put them there: as a Param, or as an array if it was given arrays.
+        ``moe`` says that they have no use.
+        """
+        needed = self.config.parameters(width)
+        return {
+            name: value[...]
+            for name, value in sorted(vars(self).items())
+            if (name in needed and isinstance(value, nnx.Variable))
+            or (name != "bias" and isinstance(value, (nnx.Param, jax.Array, np.ndarray)))
+        }
 
     def _write(self, report):
         for name, kind in _REPORTS.items():

@@ -400,6 +400,22 @@ def test_parameters_that_are_not_those_of_the_configuration(rng):
         moe(parameters | {"down": jnp.swapaxes(parameters["down"], 1, 2)}, x, config)
 
 
+@pytest.mark.parametrize("kind", [nnx.Param, jnp.asarray, np.asarray], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("name", ["foo", "shared_down"])
+def test_a_parameter_that_no_setting_asks_for(name, kind, rng):
+    """nnx refuses it as linen does, also where ``nnx.update`` is given arrays."""
+    x, array = draw_tokens(rng, 8, 5), np.ones(3, np.float32)
+    message = rf"no use for \['{name}'\], and lacks \[\]"
+    parameters = draw_parameters(MoEConfig(**settings()), rng)
+    with pytest.raises(ValueError, match=message):
+        linen.MoE(**settings()).apply({"params": parameters | {name: array}}, x)
+    layer = nnx.eval_shape(lambda: fio_nnx.MoE(WIDTH, **settings(), rngs=nnx.Rngs(0)))
+    nnx.update(layer, parameters | {name: kind(array)})
+    for deterministic in (False, True):
+        with pytest.raises(ValueError, match=message):
+            layer(x, deterministic=deterministic)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize(
     ("num_experts", "fix"), [(6, r"=8, or .* 3 ranks\."), (7, r"=8, or .* 1 rank\.")]

@@ -185,6 +185,18 @@ def test_the_text_part_of_a_multimodal_model(tmp_path):
     np.testing.assert_array_equal(got.parameters["down"], expected.parameters["down"])
 
 
+def test_kimi_k2_is_read_as_deepseek_v3(tmp_path):
+    """Published as files of DeepSeek-V3 with a model_type of its own."""
+    ckpt = changed(tmp_path, "deepseek_v3", lambda config: config.update(model_type="kimi_k2"))
+    plain, layer = open_fixture("deepseek_v3")
+    assert ckpt.config["model_type"] == "kimi_k2"
+    assert hf.moe_layers(ckpt) == hf.moe_layers(plain)
+    assert hf.moe_options(ckpt.config) == hf.moe_options(plain.config)
+    got, expected = hf.load_moe(ckpt, layer), hf.load_moe(plain, layer)
+    assert expected.bias is not None
+    jax.tree.map(np.testing.assert_array_equal, got.nnx, expected.nnx)
+
+
 def fuse(model_type=None):
     """Changes of the fixture qwen3_moe: all experts in one tensor."""
     start = "model.layers.1.mlp.experts"
