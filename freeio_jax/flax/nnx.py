@@ -354,14 +354,15 @@ class MoE(nnx.Module):
         """The arrays of the layer's parameters by name, also of those that it has no use for.
 
         ``nnx.update`` may have put them there: as a Param, or as an array if it was given arrays.
-        ``moe`` says that they have no use.
+        ``moe`` says that they have no use. A subclass may have parameters for a use of its own.
         """
         needed = self.config.parameters(width)
+        others = (nnx.Param, jax.Array, np.ndarray) if type(self) is MoE else ()
         return {
             name: value[...]
             for name, value in sorted(vars(self).items())
             if (name in needed and isinstance(value, nnx.Variable))
-            or (name != "bias" and isinstance(value, (nnx.Param, jax.Array, np.ndarray)))
+            or (name != "bias" and isinstance(value, others))
         }
 
     def _write(self, report):

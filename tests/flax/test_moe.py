@@ -416,6 +416,21 @@ def test_a_parameter_that_no_setting_asks_for(name, kind, rng):
             layer(x, deterministic=deterministic)
 
 
+def test_a_subclass_may_have_parameters_of_its_own(rng):
+    class Scaled(fio_nnx.MoE):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.scale = nnx.Param(jnp.float32(2))
+
+        def __call__(self, x):
+            return self.scale[...] * super().__call__(x)
+
+    layer = Scaled(WIDTH, num_experts=4, top_k=2, expert_width=8, rngs=nnx.Rngs(0))
+    x = jnp.asarray(rng.normal(size=(2, 3, WIDTH)), jnp.float32)
+    plain = fio_nnx.MoE(WIDTH, num_experts=4, top_k=2, expert_width=8, rngs=nnx.Rngs(0))
+    assert_close(layer(x), 2 * plain(x))
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize(
     ("num_experts", "fix"), [(6, r"=8, or .* 3 ranks\."), (7, r"=8, or .* 1 rank\.")]
