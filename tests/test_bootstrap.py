@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from freeio_jax import _native, bootstrap, runtime
-from freeio_jax.bootstrap import BootstrapError, Listener, NetworkListener
+from freeio_jax import _native, bootstrap, listeners, runtime
+from freeio_jax.listeners import BootstrapError, Listener, NetworkListener
 
 NOBODY = 65534
 
@@ -303,7 +303,7 @@ def test_callers_that_say_nothing_hold_up_nobody(network_listener, monkeypatch):
             caller.sendall(part)
         peer = accept(network_listener)
         assert (peer.process, peer.pid) == (1, 77)
-        assert time.monotonic() - begin < bootstrap._HELLO_SECONDS
+        assert time.monotonic() - begin < listeners._HELLO_SECONDS
         # What comes behind the hello is still there.
         peer.connection.settimeout(10)
         assert peer.connection.recv(100) == b"what follows"
@@ -311,7 +311,7 @@ def test_callers_that_say_nothing_hold_up_nobody(network_listener, monkeypatch):
         with pytest.raises(TimeoutError):
             network_listener.accept(time.monotonic() + 0.1)
         assert caller.recv(4096).endswith(b"\n")
-    monkeypatch.setattr(bootstrap, "_HELLO_SECONDS", 0.05)
+    monkeypatch.setattr(listeners, "_HELLO_SECONDS", 0.05)
     with socket.create_connection(network_listener.name, 10) as silent:
         while not closed_silently_now(silent):
             with contextlib.suppress(TimeoutError):
@@ -359,6 +359,7 @@ def test_a_coordinator_without_an_address_is_told_to_all(monkeypatch):
     )
     for error in results.values():
         assert "JAX's coordinator (no-such-host.invalid:1) has no address here" in str(error)
+    assert "has no address here" in bootstrap._in_network("without a port")["error"]
 
 
 def test_a_refused_connection_between_hosts_may_be_a_firewalls(monkeypatch):

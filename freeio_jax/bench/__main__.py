@@ -121,7 +121,7 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
             mix.run(report, arguments.soak, num_ranks=len(devices))
         elif part == "decode":
             for suite in _suites(arguments, "large", decode.TOKENS):
-                decode.run(report, suite, layers=arguments.layers, **sizes)
+                decode.run(report, suite, layers=arguments.layers or decode.LAYERS, **sizes)
         elif part == "layer":
             tokens, given = arguments.tokens or (4096,), layer_sizes(arguments)
             all_sizes = [layer.Sizes(num_tokens=t, **sizes, **given) for t in tokens]

@@ -193,7 +193,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         metavar="N",
         help="multiprocessors beside compute, of --overlap; default: 8 16 24 32",
     )
-    what("--layers", type=count, default=61, help="of --decode, 2 at least; default: 61")
+    what("--layers", type=count, help="of --decode, 2 at least; default: 61")
     what("--num-sms", type=count, help="as in freeio_jax.config")
     what("--repeats", type=count, default=5, help="on CPU: rounds; the median counts")
     what("--json", type=pathlib.Path, help="also write all figures to this file, as they come")
@@ -214,7 +214,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             parser.error(
                 "--suites have sizes of their own: leave out --hidden, --top-k, --num-experts"
             )
-    if arguments.layers < 2:
+    if arguments.layers == 1:
         parser.error(
             "--layers 1: the host's time of a call is that of two layers or more less one's"
         )
@@ -252,7 +252,7 @@ def layer_sizes(arguments: argparse.Namespace) -> dict[str, int]:
 def ignored_by_readme(arguments: argparse.Namespace) -> list[str]:
     """The options given that mean nothing to --readme on GPUs: its tables have their sizes."""
     names = ("suites", "tokens", "hidden", "top_k", "num_experts", "expert_width")
-    names += ("capacity_factor", "exchanges", "products")
+    names += ("capacity_factor", "exchanges", "products", "layers")
     given = [name for name in names if getattr(arguments, name) is not None]
     return [f"--{name.replace('_', '-')}" for name in given]
 

@@ -27,6 +27,7 @@ from freeio_jax.bench import baselines, command_line, cpu, floor, overlap, shape
         (["--once", "dispatch", "4", "--suites", "half", "zipf"], "of one of the --suites"),
         (["--soak", "none"], "invalid int value"),
         (["--top-k", "9", "--num-experts", "8"], "--top-k 9 exceeds --num-experts 8"),
+        (["--decode", "--layers", "1"], "of two layers or more"),
         (["--suites", "large", "--hidden", "8"], "have sizes of their own"),
         (["--models", "DeepSeek-V3", "--expert-width", "8"], "leave out .*--expert-width"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
