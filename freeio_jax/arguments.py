@@ -123,6 +123,12 @@ def combine_arguments(expert_out, handle, topk_weights):
         )
     expert_axes("combine", handle._axis_name)
     layout = handle._layout
+    if not jax.tree_util.all_leaves([expert_out]):
+        raise TypeError(
+            f"combine: expert_out must be one array, got {type(expert_out).__name__}. Combine the "
+            "arrays of a pytree one by one: jax.tree.map(lambda rows: combine(rows, handle, "
+            "topk_weights), expert_out)."
+        )
     expert_out = jnp.asarray(expert_out)
     if expert_out.ndim == 0 or expert_out.shape[0] != layout.capacity:
         raise ValueError(

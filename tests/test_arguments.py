@@ -259,6 +259,14 @@ def test_expert_out_is_floating(dtype):
         trace_combine(jnp.zeros((CAPACITY, 5), dtype))
 
 
+@pytest.mark.parametrize(
+    "leaves", [{"a": jnp.zeros((CAPACITY, 5))}, [jnp.zeros((CAPACITY, 5))], ()]
+)
+def test_expert_out_is_one_array(leaves):
+    with raises(TypeError, "combine", "expert_out", type(leaves).__name__, "jax.tree.map"):
+        trace_combine(leaves)
+
+
 @pytest.mark.parametrize("shape", [(TOKENS,), (TOKENS, TOP_K + 1), (TOP_K, TOKENS), (CAPACITY,)])
 def test_topk_weights_have_the_shape_of_topk_idx(shape):
     with raises(ValueError, "combine", "topk_weights", str(shape), "(3, 2)"):

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from freeio_jax.grouped_matmul.product import Product
@@ -91,22 +92,22 @@ def share_of_dense(product: Product, dtype, by: str) -> float:
 
 
 def _in_a_thread(function, *args):
-    """The program that asks is being traced or lowered; its settings are not the trial's."""
-
-    def run():
-        with contextlib.ExitStack() as settings:
-            for setting in (
-                jax.disable_jit(False),
-                jax.enable_x64(False),
-                jax.debug_nans(False),
-                jax.numpy_rank_promotion("allow"),
-                jax.numpy_dtype_promotion("standard"),
-            ):
-                settings.enter_context(setting)
-            return function(*args)
-
+    """What asks is being traced or lowered; its settings, which a thread has, are not ours."""
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(run).result()
+        return executor.submit(_with_own_settings, function, *args).result()
+
+
+def _with_own_settings(function, *args):
+    with contextlib.ExitStack() as settings:
+        for setting in (
+            jax.disable_jit(False),
+            jax.enable_x64(False),
+            jax.debug_nans(False),
+            jax.numpy_rank_promotion("allow"),
+            jax.numpy_dtype_promotion("standard"),
+        ):
+            settings.enter_context(setting)
+        return function(*args)
 
 
 def _operands(product, problem, dtype, used, seed):
@@ -122,7 +123,7 @@ def _operands(product, problem, dtype, used, seed):
         key = jax.random.fold_in(jax.random.key(seed), ord(name))
         values = jax.random.normal(key, shapes[name], dtype)
         if name != "w":
-            row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
+            row = lax.broadcasted_iota(jnp.int32, values.shape, 0)
             values = jnp.where(row < used, values, jnp.nan)
         operands.append(values)
     return operands
@@ -158,18 +159,11 @@ def error(product: Product, result, left, right, group_sizes) -> jax.Array:
 
 def _worst(product, dtype, by):
     """The first problem with a result that is off by more than TOLERANCE, in words."""
-    multiply = evaluate(product, by)
-    draw = jax.jit(_operands, static_argnums=(0, 1, 2, 4))
-
-    def largest_error(seed, problem, sizes):
-        left, right = draw(product, problem, dtype, sum(sizes), seed)
-        sizes = jnp.asarray(sizes, jnp.int32)
-        return float(error(product, multiply(left, right, sizes), left, right, sizes))
-
-    tried = 0
+    programs, tried = _compile(product, dtype, by), 0
     for seed, (problem, sizes) in enumerate(CASES):
         try:
-            off = largest_error(seed, problem, sizes)
+            program = programs[problem].result()
+            off = float(program(seed, np.array(sizes, np.int32)))
         except jax.errors.JaxRuntimeError as full:
             # The program that asks may have taken the memory. The smaller problems say enough.
             if "RESOURCE_EXHAUSTED" not in str(full):
@@ -181,9 +175,32 @@ def _worst(product, dtype, by):
     return None if tried else "no memory is left for a trial"
 
 
+def _compile(product, dtype, by):
+    """For each problem ``(seed, sizes) -> error`` of the product on operands that it draws.
+
+    They are futures: XLA takes seconds for each of these programs, and compiles them together.
+    """
+    multiply = evaluate(product, by)
+
+    def compile(problem):
+        def largest_error(seed, sizes):
+            operands = _operands(product, problem, dtype, jnp.sum(sizes), seed)
+            # Both sides take the same rounded numbers: nothing is fused across a barrier.
+            operands = lax.optimization_barrier(operands)
+            result = lax.optimization_barrier(multiply(*operands, sizes))
+            return error(product, result, *operands, sizes)
+
+        sizes = jax.ShapeDtypeStruct((len(problem.sizes[0]),), np.int32)
+        seed = jax.ShapeDtypeStruct((), np.int32)
+        return jax.jit(largest_error).lower(seed, sizes).compile()
+
+    with ThreadPoolExecutor(len(PROBLEMS)) as executor:
+        return {p: executor.submit(_with_own_settings, compile, p) for p in PROBLEMS}
+
+
 def _share_of_dense(product, dtype, by):
     problem = PROBLEMS[-1]
-    operands = jax.jit(_operands, static_argnums=(0, 1, 2, 4))(
+    operands = jax.jit(_operands, static_argnums=(0, 1, 2))(
         product, problem, dtype, problem.num_rows, 0
     )
     sizes = jnp.asarray(problem.sizes[0], jnp.int32)

@@ -18,6 +18,7 @@ behind both calls.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import partial
 
 import jax
@@ -30,9 +31,16 @@ from freeio_jax.lowering import lowerings, make_room
 
 
 def barrier(values) -> list[ir.Value]:
-    """The values, of which XLA schedules the users when all are there, or started."""
+    """The values, of which XLA schedules the users when all are there, or started.
+
+    A value without elements has nothing to wait for and stays out. XLA for GPUs crashes while it
+    simplifies a barrier that has one (jax 0.11.2).
+    """
     values = list(values)
-    return list(hlo.OptimizationBarrierOp(values).results) if values else []
+    is_filled = [0 not in ir.RankedTensorType(value.type).shape for value in values]
+    filled = list(itertools.compress(values, is_filled))
+    results = iter(hlo.OptimizationBarrierOp(filled).results if filled else ())
+    return [next(results) if f else v for v, f in zip(values, is_filled, strict=True)]
 
 
 @dataclasses.dataclass

@@ -50,6 +50,17 @@ def layer(x, topk_idx, weights, w):
     return pending.done() + second
 
 
+def layer_of_leaves(x, topk_idx, weights, w):
+    """As above; a token has a part without elements, too, and so have its results."""
+    options = {"num_experts": E, "axis_name": "expert", "capacity": CAPACITY}
+    pending = fio.dispatch_start({"rows": x, "none": x[:, :0]}, topk_idx, **options)
+    first, pending = fio.between(pending, shared, x, w)
+    out = pending.done()
+    pending = fio.combine_start(jnp.sin(out.tokens["rows"]), out.handle, weights)
+    second, pending = fio.between(pending, shared, first, w)
+    return jnp.concatenate([pending.done() + second, out.tokens["none"][:T]], axis=1)
+
+
 def batches(x, topk_idx, weights, w):
     """Two micro-batches: a synchronous exchange, and two in flight at once, among them."""
     options = {"num_experts": E, "axis_name": "expert", "capacity": CAPACITY}
@@ -135,6 +146,7 @@ def shape_of(mesh, spec, dtype, *sizes):
 CASES = {
     "forward": exchanges(lambda mesh: sharded(mesh, layer)),
     "gradients": exchanges(lambda mesh: gradients(mesh, layer)),
+    "leaf-without-elements": exchanges(lambda mesh: gradients(mesh, layer_of_leaves)),
     "two-batches": exchanges(lambda mesh: gradients(mesh, batches)),
     "scan": exchanges(lambda mesh: gradients(mesh, partial(layers, layer))),
     "scan-of-one-routing": exchanges(

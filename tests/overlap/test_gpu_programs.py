@@ -32,6 +32,7 @@ ONCE = {"dispatch": 1, "combine": 2, "combine_transpose": 1}
 STARTS = {
     "forward": {"dispatch": 1, "combine": 1},
     "gradients": ONCE,
+    "leaf-without-elements": ONCE,
     "two-batches": {name: 2 * count for name, count in ONCE.items()},
     "scan": ONCE,
     "scan-of-one-routing": {"dispatch_along": 1, "combine": 2, "combine_transpose": 1},
