@@ -253,7 +253,8 @@ def test_experts_over_two_axes(rng):
 
 def test_drops_are_reported_and_add_nothing(rng):
     # All tokens to one expert: its rank holds what fits, in order of tokens.
-    config = MoEConfig(**settings(top_k=1, capacity_factor=0.5, router=Router(renormalize=False)))
+    router = Router(renormalize=False)
+    config = MoEConfig(**settings(top_k=1, capacity_factor=0.5, drops="last", router=router))
     parameters, x = draw_parameters(config, rng), jnp.abs(draw_tokens(rng, 64))
     parameters["router"] = jnp.zeros((WIDTH, 8)).at[:, 5].set(1.0)
     capacity = balanced_capacity(
