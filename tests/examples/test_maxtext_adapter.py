@@ -108,7 +108,14 @@ FAMILIES = {
 MESHES = {
     "expert 8": {"ici_expert_parallelism": 8, "ici_data_parallelism": 1},
     "data 2, expert 4": {"ici_expert_parallelism": 4, "ici_data_parallelism": 2},
+    "data 4, expert 2": {"ici_expert_parallelism": 2, "ici_data_parallelism": 4},
+    "fsdp 2, expert 4": {"ici_expert_parallelism": 4, "ici_fsdp_parallelism": 2},
     "fsdp 4, expert 2": {"ici_expert_parallelism": 2, "ici_fsdp_parallelism": 4},
+    "data 2, fsdp 2, expert 2": {
+        "ici_expert_parallelism": 2,
+        "ici_fsdp_parallelism": 2,
+        "ici_data_parallelism": 2,
+    },
 }
 
 
@@ -136,7 +143,7 @@ def test_equal_to_maxtext_without_an_exchange(family, mesh, without_experts_axis
     with routed_moe(tmp_path, **FAMILIES[family], **MESHES[mesh]) as layer, freeio_exchange():
         ours = parts(layer, x)
     for theirs, mine in zip(jax.tree.leaves(expected), jax.tree.leaves(ours), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6 * max(np.abs(theirs).max(), 1))
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6 * max(np.abs(theirs).max(), 1))
 
 
 def losses_of_training(folder, **options):
