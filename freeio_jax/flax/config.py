@@ -55,8 +55,8 @@ class MoEConfig:
         P does not depend on the mesh, so parameters fit every mesh whose expert axis divides P.
       router_width: W, features of the router's input; None: H. For a layer that is called with
         ``router_input=``.
-      drops: which assignments are dropped where a rank has not enough room. ``"evenly"``: every n-th
-        one in packed order, so that each expert and each source rank loses the same share
+      drops: which assignments are dropped where a rank has not enough room. ``"evenly"``: every
+        n-th one in packed order, so that each expert and each source rank loses the same share
         (:mod:`freeio_jax.flax.drops`). It costs one all-gather of E int32 over the expert axes, and
         a sort of a rank's T*K ids, unless there is room for all. ``"last"``: the last ones in
         packed order, so the last experts of the rank lose all first, and of one expert the last
