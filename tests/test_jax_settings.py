@@ -85,4 +85,18 @@ def test_eagerly(setting, rng):
     expected = jax.jit(derivatives_of, static_argnums=0)(without_setting(fio), *args)
     with setting():
         got = derivatives_of(layer_of(fio), *args)
+    assert_close(got, expected)
+
+
+def test_the_reference_eagerly(rng):
+    """Its results alone: each of its steps is a program here, and in gradients there are many."""
+    args = arguments(rng, "float32", "float32")
+    expected = jax.jit(without_setting(fio.reference))(*args)
+    with jax.disable_jit():
+        got = layer_of(fio.reference)(*args)
+    assert_close(got, expected)
+
+
+def assert_close(got, expected):
+    assert [a.dtype for a in jax.tree.leaves(got)] == [a.dtype for a in jax.tree.leaves(expected)]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, expected)

@@ -87,6 +87,7 @@ class Layer:
             expert_width=sizes.expert_width,
             shared_expert_width=sizes.shared_width,
             capacity_factor=self.room,
+            drops="last",  # nothing is dropped, and no rule is to be timed
             dtype=jnp.dtype(sizes.dtype),
             exchange=exchange,
             **options,

@@ -93,6 +93,7 @@ def records(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
             top_k=arguments["top_k"],
             expert_width=arguments["expert_width"],
             capacity_factor=arguments["capacity_factor"],
+            drops="last",
             num_chunks=num_chunks,
         )
         parameters = {

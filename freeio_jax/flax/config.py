@@ -55,11 +55,12 @@ class MoEConfig:
         P does not depend on the mesh, so parameters fit every mesh whose expert axis divides P.
       router_width: W, features of the router's input; None: H. For a layer that is called with
         ``router_input=``.
-      drops: which assignments are dropped where a rank has not enough room. ``"last"``: the last
-        ones in packed order, so the last experts of the rank lose all first, and of one expert the
-        last source ranks. It costs nothing. ``"evenly"``: every n-th one in packed order, so that
-        each expert and each source rank loses the same share (:mod:`freeio_jax.flax.drops`). It
-        costs one all-gather of E int32 over the expert axes, and a sort of a rank's T*K ids.
+      drops: which assignments are dropped where a rank has not enough room. ``"evenly"``: every
+        n-th one in packed order, so that each expert and each source rank loses the same share
+        (:mod:`freeio_jax.flax.drops`). It costs one all-gather of E int32 over the expert axes, and
+        a sort of a rank's T*K ids, unless there is room for all. ``"last"``: the last ones in
+        packed order, so the last experts of the rank lose all first, and of one expert the last
+        source ranks. It costs nothing.
       fsdp_axes: mesh axes, of ``token_axes`` but not the expert axes, over which the matrices of
         the experts and of the shared expert are sharded as well. They are gathered where they are
         used; their gradients are reduced and scattered. () for none.
@@ -104,7 +105,7 @@ class MoEConfig:
     num_zero_experts: int = 0
     pad_experts_to: int | None = None
     router_width: int | None = None
-    drops: str = "last"
+    drops: str = "evenly"
     fsdp_axes: tuple[str, ...] = ()
     model_axes: tuple[str, ...] = ()
     overlap: bool = False

@@ -80,8 +80,8 @@ class MoE(nn.Module):
       pad_experts_to: P, first dimension of the experts' parameters, where the ranks do not divide
         E: 64, say, for 60 experts on 8 ranks. No token reaches the experts from E on.
       router_width: W, features of ``router_input``; None: H.
-      drops: ``"last"`` in packed order, or ``"evenly"``: each expert and source rank loses the same
-        share, for one small all-gather and a sort (``freeio_jax.flax.drops``).
+      drops: ``"evenly"``: each expert and source rank loses the same share, for a small all-gather
+        and a sort (``freeio_jax.flax.drops``); or ``"last"`` in packed order, for nothing.
       fsdp_axes: mesh axes, of ``token_axes`` but not the expert axes, over which the experts'
         matrices are sharded as well, to be gathered where they are used.
       model_axes: mesh axes without tokens over which the experts' hidden width is split; with
@@ -126,7 +126,7 @@ class MoE(nn.Module):
     num_zero_experts: int = 0
     pad_experts_to: int | None = None
     router_width: int | None = None
-    drops: str = "last"
+    drops: str = "evenly"
     fsdp_axes: tuple[str, ...] = ()
     model_axes: tuple[str, ...] = ()
     overlap: bool = False

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from freeio_jax.flax.config import MoEConfig
@@ -18,9 +18,6 @@ from freeio_jax.flax.moe import moe
 from freeio_jax.flax.parameters import initializer
 from freeio_jax.flax.report import Report
 from freeio_jax.flax.router import DEFAULT_ROUTER, Router, update_bias
-
-#: Names that parameters of an MoE layer have with some settings.
-_OF_SOME_LAYER = re.compile(r"(shared|router|gate|up|down)(_|$)")
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 
@@ -182,8 +179,8 @@ class MoE(nnx.Module):
       pad_experts_to: P, first dimension of the experts' parameters, where the ranks do not divide
         E: 64, say, for 60 experts on 8 ranks. No token reaches the experts from E on.
       router_width: W, features of ``router_input``; None: H.
-      drops: ``"last"`` in packed order, or ``"evenly"``: each expert and source rank loses the same
-        share, for one small all-gather and a sort (``freeio_jax.flax.drops``).
+      drops: ``"evenly"``: each expert and source rank loses the same share, for a small all-gather
+        and a sort (``freeio_jax.flax.drops``); or ``"last"`` in packed order, for nothing.
       fsdp_axes: mesh axes, of ``token_axes`` but not the expert axes, over which the experts'
         matrices are sharded as well, to be gathered where they are used.
       model_axes: mesh axes without tokens over which the experts' hidden width is split; with
@@ -232,7 +229,7 @@ class MoE(nnx.Module):
         num_zero_experts: int = 0,
         pad_experts_to: int | None = None,
         router_width: int | None = None,
-        drops: str = "last",
+        drops: str = "evenly",
         fsdp_axes: tuple[str, ...] = (),
         model_axes: tuple[str, ...] = (),
         overlap: bool = False,
@@ -336,12 +333,9 @@ class MoE(nnx.Module):
     ) -> jax.Array:
         router = self.config.router
         training = not (self.deterministic if deterministic is None else deterministic)
-        # A checkpoint may have put some there for which the layer has no use: moe() says so.
-        names = {*self.config.parameters(x.shape[-1]), *filter(_OF_SOME_LAYER.match, vars(self))}
-        variables = {name: getattr(self, name, None) for name in sorted(names)}
         bias = getattr(self, "bias", None)
         y, report = moe(
-            {name: v[...] for name, v in variables.items() if isinstance(v, nnx.Variable)},
+            self._parameters(x.shape[-1]),
             x,
             self.config,
             router_input=router_input,
@@ -355,6 +349,21 @@ class MoE(nnx.Module):
         if training:
             self._write(report)
         return y
+
+    def _parameters(self, width):
+        """The arrays of the layer's parameters by name, also of those that it has no use for.
+
+        ``nnx.update`` may have put them there: as a Param, or as an array if it was given arrays.
+        ``moe`` says that they have no use. A subclass may have parameters for a use of its own.
+        """
+        needed = self.config.parameters(width)
+        others = (nnx.Param, jax.Array, np.ndarray) if type(self) is MoE else ()
+        return {
+            name: value[...]
+            for name, value in sorted(vars(self).items())
+            if (name in needed and isinstance(value, nnx.Variable))
+            or (name != "bias" and isinstance(value, others))
+        }
 
     def _write(self, report):
         for name, kind in _REPORTS.items():

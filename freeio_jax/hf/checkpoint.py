@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from freeio_jax.hf import quantized
+from freeio_jax.hf.options import text_config
 from freeio_jax.hf.safetensors import SafetensorsFile
 
 #: The file that names the file of each tensor, where there are several.
@@ -195,7 +196,7 @@ class Checkpoint:
     @property
     def default_dtype(self) -> Any:
         """The ``dtype`` of config.json, else bfloat16."""
-        for config in (self.config, self.config.get("text_config") or {}):
+        for config in (self.config, text_config(self.config)):
             dtype = config.get("dtype") or config.get("torch_dtype")
             if dtype in _FLOATS:
                 return _FLOATS[dtype]

@@ -94,6 +94,11 @@ _KIMI_SETTINGS = {
         "bias_update_rate": 0.0,
     },
 }
+_COHERE_SCORE = _key(
+    "expert_selection_fn",
+    default="softmax",
+    values={"softmax": "softmax", "sigmoid": "sigmoid"},
+)
 _NO_BIAS_IN_MLP = Only(
     _key("use_bias", default=False), (False,), "a bias in the shared experts alone"
 )
@@ -176,6 +181,16 @@ FAMILIES: tuple[Family, ...] = (
         },
     ),
     Family(
+        "Qwen3-Omni-MoE's thinker",
+        ("qwen3_omni_moe_text",),
+        num_experts=_key("num_experts", default=128),
+        top_k=_key("num_experts_per_tok", default=8),
+        expert_width=_key("moe_intermediate_size", default=768),
+        router={"renormalize": _key("norm_topk_prob", default=True)},
+        weights=_MOE_FILES,
+        other_models=("talker.",),
+    ),
+    Family(
         "Lara-mini",
         ("lara_mini",),
         num_experts=_key("num_experts", default=128),
@@ -183,6 +198,16 @@ FAMILIES: tuple[Family, ...] = (
         expert_width=_key("moe_intermediate_size", default=512),
         shared_expert_width=_key("shared_expert_intermediate_size", default=512),
         router={"renormalize": _key("norm_topk_prob", default=True)},
+        weights=_MOE_FILES | _shared("mlp.shared_expert"),
+    ),
+    Family(
+        "Flint",
+        ("flint",),
+        num_experts=_key("num_experts", default=256),
+        top_k=_key("num_experts_per_tok", default=6),
+        expert_width=_key("moe_intermediate_size", default=512),
+        shared_expert_width=_key("shared_expert_intermediate_size", default=1024),
+        router={"score": "sigmoid", "renormalize": _key("norm_topk_prob", default=True)},
         weights=_MOE_FILES | _shared("mlp.shared_expert"),
     ),
     Family(
@@ -254,6 +279,133 @@ FAMILIES: tuple[Family, ...] = (
                 _key("topk_method", default="noaux_tc"), ("noaux_tc",), "another choice of experts"
             ),
             Only(_key("scoring_func", default="sigmoid"), ("sigmoid",), "another score"),
+        ),
+    ),
+    Family(
+        "A.X K2",
+        ("axk2",),
+        num_experts=_key("n_routed_experts", "num_local_experts", default=128),
+        top_k=_key("num_experts_per_tok", default=8),
+        expert_width=_key("moe_intermediate_size", default=512),
+        shared_expert_width=Times(
+            (_key("moe_intermediate_size", default=512), _key("n_shared_experts", default=1))
+        ),
+        router={
+            "score": "sigmoid",
+            "renormalize": _key("norm_topk_prob", default=True),
+            "weight_scale": _key("routed_scaling_factor", default=2.5),
+            "bias_update_rate": 0.0,
+        },
+        weights=_DEEPSEEK_FILES | {"bias": _as_is("mlp.gate.e_score_correction_bias")},
+        only=(
+            Only(
+                _key("n_group", default=None),
+                (None, 1),
+                "groups in which the experts of the others have the score 0, so that they are "
+                "chosen before those with a negative one",
+            ),
+        ),
+    ),
+    Family(
+        "Beam",
+        ("beam",),
+        num_experts=_key("num_experts", default=256),
+        top_k=_key("num_experts_per_tok", default=8),
+        expert_width=_key("moe_intermediate_size", default=2560),
+        router=_router_of_deepseek_v3(
+            norm_topk_prob=True, routed_scaling_factor=2.5, n_group=8, topk_group=4
+        ),
+        weights=_MOE_FILES | {"bias": _as_is("mlp.gate.e_score_correction_bias")},
+    ),
+    Family(
+        "Laguna",
+        ("laguna",),
+        num_experts=_key("num_experts", default=256),
+        top_k=_key("num_experts_per_tok", default=8),
+        expert_width=_key("moe_intermediate_size", default=512),
+        shared_expert_width=_key("shared_expert_intermediate_size", default=512),
+        router={
+            "score": "sigmoid",
+            "renormalize": True,
+            "weight_scale": _key("moe_routed_scaling_factor", default=1.0),
+            "bias_update_rate": 0.0,
+        },
+        weights=_MOE_FILES
+        | _shared("mlp.shared_expert")
+        | {"bias": _as_is("mlp.experts.e_score_correction_bias")},
+        only=(
+            Only(
+                _key("moe_router_logit_softcapping", default=0.0),
+                (0.0,),
+                "a tanh of the router's logits",
+            ),
+            Only(
+                _key("moe_apply_router_weight_on_input", default=False),
+                (False,),
+                "weights on the experts' input, which transformers does not have in this family",
+            ),
+        ),
+    ),
+    Family(
+        "Step-3.5, Step-3.7",
+        ("step3p5",),
+        num_experts=_key("n_routed_experts", "moe_num_experts", default=288),
+        top_k=_key("num_experts_per_tok", "moe_top_k", default=8),
+        expert_width=_key("moe_intermediate_size", default=1280),
+        shared_expert_width=_key("share_expert_dim", "share_expert_dims", default=1280),
+        router={
+            "score": "sigmoid",
+            "renormalize": True,
+            "weight_scale": _key("moe_router_scaling_factor", default=1.0),
+            "bias_update_rate": 0.0,
+        },
+        activation=Key((), "silu"),
+        weights={
+            "router": _linear("moe.gate.weight"),
+            "bias": _as_is("moe.router_bias"),
+            "gate_up": _linear("moe.gate_proj.weight", "moe.up_proj.weight"),
+            "down": _linear("moe.down_proj.weight"),
+            **_shared("share_expert"),
+        },
+        only=(
+            Only(
+                _key("swiglu_limits", default=None),
+                (None, 0.0),
+                "experts that bound the gate after its activation",
+            ),
+            Only(
+                _key("swiglu_limits_shared", default=None),
+                (None, 0.0),
+                "a shared expert that bounds the gate after its activation",
+            ),
+            Only(_key("mlp_bias", default=False), (False,), "a bias in the shared experts alone"),
+        ),
+    ),
+    Family(
+        "Cohere2-MoE",
+        ("cohere2_moe",),
+        num_experts=_key("num_experts", default=8),
+        top_k=_key("num_experts_per_tok", default=2),
+        expert_width=_key("intermediate_size", default=22528),
+        shared_expert_width=Times(
+            (
+                _key("intermediate_size", default=22528),
+                _key("num_shared_experts", default=0),
+            )
+        ),
+        router={
+            "score": _COHERE_SCORE,
+            # A softmax over the chosen experts alone is renormalized always.
+            "renormalize": _key("norm_topk_prob", default=True, only_if=(_COHERE_SCORE, "sigmoid")),
+        },
+        weights=_DEEPSEEK_FILES,
+        only=(
+            Only(
+                _key("shared_expert_combination_strategy", default="average"),
+                ("sum",),
+                "half of what the shared expert and the others give",
+                unless_zero=_key("num_shared_experts", default=0),
+            ),
         ),
     ),
     Family(

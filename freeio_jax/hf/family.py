@@ -53,11 +53,13 @@ class Only:
       key: the setting.
       allowed: its values that the layer can express.
       reason: what it means if it has another value.
+      unless_zero: another setting. Where it is zero, any value will do.
     """
 
     key: Key
     allowed: tuple
     reason: str
+    unless_zero: Key | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Family:
       blocks: the modules in the model of transformers, after ``layer``, whose outputs' sum is the
         layer's output. The first one has the experts; others may be missing.
       only: settings that the layer can express with some values alone.
+      other_models: how the names of tensors begin that belong to another model in the same files.
     """
 
     title: str
@@ -124,6 +127,7 @@ class Family:
     layer: str = "layers.{layer}."
     blocks: tuple[str, ...] = ("mlp",)
     only: tuple[Only, ...] = ()
+    other_models: tuple[str, ...] = ()
 
     @property
     def router_tensor(self) -> str:
@@ -140,6 +144,7 @@ BASES = (
     "model.language_model.",
     "language_model.model.",
     "language_model.",
+    "thinker.model.",
     "transformer.",
     "backbone.",
 )

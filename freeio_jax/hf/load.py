@@ -70,7 +70,7 @@ def moe_layers(ckpt: Checkpoint) -> tuple[int | str, ...]:
     starts = {
         name.removesuffix(family.router_tensor): None
         for name in ckpt.names()
-        if name.endswith(f".{family.router_tensor}")
+        if name.endswith(f".{family.router_tensor}") and not name.startswith(family.other_models)
     }
     numbers = {}
     for base in BASES:

@@ -14,11 +14,15 @@ _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.m
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config.json that tells of the decoder: ``text_config`` of multimodal models."""
-    inner = config.get("text_config")
+    """The part of a config.json that tells of the decoder: ``text_config`` of multimodal models.
+
+    Qwen3-Omni has that of its thinker one level further down.
+    """
     known = (*_BY_TYPE, *INEXPRESSIBLE)
-    if config.get("model_type") not in known and isinstance(inner, Mapping):
-        return inner
+    for name in ("thinker_config", "text_config"):
+        inner = config.get(name)
+        if config.get("model_type") not in known and isinstance(inner, Mapping):
+            config = inner
     return config
 
 
@@ -64,6 +68,8 @@ def moe_options(config: Mapping[str, Any], layer: int | str | None = None) -> di
         return _value(config, setting, family, layer)
 
     for only in family.only:
+        if only.unless_zero is not None and not get(only.unless_zero):
+            continue
         value = get(only.key)
         if value not in only.allowed:
             raise ValueError(

@@ -1,9 +1,11 @@
 """The generation example: equal logits to transformers', generation, sampling, and its program."""
 
+import io
 import json
 import re
 import runpy
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import whole_models
+from generate import decode
 from make_expected_logits import FOLDER
 from models import families, rope, tiny
 from models.generation import Generator
@@ -172,6 +175,34 @@ def test_the_program_needs_nothing(monkeypatch, capsys):
     rates = re.search(r"generated: 18 tokens, ([\d,]+) tokens/s, exchange: (\d+)% of a step", out)
     assert int(rates[1].replace(",", "")) > 0
     assert 0 < int(rates[2]) < 100
+
+
+class ScriptedGenerator:
+    """Stands for a Generator. The first text ends after four steps, the second after three."""
+
+    def start(self, tokens, mask, seed):
+        return self.step(types.SimpleNamespace(number=0))
+
+    def step(self, texts):
+        number = texts.number + 1
+        running = np.array([number < 4, number < 3])
+        return types.SimpleNamespace(number=number, last=np.full(2, number), running=running)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_progress_bar_counts_steps(is_terminal, monkeypatch):
+    """Only a terminal has one. It stops where the last text ends."""
+    error = io.StringIO()
+    error.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", error)
+    prompts, arguments = (np.zeros((2, 1)), np.ones((2, 1))), {"new_tokens": 6, "seed": 0}
+    arguments = types.SimpleNamespace(**arguments)
+    outputs, *_ = decode(ScriptedGenerator(), prompts, arguments)
+    assert outputs == [[1, 2, 3, 4], [1, 2, 3]]
+    if is_terminal:
+        assert re.search(r" 67%.* 4/6 \[.*step", error.getvalue().split("\r")[-1])
+    else:
+        assert not error.getvalue()
 
 
 def test_the_program_takes_a_checkpoint(monkeypatch, capsys, checkpoint):

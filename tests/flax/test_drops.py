@@ -117,7 +117,7 @@ def chosen_by_hand(num_ranks, expert_of_token, **changes):
 def test_a_rank_at_twice_its_share(exchange):
     """Every source has 4 tokens for each expert of rank 0, which has room for 40 of its 64."""
     of_token = [0] * 4 + [1] * 4 + [2 + i % 14 for i in range(24)]
-    config, parameters, x = chosen_by_hand(8, of_token, exchange=exchange)
+    config, parameters, x = chosen_by_hand(8, of_token, exchange=exchange, drops="last")
     with jax.set_mesh(make_mesh(8, axis_types=(AxisType.Auto,))):
         _, last = jax.jit(lambda: moe(parameters, x, config))()
         config = dataclasses.replace(config, drops="evenly")
@@ -213,10 +213,10 @@ def test_what_evenly_costs():
         return lowered.as_text().count("stablehlo.all_gather")
 
     with jax.set_mesh(make_mesh(4, axis_types=(AxisType.Auto,))):
-        assert all_gathers() == 0
-        assert all_gathers(drops="evenly") == 1
-        assert all_gathers(drops="evenly", capacity_factor=None) == 0
-        assert all_gathers(drops="evenly", capacity_factor=100.0) == 0
+        assert all_gathers() == 1
+        assert all_gathers(drops="last") == 0
+        assert all_gathers(capacity_factor=None) == 0
+        assert all_gathers(capacity_factor=100.0) == 0
 
 
 def test_without_drops_the_reports_are_zero(rng):

@@ -253,7 +253,8 @@ def test_experts_over_two_axes(rng):
 
 def test_drops_are_reported_and_add_nothing(rng):
     # All tokens to one expert: its rank holds what fits, in order of tokens.
-    config = MoEConfig(**settings(top_k=1, capacity_factor=0.5, router=Router(renormalize=False)))
+    router = Router(renormalize=False)
+    config = MoEConfig(**settings(top_k=1, capacity_factor=0.5, drops="last", router=router))
     parameters, x = draw_parameters(config, rng), jnp.abs(draw_tokens(rng, 64))
     parameters["router"] = jnp.zeros((WIDTH, 8)).at[:, 5].set(1.0)
     capacity = balanced_capacity(
@@ -398,6 +399,37 @@ def test_parameters_that_are_not_those_of_the_configuration(rng):
         moe(parameters, x, MoEConfig(**settings(router=Router(logits_bias=True))))
     with pytest.raises(ValueError, match=r"'down' has shape \(8, 16, 24\).*\(8, 24, 16\)"):
         moe(parameters | {"down": jnp.swapaxes(parameters["down"], 1, 2)}, x, config)
+
+
+@pytest.mark.parametrize("kind", [nnx.Param, jnp.asarray, np.asarray], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("name", ["foo", "shared_down"])
+def test_a_parameter_that_no_setting_asks_for(name, kind, rng):
+    """nnx refuses it as linen does, also where ``nnx.update`` is given arrays."""
+    x, array = draw_tokens(rng, 8, 5), np.ones(3, np.float32)
+    message = rf"no use for \['{name}'\], and lacks \[\]"
+    parameters = draw_parameters(MoEConfig(**settings()), rng)
+    with pytest.raises(ValueError, match=message):
+        linen.MoE(**settings()).apply({"params": parameters | {name: array}}, x)
+    layer = nnx.eval_shape(lambda: fio_nnx.MoE(WIDTH, **settings(), rngs=nnx.Rngs(0)))
+    nnx.update(layer, parameters | {name: kind(array)})
+    for deterministic in (False, True):
+        with pytest.raises(ValueError, match=message):
+            layer(x, deterministic=deterministic)
+
+
+def test_a_subclass_may_have_parameters_of_its_own(rng):
+    class Scaled(fio_nnx.MoE):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.scale = nnx.Param(jnp.float32(2))
+
+        def __call__(self, x):
+            return self.scale[...] * super().__call__(x)
+
+    layer = Scaled(WIDTH, num_experts=4, top_k=2, expert_width=8, rngs=nnx.Rngs(0))
+    x = jnp.asarray(rng.normal(size=(2, 3, WIDTH)), jnp.float32)
+    plain = fio_nnx.MoE(WIDTH, num_experts=4, top_k=2, expert_width=8, rngs=nnx.Rngs(0))
+    assert_close(layer(x), 2 * plain(x))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)

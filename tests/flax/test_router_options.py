@@ -254,28 +254,31 @@ def test_zero_experts_take_no_room():
         assert int(report.dropped) == dropped
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
-def test_experts_that_only_pad(num_ranks, rng):
+@pytest.mark.parametrize(
+    ("num_ranks", "num_experts", "padded"),
+    [(1, 6, 8), (2, 6, 8), (4, 6, 8), (8, 6, 8), (8, 60, 64)],
+)
+def test_experts_that_only_pad(num_ranks, num_experts, padded, rng):
     """Parameters of one shape fit all meshes; padding may hold anything and takes no gradient."""
-    options = LAYER | {"num_experts": 6, "pad_experts_to": 8, "capacity_factor": 2.0}
+    options = LAYER | {"num_experts": num_experts, "pad_experts_to": padded, "capacity_factor": 4.0}
     config = MoEConfig(**options)
     parameters, x = draw(config, rng, 8, 3)
     plain = MoEConfig(**options | {"pad_experts_to": None, "capacity_factor": None})
-    cut = {n: a[:6] if n in ("gate_up", "down") else a for n, a in parameters.items()}
+    cut = {n: a[:num_experts] if n in ("gate_up", "down") else a for n, a in parameters.items()}
     mask = jnp.ones(x.shape[:-1], bool)
     (_, (expected, _)), grads = results(cut, x, plain, None, mask)
     for name in ("gate_up", "down"):
-        parameters[name] = parameters[name].at[6:].set(jnp.nan)
+        parameters[name] = parameters[name].at[num_experts:].set(jnp.nan)
     with jax.set_mesh(make_mesh((num_ranks,), axis_types=(AxisType.Auto,))):
         (_, (y, report)), padded_grads = results(parameters, x, config, None, mask)
         model = fio_nnx.MoE(WIDTH, **options, rngs=nnx.Rngs(0))
-    assert model.gate_up[...].shape == (8, WIDTH, 16)
-    assert model.load[...].shape == report.load.shape == (6,)
+    assert model.gate_up[...].shape == (padded, WIDTH, 16)
+    assert model.load[...].shape == report.load.shape == (num_experts,)
     assert int(report.dropped) == 0
     assert_close(y, expected)
     for name in ("gate_up", "down"):
-        assert not padded_grads[0][name][6:].any()
-        padded_grads[0][name] = padded_grads[0][name][:6]
+        assert not padded_grads[0][name][num_experts:].any()
+        padded_grads[0][name] = padded_grads[0][name][:num_experts]
     assert_close(padded_grads, grads)
 
 

@@ -12,12 +12,20 @@ from helpers import make_mesh
 from jax.sharding import AxisType
 
 from freeio_jax import hf
-from freeio_jax.flax import linen
+from freeio_jax.flax import linen, moe
 from freeio_jax.flax import nnx as fio_nnx
 from freeio_jax.hf.check import router_input_of
+from freeio_jax.hf.options import moe_config
 
 #: As a share of the largest value, in float32.
 TOLERANCE = 1e-5
+
+
+def by_core(config, layer, parameters, bias, x):
+    _, settings = moe_config(config, layer)
+    router_input = router_input_of(config, x)
+    y, _ = moe(parameters, x, settings, bias=bias, router_input=router_input)
+    return y
 
 
 def by_linen(config, layer, parameters, bias, x):
@@ -40,7 +48,7 @@ def largest_difference(apply, num_devices, ckpt, gradients, layer, x, weight, y,
     """The largest difference of output and gradients of ``sum(y * weight)``.
 
     Args:
-      apply: ``by_linen`` or ``by_nnx``.
+      apply: ``by_core``, ``by_linen`` or ``by_nnx``.
       num_devices: of the mesh, over which the experts are spread.
       ckpt: the checkpoint with the layer's weights.
       gradients: a checkpoint with the weights' gradients.

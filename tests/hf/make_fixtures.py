@@ -53,6 +53,13 @@ NAMES = (
     "phimoe",
     "longcat_flash",
     "gemma4_text",
+    "axk2",
+    "beam",
+    "cohere2_moe/sigmoid",
+    "flint",
+    "laguna",
+    "qwen3_omni_moe_thinker",
+    "step3p7",
 )
 
 
@@ -75,7 +82,7 @@ def write_family(name: str, seed: int, temporary: Path) -> None:
     model.save_pretrained(temporary / "model")
     ckpt = hf.open(temporary / "model")
     layer = hf.moe_layers(ckpt)[-1]
-    width = hf.moe_options(ckpt.config)["width"]
+    width = hf.moe_options(ckpt.config, layer)["width"]
     rng = np.random.default_rng(seed)
     x, weight = rng.normal(size=(2, 3, 4, width)).astype(np.float32)
     y, dx = tiny_models.output_and_gradients(moe_function(model, layer), x, weight)

@@ -61,6 +61,41 @@ def write(folder: Path, name: str, rng: np.random.Generator) -> None:
     safetensors.write(folder / "expected.safetensors", expected)
 
 
+def write_layer(folder: Path, name: str, fixture: Path, rng: np.random.Generator) -> None:
+    """A checkpoint whose MoE layer has quantized experts, of a fixture in float32.
+
+    mxfp4 has blocks of 32 values, more than the fixtures' widths. So it has weights of its own.
+    """
+    ckpt = hf.open(fixture)
+    config = ckpt.config | {"quantization_config": CONFIG[name]}
+    tensors = {n: np.array(ckpt.tensor(n)) for n in ckpt.names()}
+    start = "model.layers.1.mlp"
+    if name == "fp8":
+        for weight in [n for n in tensors if ".experts." in n]:
+            tensors[weight] = tensors[weight].astype(ml_dtypes.float8_e4m3fn)
+            grid = [-(-n // b) for n, b in zip(tensors[weight].shape, (4, 8), strict=True)]
+            scales = np.exp(rng.normal(size=grid)).astype(np.float32)
+            tensors[f"{weight}_scale_inv"] = scales
+    else:
+        config |= {"hidden_size": 32, "intermediate_size": 32}
+        shapes = {"router.weight": (4, 32), "router.bias": (4,)}
+        shapes |= {"experts.gate_up_proj_bias": (4, 64), "experts.down_proj_bias": (4, 32)}
+        tensors = {f"{start}.{n}": rng.normal(size=s) for n, s in shapes.items()}
+        tensors = {n: array.astype(np.float32) for n, array in tensors.items()}
+        for projection, width in (("gate_up_proj", 64), ("down_proj", 32)):
+            blocks = rng.integers(0, 256, size=(4, width, 1, 16)).astype(np.uint8)
+            scales = rng.integers(120, 130, size=(4, width, 1)).astype(np.uint8)
+            tensors[f"{start}.experts.{projection}_blocks"] = blocks
+            tensors[f"{start}.experts.{projection}_scales"] = scales
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.write(folder / "model.safetensors", tensors)
+
+
+#: Fixtures whose families are published in these formats.
+FIXTURE_OF = {"fp8": "deepseek_v3", "mxfp4": "gpt_oss"}
+
+
 def assert_equal(folder: Path, dtype: str) -> None:
     """Checks that the reader gives the very bits of ``expected.safetensors``."""
     ckpt = hf.open(folder)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import quantize
 from helpers import make_mesh
 from jax.sharding import AxisType
 
@@ -75,6 +77,25 @@ def test_check_says_what_does_not_fit(capfd, tmp_path):
     assert status == 1 and "It is truncated" in out
 
 
+@pytest.mark.parametrize("name", quantize.CONFIG)
+def test_check_of_quantized_experts(name, capfd, tmp_path, rng):
+    folder = tmp_path / "folder"
+    quantize.write_layer(folder, name, FIXTURES / quantize.FIXTURE_OF[name], rng)
+    status, out = check(capfd, folder, "--ranks", "2", "--dtype", "bfloat16")
+    assert status == 0, out
+    assert "1 with an MoE block: 1" in out and "every tensor" in out
+    ckpt = hf.open(folder)
+    tensors = hf.tensors_of_layer(ckpt, 1)
+    quantized = next(n for n in tensors if ckpt.is_quantized(n))
+    file = safetensors.SafetensorsFile(folder / "model.safetensors")
+    stored = {n: np.array(file.tensor(n)) for n in file.names()}
+    part = quantized if name == "fp8" else f"{quantized}_blocks"
+    stored[part] = stored[part][1:]
+    safetensors.write(folder / "model.safetensors", stored)
+    status, out = check(capfd, folder)
+    assert status == 1 and f"WRONG: hf: the tensor {quantized!r}" in out, out
+
+
 def test_errors_are_one_line(capfd, tmp_path):
     assert main(["check", str(tmp_path / "nowhere")]) == 1
     assert capfd.readouterr().err.count("\n") == 1
@@ -108,6 +129,11 @@ def test_converted_layers_restore_on_any_mesh(name, tmp_path, capfd):
             np.testing.assert_array_equal(got.nnx[parameter], array)
             assert got.nnx[parameter].dtype == array.dtype
             assert got.nnx[parameter].sharding.is_equivalent_to(array.sharding, array.ndim)
+    with ocp.StandardCheckpointer() as checkpointer:
+        rest = checkpointer.restore(out / "rest")
+    assert rest.keys() == {"model.norm.weight"}
+    assert rest["model.norm.weight"].dtype == np.float16
+    np.testing.assert_array_equal(rest["model.norm.weight"], tensors["model.norm.weight"])
     without = restore_moe(out, layer, dtype="bfloat16")
     assert without.parameters["down"].dtype == "bfloat16"
     assert without.parameters["router"].dtype == "float32"

@@ -185,6 +185,41 @@ def test_the_text_part_of_a_multimodal_model(tmp_path):
     np.testing.assert_array_equal(got.parameters["down"], expected.parameters["down"])
 
 
+def test_the_thinker_of_a_whole_qwen3_omni(tmp_path):
+    """Its talker has MoE layers, too, of another kind. They are none of this model's."""
+
+    def nest(config):
+        inner = dict(config)
+        config.clear()
+        config.update(model_type="qwen3_omni_moe", thinker_config=inner, talker_config={})
+
+    def rename(tensors):
+        for name in list(tensors):
+            array = tensors.pop(name)
+            tensors[f"thinker.{name}"] = array
+            tensors[f"talker.{name}"] = array[:1]
+
+    name = "qwen3_omni_moe_thinker"
+    ckpt = changed(tmp_path, name, nest, rename)
+    plain, layer = open_fixture(name)
+    assert hf.moe_layers(ckpt) == hf.moe_layers(plain) == (layer,)
+    assert hf.moe_options(ckpt.config) == hf.moe_options(plain.config)
+    got, expected = hf.load_moe(ckpt, layer), hf.load_moe(plain, layer)
+    jax.tree.map(np.testing.assert_array_equal, got.nnx, expected.nnx)
+
+
+def test_kimi_k2_is_read_as_deepseek_v3(tmp_path):
+    """Published as files of DeepSeek-V3 with a model_type of its own."""
+    ckpt = changed(tmp_path, "deepseek_v3", lambda config: config.update(model_type="kimi_k2"))
+    plain, layer = open_fixture("deepseek_v3")
+    assert ckpt.config["model_type"] == "kimi_k2"
+    assert hf.moe_layers(ckpt) == hf.moe_layers(plain)
+    assert hf.moe_options(ckpt.config) == hf.moe_options(plain.config)
+    got, expected = hf.load_moe(ckpt, layer), hf.load_moe(plain, layer)
+    assert expected.bias is not None
+    jax.tree.map(np.testing.assert_array_equal, got.nnx, expected.nnx)
+
+
 def fuse(model_type=None):
     """Changes of the fixture qwen3_moe: all experts in one tensor."""
     start = "model.layers.1.mlp.experts"
@@ -283,6 +318,16 @@ def test_experts_that_do_not_divide(tmp_path):
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'.*another score"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias=True.*bias in the shared experts"),
+        ("axk2", {"n_group": 4}, "n_group=4.*the score 0.*None and 1"),
+        ("laguna", {"moe_router_logit_softcapping": 30.0}, "softcapping=30.0.*a tanh of"),
+        ("laguna", {"moe_apply_router_weight_on_input": True}, "weights on the experts' input"),
+        (
+            "cohere2_moe-sigmoid",
+            {"shared_expert_combination_strategy": "average"},
+            "strategy='average'.*half of",
+        ),
+        ("cohere2_moe-sigmoid", {"expert_selection_fn": "sparsemax"}, "fn='sparsemax'"),
+        ("step3p7", {}, "swiglu_limits=.* differs between layers.*layer="),
         ("hunyuan_v1_moe", {"moe_topk": [1, 2]}, "moe_topk=.* differs between layers.*layer="),
         *(("mixtral", {"model_type": t}, r) for t, r in INEXPRESSIBLE.items()),
     ],
@@ -299,6 +344,23 @@ def test_a_setting_that_is_missing():
     del config["moe_intermediate_size"]
     with pytest.raises(ValueError, match="no 'moe_intermediate_size', which Qwen2"):
         hf.moe_options(config)
+
+
+def test_limits_of_single_layers():
+    """Layer 0 of Step has limits, layer 1 has none."""
+    config = hf.open(FIXTURES / "step3p7").config
+    assert hf.moe_options(config, 1)["experts"] == SwiGLU()
+    with pytest.raises(ValueError, match=r"swiglu_limits=7\.0 .*bound the gate"):
+        hf.moe_options(config, 0)
+
+
+def test_shared_experts_that_are_averaged_only_where_there_are_some():
+    config = hf.open(FIXTURES / "cohere2_moe-sigmoid").config
+    without = config | {
+        "num_shared_experts": 0,
+        "shared_expert_combination_strategy": "average",
+    }
+    assert hf.moe_options(without)["shared_expert_width"] is None
 
 
 def test_settings_of_each_layer():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import quantize
 from flax import nnx
 from helpers import make_mesh
 from jax.sharding import AxisType
@@ -19,7 +20,7 @@ from freeio_jax.flax.experts import SwiGLU
 from freeio_jax.hf import safetensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FAMILIES = sorted(path.name for path in FIXTURES.iterdir() if path.name not in ("fp8", "mxfp4"))
+FAMILIES = sorted(path.name for path in FIXTURES.iterdir() if path.name not in quantize.CONFIG)
 
 
 def assert_same(got, expected):
@@ -113,6 +114,25 @@ def test_quantized_weights_are_saved_dequantized(tmp_path):
     assert saved.tensor("a").dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(saved.tensor("a"), ckpt.tensor("a"))
     assert "quantization_config" not in saved.config
+
+
+@pytest.mark.parametrize("name", quantize.CONFIG)
+def test_a_layer_of_quantized_experts(name, tmp_path, rng):
+    """Its weights, and others in their place, are saved dequantized under the same names."""
+    quantize.write_layer(tmp_path / "from", name, FIXTURES / quantize.FIXTURE_OF[name], rng)
+    ckpt = hf.open(tmp_path / "from")
+    (layer,) = hf.moe_layers(ckpt)
+    weights = hf.load_moe(ckpt, layer, dtype=jnp.float32)
+    doubled = hf.Weights(jax.tree.map(lambda a: 2 * a, weights.parameters), weights.bias)
+    assert any(ckpt.is_quantized(n) for n in hf.tensors_of_layer(ckpt, layer))
+    for folder, given in (("same", weights), ("doubled", doubled)):
+        hf.save(tmp_path / folder, ckpt, {layer: given})
+        saved = hf.open(tmp_path / folder)
+        assert set(saved.names()) == set(ckpt.names())
+        assert not any(saved.is_quantized(n) for n in saved.names())
+        assert "quantization_config" not in saved.config
+        got = hf.load_moe(saved, layer, dtype=jnp.float32)
+        jax.tree.map(np.testing.assert_array_equal, got.nnx, given.nnx)
 
 
 def test_what_cannot_be_saved(tmp_path):

@@ -168,6 +168,60 @@ MODELS = {
     "granitemoehybrid": MIXTRAL
     | {"shared_intermediate_size": 20, "mamba_n_heads": 2, "layer_types": ["attention"] * 2},
     "qwen3_5_moe_text": QWEN | {"shared_expert_intermediate_size": 20},
+    "axk2": DEEPSEEK
+    | LATENT
+    | {"n_group": None, "topk_group": None, "index_n_heads": 2, "index_head_dim": 8},
+    "beam": QWEN | {"n_group": 4, "topk_group": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "cohere2_moe": QWEN,
+    "cohere2_moe/sigmoid": QWEN
+    | {
+        "expert_selection_fn": "sigmoid",
+        "num_shared_experts": 2,
+        "shared_expert_combination_strategy": "sum",
+    },
+    "cohere2_moe/sigmoid, weights not renormalized": QWEN
+    | {"expert_selection_fn": "sigmoid", "norm_topk_prob": False},
+    "flint": QWEN | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [0]},
+    "laguna": QWEN | {"shared_expert_intermediate_size": 20, "moe_routed_scaling_factor": 1.5},
+    "qwen3_omni_moe_thinker": {
+        "text_config": COMMON | QWEN,
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [],
+        },
+        "audio_config": {
+            "d_model": 16,
+            "encoder_layers": 1,
+            "encoder_ffn_dim": 24,
+            "encoder_attention_heads": 2,
+            "downsample_hidden_size": 8,
+            "output_dim": 16,
+        },
+    },
+    "step3p7": {
+        "text_config": COMMON
+        | {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "share_expert_dim": 20,
+            "moe_router_scaling_factor": 1.5,
+            "mlp_layer_types": ["dense", "sparse"],
+            "swiglu_limits": [7.0, 0.0],
+            "swiglu_limits_shared": [7.0, None],
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+        },
+    },
 }
 
 
@@ -188,6 +242,7 @@ SMALL = {
     "expert_ffn_hidden_size": 4,
     "n_group": 2,
     "topk_group": 1,
+    "share_expert_dim": 6,
 }
 
 
@@ -197,7 +252,7 @@ def shrink(settings: dict) -> dict:
         name: shrink(value)
         if isinstance(value, dict)
         else min(value, SMALL[name])
-        if name in SMALL
+        if name in SMALL and value is not None
         else value
         for name, value in settings.items()
     }
@@ -206,13 +261,26 @@ def shrink(settings: dict) -> dict:
 def make(name: str, seed: int, small: bool = False):
     """The model, all of whose parameters and biases are random."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+    )
 
     model_type = name.split("/")[0]
-    settings = MODELS[name] if "d_model" in MODELS[name] else COMMON | MODELS[name]
+    settings = MODELS[name]
+    if not settings.keys() & {"d_model", "text_config"}:
+        settings = COMMON | settings
     settings = shrink(settings) if small else settings
     config = AutoConfig.for_model(model_type, **settings)
-    known = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel)
+    known = (
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForImageTextToText,
+        AutoModel,
+    )
     auto = next(kind for kind in known if type(config) in kind._model_mapping)
     # "eager" is a loop over the experts, for any sizes.
     model = auto.from_config(config, experts_implementation="eager")
