@@ -72,7 +72,11 @@ def _import() -> tuple[Any, str]:
 def _obstacle() -> tuple[str, str]:
     """(why NVSHMEM cannot be started in this process, or "", and its version)."""
     if settings.config()["transport"] == "xla":
-        return "transport=xla (FREEIO_TRANSPORT) says so", ""
+        return (
+            "transport=xla, the default, says so. FREEIO_TRANSPORT=auto asks for NVSHMEM, whose "
+            "kernels have run on emulated GPUs only",
+            "",
+        )
     if not hasattr(_native, "hosts"):
         return (
             "freeio_jax was built without NVSHMEM: pip install nvidia-nvshmem-cu13, and then "

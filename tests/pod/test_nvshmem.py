@@ -19,7 +19,7 @@ def run(monkeypatch):
     """Runs a scenario; (what each process said, the pod)."""
 
     def run(scenario, **environment):
-        for name, value in environment.items():
+        for name, value in {"FREEIO_TRANSPORT": "auto", **environment}.items():
             monkeypatch.setenv(name, value)
         lines = [[], []]
         pod = Pod(
@@ -73,7 +73,7 @@ def test_it_may_be_declined(run):
     said, _ = run("works_not", FREEIO_TRANSPORT="xla")
     for text in said:
         assert "CARRIER XLA's collectives: process 0" in text, said
-        assert "transport=xla (FREEIO_TRANSPORT) says so" in text, said
+        assert "transport=xla, the default, says so" in text, said
 
 
 def test_versions_that_differ(run):
