@@ -72,9 +72,9 @@ class MoEConfig:
         exchange that brings the tokens' gradient back. With chunks, the experts of one chunk run
         beside the exchanges of its neighbours. Such an exchange takes ``overlap_num_sms`` of a
         GPU's multiprocessors (:func:`freeio_jax.config`). An exchange with nothing beside it takes
-        all that it may, and so do all where this is False. The default is False because exchanges
-        beside compute have run on emulated GPUs only. An ``exchange`` without ``dispatch_start``
-        and ``combine_start`` is synchronous.
+        all that it may, and so do all where this is False. The default is False because within a
+        host it has not been shown to pay (``docs/overlap.md``). An ``exchange`` without
+        ``dispatch_start`` and ``combine_start`` is synchronous.
       num_chunks: n, the number of chunks that the tokens of a rank are cut into. Their sizes differ
         by one at most. While the experts multiply one chunk, the next is dispatched, and the one
         before is combined. The room of ``capacity_factor`` is that of each chunk, so more may be
