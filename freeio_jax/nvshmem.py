@@ -181,6 +181,9 @@ def _start(store: Store, version: str) -> None:
     ordinal = _local_gpus()[0].local_hardware_id
     # Kernels use no multicast of NVLink, which NVSHMEM would prepare.
     os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
+    # Where NVLink reaches all PEs, NVSHMEM's thread would only wait for calls that no kernel makes.
+    # It keeps a core busy, and goes on reading CUDA's memory while the process ends.
+    os.environ.setdefault("NVSHMEM_DISABLE_LOCAL_ONLY_PROXY", "1")
     part_bytes = layout.window_part_bytes(len(hosts.of_program()))
     needed = _native.hosts.landing_bytes(num_processes, len(hosts.of_program()), part_bytes)
     # Where NVSHMEM's heap cannot grow, it has this size. It needs some of it for itself.

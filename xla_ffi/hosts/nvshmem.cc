@@ -2,6 +2,7 @@
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <device_host_transport/nvshmem_constants.h>
 #include <dlfcn.h>
 #include <non_abi/nvshmem_version.h>
 
@@ -36,6 +37,7 @@ Status Nvshmem::find(Nvshmem& found) {
     function = reinterpret_cast<Function>(dlsym(library, name));
     if (function == nullptr) missing = name;
   };
+  look_up("nvshmemx_init_status", found.status_);
   look_up("nvshmem_align", found.allocate_);
   look_up("nvshmem_free", found.free_);
   look_up("nvshmem_ptr", found.address_);
@@ -48,6 +50,16 @@ Status Nvshmem::find(Nvshmem& found) {
   if (missing.empty()) return {};
   return {Code::kInternal, std::string("freeio_jax: ") + kLibrary + " has no function " + missing +
                                ": use another version of nvidia-nvshmem-cu13."};
+}
+
+Status Nvshmem::check_started() const {
+  const int status = status_();
+  if (status >= NVSHMEM_STATUS_IS_INITIALIZED) return {};
+  return {Code::kInternal,
+          "freeio_jax: NVSHMEM has not started, although it reported no error (its status is " +
+              std::to_string(status) +
+              "). Most often it reaches some GPU of another process neither by NVLink nor by a "
+              "network. What it wrote to stderr says more."};
 }
 
 Status Nvshmem::allocate(size_t alignment, size_t bytes, void*& memory) const {

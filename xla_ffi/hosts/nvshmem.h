@@ -16,6 +16,10 @@ class Nvshmem {
   // Finds the functions in the library that this process has loaded.
   static Status find(Nvshmem& found);
 
+  // An error if NVSHMEM has not started. nvshmem4py does not always notice that, and NVSHMEM's next
+  // call would end the process.
+  Status check_started() const;
+
   // Memory in the symmetric heap. Every PE must call these two, with equal arguments. They wait for
   // the other PEs, without a bound.
   Status allocate(size_t alignment, size_t bytes, void*& memory) const;
@@ -40,6 +44,7 @@ class Nvshmem {
   Status bind(const Kernel& kernel) const;
 
  private:
+  int (*status_)() = nullptr;
   void* (*allocate_)(size_t alignment, size_t bytes) = nullptr;
   void (*free_)(void*) = nullptr;
   void* (*address_)(const void*, int) = nullptr;

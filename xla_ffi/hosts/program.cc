@@ -123,6 +123,7 @@ Status join_hosts(pod::Pod& pod, HostsProgram program) {
   if (!status.ok()) return status;
   Nvshmem nvshmem;
   status = Nvshmem::find(nvshmem);
+  if (status.ok()) status = nvshmem.check_started();
   if (!status.ok()) return status;
   std::lock_guard lock(state().mutex);
   const auto num_pes = static_cast<int>(program.host_of_pe.size());
