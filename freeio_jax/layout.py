@@ -81,6 +81,11 @@ def window_part_bytes(num_hosts: int) -> int:
     return 1 << max(WINDOW_BYTES // parts, 1).bit_length() - 1
 
 
+def symmetric_heap_bytes(landing_bytes: int) -> int:
+    """Bytes of NVSHMEM's heap, where it cannot grow: the windows, and room for what it keeps."""
+    return landing_bytes + (256 << 20)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Geometry of one exchange: hashable, known at trace time, equal on all ranks.

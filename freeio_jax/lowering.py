@@ -52,20 +52,16 @@ def register_operation(primitive: core.Primitive, lowering: Callable) -> None:
             )
         # A transport has nothing that only starts: the operation runs to its end.
         carrier = transport.choose(engine.platform, ctx.module_context.axis_context.mesh, groups)
-        return carrier.lower(
-            ctx,
-            *operands,
+        call = transport.SpanningCall(
             operation=operation,
             lowering=lowering,
             engine=engine,
             meet=meet,
             device_index=lambda: (_device_index(ctx), _INDEX),
-            axes=axes,
-            layout=layout,
             groups=groups,
             hosts=spanned,
-            **params,
         )
+        return carrier.lower(ctx, *operands, call=call, axes=axes, layout=layout, **params)
 
     register(primitive, lower_here_or_across)
 

@@ -185,9 +185,8 @@ def _start(store: Store, version: str) -> None:
     # It keeps a core busy, and goes on reading CUDA's memory while the process ends.
     os.environ.setdefault("NVSHMEM_DISABLE_LOCAL_ONLY_PROXY", "1")
     part_bytes = layout.window_part_bytes(len(hosts.of_program()))
-    needed = _native.hosts.landing_bytes(num_processes, len(hosts.of_program()), part_bytes)
-    # Where NVSHMEM's heap cannot grow, it has this size. It needs some of it for itself.
-    os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(needed + (256 << 20)))
+    landing = _native.hosts.landing_bytes(num_processes, len(hosts.of_program()), part_bytes)
+    os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(layout.symmetric_heap_bytes(landing)))
     nvshmem, _ = _import()
     unique_id = nvshmem.get_unique_id(empty=me != 0)
     its_bytes = unique_id._data.view(np.int8)

@@ -6,7 +6,10 @@ instead.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,31 @@ from jax._src.lib.mlir.dialects import hlo
 from freeio_jax import hosts, log, nvshmem, plain
 from freeio_jax.define import split_routes
 from freeio_jax.engines import CudaEngineBetweenHosts
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanningCall:
+    """A call of an operation whose groups span hosts.
+
+    Attributes:
+      operation: its name.
+      lowering: lowers it to a custom call of an engine.
+      engine: that of the platform.
+      meet: None, or ``meet(ctx, value)``: makes a custom call that returns ``value`` when all ranks
+        of the group have come. XLA's collectives of a rank that waits for another one hang for
+        long, and do not say for whom. So none begins before all are there.
+      device_index: makes the MLIR value of this device's index in the mesh, and its aval.
+      groups: mesh device indices, ``[groups, R]``.
+      hosts: of the ranks of each group, as :func:`freeio_jax.hosts.of_groups` returns them.
+    """
+
+    operation: str
+    lowering: Callable
+    engine: Any
+    meet: Callable | None
+    device_index: Callable
+    groups: np.ndarray
+    hosts: np.ndarray
 
 
 class XlaCollectives:
@@ -32,48 +60,28 @@ class XlaCollectives:
     def __init__(self, why: str):
         self.why = why
 
-    def lower(
-        self,
-        ctx,
-        *operands,
-        operation,
-        lowering,
-        engine,
-        meet,
-        device_index,
-        axes,
-        layout,
-        groups,
-        hosts,
-        **params,
-    ):
+    def lower(self, ctx, *operands, call: SpanningCall, axes, layout, **params):
         """Lowers an operation of the groups of a call that spans hosts.
 
         Args:
           ctx: JAX's lowering context.
           operands: of the operation's primitive.
-          operation: its name.
-          lowering: lowers it to a custom call of an engine.
-          engine: that of the platform.
-          meet: None, or ``meet(ctx, value)``: makes a custom call that returns ``value`` when all
-            ranks of the group have come. XLA's collectives of a rank that waits for another one
-            hang for long, and do not say for whom. So none begins before all are there.
-          device_index: makes the MLIR value of this device's index in the mesh, and its aval.
+          call: the rest.
           axes, layout, params: of the primitive.
-          groups: mesh device indices, ``[groups, R]``.
-          hosts: of the ranks of each group, as :func:`freeio_jax.hosts.of_groups` returns them.
         """
         self._log_once()
         operands = list(operands)
         # All that is sent depends on the first operand: the ids, or to which ranks rows went.
-        if meet is not None:
-            operands[0] = meet(ctx.replace(avals_in=ctx.avals_in[:1]), operands[0])
-        run = functools.partial(getattr(plain, operation), axes=axes, layout=layout, **params)
-        if operation == "combine" and (hosts == hosts[0]).all():
-            run = functools.partial(run, hosts=hosts[0])
-        elif operation == "combine":
-            run = functools.partial(_run_with_hosts_of_group, run, _by_device(groups, hosts))
-            index, index_aval = device_index()
+        if call.meet is not None:
+            operands[0] = call.meet(ctx.replace(avals_in=ctx.avals_in[:1]), operands[0])
+        run = functools.partial(getattr(plain, call.operation), axes=axes, layout=layout, **params)
+        if call.operation == "combine" and (call.hosts == call.hosts[0]).all():
+            run = functools.partial(run, hosts=call.hosts[0])
+        elif call.operation == "combine":
+            run = functools.partial(
+                _run_with_hosts_of_group, run, _by_device(call.groups, call.hosts)
+            )
+            index, index_aval = call.device_index()
             operands.append(index)
             ctx = ctx.replace(avals_in=[*ctx.avals_in, index_aval])
         lower = mlir.lower_fun(run, multiple_results=ctx.primitive.multiple_results)
@@ -128,24 +136,10 @@ class Nvshmem:
     name = "NVSHMEM"
     why = ""
 
-    def lower(
-        self,
-        ctx,
-        *operands,
-        operation,
-        lowering,
-        engine,
-        meet,
-        device_index,
-        axes,
-        layout,
-        groups,
-        hosts,
-        **params,
-    ):
+    def lower(self, ctx, *operands, call: SpanningCall, axes, layout, **params):
         """As :meth:`XlaCollectives.lower`. What starts an exchange runs to its end, too."""
-        engine = CudaEngineBetweenHosts(engine)
-        return lowering(ctx, *operands, engine=engine, axes=axes, layout=layout, **params)
+        engine = CudaEngineBetweenHosts(call.engine)
+        return call.lowering(ctx, *operands, engine=engine, axes=axes, layout=layout, **params)
 
 
 def choose(platform: str, mesh=None, groups=None) -> XlaCollectives | Nvshmem:
