@@ -160,4 +160,17 @@ struct CustomCallOf {
   }
 };
 
+// What XLA passes to a handler that runs a custom call of this type.
+template <typename CustomCall>
+auto binding_of_run() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::State<CustomCall>>()
+      .template Ctx<ffi::PlatformStream<void*>>()
+      .template Ctx<ffi::DeviceOrdinal>()
+      .template Arg<ffi::Buffer<ffi::U32, 0>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs();
+}
+
 }  // namespace freeio::cuda

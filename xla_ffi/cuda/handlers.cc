@@ -124,14 +124,7 @@ ffi::Error execute(CustomCall<Operands>* custom_call, void* stream, int32_t ordi
 
 template <typename Operands>
 auto execute_binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::State<CustomCall<Operands>>>()
-      .template Ctx<ffi::PlatformStream<void*>>()
-      .template Ctx<ffi::DeviceOrdinal>()
-      .template Arg<ffi::Buffer<ffi::U32, 0>>()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attrs();
+  return binding_of_run<CustomCall<Operands>>();
 }
 
 XLA_FFI_DEFINE_HANDLER(kMakeDispatch, (instantiate<DispatchOperands, Operation::kDispatch>),

@@ -85,14 +85,7 @@ ffi::Error execute(HostsCustomCall<Operands>* custom_call, void* stream, int32_t
 
 template <typename Operands>
 auto execute_binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::State<HostsCustomCall<Operands>>>()
-      .template Ctx<ffi::PlatformStream<void*>>()
-      .template Ctx<ffi::DeviceOrdinal>()
-      .template Arg<ffi::Buffer<ffi::U32, 0>>()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attrs();
+  return binding_of_run<HostsCustomCall<Operands>>();
 }
 
 XLA_FFI_DEFINE_HANDLER(kMakeDispatch, (instantiate<DispatchOperands, Operation::kDispatch>),
