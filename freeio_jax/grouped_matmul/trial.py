@@ -182,7 +182,7 @@ def _compile(product, dtype, by):
     """
     multiply = evaluate(product, by)
 
-    def compile(problem):
+    def compiled(problem):
         def largest_error(seed, sizes):
             operands = _operands(product, problem, dtype, jnp.sum(sizes), seed)
             # Both sides take the same rounded numbers: nothing is fused across a barrier.
@@ -195,7 +195,7 @@ def _compile(product, dtype, by):
         return jax.jit(largest_error).lower(seed, sizes).compile()
 
     with ThreadPoolExecutor(len(PROBLEMS)) as executor:
-        return {p: executor.submit(_with_own_settings, compile, p) for p in PROBLEMS}
+        return {p: executor.submit(_with_own_settings, compiled, p) for p in PROBLEMS}
 
 
 def _share_of_dense(product, dtype, by):
