@@ -389,15 +389,18 @@ class Emulator:
         routes = -1 if name == "through buffers" else 2**31
         self._library.engine_set_most_sent(c.c_int64(routes), c.c_int64(slices))
 
-    def set_hosts(self, num_gpus, per_host, window_bytes=1 << 20):
+    def set_hosts(self, num_gpus, per_host, window_bytes=1 << 20, *, linked=False):
         """Shares the GPUs out among hosts; all calls are then those of groups that span hosts.
 
         Args:
           num_gpus: of all hosts; 0: all GPUs are on one host again.
           per_host: of each.
           window_bytes: of a part of a half of a window.
+          linked: GPUs of different hosts reach each other by a link, too.
         """
-        self._library.emulator_set_hosts(num_gpus, per_host, c.c_int64(window_bytes))
+        self._library.emulator_set_hosts(
+            num_gpus, per_host, c.c_int64(window_bytes), c.c_int(linked)
+        )
 
     def set_network_faults(self, *, ignores_fences=False, lost=(), unawaited=()):
         """What the network does wrong, for tests that show what kernels rely on.

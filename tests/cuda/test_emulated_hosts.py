@@ -121,6 +121,32 @@ def test_every_operation(machine, rng, name, hosts, window_bytes):
     check_all(machine, rng, geometry, hosts_of(group, per_host))
 
 
+@pytest.mark.parametrize("window_bytes", WINDOWS)
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("per_host", [1, 2])
+def test_hosts_that_reach_each_other_by_a_link(machine, rng, name, per_host, window_bytes):
+    num_ranks = 2 * per_host
+    machine.set_num_sms(3)
+    machine.set_hosts(num_ranks, per_host, window_bytes, linked=True)
+    geometry = Geometry(num_ranks=num_ranks, num_experts=2 * num_ranks, **GEOMETRIES[name])
+    check_all(machine, rng, geometry, hosts_of(first_gpus(geometry), per_host))
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("window_bytes", [1 << 20, 1 << 14])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_several_warps_share_a_wide_row(machine, rng, dtype, window_bytes, linked):
+    machine.set_hosts(4, 2, window_bytes, linked=linked)
+    geometry = Geometry(4, 9, 3, 8)
+    hosts = hosts_of(first_gpus(geometry), 2)
+    check_all(machine, rng, geometry, hosts, width=2500, dtype=dtype)
+    topk_idx = routing(rng, geometry)
+    x = random_bits(rng, (4, 9, 5000), np.float16)
+    out = dispatch(machine, geometry, topk_idx, [x])
+    machine.synchronize()
+    check_dispatched(out, geometry, topk_idx, [x])
+
+
 @pytest.mark.parametrize("skew", ROUTINGS)
 def test_any_routing(machine, rng, skew):
     machine.set_hosts(8, 4, 1 << 12)
@@ -150,7 +176,8 @@ def test_any_shape(machine, rng, data):
         zero_tail=data.draw(st.booleans()),
     )
     machine.set_num_sms(data.draw(st.integers(1, 4)))
-    machine.set_hosts(num_ranks, per_host, data.draw(st.sampled_from([1 << 11, 1 << 12, 1 << 20])))
+    window_bytes = data.draw(st.sampled_from([1 << 11, 1 << 12, 1 << 20]))
+    machine.set_hosts(num_ranks, per_host, window_bytes, linked=data.draw(st.booleans()))
     skew = data.draw(st.sampled_from(sorted(ROUTINGS)))
     hosts = hosts_of(first_gpus(geometry), per_host)
     check_all(machine, rng, geometry, hosts, skew=skew, width=data.draw(st.integers(1, 20)))

@@ -7,6 +7,7 @@
 #include "cuda/failure_code.h"
 #include "cuda/geometry.h"
 #include "cuda/plan.h"
+#include "cuda/sizes.h"
 #include "hosts/plan.h"
 
 namespace freeio::cuda {
@@ -32,8 +33,8 @@ Status differs_in_hosts() {
 // get. `group`: the exchange of the whole group. Returns the digest of the row types.
 
 Status plan_call(const Landings& landings, const DispatchTypes& types, int32_t alignment,
-                 const Exchange& group, HostsDispatchParams& params, Kernel& kernel,
-                 uint32_t& posted, uint32_t& rows) {
+                 const Exchange& group, int /*num_ctas*/, HostsDispatchParams& params,
+                 Kernel& kernel, uint32_t& posted, uint32_t& rows) {
   DispatchParams& call = params.call;
   Hosts& hosts = params.hosts;
   call.exchange = group;
@@ -42,13 +43,15 @@ Status plan_call(const Landings& landings, const DispatchTypes& types, int32_t a
   hosts.num_leaves = types.num_leaves;
   for (int i = 0; i < types.num_leaves; ++i) hosts.leaves[i].row_bytes = types.leaves[i].row_bytes;
   kernel = types.routed ? hosts_dispatch(group.num_experts) : hosts_dispatch_along();
-  return plan_rounds(landings.layout.part_bytes, group.num_tokens, {group.top_k}, hosts.leaves,
-                     hosts.num_leaves, hosts.rounds);
+  Status status = plan_rounds(landings.layout.part_bytes, group.num_tokens, {group.top_k},
+                              hosts.leaves, hosts.num_leaves, hosts.rounds);
+  plan_pulls(call.num_slices, hosts.rounds);
+  return status;
 }
 
 Status plan_call(const Landings& landings, const CombineTypes& types, int32_t alignment,
-                 const Exchange& group, HostsCombineParams& params, Kernel& kernel,
-                 uint32_t& posted, uint32_t& rows) {
+                 const Exchange& group, int /*num_ctas*/, HostsCombineParams& params,
+                 Kernel& kernel, uint32_t& posted, uint32_t& rows) {
   const bool wide = is_wide(types.dtype, types.width, alignment);
   params.width = static_cast<int32_t>(types.width);
   posted = bit(kFirstLeaf);
@@ -67,7 +70,7 @@ Status plan_call(const Landings& landings, const CombineTypes& types, int32_t al
 }
 
 Status plan_call(const Landings& landings, const CombineTransposeTypes& types, int32_t alignment,
-                 const Exchange& group, HostsTransposeParams& params, Kernel& kernel,
+                 const Exchange& group, int num_ctas, HostsTransposeParams& params, Kernel& kernel,
                  uint32_t& posted, uint32_t& rows) {
   const bool wide = is_wide(types.dtype, types.width, alignment);
   CombineTransposeParams& call = params.call;
@@ -87,8 +90,20 @@ Status plan_call(const Landings& landings, const CombineTransposeTypes& types, i
   if (types.weights) of_token.answer_bytes = group.top_k * accumulator_bytes;
   hosts.num_leaves = 1;
   hosts.leaves[0].row_bytes = types.width * bytes_of(types.dtype);
-  return plan_rounds(landings.layout.part_bytes, group.num_tokens, of_token, hosts.leaves, 1,
-                     hosts.rounds);
+  Rounds& rounds = hosts.rounds;
+  Status status =
+      plan_rounds(landings.layout.part_bytes, group.num_tokens, of_token, hosts.leaves, 1, rounds);
+  constexpr int64_t kLanes = 32;
+  const int pack = wide ? wide_pack(static_cast<int>(bytes_of(types.dtype))) : 1;
+  plan_pulls(ceil_div(types.width, kLanes * pack), rounds);
+  // The dot products of the parts must fit in the shared memory of each CTA.
+  const int64_t pulls =
+      ceil_div(int64_t{rounds.parcels} * rounds.count, num_ctas) * group.num_ranks;
+  const int64_t dots = int64_t{rounds.parcel_tokens} * group.top_k * rounds.pull_parts;
+  if (pulls * (int64_t{sizeof(uint64_t)} + dots * accumulator_bytes) > kDotsBytes) {
+    rounds.pull_parts = 1;
+  }
+  return status;
 }
 
 // Fills in the addresses of the buffers.
@@ -205,7 +220,8 @@ Status HostsCall<Operands>::prepare(int32_t alignment) {
   hosts.top_k = group.top_k;
   Kernel kernel;
   uint32_t rows = 0;
-  status = plan_call(landings_, types_, alignment, group, params_, kernel, posted_, rows);
+  status = plan_call(landings_, types_, alignment, group, static_cast<int>(connection_.num_ctas),
+                     params_, kernel, posted_, rows);
   if (status.ok()) status = LoadedKernel::load(kernel, kernel_);
   if (!status.ok()) return status;
   sign(site_, rows, connection_.num_ctas, hosts.local.signature);

@@ -1,7 +1,7 @@
 // combine between hosts.
 //
 // A token's rank puts the routes of its tokens to its rail on each other host. The rail sums the
-// token's rows of its host, which it reads out of the tensors of its host's ranks, and puts one sum
+// token's rows of its host, which it reads out of the tensors of its host's ranks, and one sum goes
 // back. So one row crosses for each pair of a token and a host. The token's rank sums the rows of
 // its own host in the same way, and adds the sums of the hosts.
 //
@@ -16,6 +16,9 @@
 
 namespace freeio::cuda {
 namespace {
+
+constexpr int kRoutesWarp = kWarps - 1;    // puts the routes of the rounds after the second one
+constexpr int kSummingWarps = kWarps - 1;  // the others
 
 // The routes of a token in the lanes: lane k has assignment k.
 template <typename Accumulator>
@@ -144,7 +147,10 @@ struct SummingWarp {
     const int source = h.rail_on(host);
     const int half = parcel.half();
     const std::byte* const requests = window_for(h, host, half, kRequests);
-    std::byte* const outbox = window_for(h, host, half, kOutbox);
+    std::byte* const answers = window_to(h, half, kAnswers);
+    // The network takes the sums from here.
+    std::byte* const direct = Wire::direct(answers, h.pe[source]);
+    std::byte* const sums = direct != nullptr ? direct : window_for(h, host, half, kOutbox);
     const int64_t row_bytes = h.rounds.answer_bytes;
     const int64_t part_at = part_begin(part) * static_cast<int64_t>(sizeof(Element));
     const auto part_bytes =
@@ -152,7 +158,7 @@ struct SummingWarp {
     for (int slot = parcel.first_slot; slot < parcel.first_slot + parcel.size(); ++slot) {
       const Lanes<Accumulator> lanes = routes_of(requests, slot);
       if (on_host(lanes, h.host) == 0) continue;
-      std::byte* const sum = outbox + slot * row_bytes;
+      std::byte* const sum = sums + slot * row_bytes;
       for (int begin = part_begin(part); begin < part_end(part); begin += kColumns * kStep) {
         const Columns columns{begin + lane_id() * kCount, part_end(part)};
         R of_host[kColumns];
@@ -163,10 +169,10 @@ struct SummingWarp {
           store_raw<Element, kCount>(reinterpret_cast<Element*>(sum) + columns.at(c), of_host[c]);
         }
       }
+      if (direct != nullptr) continue;
       fence_system();  // the network reads what all lanes have stored
       __syncwarp();
-      Wire::put(window_to(h, half, kAnswers) + slot * row_bytes + part_at, sum + part_at,
-                part_bytes, h.pe[source]);
+      Wire::put(answers + slot * row_bytes + part_at, sum + part_at, part_bytes, h.pe[source]);
     }
     __syncwarp();
     if (lane_id() != 0) return;
@@ -193,28 +199,31 @@ struct SummingWarp {
     return __all_sync(kFullWarp, arrived);
   }
 
-  // Adds up the sums of the hosts for one of this rank's tokens, in order of the hosts.
-  __device__ void sum_token(const Parcel& parcel, int part, int token) const {
+  // Adds up the sums of the hosts for one of this rank's tokens, in order of the hosts. Waits for
+  // those of the others, unless `has_answers`, once it has a sum of this host. False: the exchange
+  // has failed.
+  __device__ bool sum_token(const Parcel& parcel, int part, int token, bool& has_answers) const {
     const Lanes<Accumulator> lanes = own_routes(token);
     for (int begin = part_begin(part); begin < part_end(part); begin += kColumns * kStep) {
       const Columns columns{begin + lane_id() * kCount, part_end(part)};
+      R of_this_host[kColumns] = {};
+      if (on_host(lanes, h.host) != 0) sum_of_host(lanes, columns, of_this_host);
+      has_answers = has_answers || await_answers(parcel, part);
+      if (!has_answers) return false;
       Accumulator totals[kColumns][kCount] = {};
       for (int host = 0; host < h.num_hosts; ++host) {
         if (on_host(lanes, host) == 0) continue;
-        R of_host[kColumns] = {};
-        if (host == h.host) {
-          sum_of_host(lanes, columns, of_host);
-        } else {
-          const auto* sum = reinterpret_cast<const Element*>(
-              window_for(h, host, parcel.half(), kAnswers) +
-              int64_t{parcel.slot_of(token)} * h.rounds.answer_bytes);
+        const auto* sum = reinterpret_cast<const Element*>(
+            window_for(h, host, parcel.half(), kAnswers) +
+            int64_t{parcel.slot_of(token)} * h.rounds.answer_bytes);
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-            if (columns.has(c)) of_host[c] = load_raw<Element, kCount>(sum + columns.at(c));
+        for (int c = 0; c < kColumns; ++c) {
+          R of_host = of_this_host[c];
+          if (host != h.host && columns.has(c)) {
+            of_host = load_raw<Element, kCount>(sum + columns.at(c));
           }
+          add<Element, kCount>(of_host, totals[c]);
         }
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) add<Element, kCount>(of_host[c], totals[c]);
       }
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
@@ -224,14 +233,17 @@ struct SummingWarp {
             round_to<Element, kCount>(totals[c]));
       }
     }
+    return true;
   }
 
   // For this rank's own parcel.
   __device__ void sum(const Parcel& parcel, int part) const {
-    if (!await_answers(parcel, part)) return;
+    bool has_answers = false;
     for (int token = parcel.first_token; token < parcel.end_token; ++token) {
-      sum_token(parcel, part, token);
+      if (!sum_token(parcel, part, token, has_answers)) return;
     }
+    // Rows may have no columns.
+    if (!has_answers && !await_answers(parcel, part)) return;
     __syncwarp();
     // Partner: await_summed(). The counter also says that the answers have been read.
     if (lane_id() == 0) {
@@ -240,24 +252,22 @@ struct SummingWarp {
     }
   }
 
-  // The moving warps take the parcels in order: of each, first those of the other hosts, and then
-  // this rank's own, all in parts. So the answers for which a warp waits come from items before its
-  // own.
+  // The summing warps take the parcels in order: of each, first those of the other hosts, and then
+  // this rank's own, all in parts. A parcel has the same CTA on all ranks. So the answers for which
+  // a warp waits come from items before its own.
   __device__ void run() const {
-    const Team team = Team::all();
+    const ParcelsOfCta parcels{h};
     const int parts = h.rounds.answer_parts;
     const int per_parcel = h.num_hosts * parts;
-    const int per_round = h.rounds.parcels * per_parcel;
-    const int own = (per_round * h.rounds.count - team.number + team.size - 1) / team.size;
+    const int items = parcels.size() * per_parcel;
     // Beyond the last one when the exchange has failed.
-    for (int n = warp_id(); n < own; n = next_item(s)) {
-      const int item = n * team.size + team.number;
-      const int round = item / per_round;
-      const int in_round = item - round * per_round;
-      const Parcel parcel(h, round, in_round / per_parcel);
+    for (int item = warp_id(); item < items; item = next_item(s)) {
+      const int number = item / per_parcel;
+      const Parcel parcel = parcels[number];
       if (parcel.size() == 0) continue;
-      const int turn = in_round % per_parcel / parts;
-      const int part = in_round % parts;
+      const int in_parcel = item - number * per_parcel;
+      const int turn = in_parcel / parts;
+      const int part = in_parcel - turn * parts;
       if (turn < h.num_others()) {
         answer(h.other_host(turn), parcel, part);
       } else {
@@ -278,7 +288,7 @@ struct SummingWarp {
     return __shfl_sync(kFullWarp, all, 0) != 0;
   }
 
-  // What the push warp does: the routes of the rounds after the second one.
+  // What one warp does instead.
   __device__ void push_routes() const {
     const Team team = Team::all();
     int summed = -1;
@@ -299,7 +309,7 @@ __device__ void combine(const HostsCombineParams& p, CtaState& s, HostsState& hs
   const Opening opening(h.local);
   load_epochs(h, hs);
   if (!open(h.local, s, opening)) return;
-  if (threadIdx.x == 0) s.next_item = kMovingWarps;
+  if (threadIdx.x == 0) s.next_item = kSummingWarps;
   constexpr uint32_t kAddresses = 1u << kFirstLeaf;
   if (blockIdx.x == 0) {
     post(h.local, s, kAddresses);
@@ -308,9 +318,9 @@ __device__ void combine(const HostsCombineParams& p, CtaState& s, HostsState& hs
   push_ahead(h, [&](const Parcel& parcel, int host) { put_routes(h, hs, parcel, host); });
   if (!receive_headers(h, hs, s) || !receive_addresses(h.local, s, kAddresses)) return;
   const SummingWarp<Element, kCount> warp{p, h, hs, s};
-  if (warp_id() == kPushWarp) {
+  if (warp_id() == kRoutesWarp) {
     warp.push_routes();
-  } else if (warp_id() < kMovingWarps) {
+  } else {
     warp.run();
   }
   finish_between_hosts<false>(h, hs, s);

@@ -130,13 +130,17 @@ struct Source {
   }
 };
 
-// Pulls this rank's rows of a parcel. Whole warp. `kRouted`: the call writes the handle.
+// Pulls some slices of this rank's rows of a parcel. Whole warp. `kRouted`: the call writes the
+// handle.
 template <bool kRouted>
 __device__ void pull_parcel(const DispatchParams& p, const Hosts& h, const HostsState& hs,
-                            CtaState& s, int rank, const Parcel& parcel) {
+                            CtaState& s, const Pull& pull, const Parcel& parcel) {
   if (parcel.size() == 0) return;
+  const int rank = pull.rank;
   const bool here = h.is_here(rank);
-  if (!here && !await_relayed(h, hs, s, rank, parcel)) return;
+  if (!here && !await_window(h, hs, s, rank, parcel)) return;
+  const int first_slice = pull.begin(h, p.num_slices);
+  const int end_slice = pull.end(h, p.num_slices);
   const Source source(p, h, s, rank, parcel);
   for (int token = parcel.first_token; token < parcel.end_token; ++token) {
     int row = -1;
@@ -145,12 +149,12 @@ __device__ void pull_parcel(const DispatchParams& p, const Hosts& h, const Hosts
       if (source.dest_rank[a] == h.rank) row = source.dest_row[a];
     }
     const uint32_t mask = __ballot_sync(kFullWarp, row >= 0);
-    if (kRouted && row >= 0) {
+    if (kRouted && pull.part == 0 && row >= 0) {
       p.row_source[row] = (rank * h.num_tokens + token) * h.top_k + lane_id();
     }
     if (mask == 0) continue;
-    for (int unit = token * p.num_slices; unit < (token + 1) * p.num_slices; ++unit) {
-      const Slice slice(p, rank, unit);
+    for (int n = first_slice; n < end_slice; ++n) {
+      const Slice slice(p, rank, token * p.num_slices + n);
       const SlicedLeaf& leaf = p.leaves[slice.leaf];
       const std::byte* from;
       if (here) {
@@ -176,20 +180,13 @@ __device__ void pull_parcel(const DispatchParams& p, const Hosts& h, const Hosts
 template <bool kRouted, typename Zero>
 __device__ void move_rows(const DispatchParams& p, const Hosts& h, const HostsState& hs,
                           CtaState& s, const Zero& zero) {
-  const Exchange& x = p.exchange;
-  const Team team = Team::all();
-  const int per_round = h.rounds.parcels * x.num_ranks;
-  const int items = per_round * h.rounds.count;
-  const int own = (items - team.number + team.size - 1) / team.size;
-  const Work work(Tile{0, 0, 0, 1}, max(own, 0), p.padding);
-  const auto pull = [&](int n) {
-    const int item = n * team.size + team.number;
-    const int round = item / per_round;
-    const int in_round = item - round * per_round;
-    const int rank = rank_of_turn(x, x.ranks.remainder(in_round));
-    pull_parcel<kRouted>(p, h, hs, s, rank, Parcel(h, round, x.ranks.quotient(in_round)));
+  const ParcelsOfCta parcels{h};
+  const Work work(Tile{0, 0, 0, 1}, parcels.size() * Pull::per_parcel(h), p.padding);
+  const auto pull_one = [&](int item) {
+    const Pull pull(h, item);
+    pull_parcel<kRouted>(p, h, hs, s, pull, parcels[pull.parcel]);
   };
-  run_work(work, s, pull, zero);
+  run_work(work, s, pull_one, zero);
 }
 
 // Everything after the exchange is open and the routes of this host's ranks are known. All threads.
@@ -199,7 +196,7 @@ __device__ void exchange_rows(const DispatchParams& p, const Hosts& h, const Hos
                               CtaState& s, const GoesTo& goes_to, const Zero& zero) {
   if (warp_id() == kRelayWarp) {
     run_relay(h, hs, s);
-  } else if (warp_id() == kPushWarp) {
+  } else if (warp_id() >= kMovingWarps) {
     run_push(
         h, hs, s, [](const Parcel&, int) {},
         [&](const Parcel& parcel, int host) {
@@ -226,8 +223,9 @@ __device__ void dispatch(const DispatchParams& p, const Hosts& h, CtaState& s, H
     const int id = p.topk_idx[a];
     return id >= 0 && id < x.num_experts ? h.host_of[x.local_experts.quotient(id)] : -1;
   };
-  push_ahead(h, [&](const Parcel& parcel, int host) { put_rows(h, parcel, host, goes_to); });
+  // The counts first: all ranks wait for them, and for rows only when they have their routes.
   count_and_send_headers(p, h, hs, routing, chunk);
+  push_ahead(h, [&](const Parcel& parcel, int host) { put_rows(h, parcel, host, goes_to); });
   if (!receive_headers(h, hs, s)) return;
   add_counts(p, h, hs, routing);
   __syncthreads();

@@ -17,7 +17,8 @@ constexpr int kHalves = 2;  // of a window: rounds use them in turn
 // tokens, and what goes back. They do not overlap, because a rank may begin its next call while
 // another one still reads what came back.
 enum Part : int { kRequests, kAnswers, kOutbox, kParts };
-constexpr int kMaxParcels = 1024;  // of a round
+constexpr int kMaxParcels = 1024;             // of a round
+constexpr int kMaxAnswers = 4 * kMaxParcels;  // to them, in parts
 constexpr int64_t kWindowAlignment = 128;
 
 // What a rank tells each other rank when an exchange begins.
@@ -43,10 +44,10 @@ struct alignas(128) MailOfPe {
 struct alignas(128) MailOfHost {
   uint64_t parcels[kHalves][kMaxParcels];  // signals: the parcel is in the window here
   // combine: so is a part of the sums for this rank's parcel.
-  uint64_t answers[kHalves][kMaxParcels];
+  uint64_t answers[kHalves][kMaxAnswers];
   uint64_t credits[kHalves];  // that host needs this rank's round no more
-  // By the ranks of this host: parcels of rounds in each half of the window here. (One number for
-  // both halves would not do: some ranks may be a round ahead.)
+  // By the ranks of this host: parts of parcels of rounds in each half of the window here. (One
+  // number for both halves would not do: some ranks may be a round ahead.)
   uint32_t num_drained[kHalves];
 };
 

@@ -26,6 +26,9 @@ struct Rounds {
   int32_t tokens = 1;         // of a round
   int32_t parcel_tokens = 1;  // of a parcel
   int32_t parcels = 0;        // of a round; the last round may have fewer
+  // Parts, by columns, in which a rank pulls a parcel. A small call has too few tokens for all
+  // warps.
+  int32_t pull_parts = 1;
   // Whether all warps put the first rounds before anything else: of small calls. In others the push
   // warps do so while the moving warps pull, so that links and memory are busy together.
   bool pushes_ahead = true;
@@ -88,6 +91,9 @@ struct HostsCombineParams {
   void* sums;
   int32_t width;
 };
+
+// Shared memory of a CTA for the dot products of parts of rows.
+constexpr int kDotsBytes = 64 << 10;
 
 struct HostsTransposeParams {
   CombineTransposeParams call;

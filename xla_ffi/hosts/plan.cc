@@ -40,7 +40,7 @@ Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_
   rounds.count = static_cast<int32_t>(ceil_div(num_tokens, tokens));
   rounds.parcel_tokens = static_cast<int32_t>(std::max<int64_t>(parcel, 1));
   rounds.parcels = static_cast<int32_t>(ceil_div(tokens, rounds.parcel_tokens));
-  constexpr int64_t kMostAhead = 8;  // a call puts ahead up to so much of a part of a window
+  constexpr int64_t kMostAhead = 2;  // a call puts ahead up to so much of a part of a window
   rounds.pushes_ahead = num_tokens * row_bytes <= part_bytes / kMostAhead;
   rounds.weight_bytes = of_token.weight_bytes;
   rounds.answer_bytes = of_token.answer_bytes;
@@ -57,9 +57,18 @@ Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_
   return {};
 }
 
+void plan_pulls(int64_t slices, Rounds& rounds) {
+  constexpr int64_t kMost = 8;
+  rounds.pull_parts =
+      rounds.pushes_ahead ? static_cast<int32_t>(std::clamp<int64_t>(slices, 1, kMost)) : 1;
+}
+
 void plan_answers(int64_t width, int64_t step, Rounds& rounds) {
   const int64_t steps = std::max<int64_t>(ceil_div(width, step), 1);
-  const int64_t most = std::max(kMaxParcels / std::max(rounds.parcels, 1), 1);
+  // A call of many rounds is faster the sooner a parcel's answer has come back. So even the parcels
+  // of a full round are answered in some parts.
+  const int64_t most =
+      std::max(kMaxParcels / std::max(rounds.parcels, 1), kMaxAnswers / kMaxParcels);
   const int64_t steps_of_part = ceil_div(steps, std::min(most, steps));
   rounds.answer_parts = static_cast<int32_t>(ceil_div(steps, steps_of_part));
   rounds.part_columns = static_cast<int32_t>(steps_of_part * step);

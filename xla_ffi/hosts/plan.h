@@ -21,6 +21,10 @@ struct TokenBytes {
 Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_token,
                    SentLeaf* leaves, int num_leaves, Rounds& rounds);
 
+// Cuts a pull of `slices` columns or slices into parts, so that there is work for many warps where
+// there are few tokens. All other calls have one part.
+void plan_pulls(int64_t slices, Rounds& rounds);
+
 // Cuts the answers to parcels into parts, so that there is work for many warps where there are few
 // tokens. `step`: the columns that a warp takes at a time.
 void plan_answers(int64_t width, int64_t step, Rounds& rounds);

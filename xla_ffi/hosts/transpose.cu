@@ -8,11 +8,47 @@
 #include "cuda/device/end.cuh"
 #include "cuda/device/opening.cuh"
 #include "cuda/device/rows.cuh"
+#include "cuda/device/shared_memory.cuh"
 #include "hosts/device/parcels.cuh"
 #include "hosts/kernels.h"
 
 namespace freeio::cuda {
 namespace {
+
+// Dot products of this CTA's pulls, where several warps take parts of the same rows. The warp that
+// comes last adds them up, in order of the parts.
+template <typename Accumulator>
+struct DotsOfParts {
+  uint64_t* ended;  // for each pull: its parts that have ended
+  Accumulator* dots;
+  int per_pull;  // assignments
+  int parts;
+
+  __device__ DotsOfParts(const Hosts& h, void* shared)
+      : per_pull(h.rounds.parcel_tokens * h.top_k), parts(h.rounds.pull_parts) {
+    ended = static_cast<uint64_t*>(shared);
+    dots = reinterpret_cast<Accumulator*>(ended + num_pulls(h));
+  }
+  __device__ static int num_pulls(const Hosts& h) { return ParcelsOfCta{h}.size() * h.num_ranks; }
+  // All threads; a barrier must follow.
+  __device__ void begin(const Hosts& h) const {
+    if (parts == 1) return;
+    for (int i = static_cast<int>(threadIdx.x); i < num_pulls(h); i += kThreads) ended[i] = 0;
+  }
+  __device__ static int number(const Hosts& h, const Pull& pull) {
+    return pull.parcel * h.num_ranks + pull.rank;
+  }
+  __device__ Accumulator& of(const Hosts& h, const Pull& pull, int assignment, int part) const {
+    return dots[(number(h, pull) * per_pull + assignment) * parts + part];
+  }
+  // Says that a part has ended. Whether it was the last one. Whole warp.
+  __device__ bool end(const Hosts& h, const Pull& pull) const {
+    __syncwarp();
+    uint64_t before = 0;
+    if (lane_id() == 0) before = add_acquire_release_block(&ended[number(h, pull)], 1);
+    return __shfl_sync(kFullWarp, static_cast<int>(before), 0) == parts - 1;
+  }
+};
 
 // How one warp pulls cotangents.
 template <typename Element, int kCount>
@@ -27,6 +63,7 @@ struct CotangentWarp {
   const Hosts& h;
   const HostsState& hs;
   CtaState& s;
+  const DotsOfParts<Accumulator>& dots_of;
 
   // Where a rank's parcel lies for this GPU, and where its dot products go.
   struct Place {
@@ -81,14 +118,14 @@ struct CotangentWarp {
   };
 
   // Loads are made before stores, as the compiler cannot tell that these change nothing.
-  __device__ void serve(const Element* x, Rows& rows) const {
-    for (int begin = lane_id() * kCount; begin < p.width; begin += kColumns * kStep) {
+  __device__ void serve(const Element* x, Rows& rows, int first, int end) const {
+    for (int begin = first + lane_id() * kCount; begin < end; begin += kColumns * kStep) {
       R tokens[kColumns];
       R outputs[kColumns][kRows];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int column = begin + c * kStep;
-        if (column >= p.width) break;
+        if (column >= end) break;
         tokens[c] = load_raw<Element, kCount>(x + column);
         if (p.weight_grads == nullptr) continue;
 #pragma unroll
@@ -101,7 +138,7 @@ struct CotangentWarp {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int column = begin + c * kStep;
-        if (column >= p.width) break;
+        if (column >= end) break;
         Accumulator values[kCount];
         widen<Element, kCount>(tokens[c], values);
 #pragma unroll
@@ -128,7 +165,14 @@ struct CotangentWarp {
     }
   }
 
-  __device__ void pull_token(const Place& place, int number) const {
+  // The columns of a part of a pull.
+  __device__ int part_begin(const Pull& pull) const { return pull.begin(h, steps()) * kStep; }
+  __device__ int part_end(const Pull& pull) const {
+    return min(pull.end(h, steps()) * kStep, p.width);
+  }
+  __device__ int steps() const { return (p.width + kStep - 1) / kStep; }
+
+  __device__ void pull_token(const Place& place, const Pull& pull, int number) const {
     const int first = number * h.top_k;
     int rank = -1;
     int row = -1;
@@ -149,7 +193,7 @@ struct CotangentWarp {
         rows.rows[i] = __shfl_sync(kFullWarp, row, k);
         rows.weights[i] = __shfl_sync(kFullWarp, weight, k);
       }
-      serve(place.x + int64_t{number} * p.width, rows);
+      serve(place.x + int64_t{number} * p.width, rows, part_begin(pull), part_end(pull));
       if (p.weight_grads == nullptr) continue;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -157,20 +201,37 @@ struct CotangentWarp {
         for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
           rows.dots[i] += __shfl_xor_sync(kFullWarp, rows.dots[i], distance);
         }
-        if (i < rows.count && lane_id() == 0) {
-          place.dots[first + rows.assignments[i]] = rows.dots[i];
-        }
+        if (i >= rows.count || lane_id() != 0) continue;
+        const int assignment = first + rows.assignments[i];
+        Accumulator& dot =
+            dots_of.parts > 1 ? dots_of.of(h, pull, assignment, pull.part) : place.dots[assignment];
+        dot = rows.dots[i];
       }
     }
   }
 
-  __device__ void pull_parcel(int rank, const Parcel& parcel) const {
+  // Adds up the parts of the dot products of a pull.
+  __device__ void add_parts(const Place& place, const Pull& pull, const Parcel& parcel) const {
+    for (int i = lane_id(); i < parcel.size() * h.top_k; i += kWarpSize) {
+      if (place.dest_rank[i] != h.rank) continue;
+      Accumulator dot = 0;
+      for (int part = 0; part < dots_of.parts; ++part) dot += dots_of.of(h, pull, i, part);
+      place.dots[i] = dot;
+    }
+    __syncwarp();
+  }
+
+  __device__ void pull_parcel(const Pull& pull, const Parcel& parcel) const {
     if (parcel.size() == 0) return;
+    const int rank = pull.rank;
     const bool here = h.is_here(rank);
-    if (!here && !await_relayed(h, hs, s, rank, parcel)) return;
+    if (!here && !await_window(h, hs, s, rank, parcel)) return;
     const Place place = place_of(rank, parcel);
-    for (int number = 0; number < parcel.size(); ++number) pull_token(place, number);
-    if (rank == h.rank && p.weight_grads != nullptr) clear_grads_without_row(parcel);
+    for (int number = 0; number < parcel.size(); ++number) pull_token(place, pull, number);
+    if (p.weight_grads != nullptr) {
+      if (dots_of.parts > 1 && dots_of.end(h, pull)) add_parts(place, pull, parcel);
+      if (rank == h.rank && pull.part == 0) clear_grads_without_row(parcel);
+    }
     // The dot products are on the rail.
     if (!here) drain<true>(h, rank, parcel.half());
   }
@@ -211,29 +272,25 @@ struct CotangentWarp {
   }
 
   __device__ void run() const {
-    const Exchange& x = p.exchange;
-    const Team team = Team::all();
-    const int per_round = h.rounds.parcels * x.num_ranks;
-    const int own = (per_round * h.rounds.count - team.number + team.size - 1) / team.size;
-    const auto pull = [&](int n) {
-      const int item = n * team.size + team.number;
-      const int round = item / per_round;
-      const int in_round = item - round * per_round;
-      const int rank = rank_of_turn(x, x.ranks.remainder(in_round));
-      pull_parcel(rank, Parcel(h, round, x.ranks.quotient(in_round)));
+    const ParcelsOfCta parcels{h};
+    const auto pull_one = [&](int item) {
+      const Pull pull(h, item);
+      pull_parcel(pull, parcels[pull.parcel]);
     };
-    run_work(Work(Tile{0, 0, 0, 1}, max(own, 0), p.padding), s, pull,
+    run_work(Work(Tile{0, 0, 0, 1}, parcels.size() * Pull::per_parcel(h), p.padding), s, pull_one,
              [&](int64_t row) { zero_padding(row); });
   }
 };
 
 template <typename Element, int kCount>
 __device__ void transpose(const CombineTransposeParams& p, const Hosts& h, CtaState& s,
-                          HostsState& hs) {
+                          HostsState& hs, void* shared_memory) {
   const Opening opening(h.local);
   load_epochs(h, hs);
   if (!open(h.local, s, opening)) return;
   if (threadIdx.x == 0) s.next_item = kMovingWarps;
+  const DotsOfParts<typename Element::Accumulator> dots(h, shared_memory);
+  dots.begin(h);
   const uint32_t addresses = 1u << kFirstLeaf | 1u << kDestRank | 1u << kDestRow |
                              (p.weights != nullptr ? 1u << kWeights : 0) |
                              (p.weight_grads != nullptr ? 1u << kWeightGrads : 0);
@@ -248,10 +305,10 @@ __device__ void transpose(const CombineTransposeParams& p, const Hosts& h, CtaSt
   };
   push_ahead(h, put);
   if (!receive_headers(h, hs, s) || !receive_addresses(h.local, s, addresses)) return;
-  const CotangentWarp<Element, kCount> warp{p, h, hs, s};
+  const CotangentWarp<Element, kCount> warp{p, h, hs, s, dots};
   if (warp_id() == kRelayWarp) {
     run_relay(h, hs, s);
-  } else if (warp_id() == kPushWarp) {
+  } else if (warp_id() >= kMovingWarps) {
     const auto take = [&](const Parcel& parcel, int host) { warp.take_grads(parcel, host); };
     run_push(h, hs, s, take, put);
   } else {
@@ -266,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     hosts_transpose_kernel(const __grid_constant__ HostsTransposeParams p) {
   __shared__ CtaState s;
   __shared__ HostsState hs;
-  transpose<Element, kCount>(p.call, p.hosts, s, hs);
+  transpose<Element, kCount>(p.call, p.hosts, s, hs, dynamic_shared_memory<void>());
   leave_between_hosts(p.hosts, s, [&](const Team& spoilers) {
     const CombineTransposeParams& call = p.call;
     const int64_t row_bytes = call.width * static_cast<int64_t>(sizeof(Element));
@@ -281,6 +338,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 Kernel hosts_transpose(DType dtype, bool wide) {
   Kernel kernel;
+  kernel.shared_bytes = kDotsBytes;
   with_element_type(dtype, [&](auto tag) {
     using Element = typename decltype(tag)::Type;
     constexpr int kWide = wide_pack(sizeof(Element));

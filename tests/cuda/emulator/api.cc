@@ -269,8 +269,10 @@ EMULATOR_API const char* emulator_synchronize() { return text(emulator::synchron
 
 // From now on these GPUs are on hosts of `per_host` each, with windows of so many bytes, and calls
 // are those of groups that span hosts. 0: all are on one host.
-EMULATOR_API void emulator_set_hosts(int num_gpus, int per_host, int64_t window_bytes) {
+EMULATOR_API void emulator_set_hosts(int num_gpus, int per_host, int64_t window_bytes,
+                                     int are_linked) {
   landings = nullptr;
+  emulator::set_linked(are_linked != 0);
   if (per_host == 0) return;
   Landings& made = all_landings[{num_gpus, per_host, window_bytes}];
   landings = &made;

@@ -224,6 +224,7 @@ class Machine {
   void set_heap(int gpu, void* base, size_t bytes) {
     network_.heaps[gpu] = {static_cast<std::byte*>(base), bytes};
   }
+  void set_linked(bool are_linked) { network_.are_linked = are_linked; }
   void set_network_faults(const NetworkFaults& faults) { network_.faults = faults; }
   uint64_t network_bytes() const { return network_.bytes; }
 
@@ -345,6 +346,11 @@ class Machine {
     if (!network_.faults.ignores_fences) ++warp_of(*current_).network_fences;
   }
 
+  void* linked(void* symmetric, int gpu) const {
+    if (!network_.are_linked) return nullptr;
+    return network_.heaps[gpu].base + (static_cast<std::byte*>(symmetric) - own_heap().base);
+  }
+
   bool is_unawaited(int kind) const { return (network_.faults.unawaited_kinds >> kind & 1) != 0; }
 
   // Copies at once, or when the thread waits for it. These are the earliest and the latest time.
@@ -399,6 +405,7 @@ class Machine {
     Machine& machine;
     Heap heaps[kMaxGpus];
     NetworkFaults faults;
+    bool are_linked = false;
     uint64_t bytes = 0;
     uint32_t slow_gpus = 0;  // what goes to these arrives when no thread can go on
     std::vector<OnNetwork> things;
@@ -440,9 +447,11 @@ class Machine {
     return thread.cta->warps[static_cast<size_t>(thread.number / kLanes)];
   }
 
+  const Heap& own_heap() const { return network_.heaps[gpu()]; }
+
   // Sends what goes to the place `to` of the symmetric heap.
   void send(OnNetwork it) {
-    const Heap& own = network_.heaps[gpu()];
+    const Heap& own = own_heap();
     const Heap& other = network_.heaps[it.gpu];
     const auto at = static_cast<size_t>(it.to - own.base);
     if (own.base == nullptr || it.to < own.base || at + it.bytes > other.bytes) {
@@ -880,7 +889,7 @@ class Machine {
   uint64_t steps_ = 0;
   uint64_t ctas_so_far_ = 0;
   std::string error_;
-  Network network_{*this, {}, {}, 0, 0, {}};
+  Network network_{*this, {}, {}, false, 0, 0, {}};
 
   std::map<int, std::deque<Item>> queues_;  // by stream
   std::map<int, std::unique_ptr<RunningKernel>> running_;
@@ -922,6 +931,7 @@ void record(int stream, Event& event) { machine().record(stream, event); }
 void wait(int stream, const Event& event) { machine().wait(stream, event); }
 std::string run(int stream) { return machine().run(stream); }
 void set_heap(int gpu, void* base, size_t bytes) { machine().set_heap(gpu, base, bytes); }
+void set_linked(bool are_linked) { machine().set_linked(are_linked); }
 void set_network_faults(const NetworkFaults& faults) { machine().set_network_faults(faults); }
 uint64_t network_bytes() { return machine().network_bytes(); }
 void close() { machine().close(); }
@@ -947,6 +957,7 @@ void network_signal(int kind, uint64_t* symmetric, uint64_t value, int gpu) {
   machine().network_signal(kind, symmetric, value, gpu);
 }
 void network_fence() { machine().network_fence(); }
+void* linked(void* symmetric, int gpu) { return machine().linked(symmetric, gpu); }
 bool is_unawaited(int kind) { return machine().is_unawaited(kind); }
 void start_copy(void* shared, const void* global, size_t bytes) {
   machine().start_copy(shared, global, bytes);

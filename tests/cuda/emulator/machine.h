@@ -91,6 +91,8 @@ std::string run(int stream);
 
 // A GPU's part of the symmetric heap, to which other GPUs put.
 void set_heap(int gpu, void* base, size_t bytes);
+// Whether GPUs reach each other's part of the heap by a link, too.
+void set_linked(bool are_linked);
 
 // Faults of the network, for tests that show what the kernels rely on. `kinds`: a bit for each kind
 // of signal. Lost signals never arrive. Kernels take unawaited signals for arrived ones at once.
@@ -153,6 +155,9 @@ void fence();
 void network_put(void* symmetric, const void* from, size_t bytes, int gpu);
 void network_signal(int kind, uint64_t* symmetric, uint64_t value, int gpu);
 void network_fence();
+// The place in the heap of `gpu`, as the GPU that runs the thread sees it; null: only the network
+// reaches it.
+void* linked(void* symmetric, int gpu);
 // Whether tests want kernels to go on without this kind of signal.
 bool is_unawaited(int kind);
 

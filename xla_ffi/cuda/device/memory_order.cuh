@@ -37,6 +37,17 @@ __device__ inline uint64_t load_acquire_block(const uint64_t* word) {
   return value;
 }
 
+// Counts in shared memory. The last one sees what all others of the CTA wrote before their call.
+__device__ inline uint64_t add_acquire_release_block(uint64_t* counter, uint64_t amount) {
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(counter));
+  uint64_t before;
+  asm volatile("atom.acq_rel.cta.shared.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "r"(shared), "l"(amount)
+               : "memory");
+  return before;
+}
+
 // Value and flag in one store. Partner: load_word on the peer.
 __device__ inline void store_word(uint64_t* word, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");

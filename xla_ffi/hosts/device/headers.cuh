@@ -22,10 +22,15 @@ __device__ inline uint64_t stamp_of(uint32_t epoch, int number) {
   return static_cast<uint64_t>(epoch) << 32 | static_cast<uint32_t>(number + 1);
 }
 
+// The place for this rank's header on a rank of another host; null: only the network reaches it.
+__device__ inline Header* header_on(const Hosts& h, int rank, uint32_t turn) {
+  return Wire::direct(&mail_to(h).received[turn], h.pe[rank]);
+}
+
 // Sends this rank's header, with `num_counts` counts from shared memory, to every rank. All threads
 // of one CTA.
 //
-// A header to another host is put from memory of the pair, which the exchange after the next one
+// The network puts a header from memory of the pair, which the exchange after the next one
 // overwrites. By then the peer has it: it ends no exchange without the headers of all ranks.
 __device__ inline void send_headers(const Hosts& h, const HostsState& hs, const uint32_t* counts,
                                     int num_counts) {
@@ -34,12 +39,12 @@ __device__ inline void send_headers(const Hosts& h, const HostsState& hs, const 
     const int rank = i / words;
     const int word = i - rank * words;
     const uint32_t turn = hs.epoch[rank] % 2;
-    Header& header =
-        h.is_here(rank) ? mail_on(h, rank).received[turn] : mail_from(h, rank).sent[turn];
+    Header* header = h.is_here(rank) ? &mail_on(h, rank).received[turn] : header_on(h, rank, turn);
+    if (header == nullptr) header = &mail_from(h, rank).sent[turn];
     if (word < kSignatureWords) {
-      header.signature[word] = h.local.signature[word];
+      header->signature[word] = h.local.signature[word];
     } else {
-      header.counts[word - kSignatureWords] = counts[word - kSignatureWords];
+      header->counts[word - kSignatureWords] = counts[word - kSignatureWords];
     }
   }
   __syncthreads();
@@ -48,7 +53,7 @@ __device__ inline void send_headers(const Hosts& h, const HostsState& hs, const 
     const uint64_t stamp = stamp_of(hs.epoch[rank], 0);
     fence_system();
     __syncwarp();
-    if (!h.is_here(rank)) {
+    if (!h.is_here(rank) && header_on(h, rank, turn) == nullptr) {
       Wire::put(&mail_to(h).received[turn], &mail_from(h, rank).sent[turn],
                 words * sizeof(uint32_t), h.pe[rank]);
       __syncwarp();

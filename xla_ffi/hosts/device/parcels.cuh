@@ -21,9 +21,17 @@
 namespace freeio::cuda {
 
 // How the warps of each CTA share the work once the exchange is open.
-constexpr int kRelayWarp = kWarps - 1;    // passes signals on, and gives credits
-constexpr int kPushWarp = kWarps - 2;     // puts parcels, in a small call from the third round on
-constexpr int kMovingWarps = kWarps - 2;  // these move rows
+constexpr int kRelayWarp = kWarps - 1;  // passes signals on, and gives credits
+// These put parcels, in a small call from the third round on. For each parcel a warp waits for its
+// loads and for a fence, so that one alone would leave the link idle.
+constexpr int kPushWarps = 3;
+constexpr int kMovingWarps = kWarps - 1 - kPushWarps;  // the first ones move rows
+
+// The warps of all CTAs that share the pushes. For a push warp.
+__device__ inline Team push_team() {
+  const Team ctas = Team::all();
+  return {(warp_id() - kMovingWarps) * ctas.size + ctas.number, kPushWarps * ctas.size};
+}
 
 // A part of a round's tokens of one rank.
 struct Parcel {
@@ -45,6 +53,45 @@ struct Parcel {
   __device__ int half() const { return round % kHalves; }
   __device__ int size() const { return end_token - first_token; }
   __device__ int slot_of(int token) const { return token - first_token + first_slot; }
+};
+
+// This CTA's share of the parcels of all rounds, in order. Neighbours are of different CTAs.
+struct ParcelsOfCta {
+  const Hosts& h;
+  Team team = Team::all();
+
+  __device__ int size() const {
+    return (h.rounds.parcels * h.rounds.count - team.number + team.size - 1) / team.size;
+  }
+  __device__ Parcel operator[](int n) const {
+    const int parcel = n * team.size + team.number;
+    const int round = parcel / h.rounds.parcels;
+    return Parcel(h, round, parcel - round * h.rounds.parcels);
+  }
+};
+
+// A warp's item of pulling: columns of the rows that a rank's parcel has for this rank.
+struct Pull {
+  int parcel;  // of this CTA's
+  int rank;
+  int part;
+
+  __device__ static int per_parcel(const Hosts& h) { return h.num_ranks * h.rounds.pull_parts; }
+  // This host's ranks come first, because rows of the others take longer to come.
+  __device__ Pull(const Hosts& h, int item) {
+    parcel = item / per_parcel(h);
+    const int in_parcel = item - parcel * per_parcel(h);
+    const int turn = in_parcel / h.rounds.pull_parts;
+    part = in_parcel - turn * h.rounds.pull_parts;
+    const int host = (h.host + turn / h.num_local()) % h.num_hosts;
+    const int local = (h.local.rank + 1 + turn % h.num_local()) % h.num_local();
+    rank = h.rank_at[host * h.num_local() + local];
+  }
+  // This part of `size` things.
+  __device__ int begin(const Hosts& h, int size) const { return size * part / h.rounds.pull_parts; }
+  __device__ int end(const Hosts& h, int size) const {
+    return size * (part + 1) / h.rounds.pull_parts;
+  }
 };
 
 // Parcels of a round that have tokens.
@@ -114,17 +161,17 @@ __device__ inline void put_routes(const Hosts& h, const HostsState& hs, const Pa
   const int64_t first = int64_t{parcel.first_slot} * h.top_k;
   const int64_t a = int64_t{parcel.first_token} * h.top_k;
   const int64_t count = int64_t{parcel.size()} * h.top_k;
-  const auto put = [&](int64_t at, const void* from, int64_t bytes) {
-    Wire::put(window + at + first * bytes, static_cast<const std::byte*>(from) + a * bytes,
-              count * bytes, h.pe[rail]);
+  const auto words = [&](int64_t at, const void* from, int64_t bytes) {
+    return Words{window + at + first * bytes, static_cast<const std::byte*>(from) + a * bytes,
+                 count * bytes};
   };
   // The network must see what other CTAs of this GPU have written to the handle.
   fence_system();
   __syncwarp();
-  put(r.dest_rank_at, h.dest_rank, sizeof(int32_t));
-  put(r.dest_row_at, h.dest_row, sizeof(int32_t));
-  if (r.weight_bytes > 0) put(r.weights_at, h.weights, r.weight_bytes);
-  __syncwarp();
+  Wire::put_all({words(r.dest_rank_at, h.dest_rank, sizeof(int32_t)),
+                 words(r.dest_row_at, h.dest_row, sizeof(int32_t)),
+                 words(r.weights_at, h.weights, r.weight_bytes)},
+                h.pe[rail]);
   if (lane_id() != 0) return;
   Wire::fence();
   // Partner: has_parcel() on the rail.
@@ -143,12 +190,14 @@ __device__ inline bool await_parcel(const Hosts& h, const HostsState& hs, CtaSta
                        [&] { return Wire::has(Signal::kParcel, signal, stamp); });
 }
 
-// Waits until a rank of this host says that the parcel of a rank of another host is in its window.
-// The whole warp.
-__device__ inline bool await_relayed(const Hosts& h, const HostsState& hs, CtaState& s, int source,
-                                     const Parcel& parcel) {
+// Waits until the parcel of a rank of another host is in its window here. If that is on another
+// GPU, its rank says so. The whole warp.
+__device__ inline bool await_window(const Hosts& h, const HostsState& hs, CtaState& s, int source,
+                                    const Parcel& parcel) {
   bool arrived = true;
-  if (lane_id() == 0) {
+  if (lane_id() == 0 && h.local_of[source] == h.local.rank) {
+    arrived = await_parcel(h, hs, s, h.host_of[source], parcel.round, parcel.number);
+  } else if (lane_id() == 0) {
     // Of this rank's exchange with the rail: the rail's with the source may have another number.
     const int rail = h.rank_at[h.host * h.num_local() + h.local_of[source]];
     const uint64_t stamp = stamp_of(hs.epoch[rail], parcel.round);
@@ -160,7 +209,7 @@ __device__ inline bool await_relayed(const Hosts& h, const HostsState& hs, CtaSt
   return __shfl_sync(kFullWarp, arrived, 0) != 0;
 }
 
-// Passes the signal of a parcel on to the ranks of this host, when it has come. Whole warp.
+// Passes the signal of a parcel on to the other ranks of this host, when it has come. Whole warp.
 __device__ inline void relay(const Hosts& h, const HostsState& hs, CtaState& s, int host, int round,
                              int number) {
   bool arrived = true;
@@ -170,15 +219,16 @@ __device__ inline void relay(const Hosts& h, const HostsState& hs, CtaState& s, 
   // The first lane has seen what the network wrote. The fences of the lanes publish it.
   fence_system();
   for (int local = lane_id(); local < h.num_local(); local += kWarpSize) {
+    if (local == h.local.rank) continue;
     MailOfPe& mail = h.layout.mail_of_pe(h.landing[local], h.pe[source]);
     const int rank = h.rank_at[h.host * h.num_local() + local];
-    // Partner: await_relayed(), on the ranks of this host.
+    // Partner: await_window(), on the other ranks of this host.
     store_word(&mail.relayed[round % kHalves][number], stamp_of(hs.epoch[rank], round));
   }
 }
 
-// Says that this rank needs the parcel of a rank of another host no more. `kPublishes`: and that
-// what this warp has stored on the rail is there. Whole warp.
+// Says that this rank needs a part of the parcel of a rank of another host no more. `kPublishes`:
+// and that what this warp has stored on the rail is there. Whole warp.
 template <bool kPublishes>
 __device__ void drain(const Hosts& h, int source, int half) {
   __syncwarp();
@@ -203,10 +253,10 @@ __device__ inline void give_credit(const Hosts& h, const HostsState& hs, CtaStat
   bool all = true;
   if (lane_id() == 0) {
     const uint32_t* drained = &mail_from_host(h, host).num_drained[half];
-    const uint32_t parcels = parcels_up_to(h, round) * h.num_local();
+    const uint32_t parts = parcels_up_to(h, round) * h.num_local() * h.rounds.pull_parts;
     // Partner: drain(). A rank of this host is late mostly because the source is.
     all = wait_for_host(h, s, kWaitFinish, source,
-                        [&] { return load_acquire_system(drained) >= parcels; });
+                        [&] { return load_acquire_system(drained) >= parts; });
   }
   if (__shfl_sync(kFullWarp, all, 0) == 0) return;
   if (const int64_t bytes = h.rounds.answer_bytes; bytes > 0) {
@@ -229,7 +279,8 @@ __device__ inline void run_relay(const Hosts& h, const HostsState& hs, CtaState&
   const Team team = Team::all();
   // Credits come one round late. Parcels of the next round do not wait for them.
   for (int round = 0; round <= h.rounds.count; ++round) {
-    const int items = round < h.rounds.count ? parcels_in(h, round) * h.num_others() : 0;
+    const bool relays = h.num_local() > 1 && round < h.rounds.count;
+    const int items = relays ? parcels_in(h, round) * h.num_others() : 0;
     for (int i = team.number; i < items && !has_failed(s); i += team.size) {
       relay(h, hs, s, h.other_host(i % h.num_others()), round, i / h.num_others());
     }
@@ -265,13 +316,13 @@ __device__ void push_ahead(const Hosts& h, const Put& put) {
                 kWarps * team.size, put);
 }
 
-// What the push warp of each CTA does: it puts the first two rounds by put(parcel, host), unless
+// What a push warp does: it puts the first two rounds by put(parcel, host), unless
 // push_ahead() has. It waits for each round's credit, takes the answers by
 // take(parcel, host), and puts the round after the next one by put(parcel, host). Whole warp.
 template <typename Take, typename Put>
 __device__ void run_push(const Hosts& h, const HostsState& hs, CtaState& s, const Take& take,
                          const Put& put) {
-  const Team team = Team::all();
+  const Team team = push_team();
   if (!h.rounds.pushes_ahead) {
     for_each_push(h, 0, min(kHalves, h.rounds.count), team.number, team.size, put);
   }

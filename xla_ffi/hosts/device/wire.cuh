@@ -58,12 +58,64 @@ __device__ void copy_by_warp(void* to, const void* from, size_t bytes) {
   copy_by_warp<uint8_t>(to, from, bytes);
 }
 
+// Something to put: `bytes` of it, a multiple of four, from and to addresses that are, too.
+struct Words {
+  void* symmetric;
+  const void* from;
+  int64_t bytes;
+};
+
 struct Wire {
+  // Where this GPU itself can write a PE's symmetric memory; null: put() must. What it stores there
+  // comes before the signals after its next fence.
+  template <typename T>
+  __device__ static T* direct(T* symmetric, int pe) {
+    return static_cast<T*>(address_on(symmetric, pe));
+  }
+
   // Writes `bytes` to symmetric memory of a PE. `from` must stay as it is until the PE has
   // answered. Whole warp.
   __device__ static void put(void* symmetric, const void* from, size_t bytes, int pe) {
     __syncwarp();  // lanes may read what others have written
     put_by_warp(symmetric, from, bytes, pe);
+    __syncwarp();
+  }
+
+  // The same for several arrays of words, all of which are loaded before any is stored. Whole warp.
+  template <int kCount>
+  __device__ static void put_all(const Words (&all)[kCount], int pe) {
+    constexpr int kInFlight = 4;
+    __syncwarp();
+    if (direct(all[0].symmetric, pe) == nullptr) {
+      for (const Words& it : all) {
+        if (it.bytes > 0) nvshmemx_putmem_nbi_warp(it.symmetric, it.from, it.bytes, pe);
+      }
+    } else {
+      int64_t count = 0;
+      for (const Words& it : all) count += it.bytes / int64_t{sizeof(uint32_t)};
+      for (int64_t begin = lane_id(); begin < count; begin += kInFlight * kWarpSize) {
+        uint32_t* to[kInFlight];
+        uint32_t values[kInFlight];
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) {
+          to[u] = nullptr;
+          int64_t word = begin + u * kWarpSize;
+#pragma unroll
+          for (const Words& it : all) {
+            const int64_t words = it.bytes / int64_t{sizeof(uint32_t)};
+            if (word >= 0 && word < words) {
+              to[u] = static_cast<uint32_t*>(it.symmetric) + word;
+              values[u] = static_cast<const uint32_t*>(it.from)[word];
+            }
+            word -= words;
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) {
+          if (to[u] != nullptr) *direct(to[u], pe) = values[u];
+        }
+      }
+    }
     __syncwarp();
   }
 

@@ -101,6 +101,13 @@ inline void fence_system() {
   __atomic_thread_fence(__ATOMIC_ACQ_REL);
 }
 
+inline uint64_t add_acquire_release_block(uint64_t* counter, uint64_t amount) {
+  emulator::preempt();
+  const uint64_t before = __atomic_fetch_add(counter, amount, __ATOMIC_ACQ_REL);
+  emulator::stored(counter);
+  return before;
+}
+
 inline uint32_t add_acquire_release_device(uint32_t* counter, uint32_t amount) {
   emulator::fence();
   const uint32_t before = __atomic_fetch_add(counter, amount, __ATOMIC_ACQ_REL);

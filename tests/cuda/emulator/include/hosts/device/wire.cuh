@@ -10,7 +10,25 @@ namespace freeio::cuda {
 
 enum class Signal { kHeader, kParcel, kAnswer, kCredit, kGaveUp };
 
+struct Words {
+  void* symmetric;
+  const void* from;
+  int64_t bytes;
+};
+
 struct Wire {
+  template <typename T>
+  static T* direct(T* symmetric, int pe) {
+    return static_cast<T*>(emulator::linked(symmetric, pe));
+  }
+
+  template <int kCount>
+  static void put_all(const Words (&all)[kCount], int pe,
+                      emulator::SourceLine where = emulator::SourceLine::here()) {
+    for (const Words& it : all)
+      put(it.symmetric, it.from, static_cast<size_t>(it.bytes), pe, where);
+  }
+
   static void put(void* symmetric, const void* from, size_t bytes, int pe,
                   emulator::SourceLine where = emulator::SourceLine::here()) {
     emulator::gather(emulator::Together::kNothing, 0, emulator::kAllLanes, where);
