@@ -225,16 +225,19 @@ __device__ void dispatch(const DispatchParams& p, const Hosts& h, CtaState& s, H
   };
   // The counts first: all ranks wait for them, and for rows only when they have their routes.
   count_and_send_headers(p, h, hs, routing, chunk);
-  push_ahead(h, [&](const Parcel& parcel, int host) { put_rows(h, parcel, host, goes_to); });
+  push_ahead(h, chunk, [&](const Parcel& parcel, int host) { put_rows(h, parcel, host, goes_to); });
   if (!receive_headers(h, hs, s)) return;
   add_counts(p, h, hs, routing);
   __syncthreads();
   place_groups(p, routing);
   __syncthreads();
   assign_rows(p, h, s, routing, chunk);
+  const auto put = [&](const Parcel& parcel, int host) { put_routes(h, hs, parcel, host); };
+  const bool has_own_routes = h.rounds.are_parcels_tokens();
+  if (has_own_routes) push_ahead(h, chunk, put);
   await_own_routes(h, s);
   if (!receive_addresses(h.local, s, leaf_addresses(p) | kRoutesOfPeers)) return;
-  push_ahead(h, [&](const Parcel& parcel, int host) { put_routes(h, hs, parcel, host); });
+  if (!has_own_routes) push_ahead(h, chunk, put);
   exchange_rows<true>(p, h, hs, s, goes_to,
                       [&](int64_t first_row) { zero_padding(p, routing, first_row); });
 }

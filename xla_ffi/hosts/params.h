@@ -41,6 +41,9 @@ struct Rounds {
   // signal.
   int32_t answer_parts = 1;
   int32_t part_columns = 0;
+
+  // Whether a parcel is a token, and its number the token's.
+  FREEIO_HOST_DEVICE bool are_parcels_tokens() const { return count == 1 && parcel_tokens == 1; }
 };
 
 // What all these kernels have. Here "host" is a host's number in the group, in order of the hosts'

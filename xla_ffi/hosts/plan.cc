@@ -10,8 +10,10 @@ namespace freeio::cuda {
 Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_token,
                    SentLeaf* leaves, int num_leaves, Rounds& rounds) {
   // One warp moves a parcel, so there should be about as many as warps. But a signal for each
-  // parcel costs a fence, which smaller parcels would not hide.
+  // parcel costs a fence, which smaller parcels would not hide. In a small call the fences of all
+  // warps run beside each other.
   constexpr int64_t kLeastParcelBytes = 8 << 10;
+  constexpr int64_t kLeastBytesAhead = 2 << 10;
   constexpr int64_t kMostParcelBytes = 64 << 10;
   const int64_t route_bytes = of_token.top_k * int64_t{sizeof(int32_t)};
   const int64_t weights_bytes = of_token.top_k * int64_t{of_token.weight_bytes};
@@ -32,16 +34,17 @@ Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_
   rounds = {};
   const int64_t tokens = std::clamp<int64_t>(num_tokens, 1, most);
   const int64_t sent = std::max<int64_t>(row_bytes, of_token.answer_bytes);
+  constexpr int64_t kMostAhead = 2;  // a call puts ahead up to so much of a part of a window
+  rounds.pushes_ahead = num_tokens * row_bytes <= part_bytes / kMostAhead;
   const int64_t parcel_bytes =
-      std::clamp(tokens * sent / kMaxParcels, kLeastParcelBytes, kMostParcelBytes);
+      std::clamp(tokens * sent / kMaxParcels,
+                 rounds.pushes_ahead ? kLeastBytesAhead : kLeastParcelBytes, kMostParcelBytes);
   const int64_t parcel = std::max(ceil_div(tokens, kMaxParcels),
                                   std::min(tokens, parcel_bytes / std::max<int64_t>(sent, 1)));
   rounds.tokens = static_cast<int32_t>(tokens);
   rounds.count = static_cast<int32_t>(ceil_div(num_tokens, tokens));
   rounds.parcel_tokens = static_cast<int32_t>(std::max<int64_t>(parcel, 1));
   rounds.parcels = static_cast<int32_t>(ceil_div(tokens, rounds.parcel_tokens));
-  constexpr int64_t kMostAhead = 2;  // a call puts ahead up to so much of a part of a window
-  rounds.pushes_ahead = num_tokens * row_bytes <= part_bytes / kMostAhead;
   rounds.weight_bytes = of_token.weight_bytes;
   rounds.answer_bytes = of_token.answer_bytes;
   int64_t end = 0;

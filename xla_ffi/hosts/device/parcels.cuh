@@ -316,6 +316,16 @@ __device__ void push_ahead(const Hosts& h, const Put& put) {
                 kWarps * team.size, put);
 }
 
+// The same for a dispatch, whose CTAs find the rows of a chunk of tokens each. If parcels are
+// tokens, a CTA puts its own, and need not know what the other CTAs have found.
+template <typename Put>
+__device__ void push_ahead(const Hosts& h, const Chunk& chunk, const Put& put) {
+  if (!h.rounds.pushes_ahead || !h.rounds.are_parcels_tokens()) return push_ahead(h, put);
+  for (int i = warp_id(); i < chunk.size() * h.num_others(); i += kWarps) {
+    put(Parcel(h, 0, chunk.begin + i / h.num_others()), h.other_host(i % h.num_others()));
+  }
+}
+
 // What a push warp does: it puts the first two rounds by put(parcel, host), unless
 // push_ahead() has. It waits for each round's credit, takes the answers by
 // take(parcel, host), and puts the round after the next one by put(parcel, host). Whole warp.
