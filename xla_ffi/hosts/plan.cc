@@ -34,7 +34,7 @@ Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_
   rounds = {};
   const int64_t tokens = std::clamp<int64_t>(num_tokens, 1, most);
   const int64_t sent = std::max<int64_t>(row_bytes, of_token.answer_bytes);
-  constexpr int64_t kMostAhead = 2;  // a call puts ahead up to so much of a part of a window
+  constexpr int64_t kMostAhead = 8;  // a call puts ahead up to so much of a part of a window
   rounds.pushes_ahead = num_tokens * row_bytes <= part_bytes / kMostAhead;
   const int64_t parcel_bytes =
       std::clamp(tokens * sent / kMaxParcels,
