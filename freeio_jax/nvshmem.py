@@ -36,12 +36,10 @@ class State:
     Attributes:
       why_not: why it does not carry rows; empty: it does.
       version: of NVSHMEM and nvshmem4py, in words.
-      several_gpus: the processes that have not one GPU, in words; empty: there are none.
     """
 
     why_not: str = ""
     version: str = ""
-    several_gpus: str = ""
 
 
 _NOT_ASKED = State(why_not="freeio_jax.initialize() was not called.")
@@ -72,11 +70,7 @@ def _import() -> tuple[Any, str]:
 def _obstacle() -> tuple[str, str]:
     """(why NVSHMEM cannot be started in this process, or "", and its version)."""
     if settings.config()["transport"] == "xla":
-        return (
-            "transport=xla, the default, says so. FREEIO_TRANSPORT=auto asks for NVSHMEM, whose "
-            "kernels have run on emulated GPUs only",
-            "",
-        )
+        return "transport=xla (FREEIO_TRANSPORT) says so", ""
     if not hasattr(_native, "hosts"):
         return (
             "freeio_jax was built without NVSHMEM: pip install nvidia-nvshmem-cu13, and then "
@@ -141,6 +135,24 @@ def _all_do(store: Store, step: str, run: Callable[[], None]) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
+def _why_not(offers: dict[int, dict]) -> str:
+    """Why NVSHMEM cannot be started in all processes, or ""."""
+    for process, offer in sorted(offers.items()):
+        if offer["obstacle"]:
+            return f"{_who(process)}: {offer['obstacle']}."
+    others = [
+        f"{_who(process)} has {offer['gpus']} GPUs"
+        for process, offer in sorted(offers.items())
+        if offer["gpus"] != 1
+    ]
+    if others:
+        return (
+            f"NVSHMEM needs a process for each GPU, and {'; '.join(others)}. "
+            "`python -m freeio_jax.launch` starts processes so."
+        )
+    return ""
+
+
 def _agree(offers: dict[int, dict]) -> State | None:
     """What follows from the offers of all processes; None: NVSHMEM can be started.
 
@@ -148,10 +160,7 @@ def _agree(offers: dict[int, dict]) -> State | None:
       BootstrapError: they have different versions of NVSHMEM, or the setting ``transport`` asks for
         it and it cannot be started.
     """
-    for process, offer in sorted(offers.items()):
-        if not offer["obstacle"]:
-            continue
-        why = f"{_who(process)}: {offer['obstacle']}."
+    if why := _why_not(offers):
         if settings.config()["transport"] == "nvshmem":
             raise BootstrapError(
                 "freeio_jax.initialize: transport=nvshmem (FREEIO_TRANSPORT) asks for NVSHMEM, "
@@ -167,10 +176,6 @@ def _agree(offers: dict[int, dict]) -> State | None:
                 f"{version}: all processes need the same. Or set FREEIO_TRANSPORT=xla in all of "
                 "them, which does without."
             )
-    several = [p for p, offer in sorted(offers.items()) if offer["gpus"] != 1]
-    if several:
-        names = "; ".join(f"{_who(p)} has {offers[p]['gpus']} GPUs" for p in several)
-        return State(why_not=f"{names}.", several_gpus=names)
     return None
 
 
