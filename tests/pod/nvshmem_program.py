@@ -57,6 +57,13 @@ class Nvshmem(ModuleType):
         if SCENARIO == "fails":
             time.sleep(1000)  # as NVSHMEM does where another PE does not come
 
+    def finalize(self):
+        print("FINALIZED", flush=True)
+        if in_process_1("end_hangs"):
+            time.sleep(1000)
+        if in_process_1("end_fails"):
+            raise RuntimeError("a plugin is gone")
+
 
 class Device(SimpleNamespace):
     def __init__(self, ordinal):
@@ -89,9 +96,12 @@ class Native:
     @staticmethod
     def leave():
         print("LEFT", flush=True)
+        return not in_process_1("loss")
 
     @staticmethod
     def reach():
+        if SCENARIO == "by_link":
+            return [1 - jax.process_index()], [], Native.landing_bytes(2, 2, 32 << 20)
         return [], [1 - jax.process_index()], Native.landing_bytes(2, 2, 32 << 20)
 
 
@@ -109,7 +119,7 @@ def main():
     gpus = [gpu, gpu] if in_process_1("several_gpus") else [gpu]
     nvshmem._local_gpus = lambda: gpus
     mine = Numbered()
-    ENGINES["cuda"] = SimpleNamespace(numbers=lambda: {mine: 0})
+    ENGINES["cuda"] = SimpleNamespace(numbers=lambda: {mine: 0}, has_failed=in_process_1("failure"))
     if in_process_1("not_built"):
         vars(_native).pop("hosts", None)
     else:
@@ -139,8 +149,15 @@ def main():
         fio.shutdown()
         fio.initialize()  # NVSHMEM is not started a second time
         print(f"AGAIN {nvshmem.describe(nvshmem.state())}", flush=True)
+    if SCENARIO == "jax_shutdown":
+        fio.shutdown()
+        jax.distributed.shutdown()
+    elif SCENARIO == "child":
+        if (child := os.fork()) == 0:
+            sys.exit()
+        os.waitpid(child, 0)
+        fio.shutdown()  # this is not the end of the process
     sys.stdout.flush()
-    fio.shutdown()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -58,6 +59,9 @@ class Departures final : public pod::Guest {
   Departures(const Departures&) = delete;
   Departures& operator=(const Departures&) = delete;
 
+  // Whether some process has gone without a word.
+  bool has_loss() const { return has_loss_; }
+
   void received(int process, std::string_view, pod::UniqueFd) override {
     throw std::runtime_error("freeio_jax: process " + std::to_string(process) +
                              " sent a message on the channel of hosts, which has none");
@@ -66,6 +70,7 @@ class Departures final : public pod::Guest {
   void gone(int process, pod::Departure how) override {
     const HostsProgram& program = joined_.program;
     if (static_cast<size_t>(process) >= program.host_of_pe.size()) return;
+    if (how != pod::Departure::kOrderly) has_loss_ = true;
     RelaxedCapture relaxed;
     CurrentDevice current(program.ordinal);
     words_[process] = why_gone(how);
@@ -81,6 +86,7 @@ class Departures final : public pod::Guest {
   const JoinedHosts& joined_;
   std::unique_ptr<uint32_t[], FreeHost> words_;  // pinned, one for each PE
   cudaStream_t stream_ = nullptr;  // of its own: the kernel that waits for the PE holds XLA's
+  std::atomic<bool> has_loss_{false};
 };
 
 struct State {
@@ -93,6 +99,12 @@ struct State {
   bool is_bound = false;  // NVSHMEM knows of the kernels' module
   std::byte* memory = nullptr;
   int64_t bytes = 0;
+
+  // In any of the pods: a PE that is lost does not come back.
+  bool has_loss() const {
+    return std::any_of(all_departures.begin(), all_departures.end(),
+                       [](const auto& departures) { return departures->has_loss(); });
+  }
 };
 
 // Lives until the process ends, as the engine does.
@@ -215,9 +227,10 @@ Status try_network(const void* memory_of_xla, size_t bytes) {
   return {};
 }
 
-void leave_hosts() {
+bool leave_hosts() {
   std::lock_guard lock(state().mutex);
   state().joined = nullptr;
+  return !state().has_loss();
 }
 
 const JoinedHosts* joined_hosts() {
