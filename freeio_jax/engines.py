@@ -234,6 +234,7 @@ class CudaEngine(_Engine):
     platform = "cuda"
     meets = False
     knows_hosts = False
+    has_failed = False  # an exchange of this process, as far as the log has been told
 
     def __init__(self):
         super().__init__(_native.cuda)
@@ -273,8 +274,14 @@ class CudaEngine(_Engine):
             mapped,
         )
         # XLA raises a failure only in the next run on that GPU. The log reports it at once.
-        watch.watch(_native.cuda.take_failure, logging.ERROR)
+        watch.watch(self.take_failure, logging.ERROR)
         watch.watch(_native.cuda.take_note, logging.WARNING)
+
+    def take_failure(self) -> str:
+        """The error of an exchange that has failed, once for each GPU; empty: nothing new."""
+        failure = _native.cuda.take_failure()
+        self.has_failed |= bool(failure)
+        return failure
 
     def numbers(self) -> dict:
         """The number of each GPU of this host. All processes of the host count alike."""

@@ -28,6 +28,9 @@ EXTRA = "pip install 'freeio_jax[hosts]'"
 #: Between two looks at whether all processes are done.
 _LOOK_SECONDS = 0.02
 
+#: How long a process waits at its end for the others, and for NVSHMEM.
+_END_SECONDS = 60.0
+
 
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -36,22 +39,48 @@ class State:
     Attributes:
       why_not: why it does not carry rows; empty: it does.
       version: of NVSHMEM and nvshmem4py, in words.
-      several_gpus: the processes that have not one GPU, in words; empty: there are none.
     """
 
     why_not: str = ""
     version: str = ""
-    several_gpus: str = ""
 
 
 _NOT_ASKED = State(why_not="freeio_jax.initialize() was not called.")
 _state = _NOT_ASKED
 _is_started = False  # in this process, where it stays started
 _joined_hosts = False
+_has_loss = False  # of another process, which has ended without leaving
+_ending: _Ending | None = None  # where NVSHMEM uses the network in some process
 
 
 def state() -> State:
     return _state
+
+
+class _Ending:
+    """A thread that runs something when the process ends. Python starts none then.
+
+    Args:
+      body: what it runs. It may wait for the other processes, without a bound.
+    """
+
+    def __init__(self, body: Callable[[], None]):
+        self._is_due, self._is_over = threading.Event(), threading.Event()
+        self._body = body
+        threading.Thread(target=self._run, name="freeio_jax end", daemon=True).start()
+
+    def _run(self) -> None:
+        self._is_due.wait()
+        try:
+            self._body()
+        except Exception as error:  # whatever it is, the process ends
+            log.logger.warning("NVSHMEM has not ended in order: %s", error)
+        self._is_over.set()
+
+    def run(self, seconds: float) -> bool:
+        """Runs it, and returns whether it was over in time."""
+        self._is_due.set()
+        return self._is_over.wait(seconds)
 
 
 def _local_gpus() -> list[jax.Device]:
@@ -72,11 +101,7 @@ def _import() -> tuple[Any, str]:
 def _obstacle() -> tuple[str, str]:
     """(why NVSHMEM cannot be started in this process, or "", and its version)."""
     if settings.config()["transport"] == "xla":
-        return (
-            "transport=xla, the default, says so. FREEIO_TRANSPORT=auto asks for NVSHMEM, whose "
-            "kernels have run on emulated GPUs only",
-            "",
-        )
+        return "transport=xla (FREEIO_TRANSPORT) says so", ""
     if not hasattr(_native, "hosts"):
         return (
             "freeio_jax was built without NVSHMEM: pip install nvidia-nvshmem-cu13, and then "
@@ -141,6 +166,24 @@ def _all_do(store: Store, step: str, run: Callable[[], None]) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
+def _why_not(offers: dict[int, dict]) -> str:
+    """Why NVSHMEM cannot be started in all processes, or ""."""
+    for process, offer in sorted(offers.items()):
+        if offer["obstacle"]:
+            return f"{_who(process)}: {offer['obstacle']}."
+    others = [
+        f"{_who(process)} has {offer['gpus']} GPUs"
+        for process, offer in sorted(offers.items())
+        if offer["gpus"] != 1
+    ]
+    if others:
+        return (
+            f"NVSHMEM needs a process for each GPU, and {'; '.join(others)}. "
+            "`python -m freeio_jax.launch` starts processes so."
+        )
+    return ""
+
+
 def _agree(offers: dict[int, dict]) -> State | None:
     """What follows from the offers of all processes; None: NVSHMEM can be started.
 
@@ -148,10 +191,7 @@ def _agree(offers: dict[int, dict]) -> State | None:
       BootstrapError: they have different versions of NVSHMEM, or the setting ``transport`` asks for
         it and it cannot be started.
     """
-    for process, offer in sorted(offers.items()):
-        if not offer["obstacle"]:
-            continue
-        why = f"{_who(process)}: {offer['obstacle']}."
+    if why := _why_not(offers):
         if settings.config()["transport"] == "nvshmem":
             raise BootstrapError(
                 "freeio_jax.initialize: transport=nvshmem (FREEIO_TRANSPORT) asks for NVSHMEM, "
@@ -167,11 +207,16 @@ def _agree(offers: dict[int, dict]) -> State | None:
                 f"{version}: all processes need the same. Or set FREEIO_TRANSPORT=xla in all of "
                 "them, which does without."
             )
-    several = [p for p, offer in sorted(offers.items()) if offer["gpus"] != 1]
-    if several:
-        names = "; ".join(f"{_who(p)} has {offers[p]['gpus']} GPUs" for p in several)
-        return State(why_not=f"{names}.", several_gpus=names)
     return None
+
+
+def _set_device(ordinal: int) -> Any:
+    """Sets the calling thread's GPU, which NVSHMEM's own calls need, and returns it."""
+    from cuda.core import Device
+
+    device = Device(ordinal)
+    device.set_current()
+    return device
 
 
 def _start(store: Store, version: str) -> None:
@@ -194,12 +239,8 @@ def _start(store: Store, version: str) -> None:
     its_bytes[...] = np.frombuffer(bytes.fromhex(told[0]), np.int8).reshape(its_bytes.shape)
 
     def start():
-        from cuda.core import Device
-
-        device = Device(ordinal)
-        device.set_current()
         nvshmem.init(
-            device=device,
+            device=_set_device(ordinal),
             uid=unique_id,
             rank=me,
             nranks=num_processes,
@@ -245,7 +286,7 @@ def _try_network(store: Store) -> None:
 
 def _join() -> None:
     """Called when the processes are connected: starts NVSHMEM if there are several hosts."""
-    global _state, _joined_hosts
+    global _state, _joined_hosts, _ending
     gpus = _local_gpus()
     if not gpus or len(hosts.of_program()) < 2:
         _state = State(why_not="this program has no GPUs on several hosts.")
@@ -262,14 +303,61 @@ def _join() -> None:
         _try_network(store)
         decided = State(version=version)
         log.logger.info("between hosts: %s", describe(decided))
+        _, by_network, _ = _native.hosts.reach()
+        uses_network = store.publish("uses network", bool(by_network))
+        if any(uses_network.values()) and _ending is None:
+            _ending = _prepare_end()
     _state = decided
 
 
 def _leave() -> None:
-    global _state, _joined_hosts
+    global _state, _joined_hosts, _has_loss
     if _joined_hosts:
-        _native.hosts.leave()
+        _has_loss |= not _native.hosts.leave()
     _state, _joined_hosts = _NOT_ASKED, False
+
+
+def _prepare_end() -> _Ending:
+    ordinal = _local_gpus()[0].local_hardware_id
+    nvshmem, _ = _import()
+
+    def finalize():
+        _set_device(ordinal)
+        nvshmem.finalize()
+
+    return _Ending(finalize)
+
+
+def _end() -> None:
+    """Ends NVSHMEM at the end of the process, where it uses the network.
+
+    Its threads for the network would go on while the process ends, and may crash it. NVSHMEM's own
+    end waits for all PEs. So it begins only if all processes have come to this in order.
+    """
+    global _ending
+    ending, _ending = _ending, None
+    if ending is None:
+        return
+    store = runtime.store("nvshmem", at_most=_END_SECONDS)
+    if not _all_end(store):
+        log.logger.info("not all processes end in order, so NVSHMEM is left as it is")
+    elif not ending.run(store.timeout):
+        log.logger.warning("NVSHMEM has not ended within %g s", store.timeout)
+
+
+def _all_end(store: Store) -> bool:
+    """Whether all processes end in order, and in time. All of them get the same answer."""
+    try:
+        store.tell("end", not _has_loss and not ENGINES["cuda"].has_failed)
+        # Nobody waits for the others if one has failed: its peers may not come.
+        while all((told := store.told("end")).values()) and time.monotonic() < store.deadline:
+            if len(told) == jax.process_count():
+                store.publish("all end", True)
+                return True
+            time.sleep(_LOOK_SECONDS)
+    except RuntimeError as error:  # some process has given up before, or is gone
+        log.logger.debug("%s", error)
+    return False
 
 
 def describe(it: State) -> str:
@@ -283,4 +371,4 @@ def describe(it: State) -> str:
     return f"{it.version}, {' and '.join(ways)}; {symmetric_bytes} bytes of symmetric memory"
 
 
-runtime.add_pod_member(runtime.PodMember(_join, _leave))
+runtime.add_pod_member(runtime.PodMember(_join, _leave, _end))

@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 import signal
@@ -33,10 +34,13 @@ class PodMember:
     Attributes:
       join: called when the processes of this host are connected.
       leave: called before this process disconnects.
+      end: called at the end of the process, if it was ever in a pod. It is in none any more, and
+        JAX's coordinator still connects the processes.
     """
 
     join: Callable[[], None]
     leave: Callable[[], None]
+    end: Callable[[], None] = lambda: None
 
 
 _pod_members: list[PodMember] = []
@@ -52,14 +56,17 @@ def members() -> dict[int, int] | None:
     return dict(_members) if _pod_is_connected else None
 
 
-def store(folder: str) -> bootstrap.Store:
-    """A folder of JAX's key-value store for the present pod, with the ``timeout`` setting."""
+def store(folder: str, at_most: float = math.inf) -> bootstrap.Store:
+    """A folder of JAX's key-value store for the last pod.
+
+    Its timeout is the setting, but not more than ``at_most`` seconds.
+    """
     return bootstrap.Store(
         distributed.global_state.client,
         f"freeio_jax/{_generation}/{folder}",
         jax.process_index(),
         jax.process_count(),
-        settings.config()["timeout"],
+        min(settings.config()["timeout"], at_most),
     )
 
 
@@ -155,7 +162,8 @@ def initialize() -> None:
     )
     # It runs before JAX's own exit handler, which waits for the other processes. They must know by
     # then that this process leaves.
-    atexit.register(shutdown)
+    atexit.unregister(_end)
+    atexit.register(_end)
     try:
         for member in _pod_members:
             member.join()
@@ -172,13 +180,20 @@ def shutdown() -> None:
     """
     global _pod_is_connected
     if _pod_is_connected:
-        atexit.unregister(shutdown)
         for member in _pod_members:
             member.leave()
         _native.leave_pod()
         _members.clear()
         hosts.disconnect()
         _pod_is_connected = False
+
+
+def _end() -> None:
+    shutdown()
+    if distributed.global_state.client is None:
+        return  # the program has called jax.distributed.shutdown()
+    for member in _pod_members:
+        member.end()
 
 
 class _Forking(threading.local):
@@ -211,9 +226,9 @@ def _start_as_child() -> None:
 def _forget_pod() -> None:
     """In a forked child, which is in no pod: its end must not look like the end of its parent."""
     global _pod_is_connected
+    atexit.unregister(_end)
     if not _pod_is_connected:
         return
-    atexit.unregister(shutdown)
     # When the child ends, JAX would leave its coordinator in the parent's name, and wait for an
     # answer on a thread that the child does not have. The destructors of these objects would do the
     # same, so one reference is never released.

@@ -49,8 +49,8 @@ def _devices(value: Any) -> int | None:
 
 
 def _transport(value: Any) -> str:
-    if value not in ("xla", "auto", "nvshmem"):
-        raise ValueError("it must be 'xla', 'auto' or 'nvshmem'")
+    if value not in ("auto", "nvshmem", "xla"):
+        raise ValueError("it must be 'auto', 'nvshmem' or 'xla'")
     return value
 
 
@@ -59,7 +59,7 @@ _SETTINGS = {
     "num_sms": _Setting(None, _sms, lambda sms: _native.set_num_sms(sms or 0)),
     "overlap_num_sms": _Setting(24, _overlap_sms, _native.set_overlap_num_sms),
     "host_size": _Setting(None, _devices, lambda _: None),  # hosts.py asks for it
-    "transport": _Setting("xla", _transport, lambda _: None),  # nvshmem.py asks for it
+    "transport": _Setting("auto", _transport, lambda _: None),  # nvshmem.py asks for it
     "verbosity": _Setting(0, log.parse_verbosity, log.set_verbosity),
 }
 _values: dict[str, Any] = {}
@@ -121,11 +121,11 @@ def config(**settings: Any) -> dict[str, Any]:
         In several processes set it before :func:`initialize`, alike in all of them, to a multiple
         of the devices of a process. In one process it holds for programs that are compiled after
         the call.
-      transport: what carries rows between hosts on GPUs. ``"xla"``: XLA's collectives. ``"auto"``:
-        NVSHMEM where it can be started in all processes, else XLA's collectives. ``"nvshmem"``:
-        :func:`initialize` raises where NVSHMEM cannot be started. Default ``"xla"``, because the
-        kernels that call NVSHMEM have run on emulated GPUs only; environment variable
-        ``FREEIO_TRANSPORT``. Set it before :func:`initialize`, alike in all processes.
+      transport: what carries rows between hosts on GPUs. ``"auto"``: NVSHMEM where all processes
+        have it and one GPU each, else XLA's collectives. The log says once why these serve.
+        ``"nvshmem"``: :func:`initialize` raises where NVSHMEM cannot be started. ``"xla"``: XLA's
+        collectives. Default ``"auto"``; environment variable ``FREEIO_TRANSPORT``. Set it before
+        :func:`initialize`, alike in all processes.
       verbosity: what goes to the logger ``freeio_jax``: 0 warnings and errors, 1 also what was
         chosen when something started (engine, processes, how long it took), 2 also each exchange
         that is compiled. The logger writes to stderr if the program has not set up Python's
@@ -140,7 +140,7 @@ def config(**settings: Any) -> dict[str, Any]:
     30.0
     >>> fio.config(timeout=600.0)
     {'timeout': 600.0, 'num_sms': None, 'overlap_num_sms': 24, 'host_size': None, \
-'transport': 'xla', 'verbosity': 0}
+'transport': 'auto', 'verbosity': 0}
     """
     unknown = set(settings) - set(_SETTINGS)
     if unknown:

@@ -149,22 +149,12 @@ def choose(platform: str, mesh=None, groups=None) -> XlaCollectives | Nvshmem:
       platform: of the devices, as the lowering names it.
       mesh: of the program, if it is known.
       groups: mesh device indices ``[groups, R]``, in order of rank.
-
-    Raises:
-      ValueError: NVSHMEM is there, and a process has several GPUs.
     """
     if platform == "cpu":
         return _by_xla("on CPU there is nothing faster.")
     if jax.process_count() == 1:
         return _by_xla("NVSHMEM takes one GPU of a process, and here one process has all of them.")
     state = nvshmem.state()
-    if state.several_gpus and groups is not None:
-        raise ValueError(
-            "freeio_jax: in a group that spans hosts, NVSHMEM carries the rows of one GPU of each "
-            f"process, and {state.several_gpus}. Start a process for each GPU, or set "
-            "FREEIO_TRANSPORT=xla in all processes: then XLA's collectives carry them, which is "
-            "slower."
-        )
     if state.why_not:
         return _by_xla(state.why_not)
     if mesh is not None and (why_not := _misfit(mesh, groups)):

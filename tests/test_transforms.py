@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import calls_in
+from helpers import calls_in, make_mesh, require_calls
 from jax import lax
 from jax._src.ad_checkpoint import saved_residuals
 from jax.ad_checkpoint import checkpoint_name
@@ -20,6 +20,7 @@ assert_close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 
 def custom_calls(fn, *args):
     """How often each of the engine's calls is in the compiled program."""
+    require_calls(make_mesh(GEOMETRY.num_ranks))
     return calls_in(jax.jit(fn).lower(*args).compile().as_text())
 
 
@@ -139,6 +140,7 @@ def test_hessian_vector_products_agree_with_dense(rng):
 
 def lowered_calls(fn, *args):
     """How often each call is in the program before XLA merges those that are equal."""
+    require_calls(make_mesh(GEOMETRY.num_ranks))
     return calls_in(jax.jit(fn).lower(*args).as_text())
 
 

@@ -15,7 +15,8 @@ class Memory:
 
     Attributes:
       engine: what the CUDA engine owns, whatever the shapes.
-      windows: what it would own besides, for rows from other hosts. No such engine exists yet.
+      windows: what it would own besides, with room for all rows from other hosts. The kernels have
+        less room, and use it in rounds.
       dispatch_scratch: a buffer of XLA's while dispatch runs.
       combine_scratch: likewise for combine.
       packed_rows: dispatch's result.
@@ -62,8 +63,8 @@ def beyond_the_engine(counts: Counts) -> list[str]:
     reasons = []
     if pod.num_hosts > 1:
         reasons.append(
-            "there is no exchange between hosts, and these figures are of its design "
-            "(docs/scaling.md)"
+            "the exchange between hosts has not been measured, and these figures are of its "
+            "design (docs/scaling.md)"
         )
     for name, value, most in (
         ("ranks in an NVLink domain", pod.num_gpus, sizes.max_ranks),

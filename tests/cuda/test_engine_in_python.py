@@ -76,9 +76,10 @@ def native(monkeypatch):
 @pytest.fixture
 def engine(native, monkeypatch):
     monkeypatch.setattr(runtime, "_pod_members", [])
+    made = engines.CudaEngine()
     # As after the first call that is lowered.
-    monkeypatch.setattr(watch, "_sources", [(native.take_failure, logging.ERROR)])
-    return engines.CudaEngine()
+    monkeypatch.setattr(watch, "_sources", [(made.take_failure, logging.ERROR)])
+    return made
 
 
 def make_pod(monkeypatch, process, others, gpus):
@@ -150,13 +151,17 @@ def test_handlers_are_registered_once_the_plugin_is_loaded(engine, native, monke
     assert registered == []
     for plugin in ("one", "another"):
         callbacks[0](c_api=plugin)
-    assert registered == [(native, "CUDA")]
+    parts = [native, *filter(None, [getattr(engines._native, "hosts", None)])]
+    assert registered == [(part, "CUDA") for part in parts]
 
 
 def test_failures_are_logged_before_leaving(engine, native, caplog):
+    engine._leave()
+    assert not engine.has_failed
     native.failures = ["one GPU failed"]
     native.failures_on_leaving = ["another GPU failed"]
     engine._leave()
+    assert engine.has_failed
     said = [record.message for record in caplog.records if record.name == "freeio_jax"]
     assert said == ["one GPU failed", "another GPU failed"]
 

@@ -57,6 +57,13 @@ class Nvshmem(ModuleType):
         if SCENARIO == "fails":
             time.sleep(1000)  # as NVSHMEM does where another PE does not come
 
+    def finalize(self):
+        print("FINALIZED", flush=True)
+        if in_process_1("end_hangs"):
+            time.sleep(1000)
+        if in_process_1("end_fails"):
+            raise RuntimeError("a plugin is gone")
+
 
 class Device(SimpleNamespace):
     def __init__(self, ordinal):
@@ -89,9 +96,12 @@ class Native:
     @staticmethod
     def leave():
         print("LEFT", flush=True)
+        return not in_process_1("loss")
 
     @staticmethod
     def reach():
+        if SCENARIO == "by_link":
+            return [1 - jax.process_index()], [], Native.landing_bytes(2, 2, 32 << 20)
         return [], [1 - jax.process_index()], Native.landing_bytes(2, 2, 32 << 20)
 
 
@@ -109,8 +119,10 @@ def main():
     gpus = [gpu, gpu] if in_process_1("several_gpus") else [gpu]
     nvshmem._local_gpus = lambda: gpus
     mine = Numbered()
-    ENGINES["cuda"] = SimpleNamespace(numbers=lambda: {mine: 0})
-    if not in_process_1("not_built"):
+    ENGINES["cuda"] = SimpleNamespace(numbers=lambda: {mine: 0}, has_failed=in_process_1("failure"))
+    if in_process_1("not_built"):
+        vars(_native).pop("hosts", None)
+    else:
         _native.hosts = Native
     if not in_process_1("not_installed"):
         sys.modules["nvshmem"] = ModuleType("nvshmem")
@@ -131,17 +143,21 @@ def main():
         else:
             said.blocking_key_value_get("said", 30_000)
         os._exit(0)  # without JAX's farewell: the other process may hang
-    try:
-        carrier = transport.choose("cuda", groups=[])
-        print(f"CARRIER {carrier.name}: {carrier.why or nvshmem.describe(nvshmem.state())}")
-    except ValueError as error:
-        print(f"REFUSED {error}")
+    carrier = transport.choose("cuda")
+    print(f"CARRIER {carrier.name}: {carrier.why or nvshmem.describe(nvshmem.state())}")
     if SCENARIO == "works":
         fio.shutdown()
         fio.initialize()  # NVSHMEM is not started a second time
         print(f"AGAIN {nvshmem.describe(nvshmem.state())}", flush=True)
+    if SCENARIO == "jax_shutdown":
+        fio.shutdown()
+        jax.distributed.shutdown()
+    elif SCENARIO == "child":
+        if (child := os.fork()) == 0:
+            sys.exit()
+        os.waitpid(child, 0)
+        fio.shutdown()  # this is not the end of the process
     sys.stdout.flush()
-    fio.shutdown()
 
 
 if __name__ == "__main__":

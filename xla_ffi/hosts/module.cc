@@ -44,7 +44,8 @@ void add_hosts_module(py::module_& native) {
       py::arg("memory_of_xla"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>(),
       "Puts some of XLA's memory to each PE that only the network reaches, and waits for it, "
       "without a bound.");
-  module.def("leave", &leave_hosts);
+  module.def("leave", &leave_hosts, py::call_guard<py::gil_scoped_release>(),
+             "The counterpart of join(). Returns whether no process has gone without a word.");
   module.def(
       "reach",
       [] {

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -32,10 +33,34 @@ class NetworkSources final : public Sources {
   const Nvshmem nvshmem_;
 };
 
-// Tells the GPU of this process which PEs have gone.
+// Tells the GPU of this process which PEs have gone. All that this takes is made beforehand: a call
+// that allocates may wait for the kernels, and these may wait for the word.
 class Departures final : public pod::Guest {
  public:
-  explicit Departures(const JoinedHosts& joined) : joined_(joined) {}
+  // Makes all that a word takes, on the thread's GPU. `joined` must outlive it.
+  static Status make(const JoinedHosts& joined, std::unique_ptr<Departures>& made) {
+    auto departures = std::unique_ptr<Departures>(new Departures(joined));
+    void* words = nullptr;
+    Status status =
+        cuda_status(cudaHostAlloc(&words, joined.program.host_of_pe.size() * sizeof(uint32_t),
+                                  cudaHostAllocPortable),
+                    "cudaHostAlloc");
+    if (!status.ok()) return status;
+    departures->words_.reset(static_cast<uint32_t*>(words));
+    status = cuda_status(cudaStreamCreateWithFlags(&departures->stream_, cudaStreamNonBlocking),
+                         "cudaStreamCreateWithFlags");
+    if (status.ok()) made = std::move(departures);
+    return status;
+  }
+
+  ~Departures() override {
+    if (stream_ != nullptr) cudaStreamDestroy(stream_);
+  }
+  Departures(const Departures&) = delete;
+  Departures& operator=(const Departures&) = delete;
+
+  // Whether some process has gone without a word.
+  bool has_loss() const { return has_loss_; }
 
   void received(int process, std::string_view, pod::UniqueFd) override {
     throw std::runtime_error("freeio_jax: process " + std::to_string(process) +
@@ -45,23 +70,23 @@ class Departures final : public pod::Guest {
   void gone(int process, pod::Departure how) override {
     const HostsProgram& program = joined_.program;
     if (static_cast<size_t>(process) >= program.host_of_pe.size()) return;
+    if (how != pod::Departure::kOrderly) has_loss_ = true;
     RelaxedCapture relaxed;
     CurrentDevice current(program.ordinal);
-    const uint32_t why = why_gone(how);
+    words_[process] = why_gone(how);
     uint32_t* const word =
         &joined_.landings.layout.mail_of_pe(joined_.landings.address[program.pe], process).why_gone;
-    // On a stream of its own, because the kernel that waits for the PE holds XLA's.
-    cudaStream_t stream = nullptr;
-    if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) return;
     // Partner: the load in may_wait_for_host(). If this fails, kernels wait until the time-out.
-    if (cudaMemcpyAsync(word, &why, sizeof(why), cudaMemcpyDefault, stream) == cudaSuccess) {
-      cudaStreamSynchronize(stream);
-    }
-    cudaStreamDestroy(stream);
+    cudaMemcpyAsync(word, &words_[process], sizeof(*word), cudaMemcpyHostToDevice, stream_);
   }
 
  private:
+  explicit Departures(const JoinedHosts& joined) : joined_(joined) {}
+
   const JoinedHosts& joined_;
+  std::unique_ptr<uint32_t[], FreeHost> words_;  // pinned, one for each PE
+  cudaStream_t stream_ = nullptr;  // of its own: the kernel that waits for the PE holds XLA's
+  std::atomic<bool> has_loss_{false};
 };
 
 struct State {
@@ -74,6 +99,12 @@ struct State {
   bool is_bound = false;  // NVSHMEM knows of the kernels' module
   std::byte* memory = nullptr;
   int64_t bytes = 0;
+
+  // In any of the pods: a PE that is lost does not come back.
+  bool has_loss() const {
+    return std::any_of(all_departures.begin(), all_departures.end(),
+                       [](const auto& departures) { return departures->has_loss(); });
+  }
 };
 
 // Lives until the process ends, as the engine does.
@@ -164,7 +195,10 @@ Status join_hosts(pod::Pod& pod, HostsProgram program) {
   status = load_kernels(program.ordinal);
   if (!status.ok()) return status;
   joined->program = std::move(program);
-  state().all_departures.push_back(std::make_unique<Departures>(*joined));
+  std::unique_ptr<Departures> departures;
+  status = Departures::make(*joined, departures);
+  if (!status.ok()) return status;
+  state().all_departures.push_back(std::move(departures));
   pod.admit(Channel::kHosts, *state().all_departures.back());
   state().joined = joined.get();
   state().all.push_back(std::move(joined));
@@ -193,9 +227,10 @@ Status try_network(const void* memory_of_xla, size_t bytes) {
   return {};
 }
 
-void leave_hosts() {
+bool leave_hosts() {
   std::lock_guard lock(state().mutex);
   state().joined = nullptr;
+  return !state().has_loss();
 }
 
 const JoinedHosts* joined_hosts() {

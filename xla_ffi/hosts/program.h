@@ -21,9 +21,9 @@ struct HostsProgram {
 };
 
 // Makes the symmetric memory, and prepares the kernels. From then on kernels learn which processes
-// of the pod have gone. All processes must call it, when the engine
-// has joined the pod and NVSHMEM has been started. It waits for the other PEs, without a bound. The
-// memory must not be used before all processes have returned from it.
+// of the pod have gone. All processes must call it, when the engine has joined the pod and NVSHMEM
+// has been started. It waits for the other PEs, without a bound. The memory must not be used before
+// all processes have returned from it.
 Status join_hosts(pod::Pod& pod, HostsProgram program);
 
 // Puts some of XLA's memory to each PE that only the network reaches, and waits for it, without a
@@ -32,8 +32,9 @@ Status join_hosts(pod::Pod& pod, HostsProgram program);
 // first call.
 Status try_network(const void* memory_of_xla, size_t bytes);
 
-// The counterpart. The symmetric memory stays for the next join_hosts().
-void leave_hosts();
+// The counterpart. The symmetric memory stays for the next join_hosts(). Returns whether no process
+// has gone without a word.
+bool leave_hosts();
 
 // What join_hosts() made; null: it was not called, or leave_hosts() was. Valid until the process
 // ends.

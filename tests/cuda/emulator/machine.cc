@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "fiber.h"
+#include "network.h"
+#include "random.h"
 #include "shared_section.h"
 
 #ifdef __x86_64__
@@ -51,32 +53,6 @@ constexpr size_t kStackBytes = 32 << 10;
 constexpr size_t kGuardBytes = 64;  // after the dynamic shared memory
 constexpr std::byte kGarbage{0xa5};
 constexpr uint64_t kMillisecond = 1'000'000;
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 0x853c49e6748fea9bu) {
-    for (int i = 0; i < 8; ++i) next();
-  }
-  uint32_t next() {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    state_ ^= state_ << 17;
-    return static_cast<uint32_t>((state_ * 0x2545f4914f6cdd1du) >> 32);
-  }
-  uint32_t below(uint32_t bound) {
-    return static_cast<uint32_t>(static_cast<uint64_t>(next()) * bound >> 32);
-  }
-  bool one_in(uint32_t n) { return below(n) == 0; }
-  // Some bit of a mask that is not empty.
-  int bit_of(uint32_t mask) {
-    const uint32_t turn = next() % 32;
-    const uint32_t turned = mask >> turn | mask << ((32 - turn) % 32);
-    return static_cast<int>((static_cast<uint32_t>(__builtin_ctz(turned)) + turn) % 32);
-  }
-
- private:
-  uint64_t state_;
-};
 
 struct Cta;
 
@@ -162,22 +138,6 @@ struct WordInFlight {
   std::shared_ptr<LineInFlight> line;  // null: it is one word
 };
 
-// Something on the network.
-struct OnNetwork {
-  uint64_t warp;    // that sent it
-  uint32_t fences;  // of the warp, before
-  int gpu;          // to which it goes
-  std::byte* to;
-  const void* from;  // null: a signal
-  size_t bytes;
-  uint64_t value;
-};
-
-struct Heap {
-  std::byte* base = nullptr;
-  size_t bytes = 0;
-};
-
 class Machine {
  public:
   void seed(uint64_t seed) { random_ = Random(seed); }
@@ -207,8 +167,8 @@ class Machine {
       Cta* cta = choose();
       if (cta != nullptr) {
         run_cta(*cta);
-      } else if (!any && !start_kernels(true) && !deliver_late() && !network_.late(random_) &&
-                 !wake_changed()) {
+      } else if (!any && !start_kernels(true) && !deliver_late() &&
+                 !network_.deliver_late(random_) && !wake_changed()) {
         idle();
       }
       if (random_.one_in(4)) deliver_some(random_.below(kMaxGpus));
@@ -221,12 +181,7 @@ class Machine {
     return error_;
   }
 
-  void set_heap(int gpu, void* base, size_t bytes) {
-    network_.heaps[gpu] = {static_cast<std::byte*>(base), bytes};
-  }
-  void set_linked(bool are_linked) { network_.are_linked = are_linked; }
-  void set_network_faults(const NetworkFaults& faults) { network_.faults = faults; }
-  uint64_t network_bytes() const { return network_.bytes; }
+  Network& network() { return network_; }
 
   void close() {
     error_ = "emulator: closed";
@@ -327,31 +282,22 @@ class Machine {
 
   void network_put(void* symmetric, const void* from, size_t bytes, int gpu) {
     preempt();
-    network_.bytes += bytes;
-    const auto* begin = static_cast<const std::byte*>(from);
-    // In two parts, which may arrive apart.
-    const size_t first = bytes > 0 ? random_.below(static_cast<uint32_t>(bytes)) : 0;
-    send({0, 0, gpu, static_cast<std::byte*>(symmetric), begin, first, 0});
-    send({0, 0, gpu, static_cast<std::byte*>(symmetric) + first, begin + first, bytes - first, 0});
+    require_heap(network_.put(sender(), symmetric, from, bytes, gpu, random_));
   }
 
   void network_signal(int kind, uint64_t* symmetric, uint64_t value, int gpu) {
     preempt();
-    if ((network_.faults.lost_kinds >> kind & 1) != 0) return;
-    send({0, 0, gpu, reinterpret_cast<std::byte*>(symmetric), nullptr, sizeof(value), value});
+    require_heap(network_.signal(sender(), kind, symmetric, value, gpu));
+  }
+
+  void* linked(const void* symmetric, int to) const {
+    return network_.linked(symmetric, static_cast<int>(gpu()), to);
   }
 
   void network_fence() {
     preempt();
-    if (!network_.faults.ignores_fences) ++warp_of(*current_).network_fences;
+    if (!network_.faults().ignores_fences) ++warp_of(*current_).network_fences;
   }
-
-  void* linked(void* symmetric, int gpu) const {
-    if (!network_.are_linked) return nullptr;
-    return network_.heaps[gpu].base + (static_cast<std::byte*>(symmetric) - own_heap().base);
-  }
-
-  bool is_unawaited(int kind) const { return (network_.faults.unawaited_kinds >> kind & 1) != 0; }
 
   // Copies at once, or when the thread waits for it. These are the earliest and the latest time.
   void start_copy(void* to, const void* from, size_t bytes) {
@@ -400,78 +346,18 @@ class Machine {
   // far ahead. A fair choice hardly ever does that.
   enum class Policy { kFair, kCtaPriority, kGpuPriority };
 
-  // Things between hosts, from all GPUs.
-  struct Network {
-    Machine& machine;
-    Heap heaps[kMaxGpus];
-    NetworkFaults faults;
-    bool are_linked = false;
-    uint64_t bytes = 0;
-    uint32_t slow_gpus = 0;  // what goes to these arrives when no thread can go on
-    std::vector<OnNetwork> things;
-
-    bool may_arrive(size_t index) const {
-      const OnNetwork& it = things[index];
-      return std::none_of(things.begin(), things.end(), [&](const OnNetwork& other) {
-        return other.warp == it.warp && other.gpu == it.gpu && other.fences < it.fences;
-      });
-    }
-    bool deliver_one(Random& random, bool slow_too) {
-      if (things.empty()) return false;
-      const size_t first = random.below(static_cast<uint32_t>(things.size()));
-      for (size_t i = 0; i < things.size(); ++i) {
-        const size_t index = (first + i) % things.size();
-        const bool is_slow = (slow_gpus >> things[index].gpu % 32 & 1) != 0;
-        if ((is_slow && !slow_too) || !may_arrive(index)) continue;
-        const OnNetwork it = things[index];
-        things[index] = things.back();
-        things.pop_back();
-        machine.arrive(it);
-        return true;
-      }
-      return false;
-    }
-    void deliver_some(Random& random) {
-      for (size_t i = 0; i < 1 + things.size() / 16; ++i) {
-        if (!deliver_one(random, false)) return;
-      }
-    }
-    bool late(Random& random) { return deliver_one(random, true); }
-    void deliver_all() {
-      for (const OnNetwork& it : things) machine.arrive(it);
-      things.clear();
-    }
-  };
-
   Warp& warp_of(const Thread& thread) const {
     return thread.cta->warps[static_cast<size_t>(thread.number / kLanes)];
   }
 
-  const Heap& own_heap() const { return network_.heaps[gpu()]; }
-
-  // Sends what goes to the place `to` of the symmetric heap.
-  void send(OnNetwork it) {
-    const Heap& own = own_heap();
-    const Heap& other = network_.heaps[it.gpu];
-    const auto at = static_cast<size_t>(it.to - own.base);
-    if (own.base == nullptr || it.to < own.base || at + it.bytes > other.bytes) {
-      error_ = "emulator: something is put outside the symmetric heap";
-      return;
-    }
-    it.warp = current_->cta->serial * 64 + static_cast<uint64_t>(current_->number / kLanes);
-    it.fences = warp_of(*current_).network_fences;
-    it.to = other.base + at;
-    network_.things.push_back(it);
+  Sender sender() const {
+    const Thread& thread = *current_;
+    const auto warp = thread.cta->serial * 64 + static_cast<uint64_t>(thread.number / kLanes);
+    return {thread.cta->kernel->launch.gpu, warp, warp_of(thread).network_fences};
   }
 
-  void arrive(const OnNetwork& it) {
-    if (it.from != nullptr) {
-      memcpy(it.to, it.from, it.bytes);
-      return;
-    }
-    auto* const word = reinterpret_cast<uint64_t*>(it.to);
-    __atomic_store_n(word, it.value, __ATOMIC_RELEASE);
-    stored(word);
+  void require_heap(bool is_in_heap) {
+    if (!is_in_heap) error_ = "emulator: something is put outside the symmetric heap";
   }
 
   static uint64_t load(const void* address, size_t bytes) {
@@ -492,7 +378,7 @@ class Machine {
     yield_interval_ = 1u << random_.below(14);
     until_yield_ = 1 + random_.below(2 * yield_interval_);
     for (uint32_t& priority : gpu_priority_) priority = random_.next();
-    network_.slow_gpus = random_.next() & random_.next();
+    network_.draw_slow_gpus(random_);
     for (auto& [stream, kernel] : running_) {
       for (auto& cta : kernel->ctas) cta->priority = random_.next();
     }
@@ -889,7 +775,7 @@ class Machine {
   uint64_t steps_ = 0;
   uint64_t ctas_so_far_ = 0;
   std::string error_;
-  Network network_{*this, {}, {}, false, 0, 0, {}};
+  Network network_{[this](const void* address) { stored(address); }};
 
   std::map<int, std::deque<Item>> queues_;  // by stream
   std::map<int, std::unique_ptr<RunningKernel>> running_;
@@ -930,10 +816,10 @@ void enqueue(int stream, Launch launch) { machine().enqueue(stream, std::move(la
 void record(int stream, Event& event) { machine().record(stream, event); }
 void wait(int stream, const Event& event) { machine().wait(stream, event); }
 std::string run(int stream) { return machine().run(stream); }
-void set_heap(int gpu, void* base, size_t bytes) { machine().set_heap(gpu, base, bytes); }
-void set_linked(bool are_linked) { machine().set_linked(are_linked); }
-void set_network_faults(const NetworkFaults& faults) { machine().set_network_faults(faults); }
-uint64_t network_bytes() { return machine().network_bytes(); }
+void set_heap(int gpu, void* base, size_t bytes) { machine().network().set_heap(gpu, base, bytes); }
+void set_linked(bool are_linked) { machine().network().set_linked(are_linked); }
+void set_network_faults(const NetworkFaults& faults) { machine().network().set_faults(faults); }
+uint64_t network_bytes() { return machine().network().bytes(); }
 void close() { machine().close(); }
 uint64_t steps() { return machine().steps(); }
 bool barrier(SourceLine where, bool value) { return machine().barrier(where, value); }
@@ -957,8 +843,10 @@ void network_signal(int kind, uint64_t* symmetric, uint64_t value, int gpu) {
   machine().network_signal(kind, symmetric, value, gpu);
 }
 void network_fence() { machine().network_fence(); }
-void* linked(void* symmetric, int gpu) { return machine().linked(symmetric, gpu); }
-bool is_unawaited(int kind) { return machine().is_unawaited(kind); }
+void* linked(const void* symmetric, int gpu) { return machine().linked(symmetric, gpu); }
+bool is_unawaited(int kind) {
+  return (machine().network().faults().unawaited_kinds >> kind & 1) != 0;
+}
 void start_copy(void* shared, const void* global, size_t bytes) {
   machine().start_copy(shared, global, bytes);
 }

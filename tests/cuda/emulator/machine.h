@@ -157,7 +157,7 @@ void network_signal(int kind, uint64_t* symmetric, uint64_t value, int gpu);
 void network_fence();
 // The place in the heap of `gpu`, as the GPU that runs the thread sees it; null: only the network
 // reaches it.
-void* linked(void* symmetric, int gpu);
+void* linked(const void* symmetric, int gpu);
 // Whether tests want kernels to go on without this kind of signal.
 bool is_unawaited(int kind);
 
