@@ -42,6 +42,7 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
         late,
         layer,
         mix,
+        on_demand,
         overlap,
         readme,
         scaling,
@@ -57,6 +58,8 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
         freeio_jax.config(num_sms=arguments.num_sms)
 
     def exchanges(*left_out):
+        if not on_demand.is_at_hand(devices):
+            left_out += ("on-demand",)
         names = arguments.exchanges or [name for name in NAMES if name not in left_out]
         if on_gpu:
             return names
