@@ -170,18 +170,23 @@ def _measure(moe, num_chunks, num_sms, passes, timelines, name):
 
 
 def _compiled(moe, num_chunks, passes) -> dict[tuple[str, object], layer.Bound]:
-    """All programs of a layer, compiled side by side: XLA takes longer for them than they run."""
-    lowered = {}
-    for which in passes:
-        gradients = which == "gradients"
-        whole = moe.backward if gradients else moe.forward
-        lowered[which, "exchange"] = moe.alone(fio, gradients)
-        lowered[which, "compute"] = moe.experts(gradients)
-        lowered[which, "in turn"] = whole(None, overlap=False)
-        for chunks in num_chunks:
-            lowered[which, chunks] = whole(None, overlap=True, num_chunks=chunks)
+    """All programs of a layer. XLA compiles some while others are lowered, which takes as long."""
+    futures = {}
     with ThreadPoolExecutor() as pool:
-        return dict(zip(lowered, pool.map(layer.Lowered.compile, lowered.values()), strict=True))
+        # Those of gradients take longest, so they come first.
+        for which in reversed(passes):
+            gradients = which == "gradients"
+            whole = moe.backward if gradients else moe.forward
+
+            def submit(key, lowered, which=which):
+                futures[which, key] = pool.submit(lowered.compile)
+
+            for chunks in reversed(num_chunks):
+                submit(chunks, whole(None, overlap=True, num_chunks=chunks))
+            submit("in turn", whole(None, overlap=False))
+            submit("compute", moe.experts(gradients))
+            submit("exchange", moe.alone(fio, gradients))
+        return {key: future.result() for key, future in futures.items()}
 
 
 def seconds(run: Callable[[], object]) -> float:
