@@ -168,8 +168,13 @@ def _moves_rows(layout):
 # --- The operations ------------------------------------------------------------------------------
 
 
-def dispatch(topk_idx, *leaves, axes, layout):
-    """As ``dispatch_p``. Rows past the end are zero, whatever ``layout.zero_tail`` says."""
+def agree(topk_idx, axes, layout):
+    """What follows from the ids of all ranks, before any row moves.
+
+    Returns:
+      The routes, the counts of ``dispatch_p``, and int32 ``[R, T*K]``, the ``dest_rank`` of all
+      ranks.
+    """
     me = lax.axis_index(axes)
     num_ranks, num_sent = layout.num_ranks, layout.num_assignments
     all_ranks, all_rows, load = route(lax.all_gather(topk_idx, axes), layout)
@@ -179,7 +184,6 @@ def dispatch(topk_idx, *leaves, axes, layout):
     row = jnp.where(all_ranks == me, all_rows, layout.capacity)
     row_source = jnp.full(layout.capacity, -1, jnp.int32).at[row].set(sources, mode="drop")
     routes = Routes(dest_rank, dest_row, row_source)
-    rows = _rows_along(routes, leaves, all_ranks, axes, layout)
     is_invalid = (topk_idx < -1) | (topk_idx >= layout.num_experts)
     num_dropped = jnp.sum(load[me], dtype=jnp.int32) - jnp.sum(row_source >= 0, dtype=jnp.int32)
     counts = (
@@ -188,6 +192,13 @@ def dispatch(topk_idx, *leaves, axes, layout):
         num_dropped,
         jnp.sum(is_invalid, dtype=jnp.int32),
     )
+    return routes, counts, all_ranks
+
+
+def dispatch(topk_idx, *leaves, axes, layout):
+    """As ``dispatch_p``. Rows past the end are zero, whatever ``layout.zero_tail`` says."""
+    routes, counts, dest_rank_of_all = agree(topk_idx, axes, layout)
+    rows = _rows_along(routes, leaves, dest_rank_of_all, axes, layout)
     return [*rows, *routes, *counts]
 
 

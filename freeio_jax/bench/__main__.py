@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import math
 import os
 import pathlib
 import platform
@@ -42,6 +43,7 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
         late,
         layer,
         mix,
+        on_demand,
         overlap,
         readme,
         scaling,
@@ -57,6 +59,8 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
         freeio_jax.config(num_sms=arguments.num_sms)
 
     def exchanges(*left_out):
+        if not on_demand.is_at_hand(devices):
+            left_out += ("on-demand",)
         names = arguments.exchanges or [name for name in NAMES if name not in left_out]
         if on_gpu:
             return names
@@ -86,13 +90,14 @@ def run_parts(arguments: argparse.Namespace, newest: Sequence[Mapping] = ()) -> 
                 png=arguments.png,
             )
         elif part == "shapes":
-            limits = Limits.measure(devices)
+            names = exchanges("reference")
+            # Floors are of freeio's kernels. What tries XLA's exchanges need not wait for limits.
+            limits = Limits.measure(devices) if "freeio" in names else Limits(*5 * [math.nan])
             report.data["about"]["limits"] = dataclasses.asdict(limits)
             memory = check.memory(jax.local_devices())
             report.data["about"]["engine_bytes"] = memory.get("engine")
             print(f"# {limits}; bytes in use: {memory}", flush=True)
             suites = _suites(arguments)
-            names = exchanges("reference")
             shapes.run(report, limits, suites, ops=arguments.ops, exchanges=names, **sizes)
             if arguments.png:
                 plot_shapes(report.data["shapes"], arguments.png)
@@ -218,9 +223,12 @@ def _try_newest(arguments, num_gpus: int) -> list[Mapping]:
     if not arguments.tokens:
         sizes += ["--tokens", "1", "128", "1024", "4096", "8192"]
     report = Report({})
+    # --readme has XLA's other exchanges in its own process, and its tables are of one process.
+    only = {} if arguments.newest else {"options": ["device kernel"], "in_processes": False}
     newest.run(
         report,
         sizes,
+        **only,
         num_ranks=arguments.ranks or num_gpus or 2,
         platform="cuda" if num_gpus else "cpu",
         exchanges=[n for n in newest.EXCHANGES if n in (arguments.exchanges or NAMES)],

@@ -99,12 +99,12 @@ def _gather_tokens(tokens, order, inverse):
 
 _gather_tokens.defvjp(
     lambda tokens, order, inverse: (_gather_tokens(tokens, order, inverse), (order, inverse)),
-    lambda res, ct: (_sum_rows(ct, None, *res), None, None),
+    lambda res, ct: (sum_rows(ct, None, *res), None, None),
 )
 
 
 @jax.custom_vjp
-def _sum_rows(rows, weights, order, inverse):
+def sum_rows(rows, weights, order, inverse):
     """``[T, ...]``: the sum of each token's rows, with their weights, in float32."""
     dtype = accumulator_dtype(rows.dtype)
     taken = _take(rows, inverse).astype(dtype)
@@ -127,7 +127,7 @@ def _sum_rows_backward(residuals, ct):
     return by_rows, by_weights, None, None
 
 
-_sum_rows.defvjp(lambda *args: (_sum_rows(*args), args), _sum_rows_backward)
+sum_rows.defvjp(lambda *args: (sum_rows(*args), args), _sum_rows_backward)
 
 
 # --- The two exchanges ---------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class _Baseline:
             if not layout.num_assignments or not layout.capacity:
                 return jnp.zeros((layout.capacity, *leaf.shape[1:]), leaf.dtype)
             # Under one type of variation, so that custom gradients have their primals' type.
-            leaf, p = _vary_alike(leaf, plan)
+            leaf, p = vary_alike(leaf, plan)
             landed = self._exchange(_gather_tokens(leaf, p.order, p.inverse), p, layout, axes, True)
             return landed if p.arrival is None else _move(landed, p.arrival, p.back)
 
@@ -215,11 +215,11 @@ class _Baseline:
         layout, axes = handle._layout, handle._axis_name
         if not layout.num_assignments or not layout.capacity:
             return jnp.zeros((layout.num_tokens, *expert_out.shape[1:]), expert_out.dtype)
-        expert_out, plan, topk_weights = _vary_alike(expert_out, handle._plan, topk_weights)
+        expert_out, plan, topk_weights = vary_alike(expert_out, handle._plan, topk_weights)
         if plan.arrival is not None:
             expert_out = _move(expert_out, plan.back, plan.arrival)
         rows = self._exchange(expert_out, plan, layout, axes, False)
-        return _sum_rows(rows, topk_weights, plan.order, plan.inverse)
+        return sum_rows(rows, topk_weights, plan.order, plan.inverse)
 
     def _admitted(self, routed, layout):
         """Of the ``routed`` assignments ``[R, R, E/R]``, those that the exchange has room for."""
@@ -247,7 +247,7 @@ def _assignments(order, layout):
     return _inverse(order, layout.num_assignments).reshape(layout.num_tokens, layout.top_k)
 
 
-def _vary_alike(*args):
+def vary_alike(*args):
     axes = varying_axes(*jax.tree.leaves(args))
     return jax.tree.map(lambda a: vary(a, axes), args)
 
@@ -383,6 +383,10 @@ def named(name: str, *, slots: int | None = None) -> Any:
         return freeio_jax
     if name == "reference":
         return freeio_jax.reference
+    if name == "on-demand":
+        from freeio_jax.bench import on_demand  # which imports this file
+
+        return on_demand
     return _RAGGED[name]
 
 
@@ -392,4 +396,4 @@ _RAGGED = {
     "ragged-32": Ragged(32),
     "ragged-1": Ragged(1),
 }
-NAMES = ("freeio", "reference", *_RAGGED, "dense")
+NAMES = ("freeio", "reference", *_RAGGED, "dense", "on-demand")

@@ -15,6 +15,7 @@ PARTS = (
 NOT_OF_ALL = ("newest", "overlap", "memory", "readme", "once")
 OPS = ("dispatch", "combine", "combine_transpose", "dispatch_along")
 NAMES = ("freeio", "reference", "ragged", "ragged-by-expert", "ragged-32", "ragged-1", "dense")
+NAMES += ("on-demand",)
 SUITES = ("large", "small", "half", "zipf")
 MODELS = ("DeepSeek-V3", "Qwen3-30B-A3B")
 PASSES = ("forward", "gradients")
@@ -90,6 +91,8 @@ exchanges:
   ragged-32, -1     likewise, in 32 updates, or in one
   ragged-by-expert  likewise, in updates of one expert each, that land in packed order at once
   dense             lax.all_to_all with slots for 1.25 of an even load
+  on-demand         all gather all ids, and then put each row to its place; by default only where
+                    NVSHMEM carries the rows between hosts
 """
 
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -41,6 +42,33 @@ class Sizes:
     expert_width: int = 2048
     dtype: str = "bfloat16"
     shared_width: int | None = None
+
+
+class Bound:
+    """A compiled program with its arguments: call it.
+
+    Attributes:
+      temporary_bytes: of one device, what XLA plans beside arguments and results.
+    """
+
+    def __init__(self, compiled: Any, args: Sequence[Any]):
+        self.compiled, self.args = compiled, args
+        planned = compiled.memory_analysis()
+        self.temporary_bytes = planned.temp_size_in_bytes if planned else math.nan
+
+    def __call__(self) -> Any:
+        return self.compiled(*self.args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A program that is to be compiled, in any thread, and its arguments."""
+
+    lowered: Any
+    args: Sequence[Any]
+
+    def compile(self) -> Bound:
+        return Bound(self.lowered.compile(), self.args)
 
 
 class Layer:
@@ -93,26 +121,27 @@ class Layer:
             **options,
         )
 
-    def forward(self, exchange: object, **options: Any):
-        """Compiled: (parameters, x) -> y and the report."""
+    def forward(self, exchange: object, **options: Any) -> Lowered:
+        """Of parameters and input: y and the report."""
         config = self.config(exchange, **options)
-        return self._compile(lambda parameters, x: moe(parameters, x, config, mesh=self.mesh))
+        return self._lower(lambda parameters, x: moe(parameters, x, config, mesh=self.mesh))
 
-    def backward(self, exchange: object, **options: Any):
-        """Compiled: (parameters, x) -> the loss with its report, and the gradients of both."""
+    def backward(self, exchange: object, **options: Any) -> Lowered:
+        """Of parameters and input: the loss with its report, and the gradients of both."""
         config = self.config(exchange, **options)
 
         def loss(parameters, x):
             y, report = moe(parameters, x, config, mesh=self.mesh)
             return jnp.mean(y.astype(jnp.float32) ** 2) + report.aux_loss, report
 
-        return self._compile(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        return self._lower(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
-    def _compile(self, function):
-        return jax.jit(function).lower(self.parameters, self.x).compile()
+    def _lower(self, function) -> Lowered:
+        args = (self.parameters, self.x)
+        return Lowered(jax.jit(function).lower(*args), args)
 
-    def experts(self, gradients: bool):
-        """Compiled and bound: the layer's experts without its exchanges, on like routing."""
+    def experts(self, gradients: bool) -> Lowered:
+        """The layer's experts without its exchanges, on like routing."""
         shape, topk_idx, capacity = self._routing()
         groups = np.bincount(topk_idx.ravel(), minlength=shape.num_experts)
         ends = np.minimum(np.cumsum(groups.reshape(shape.num_ranks, -1), axis=1), capacity)
@@ -148,8 +177,7 @@ class Layer:
             multiply, mesh=self.mesh, in_specs=(by_rank, by_rank, specs, by_rank), out_specs=outs
         )
         args = (rows, self.x, parameters, sizes)
-        compiled = jax.jit(multiply).lower(*args).compile()
-        return lambda: compiled(*args)
+        return Lowered(jax.jit(multiply).lower(*args), args)
 
     def _routing(self):
         """Shape, ids and capacity of exchanges like the layer's."""
@@ -173,8 +201,8 @@ class Layer:
         topk_idx = uniform_routing(shape, seed=0).reshape(sizes.num_ranks, sizes.num_tokens, -1)
         return shape, topk_idx, capacity
 
-    def alone(self, exchange: object, gradients: bool):
-        """Compiled and bound: the layer's exchanges without its experts, on like routing."""
+    def alone(self, exchange: object, gradients: bool) -> Lowered:
+        """The layer's exchanges without its experts, on like routing."""
         shape, topk_idx, capacity = self._routing()
         inputs = Programs(self.mesh, shape, topk_idx, capacity)
 
@@ -189,8 +217,7 @@ class Layer:
             return pull(z)
 
         args = (inputs.tokens, inputs.topk_idx, inputs.weights)
-        compiled = per_shard(exchanges, self.mesh).lower(*args).compile()
-        return lambda: compiled(*args)
+        return Lowered(per_shard(exchanges, self.mesh).lower(*args), args)
 
 
 _COLUMNS = {
@@ -240,12 +267,10 @@ def run(
 
 
 def _measure(layer: Layer, exchange: object, gradients: bool) -> dict[str, object]:
-    compiled = layer.backward(exchange) if gradients else layer.forward(exchange)
-    alone, experts = layer.alone(exchange, gradients), layer.experts(gradients)
-
-    def step():
-        return compiled(layer.parameters, layer.x)
-
+    whole = layer.backward(exchange) if gradients else layer.forward(exchange)
+    lowered = whole, layer.alone(exchange, gradients), layer.experts(gradients)
+    with ThreadPoolExecutor() as pool:
+        step, alone, experts = pool.map(Lowered.compile, lowered)
     results = step()
     dropped = int((results[0][1] if gradients else results[1]).dropped)
     del results

@@ -53,21 +53,26 @@ def run(
     num_ranks: int,
     platform: str,
     exchanges: Sequence[str] = EXCHANGES,
+    options: Sequence[str] = tuple(OPTIONS),
+    in_processes: bool = True,
 ) -> None:
     """Tries each exchange with each set of options. JAX must not have started in this process.
 
     Args:
       sizes: arguments of the benchmark: suites or widths, and tokens.
       platform: ``cuda`` or ``cpu``, for the processes.
+      options: names of :data:`OPTIONS`.
+      in_processes: whether to try with a process for each rank, too.
     """
     report.table("XLA at its newest", _COLUMNS)
-    for processes in dict.fromkeys((1, num_ranks)):
-        for options, flags in OPTIONS.items():
+    for processes in dict.fromkeys((1, num_ranks) if in_processes else (1,)):
+        for option in options:
+            flags = OPTIONS[option]
             for exchange in exchanges:
                 # The options are for ragged exchanges alone.
                 if flags and not exchange.startswith("ragged"):
                     continue
-                about = {"exchange": exchange, "options": options, "processes": processes}
+                about = {"exchange": exchange, "options": option, "processes": processes}
                 about |= {"num_ranks": num_ranks}
                 for record in _try(exchange, flags, processes, num_ranks, platform, sizes):
                     report.add("newest", {**about, **record})

@@ -10,6 +10,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
@@ -38,7 +39,7 @@ NUM_CHUNKS = (1, 2, 4)
 NUM_SMS = (8, 16, 24, 32)
 PASSES = ("forward", "gradients")
 #: Of each program. All processes of a pod must run a program equally often.
-RUNS = 10
+RUNS = 5
 SAMPLES = 3
 
 NOTHING_HIDDEN = (
@@ -59,6 +60,8 @@ _COLUMNS = {
     "beside_s": "beside each other ms",
     "hidden_share": "hidden %",
     "covered_share": "started kernels with compute beside them %",
+    "in_turn_bytes": "temporaries, one after the other MB",
+    "beside_bytes": "temporaries, beside each other MB",
 }
 
 
@@ -80,7 +83,9 @@ def run(
     alone, with all SMs and without chunks. ``in_turn_s`` is the layer with ``overlap=False``,
     ``beside_s`` with ``overlap=True``. The hidden share is ``(in_turn_s - beside_s) / exchange_s``.
     ``covered_share`` is by the profiler: the share of the time of kernels of exchanges in which a
-    kernel that is no exchange runs on that GPU. (No figure of it where there is no GPU.)
+    kernel that is no exchange runs on that GPU. It is taken at the first of ``num_sms``. (No figure
+    of it where there is no GPU.) ``in_turn_bytes`` and ``beside_bytes`` are what XLA plans for the
+    temporaries of one device: the peak beside parameters, input and results.
 
     Args:
       models: by name.
@@ -129,23 +134,25 @@ def run(
 
 
 def _measure(moe, num_chunks, num_sms, passes, timelines, name):
+    begin = time.perf_counter()
+    programs = _compiled(moe, num_chunks, passes)
+    print(f"# {len(programs)} programs compiled in {time.perf_counter() - begin:.0f} s", flush=True)
     for which in passes:
         gradients = which == "gradients"
-        compiled = moe.backward if gradients else moe.forward
-        exchange_s = seconds(moe.alone(fio, gradients))
-        compute_s = seconds(moe.experts(gradients))
-        in_turn = _bound(moe, compiled(None, overlap=False))
+        exchange_s = seconds(programs[which, "exchange"])
+        compute_s = seconds(programs[which, "compute"])
+        in_turn = programs[which, "in turn"]
         in_turn_s = seconds(in_turn)
         if gradients and timelines is not None:
             timelines[f"{name}, one after the other"] = profile.record(in_turn)
         for chunks in num_chunks:
             # The number of multiprocessors is read when an exchange runs.
-            beside = _bound(moe, compiled(None, overlap=True, num_chunks=chunks))
+            beside = programs[which, chunks]
             for sms in num_sms:
                 fio.config(overlap_num_sms=sms)
                 beside_s = seconds(beside)
-                events = profile.record(beside)
-                if gradients and timelines is not None and sms == num_sms[0]:
+                events = profile.record(beside) if sms == num_sms[0] else []
+                if gradients and timelines is not None and events:
                     timelines[f"{name}, {chunks} chunk(s), {sms} SMs"] = events
                 yield {
                     "pass": which,
@@ -157,11 +164,29 @@ def _measure(moe, num_chunks, num_sms, passes, timelines, name):
                     "beside_s": beside_s,
                     "hidden_share": (in_turn_s - beside_s) / exchange_s,
                     "covered_share": covered_share(events),
+                    "in_turn_bytes": in_turn.temporary_bytes,
+                    "beside_bytes": beside.temporary_bytes,
                 }
 
 
-def _bound(moe, compiled) -> Callable[[], object]:
-    return lambda: compiled(moe.parameters, moe.x)
+def _compiled(moe, num_chunks, passes) -> dict[tuple[str, object], layer.Bound]:
+    """All programs of a layer. XLA compiles some while others are lowered, which takes as long."""
+    futures = {}
+    with ThreadPoolExecutor() as pool:
+        # Those of gradients take longest, so they come first.
+        for which in reversed(passes):
+            gradients = which == "gradients"
+            whole = moe.backward if gradients else moe.forward
+
+            def submit(key, lowered, which=which):
+                futures[which, key] = pool.submit(lowered.compile)
+
+            for chunks in reversed(num_chunks):
+                submit(chunks, whole(None, overlap=True, num_chunks=chunks))
+            submit("in turn", whole(None, overlap=False))
+            submit("compute", moe.experts(gradients))
+            submit("exchange", moe.alone(fio, gradients))
+        return {key: future.result() for key, future in futures.items()}
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -40,10 +40,17 @@ def record(
     jax.block_until_ready((ahead(), run()))
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or temporary
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=_options()):
             processes.share(None)  # to start a profile takes longer than the work ahead
             jax.block_until_ready((ahead(), run()))
         return read(folder)
+
+
+def _options() -> jax.profiler.ProfileOptions:
+    """No calls of Python's functions: to write them down takes longer than the programs do."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    return options
 
 
 def read(folder: str) -> list[Event]:

@@ -20,6 +20,10 @@ shipped one (:mod:`freeio_jax.bench.stamps`), and add up to that build's total, 
 shipped one's. It has no shuffling; where a kernel copies a row twice (small calls), it does so
 within the transfer.
 
+Kernels that put rows to other hosts have no time stamps. There the parts of this package's exchange
+come from the profile, too: its waits are in the transfer. ``on-demand`` puts rows by such a kernel,
+too, when all ranks have agreed by XLA's collectives (:mod:`freeio_jax.bench.on_demand`).
+
 On CPU there is neither a link to measure nor a profile of kernels: only the totals are shown, by
 the host's clock.
 """
@@ -40,7 +44,7 @@ from typing import Any
 import jax
 
 from freeio_jax import _native
-from freeio_jax.bench import processes, profile, stamps, timing
+from freeio_jax.bench import on_demand, processes, profile, stamps, timing
 from freeio_jax.bench.floor import Limits
 from freeio_jax.bench.profile import Event
 from freeio_jax.bench.report import Report, draw
@@ -115,7 +119,7 @@ def read_stamped(path: pathlib.Path) -> list[dict[str, Any]]:
 def _key(record):
     """What two records of one operation on one shape have in common."""
     sizes = ("num_tokens", "num_ranks", "hidden", "top_k", "num_experts", "dtype", "capacity")
-    return tuple(record[name] for name in ("name", "op", *sizes))
+    return tuple(record[name] for name in ("name", "op", "exchange", "processes", *sizes))
 
 
 def _run(report, suites, devices, exchanges, dtype, stamped):
@@ -127,6 +131,7 @@ def _run(report, suites, devices, exchanges, dtype, stamped):
     limits_of[str(num_ranks)] = dataclasses.asdict(limits)
     report.table(f"Collective tax, R={num_ranks}", _COLUMNS)
     ahead = _names_ahead()
+    between_hosts = on_demand.carrier(devices)
     fitting = [suite for suite in suites if suite.num_experts % num_ranks == 0]
     for case in cases(fitting, num_ranks, dtype):
         programs, moved = case.programs(), case.traffic()
@@ -136,7 +141,9 @@ def _run(report, suites, devices, exchanges, dtype, stamped):
             about = {**case.about, "op": op, "exchange": name}
             about["processes"] = jax.process_count()
             ideal = moved[op].link_bytes / limits.link
-            if name == "freeio":
+            if between_hosts and name in ("freeio", "on-demand"):
+                about["exchange"] = f"{name} over {between_hosts}"
+            if name == "freeio" and not between_hosts:
                 parts = stamped.get(_key(about), {})
                 measure = functools.partial(_measure_ours, future, op, devices, ahead, parts)
             else:

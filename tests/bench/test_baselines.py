@@ -25,7 +25,8 @@ from helpers import (
 )
 from moe import arguments, moe, sharded_moe
 
-from freeio_jax import reference
+from freeio_jax import config, reference
+from freeio_jax.bench import on_demand
 from freeio_jax.bench.baselines import Dense, Ragged
 from freeio_jax.layout import Layout
 
@@ -35,6 +36,7 @@ EXCHANGES = {
     "ragged 3": Ragged(3),
     "by expert 1": Ragged(1, by_expert=True),
     "by expert 5": Ragged(5, by_expert=True),
+    "on demand": on_demand,
 }
 
 
@@ -51,9 +53,9 @@ EMPTY = Geometry(2, 4, 6, 4, capacity=0), Geometry(2, 0, 2, 4)
 @pytest.mark.parametrize(
     ("exchange", "geometry"),
     [
-        *itertools.product(("dense", "ragged 3", "by expert 5"), (DROPS,)),
-        *itertools.product(("ragged 1", "by expert 1"), (ALIGNED,)),
-        *itertools.product(("ragged 3",), EMPTY),
+        *itertools.product(("dense", "ragged 3", "by expert 5", "on demand"), (DROPS,)),
+        *itertools.product(("ragged 1", "by expert 1", "on demand"), (ALIGNED,)),
+        *itertools.product(("ragged 3", "on demand"), EMPTY),
         ("ragged 3", Geometry(1, 5, 3, 4)),
         ("by expert 5", Geometry(8, 3, 4, 16)),
     ],
@@ -89,7 +91,10 @@ def test_gradients_with_drops_are_the_reference_ones(rng):
 
     expected, *others = (
         per_shard(functools.partial(gradients, api), make_mesh(4))(tokens, topk_idx, weights)
-        for api in (reference, *(EXCHANGES[n] for n in ("dense", "ragged 3", "by expert 5")))
+        for api in (
+            reference,
+            *(EXCHANGES[n] for n in ("dense", "ragged 3", "by expert 5", "on demand")),
+        )
     )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     for got in others:
@@ -100,7 +105,7 @@ def test_a_pytree_of_several_dtypes(rng):
     geometry = Geometry(4, 5, 2, 8, capacity=9)
     tokens = {"rows": values(rng, (4, 5, 3), np.int8), "scale": values(rng, (4, 5), np.float32)}
     topk_idx = routing(rng, geometry)
-    for exchange in (EXCHANGES["dense"], EXCHANGES["ragged 3"]):
+    for exchange in (EXCHANGES["dense"], EXCHANGES["ragged 3"], on_demand):
         fn = per_shard(
             lambda tokens, topk_idx, api=exchange: visible(
                 api.dispatch(tokens, topk_idx, axis_name="expert", **geometry.options())
@@ -151,3 +156,19 @@ def test_the_collective_itself_lowers_for_gpus(check_vma, monkeypatch, rng):
         .lower(lowering_platforms=("cuda",))
     )
     assert lowered.as_text().count("@ragged_all_to_all") == 4
+
+
+def test_on_demand_between_virtual_hosts(rng):
+    geometry = Geometry(4, 6, 3, 8, capacity=13)
+    topk_idx = routing(rng, geometry, "hot")
+    tokens = values(rng, (4, 6, 3), np.float32)
+    pool = values(rng, (4, pool_rows(geometry), 2), np.float32)
+    weights = power_of_two_weights(rng, topk_idx.shape)
+    args = tokens, topk_idx, pool, weights
+    here = exchange_fn(geometry, api=on_demand)(*args)
+    config(host_size=2)
+    try:
+        between = exchange_fn(geometry, api=on_demand)(*args)
+    finally:
+        config(host_size=None)
+    jax.tree.map(assert_bitwise, between, here)

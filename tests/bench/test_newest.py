@@ -77,3 +77,19 @@ def test_processes_are_started_by_the_launcher(processes):
     assert launched[1:7] == ["-m", "freeio_jax.launch", "-n", "2", "--platform", "cuda"]
     assert "device_kernel" not in flags
     assert alone[alone.index("--tokens") :][:2] == ["--tokens", "8"]
+
+
+def test_one_set_of_options_in_one_process(processes):
+    report = Report({})
+    newest.run(
+        report,
+        ["--tokens", "8"],
+        num_ranks=2,
+        platform="cuda",
+        exchanges=["ragged-1", "dense"],
+        options=["device kernel"],
+        in_processes=False,
+    )
+    tried = {(r["exchange"], r["options"], r["processes"]) for r in report.data["newest"]}
+    assert tried == {("ragged-1", "device kernel", 1)}
+    assert len(processes) == 1

@@ -46,6 +46,7 @@ def test_on_cpu_nothing_is_hidden(capsys, tmp_path):
         hidden = record["in_turn_s"] - record["beside_s"]
         assert record["hidden_share"] == hidden / record["exchange_s"]
         assert record["compute_s"] > 0
+        assert record["in_turn_bytes"] > 0 and record["beside_bytes"] > 0
         assert math.isnan(record["covered_share"])
     assert not png.exists()
     assert "On CPU a start runs the exchange to its end" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+import freeio_jax as fio
 from freeio_jax.bench import tax
 from freeio_jax.bench.profile import Event
 from freeio_jax.bench.report import Report
@@ -111,7 +112,8 @@ def test_on_cpu_there_are_totals(tmp_path, capsys):
 def stamped_record(**more):
     about = Case(SUITE, 6, 2, "float32").about
     parts = {f"{part}_s": 1e-6 for part in tax.PARTS}
-    return {**about, "op": "dispatch", "stamped_s": 5e-6, **parts, **more}
+    about |= {"op": "dispatch", "exchange": "freeio", "processes": 1}
+    return {**about, "stamped_s": 5e-6, **parts, **more}
 
 
 def tax_beside(path, *stamped):
@@ -141,6 +143,7 @@ def test_parts_of_a_build_with_stamps_are_shown_beside_the_shipped_total(tmp_pat
 
 def test_parts_of_another_shape_are_left_out(tmp_path):
     others = [stamped_record(dtype="bfloat16"), stamped_record(capacity=99)]
+    others += [stamped_record(processes=2), stamped_record(exchange="freeio over NVSHMEM")]
     dispatch, _ = tax_beside(tmp_path / "stamped.json", *others)
     assert math.isnan(dispatch["stamped_s"])
 
@@ -234,3 +237,23 @@ def test_xlas_by_the_profile_of_one_run(monkeypatch):
     record = report.data["tax"][0]
     assert (record["wall_s"], record["total_s"]) == (10.0, 4.5)
     assert [record[f"{part}_s"] for part in tax.PARTS] == [1.0, 0.0, 0.0, 3.0, 0.5]
+
+
+def test_between_hosts_the_carrier_is_named():
+    fio.config(host_size=1)
+    report = Report({})
+    try:
+        tax.run(
+            report,
+            [SUITE],
+            devices=jax.devices()[:2],
+            numbers_of_ranks=(2,),
+            exchanges=["freeio", "on-demand", "dense"],
+            dtype="float32",
+        )
+    finally:
+        fio.config(host_size=None)
+    assert report.failed == 0
+    names = ("freeio over XLA's collectives", "on-demand over XLA's collectives", "dense")
+    expected = [(name, op) for name in names for op in tax.OPS]
+    assert [(r["exchange"], r["op"]) for r in report.data["tax"]] == expected
