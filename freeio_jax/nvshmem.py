@@ -58,7 +58,7 @@ def state() -> State:
 
 
 class _Ending:
-    """A thread that runs something when the process ends. Python starts none then.
+    """A thread that runs something when the process ends. Python starts no thread then.
 
     Args:
       body: what it runs. It may wait for the other processes, without a bound.

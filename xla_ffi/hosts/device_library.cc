@@ -1,6 +1,6 @@
-// Host functions and a variable that NVSHMEM's device library refers to, in code of its own for starting NVSHMEM.
-// nvshmem4py starts it here, so that code never runs. The definitions are here because this module
-// must load where NVSHMEM's host library is not installed.
+// Host functions, and a variable, that NVSHMEM's device library refers to in code of its own for
+// starting NVSHMEM. nvshmem4py starts it here, so that code never runs. The definitions are here
+// because this module must load where NVSHMEM's host library is not installed.
 #include <cstdio>
 #include <cstdlib>
 
