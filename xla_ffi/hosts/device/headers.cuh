@@ -83,11 +83,21 @@ __device__ inline void receive_header(const Hosts& h, const HostsState& hs, CtaS
                                 return Wire::has(Signal::kHeader, signal, stamp);
                               });
   if (!arrived || here) return;
+  uint32_t found[kSignatureWords];  // all on their way before one is looked at
+#pragma unroll
   for (int word = 0; word < kSignatureWords; ++word) {
-    const uint32_t found = mail.received[turn].signature[word];
-    if (found == h.local.signature[word]) continue;
-    return fail_between_hosts(h, s, kSignatureDiffers, rank, word, h.local.signature[word], found);
+    found[word] = mail.received[turn].signature[word];
   }
+  int first = kSignatureWords;  // word that differs
+  uint32_t its_value = 0;
+#pragma unroll
+  for (int word = kSignatureWords - 1; word >= 0; --word) {
+    if (found[word] == h.local.signature[word]) continue;
+    first = word;
+    its_value = found[word];
+  }
+  if (first == kSignatureWords) return;
+  fail_between_hosts(h, s, kSignatureDiffers, rank, first, h.local.signature[first], its_value);
 }
 
 // Waits for the headers of all ranks. After it every thread may read them. All threads. False, for

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cuda/device/cta.cuh"
+#include "cuda/device/memory_order.cuh"
 
 namespace freeio::cuda {
 
@@ -121,10 +122,15 @@ struct Wire {
 
   // What this warp has put comes before what it puts and signals from here on. The puts may read
   // what this GPU wrote before. One lane, after a __syncwarp().
-  __device__ static void fence() { nvshmem_fence(); }
+  __device__ static void fence() {
+    // NVSHMEM's own fence, too, where something has gone by the network.
+    if (nvshmemi_device_state_d.job_connectivity > NVSHMEMI_JOB_GPU_LDST) return nvshmem_fence();
+    fence_system();
+  }
 
   // Sets a word of symmetric memory of a PE. Partner: has(). One thread.
   __device__ static void signal(Signal, uint64_t* symmetric, uint64_t value, int pe) {
+    if (uint64_t* const to = direct(symmetric, pe); to != nullptr) return store_word(to, value);
     nvshmemx_signal_op(symmetric, value, NVSHMEM_SIGNAL_SET, pe);
   }
 
