@@ -337,6 +337,10 @@ def _of_both_ops(records, field):
     return {key: sum(values) for key, values in sums.items() if len(values) == len(OPS)}
 
 
+#: Of both pictures: beside the bars, which would be behind it.
+_LEGEND = {"fontsize": 6, "loc": "upper left", "bbox_to_anchor": (1, 1)}
+
+
 def plot_latency(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Dispatch and combine together against the ideal, by exchange and number of ranks."""
     totals, ideals = _of_both_ops(records, "total_s"), _of_both_ops(records, "ideal_s")
@@ -357,7 +361,7 @@ def plot_latency(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> No
                 axes.hlines(found[0] * 1e6, i, i + 0.8, "black", label="ideal" if i == 0 else None)
         axes.set(title=f"{key[0]}, T={key[1]}", ylabel="us, dispatch and combine", yscale="log")
         axes.set_xticks([i + 0.4 for i in range(len(ranks))], [f"R={r}" for r in ranks])
-        axes.legend(fontsize=6)
+        axes.legend(**_LEGEND)
 
     draw(panels, panel, path)
 
@@ -378,7 +382,7 @@ def plot_parts(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None
             axes.bar(range(len(here)), heights, bottom=bottoms, label=part)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
         axes.set(title=f"{key[0]}, T={key[1]}, R={most}", ylabel="us, dispatch and combine")
-        axes.set_xticks(range(len(here)), [k[3] for k in here], rotation=20, fontsize=7)
-        axes.legend(fontsize=6)
+        axes.set_xticks(range(len(here)), [k[3] for k in here], rotation=20, fontsize=7, ha="right")
+        axes.legend(**_LEGEND)
 
     draw(panels, panel, path)
