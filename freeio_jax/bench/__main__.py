@@ -207,6 +207,17 @@ def _num_gpus() -> int:
     return len(pod.visible_gpus())
 
 
+def xla_flags(given: str, in_processes: bool) -> str:
+    """XLA's options of this run: those that were given, and ours where they say nothing else."""
+    ours = {"xla_gpu_enable_command_buffer": ""}
+    # From this version on XLA refuses ragged exchanges between processes over NCCL, unless it is
+    # told that they are meant. Older ones do not know the option.
+    if in_processes and jax.__version_info__ >= (0, 11, 2):
+        ours["xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback"] = "true"
+    added = [f"--{name}={value}" for name, value in ours.items() if name not in given]
+    return " ".join([given, *added]).strip()
+
+
 def _try_newest(arguments, num_gpus: int) -> list[Mapping]:
     """The part that comes first: its processes need the GPUs' memory, which JAX takes here."""
     from freeio_jax.bench import newest
@@ -296,9 +307,7 @@ def main(argv=None) -> int:
     # Both are read when JAX's backends start.
     if not several and (jax.config.jax_num_cpu_devices or 0) < ranks:
         jax.config.update("jax_num_cpu_devices", ranks)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_enable_command_buffer" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+    os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""), several)
     if not several:
         newest = []
         if arguments.newest or (arguments.readme and num_gpus):

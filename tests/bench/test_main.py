@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from freeio_jax.bench import __main__ as command
@@ -147,3 +148,19 @@ def test_the_comparison_on_cpu(tmp_path):
     assert {r["operation"] for r in records} == {"dispatch", "combine", "both + gradients"}
     assert records[0]["ratio"] == records[0]["engine_s"] / records[0]["all_to_all_s"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_options_of_xla_that_are_given_are_kept():
+    name = "--xla_gpu_enable_command_buffer"
+    assert command.xla_flags("", in_processes=False) == f"{name}="
+    assert command.xla_flags("--some=1", in_processes=False) == f"--some=1 {name}="
+    assert command.xla_flags(f"{name}=FUSION", in_processes=False) == f"{name}=FUSION"
+
+
+def test_ragged_exchanges_between_processes_may_go_over_nccl():
+    added = set(command.xla_flags("", in_processes=True).split()) - {
+        "--xla_gpu_enable_command_buffer="
+    }
+    option = "--xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback=true"
+    # An older XLA would end the process because of an option that it does not know.
+    assert added == ({option} if jax.__version_info__ >= (0, 11, 2) else set())
