@@ -76,6 +76,27 @@ def test_the_phases_of_every_kernel_add_up(machine, rng, protocol):
     check(machine, ("opening", "agreeing", "moving", "finishing"))
 
 
+def test_the_phases_between_hosts_add_up(machine, rng):
+    machine.set_hosts(3, 1)
+    try:
+        topk_idx = routing(rng, GEOMETRY)
+        leaves = [random_bits(rng, (3, 40, 80), np.float32)]
+        out = dispatch(machine, GEOMETRY, topk_idx, leaves)
+        machine.synchronize()
+        check_dispatched(out, GEOMETRY, topk_idx, leaves)
+        check(machine, ("opening", "routing", "agreeing", "moving", "finishing"))
+        weights = power_of_two_weights(rng, topk_idx.shape)
+        expert_out = [values(rng, result.rows[0].shape, np.float32) for result in out]
+        combine(machine, GEOMETRY, out, expert_out, weights)
+        machine.synchronize()
+        check(machine, ("routing", "agreeing", "moving", "finishing"))
+        combine_transpose(machine, GEOMETRY, out, leaves[0], weights=weights, expert_out=expert_out)
+        machine.synchronize()
+        check(machine, ("routing", "agreeing", "moving", "finishing"))
+    finally:
+        machine.set_hosts(0, 0)
+
+
 def test_timelines_are_returned_once(machine, rng):
     topk_idx = routing(rng, GEOMETRY)
     dispatch(machine, GEOMETRY, topk_idx, [random_bits(rng, (3, 40, 4), np.float32)])

@@ -7,6 +7,7 @@ It prints what `freeio_jax.nvshmem` says then, or the error.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -130,6 +131,10 @@ def main():
     sys.modules["cuda"] = ModuleType("cuda")
     sys.modules["cuda.core"] = core = ModuleType("cuda.core")
     core.Device = Device
+    ends = []
+    # Comes after the handler that initialize() registers, and before JAX's, which waits for the
+    # other process.
+    atexit.register(lambda: print(f"ENDED in {time.monotonic() - ends[-1]:.1f} s", flush=True))
     began = time.monotonic()
     try:
         fio.initialize()
@@ -154,10 +159,12 @@ def main():
         jax.distributed.shutdown()
     elif SCENARIO == "child":
         if (child := os.fork()) == 0:
+            ends.append(time.monotonic())
             sys.exit()
         os.waitpid(child, 0)
         fio.shutdown()  # this is not the end of the process
     sys.stdout.flush()
+    ends.append(time.monotonic())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -64,11 +63,13 @@ def test_its_end_is_tried_once_and_bounded(run, scenario):
 @pytest.mark.parametrize("scenario", ["by_link", "failure", "loss", "jax_shutdown"])
 def test_it_is_not_ended(run, scenario):
     """It has no thread for a network, or some process does not end in order."""
-    began = time.monotonic()
     said, _, status = run(scenario)
     assert not any("FINALIZED" in text for text in said), said
     assert status == 0
-    assert time.monotonic() - began < 30
+    # Nobody waits for as long as for a process that is late, which is a minute.
+    ends = re.findall(r"ENDED in (\S+) s", "\n".join(said))
+    assert len(ends) == 2, said
+    assert max(map(float, ends)) < 30
 
 
 @pytest.mark.parametrize(

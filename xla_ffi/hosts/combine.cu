@@ -310,13 +310,16 @@ __device__ void combine(const HostsCombineParams& p, CtaState& s, HostsState& hs
   load_epochs(h, hs);
   if (!open(h.local, s, opening)) return;
   if (threadIdx.x == 0) s.next_item = kSummingWarps;
+  enter(s, kRouting);
   constexpr uint32_t kAddresses = 1u << kFirstLeaf;
   if (blockIdx.x == 0) {
     post(h.local, s, kAddresses);
     send_headers(h, hs, nullptr, 0);
   }
   push_ahead(h, [&](const Parcel& parcel, int host) { put_routes(h, hs, parcel, host); });
+  enter(s, kAgreeing);
   if (!receive_headers(h, hs, s) || !receive_addresses(h.local, s, kAddresses)) return;
+  enter(s, kMoving);
   const SummingWarp<Element, kCount> warp{p, h, hs, s};
   if (warp_id() == kRoutesWarp) {
     warp.push_routes();

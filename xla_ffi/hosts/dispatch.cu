@@ -194,6 +194,7 @@ __device__ void move_rows(const DispatchParams& p, const Hosts& h, const HostsSt
 template <bool kRouted, typename GoesTo, typename Zero>
 __device__ void exchange_rows(const DispatchParams& p, const Hosts& h, const HostsState& hs,
                               CtaState& s, const GoesTo& goes_to, const Zero& zero) {
+  enter(s, kMoving);
   if (warp_id() == kRelayWarp) {
     run_relay(h, hs, s);
   } else if (warp_id() >= kMovingWarps) {
@@ -218,6 +219,7 @@ __device__ void dispatch(const DispatchParams& p, const Hosts& h, CtaState& s, H
   const Chunk chunk(x.num_tokens);
   if (!open(h.local, s, opening)) return;
   if (threadIdx.x == 0) s.next_item = kMovingWarps;
+  enter(s, kRouting);
   if (blockIdx.x == 0) post(h.local, s, leaf_addresses(p));
   const auto goes_to = [&](int a) {
     const int id = p.topk_idx[a];
@@ -226,7 +228,9 @@ __device__ void dispatch(const DispatchParams& p, const Hosts& h, CtaState& s, H
   // The counts first: all ranks wait for them, and for rows only when they have their routes.
   count_and_send_headers(p, h, hs, routing, chunk);
   push_ahead(h, chunk, [&](const Parcel& parcel, int host) { put_rows(h, parcel, host, goes_to); });
+  enter(s, kAgreeing);
   if (!receive_headers(h, hs, s)) return;
+  enter(s, kRouting);
   add_counts(p, h, hs, routing);
   __syncthreads();
   place_groups(p, routing);
@@ -235,6 +239,7 @@ __device__ void dispatch(const DispatchParams& p, const Hosts& h, CtaState& s, H
   const auto put = [&](const Parcel& parcel, int host) { put_routes(h, hs, parcel, host); };
   const bool has_own_routes = h.rounds.are_parcels_tokens();
   if (has_own_routes) push_ahead(h, chunk, put);
+  enter(s, kAgreeing);
   await_own_routes(h, s);
   if (!receive_addresses(h.local, s, leaf_addresses(p) | kRoutesOfPeers)) return;
   if (!has_own_routes) push_ahead(h, chunk, put);
@@ -248,6 +253,7 @@ __device__ void dispatch_along(const DispatchParams& p, const Hosts& h, CtaState
   load_epochs(h, hs);
   if (!open(h.local, s, opening)) return;
   if (threadIdx.x == 0) s.next_item = kMovingWarps;
+  enter(s, kRouting);
   const uint32_t addresses = leaf_addresses(p) | kRoutesOfPeers;
   if (blockIdx.x == 0) {
     post(h.local, s, addresses);
@@ -258,6 +264,7 @@ __device__ void dispatch_along(const DispatchParams& p, const Hosts& h, CtaState
     put_rows(h, parcel, host, goes_to);
     put_routes(h, hs, parcel, host);
   });
+  enter(s, kAgreeing);
   if (!receive_headers(h, hs, s) || !receive_addresses(h.local, s, addresses)) return;
   exchange_rows<false>(p, h, hs, s, goes_to, [&](int64_t first_row) {
     zero_rows(p, first_row, rows_to_zero(p.exchange, p.padding, p.row_source, first_row));

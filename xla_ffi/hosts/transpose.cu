@@ -289,6 +289,7 @@ __device__ void transpose(const CombineTransposeParams& p, const Hosts& h, CtaSt
   load_epochs(h, hs);
   if (!open(h.local, s, opening)) return;
   if (threadIdx.x == 0) s.next_item = kMovingWarps;
+  enter(s, kRouting);
   const DotsOfParts<typename Element::Accumulator> dots(h, shared_memory);
   dots.begin(h);
   const uint32_t addresses = 1u << kFirstLeaf | 1u << kDestRank | 1u << kDestRow |
@@ -304,7 +305,9 @@ __device__ void transpose(const CombineTransposeParams& p, const Hosts& h, CtaSt
     put_routes(h, hs, parcel, host);
   };
   push_ahead(h, put);
+  enter(s, kAgreeing);
   if (!receive_headers(h, hs, s) || !receive_addresses(h.local, s, addresses)) return;
+  enter(s, kMoving);
   const CotangentWarp<Element, kCount> warp{p, h, hs, s, dots};
   if (warp_id() == kRelayWarp) {
     run_relay(h, hs, s);
