@@ -346,12 +346,13 @@ def _end() -> None:
 
 
 def _all_end(store: Store) -> bool:
-    """Whether all processes end in order, and in time. All of them get the same answer."""
+    """Whether all processes end in order and in time, and have told each other that they do."""
     try:
         store.tell("end", not _has_loss and not ENGINES["cuda"].has_failed)
         # Nobody waits for the others if one has failed: its peers may not come.
         while all((told := store.told("end")).values()) and time.monotonic() < store.deadline:
             if len(told) == jax.process_count():
+                # Comes back only if all others are here, too.
                 store.publish("all end", True)
                 return True
             time.sleep(_LOOK_SECONDS)

@@ -63,7 +63,7 @@ def beyond_the_engine(counts: Counts) -> list[str]:
     reasons = []
     if pod.num_hosts > 1:
         reasons.append(
-            "the exchange between hosts has not been measured, and these figures are of its "
+            "the exchange has not been measured between machines, and these figures are of its "
             "design (docs/scaling.md)"
         )
     for name, value, most in (

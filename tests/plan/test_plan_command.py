@@ -29,7 +29,7 @@ def test_several_hosts(capsys, tmp_path):
     command = ["--hosts", "4", "--gpus", "4", *SMALL, "--routing", "uneven", "--json", str(path)]
     assert main(command) == 0
     told = capsys.readouterr().out
-    assert "the exchange between hosts has not been measured" in told
+    assert "the exchange has not been measured between machines" in told
     assert "with even rails" in told
     even = json.loads(path.read_text())
     assert main([*command, "--rails", "same"]) == 0

@@ -21,8 +21,8 @@ struct TokenBytes {
 Status plan_rounds(int64_t part_bytes, int64_t num_tokens, const TokenBytes& of_token,
                    SentLeaf* leaves, int num_leaves, Rounds& rounds);
 
-// Cuts a pull of `slices` columns or slices into parts, so that there is work for many warps where
-// there are few tokens. All other calls have one part.
+// Cuts the pulls of a small call into parts, so that there is work for many warps where there are
+// few tokens. Those of other calls have one part. `slices`: of a row, the most parts there can be.
 void plan_pulls(int64_t slices, Rounds& rounds);
 
 // Cuts the answers to parcels into parts, so that there is work for many warps where there are few
