@@ -22,17 +22,37 @@ def _masked(rows, group_sizes):
     return jnp.where((row < used)[:, None], rows, jnp.zeros((), rows.dtype))
 
 
-def ragged(product: Product, left, right, group_sizes, *, dot=lax.ragged_dot_general) -> jax.Array:
-    """Evaluates ``product`` by ``dot``, which has the interface of lax.ragged_dot_general."""
+def _without_unused(weights, group_sizes):
+    """``weights`` with zeros for groups without rows: ragged dots may multiply them by zero.
+
+    Then one NaN there would be in every row of the result.
+    """
+    used = (group_sizes > 0)[:, None, None]
+    return jnp.where(used, weights, jnp.zeros((), weights.dtype))
+
+
+def ragged(
+    product: Product, left, right, group_sizes, *, dot=lax.ragged_dot_general, guarded=True
+) -> jax.Array:
+    """Evaluates ``product`` by ``dot``, which has the interface of lax.ragged_dot_general.
+
+    ``guarded``: whatever ``dot`` does with weights of groups without rows, they reach no result.
+    This takes a copy of the weights.
+    """
     weights_gradient = product == Product.WEIGHTS_GRADIENT
     if weights_gradient:
         left, right = _masked(left, group_sizes), _masked(right, group_sizes)
+    elif guarded:
+        right = _without_unused(right, group_sizes)
     out = dot(left, right, group_sizes, _NUMBERS[product], preferred_element_type=left.dtype)
     return out if weights_gradient else _masked(out, group_sizes)
 
 
-def by_tokamax(product: Product, left, right, group_sizes) -> jax.Array:
-    """Evaluates ``product`` by tokamax, in the configuration that it chooses itself."""
+def by_tokamax(product: Product, left, right, group_sizes, *, guarded=True) -> jax.Array:
+    """Evaluates ``product`` by tokamax, in the configuration that it chooses itself.
+
+    ``guarded``: as in :func:`ragged`.
+    """
     import tokamax
 
     def dot(left, right, group_sizes, numbers, **options):
@@ -45,4 +65,4 @@ def by_tokamax(product: Product, left, right, group_sizes) -> jax.Array:
             **options,
         )
 
-    return ragged(product, left, right, group_sizes, dot=dot)
+    return ragged(product, left, right, group_sizes, dot=dot, guarded=guarded)

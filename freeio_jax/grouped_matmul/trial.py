@@ -3,7 +3,8 @@
 Small problems of small numbers proved nothing: a library passed such a trial whose weights'
 gradients were off by a third wherever a group filled more than two of its tiles. So the problems
 here have normal numbers, groups of many tiles, uneven, unaligned and empty ones, one group with all
-rows, no rows at all, NaN in rows that are left over, and the row counts of real layers.
+rows, no rows at all, NaN in rows that are left over and in the weights of groups without rows, and
+the row counts of real layers.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TOLERANCE = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Rows, widths, and several ways to cut the rows into groups; what they leave over is NaN."""
+    """Rows, widths, and several ways to cut the rows into groups; what takes no part is NaN."""
 
     num_rows: int
     k: int
@@ -110,8 +111,12 @@ def _with_own_settings(function, *args):
         return function(*args)
 
 
-def _operands(product, problem, dtype, used, seed):
-    """The product's operands: normal numbers, NaN in the rows past ``used``."""
+def draw_operands(product, problem, dtype, sizes, seed):
+    """The product's operands: normal numbers, and NaN in what must not reach a result.
+
+    That is rows past the last group, and weights of groups without rows. An implementation that
+    multiplies them by zero, instead of leaving them out, gives NaN.
+    """
     groups = len(problem.sizes[0])
     shapes = {
         "a": (problem.num_rows, problem.k),
@@ -122,14 +127,15 @@ def _operands(product, problem, dtype, used, seed):
     for name in product.operands:
         key = jax.random.fold_in(jax.random.key(seed), ord(name))
         values = jax.random.normal(key, shapes[name], dtype)
-        if name != "w":
-            row = lax.broadcasted_iota(jnp.int32, values.shape, 0)
-            values = jnp.where(row < used, values, jnp.nan)
-        operands.append(values)
+        if name == "w":
+            takes_part = (sizes > 0)[:, None, None]
+        else:
+            takes_part = (jnp.arange(problem.num_rows) < jnp.sum(sizes))[:, None]
+        operands.append(jnp.where(takes_part, values, jnp.nan))
     return operands
 
 
-def _per_shard(function):
+def per_shard(function):
     """``function`` compiled in a shard_map of one device, as layers call it."""
     mesh = jax.make_mesh((1,), ("trial",), (AxisType.Auto,), devices=jax.local_devices()[:1])
     spec = PartitionSpec("trial")
@@ -140,14 +146,15 @@ def evaluate(product: Product, by: str):
     """``(left, right, group_sizes)``: the product by this implementation, as layers call it."""
     from freeio_jax.grouped_matmul.primitive import bind
 
-    return _per_shard(lambda *args: bind(product, *args, by=by))
+    return per_shard(lambda *args: bind(product, *args, by=by))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def error(product: Product, result, left, right, group_sizes) -> jax.Array:
     """The largest error of a row (weights: of a group) over its largest entry, against float32.
 
-    Rows of the operands past the last group may be anything. NaN where the result has one.
+    Rows of the operands past the last group, and weights of groups without rows, may be anything.
+    NaN where the result has one.
     """
     left, right = (jnp.nan_to_num(a.astype(jnp.float32)) for a in (left, right))
     expected = tiled(product, left, right, group_sizes, tile_rows=512)
@@ -184,7 +191,7 @@ def _compile(product, dtype, by):
 
     def compiled(problem):
         def largest_error(seed, sizes):
-            operands = _operands(product, problem, dtype, jnp.sum(sizes), seed)
+            operands = draw_operands(product, problem, dtype, sizes, seed)
             # Both sides take the same rounded numbers: nothing is fused across a barrier.
             operands = lax.optimization_barrier(operands)
             result = lax.optimization_barrier(multiply(*operands, sizes))
@@ -200,10 +207,8 @@ def _compile(product, dtype, by):
 
 def _share_of_dense(product, dtype, by):
     problem = PROBLEMS[-1]
-    operands = jax.jit(_operands, static_argnums=(0, 1, 2))(
-        product, problem, dtype, problem.num_rows, 0
-    )
     sizes = jnp.asarray(problem.sizes[0], jnp.int32)
+    operands = jax.jit(draw_operands, static_argnums=(0, 1, 2))(product, problem, dtype, sizes, 0)
     widths = dict(zip("kn", product.widths(*operands), strict=True))
     wide, narrow = (jnp.ones((problem.num_rows, widths[w]), dtype) for w in "kn")
     grouped, dense = evaluate(product, by), jax.jit(lambda a, b: a.T @ b)

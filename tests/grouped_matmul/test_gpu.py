@@ -53,8 +53,8 @@ def test_what_serves_is_right(product, name, dtype, rng):
     if dtype == jnp.float16 and num_rows > 8192:
         pytest.skip("one large problem for each product is enough")
     problem = trial.Problem(num_rows, k, n, (tuple(map(int, sizes)),))
-    draw = jax.jit(trial._operands, static_argnums=(0, 1, 2, 3, 4))
-    operands = draw(product, problem, jnp.dtype(dtype), int(sizes.sum()), 3)
+    draw = jax.jit(trial.draw_operands, static_argnums=(0, 1, 2))
+    operands = draw(product, problem, jnp.dtype(dtype), sizes, 3)
     by = choose("cuda", product, dtype, (k, n)).implementation.name
     result = trial.evaluate(product, by)(*operands, sizes)
     assert float(trial.error(product, result, *operands, sizes)) <= trial.TOLERANCE
