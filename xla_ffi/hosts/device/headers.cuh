@@ -51,9 +51,8 @@ __device__ inline void send_headers(const Hosts& h, const HostsState& hs, const 
   for (int rank = warp_id(); rank < h.num_ranks; rank += kWarps) {
     const uint32_t turn = hs.epoch[rank] % 2;
     const uint64_t stamp = stamp_of(hs.epoch[rank], 0);
-    fence_system();
-    __syncwarp();
     if (!h.is_here(rank) && header_on(h, rank, turn) == nullptr) {
+      Wire::fence_for_network();
       Wire::put(&mail_to(h).received[turn], &mail_from(h, rank).sent[turn],
                 words * sizeof(uint32_t), h.pe[rank]);
       __syncwarp();
@@ -61,6 +60,7 @@ __device__ inline void send_headers(const Hosts& h, const HostsState& hs, const 
     if (lane_id() != 0) continue;
     // Partner: the loads in receive_headers().
     if (h.is_here(rank)) {
+      fence_system();
       store_word(&mail_on(h, rank).header_signals[turn], stamp);
     } else {
       Wire::fence();

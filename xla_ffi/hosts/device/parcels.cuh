@@ -134,25 +134,49 @@ __device__ void for_each_push(const Hosts& h, int begin, int end, int team, int 
   }
 }
 
+// Some columns of rows: the n-th of `count` parts.
+struct Columns {
+  int n = 0;
+  int count = 1;
+
+  // Where the part begins in a row. Parts end where whole accesses do, as far as rows do.
+  __device__ int64_t begin(int64_t row_bytes) const {
+    constexpr int64_t kAccess = 16;
+    return n == count ? row_bytes : row_bytes / kAccess * n / count * kAccess;
+  }
+  __device__ Columns next() const { return {n + 1, count}; }
+};
+
 // Puts the rows of those of the parcel's tokens that go to the host: those with an assignment `a`
-// for which goes_to(a) is the host. Whole warp.
+// for which goes_to(a) is the host. Whole warp. `columns`: several warps share the rows. That is
+// for links: what goes by the network must be put by the warp that signals, so the first one puts
+// all.
 template <typename GoesTo>
-__device__ void put_rows(const Hosts& h, const Parcel& parcel, int host, const GoesTo& goes_to) {
+__device__ void put_rows(const Hosts& h, const Parcel& parcel, int host, const GoesTo& goes_to,
+                         const Columns& columns = {}) {
   std::byte* const window = window_to(h, parcel.half(), kRequests);
   const int pe = h.pe[h.rail_on(host)];
+  std::byte* const linked = columns.count > 1 ? Wire::direct(window, pe) : nullptr;
+  if (linked == nullptr && columns.n > 0) return;
   for (int token = parcel.first_token; token < parcel.end_token; ++token) {
     const bool goes = lane_id() < h.top_k && goes_to(token * h.top_k + lane_id()) == host;
     if (__ballot_sync(kFullWarp, goes) == 0) continue;
     for (int i = 0; i < h.num_leaves; ++i) {
       const SentLeaf& leaf = h.leaves[i];
-      Wire::put(window + leaf.at + parcel.slot_of(token) * leaf.row_bytes,
-                leaf.tokens + token * leaf.row_bytes, leaf.row_bytes, pe);
+      const int64_t to = leaf.at + parcel.slot_of(token) * leaf.row_bytes;
+      const std::byte* const row = leaf.tokens + token * leaf.row_bytes;
+      if (linked == nullptr) {
+        Wire::put(window + to, row, leaf.row_bytes, pe);
+      } else {
+        const int64_t begin = columns.begin(leaf.row_bytes);
+        Wire::store(linked + to + begin, row + begin, columns.next().begin(leaf.row_bytes) - begin);
+      }
     }
   }
 }
 
-// Puts the routes of the parcel, and signals that it is there. The warp that has put its rows.
-// Whole warp.
+// Puts the routes of the parcel, and signals that it is there. The warp that has put its rows, or a
+// barrier after others have stored them. Whole warp.
 __device__ inline void put_routes(const Hosts& h, const HostsState& hs, const Parcel& parcel,
                                   int host) {
   const Rounds& r = h.rounds;
@@ -165,8 +189,8 @@ __device__ inline void put_routes(const Hosts& h, const HostsState& hs, const Pa
     return Words{window + at + first * bytes, static_cast<const std::byte*>(from) + a * bytes,
                  count * bytes};
   };
-  // The network must see what other CTAs of this GPU have written to the handle.
-  fence_system();
+  // The handle is of other CTAs, too.
+  Wire::fence_for_network();
   __syncwarp();
   Wire::put_all({words(r.dest_rank_at, h.dest_rank, sizeof(int32_t)),
                  words(r.dest_row_at, h.dest_row, sizeof(int32_t)),
@@ -324,6 +348,21 @@ __device__ void push_ahead(const Hosts& h, const Chunk& chunk, const Put& put) {
   for (int i = warp_id(); i < chunk.size() * h.num_others(); i += kWarps) {
     put(Parcel(h, 0, chunk.begin + i / h.num_others()), h.other_host(i % h.num_others()));
   }
+}
+
+// The same, of rows alone: put(parcel, host, columns). A CTA with few parcels has several warps for
+// each. The first one is the one that push_ahead() has for the parcel. A barrier must follow before
+// that one signals.
+template <typename Put>
+__device__ void push_rows_ahead(const Hosts& h, const Chunk& chunk, const Put& put) {
+  const auto whole = [&](const Parcel& parcel, int host) { put(parcel, host, Columns()); };
+  const int count = chunk.size() * h.num_others();
+  if (!h.rounds.are_parcels_tokens() || count > kWarps / 2) return push_ahead(h, chunk, whole);
+  if (!h.rounds.pushes_ahead || count == 0) return;
+  const Columns columns{warp_id() / count, kWarps / count};
+  if (columns.n == columns.count) return;
+  const int i = warp_id() % count;
+  put(Parcel(h, 0, chunk.begin + i / h.num_others()), h.other_host(i % h.num_others()), columns);
 }
 
 // What a push warp does: it puts the first two rounds by put(parcel, host), unless

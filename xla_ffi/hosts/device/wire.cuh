@@ -48,15 +48,19 @@ __device__ void copy_by_warp(void* to, const void* from, size_t bytes) {
   }
 }
 
-[[gnu::noinline]] __device__ inline void put_by_warp(void* symmetric, const void* from,
-                                                     size_t bytes, int pe) {
-  void* const to = address_on(symmetric, pe);
-  if (to == nullptr) return nvshmemx_putmem_nbi_warp(symmetric, from, bytes, pe);
-  // NVSHMEM's own copy has one access of a lane in flight.
+// Copies to an address that this GPU can write. Whole warp.
+[[gnu::noinline]] __device__ inline void store_by_warp(void* to, const void* from, size_t bytes) {
   const uint64_t all = reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from) | bytes;
   if (all % 16 == 0) return copy_by_warp<uint4>(to, from, bytes);
   if (all % 4 == 0) return copy_by_warp<uint32_t>(to, from, bytes);
   copy_by_warp<uint8_t>(to, from, bytes);
+}
+
+__device__ inline void put_by_warp(void* symmetric, const void* from, size_t bytes, int pe) {
+  void* const to = address_on(symmetric, pe);
+  if (to == nullptr) return nvshmemx_putmem_nbi_warp(symmetric, from, bytes, pe);
+  // NVSHMEM's own copy has one access of a lane in flight.
+  store_by_warp(to, from, bytes);
 }
 
 // Something to put: `bytes` of it, a multiple of four, from and to addresses that are, too.
@@ -72,6 +76,17 @@ struct Wire {
   template <typename T>
   __device__ static T* direct(T* symmetric, int pe) {
     return static_cast<T*>(address_on(symmetric, pe));
+  }
+
+  // Copies to an address that direct() has given. Whole warp.
+  __device__ static void store(void* to, const void* from, size_t bytes) {
+    store_by_warp(to, from, bytes);
+  }
+
+  // Before the network reads what other threads of this GPU have written: they have reached a
+  // barrier with this one. Where links reach all PEs, it reads nothing.
+  __device__ static void fence_for_network() {
+    if (nvshmemi_device_state_d.job_connectivity > NVSHMEMI_JOB_GPU_LDST) fence_system();
   }
 
   // Writes `bytes` to symmetric memory of a PE. `from` must stay as it is until the PE has
@@ -121,7 +136,8 @@ struct Wire {
   }
 
   // What this warp has put comes before what it puts and signals from here on. The puts may read
-  // what this GPU wrote before. One lane, after a __syncwarp().
+  // what this GPU wrote before. So does what any thread has stored to PEs before a barrier that
+  // this one has passed. One lane, after a __syncwarp().
   __device__ static void fence() {
     // NVSHMEM's own fence, too, where something has gone by the network.
     if (nvshmemi_device_state_d.job_connectivity > NVSHMEMI_JOB_GPU_LDST) return nvshmem_fence();

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "machine.h"
 
@@ -21,6 +22,14 @@ struct Wire {
   static T* direct(T* symmetric, int pe) {
     return static_cast<T*>(emulator::linked(symmetric, pe));
   }
+
+  static void store(void* to, const void* from, size_t bytes,
+                    emulator::SourceLine where = emulator::SourceLine::here()) {
+    emulator::gather(emulator::Together::kNothing, 0, emulator::kAllLanes, where);
+    if (emulator::lane() == 0) std::memcpy(to, from, bytes);
+  }
+
+  static void fence_for_network() {}
 
   template <int kCount>
   static void put_all(const Words (&all)[kCount], int pe,
