@@ -29,6 +29,9 @@ from freeio_jax.layout import dropless_capacity
 #: places and routes do not fit in the GPU blocks.
 PROTOCOLS = ("small", "large", "through buffers")
 
+#: Protocols of combine: also with the kernel for few multiprocessors, which else is not used.
+COMBINE_PROTOCOLS = (*PROTOCOLS, "few", "few, through buffers")
+
 #: The engine's own list, core/dtype.h: `Emulator` checks that.
 DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]
 
@@ -384,9 +387,10 @@ class Emulator:
         self._library.emulator_compute(ordinal, c.c_uint32(ctas), c.c_int64(turns))
 
     def set_protocol(self, name):
-        """One of PROTOCOLS, for calls that allow it. Other calls use the next one."""
+        """One of COMBINE_PROTOCOLS, for calls that allow it. Other calls use the next one."""
         slices = 2**31 if name == "small" else -1
-        routes = -1 if name == "through buffers" else 2**31
+        routes = -1 if "through buffers" in name else 2**31
+        self._library.engine_set_few_ctas(c.c_int32(2**30 if "few" in name else 0))
         self._library.engine_set_most_sent(c.c_int64(routes), c.c_int64(slices))
 
     def set_hosts(self, num_gpus, per_host, window_bytes=1 << 20, *, linked=False):

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from emulated import PROTOCOLS, capacity_of
+from emulated import COMBINE_PROTOCOLS, PROTOCOLS, capacity_of
 from helpers import (
     ROUTINGS,
     Geometry,
@@ -32,6 +32,7 @@ from operations import (
 from freeio_jax import _native
 
 all_protocols = pytest.mark.parametrize("protocol", PROTOCOLS, indirect=True)
+combine_protocols = pytest.mark.parametrize("protocol", COMBINE_PROTOCOLS, indirect=True)
 #: Of operations that have no kernel for small calls.
 large_protocols = pytest.mark.parametrize("protocol", PROTOCOLS[1:], indirect=True)
 
@@ -230,7 +231,7 @@ def test_dispatch_along_a_handle(machine, rng, name):
 DTYPES = ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"]
 
 
-@all_protocols
+@combine_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,7 +250,7 @@ def test_combine_dtypes(machine, rng, dtype, weighted):
         )
 
 
-@all_protocols
+@combine_protocols
 @pytest.mark.usefixtures("protocol")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_combine(machine, rng, name):

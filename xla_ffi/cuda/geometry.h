@@ -60,6 +60,13 @@ constexpr int kCopySlice = 8 * 32;
 // In combine.
 constexpr int kCombineSlice = 4 * 32;
 
+// Where few CTAs run it: a slice is cut into passes of so many accesses. It has up to kMostPasses,
+// if each CTA has this many slices of tokens.
+constexpr int kFewCtas = 64;
+constexpr int kCombinePass = 7 * 32;
+constexpr int kMostPasses = 4;
+constexpr int kSlicesOfCta = 128;
+
 // In combine's transpose. With few tokens more warps share a row; with many, the fixed cost of a
 // slice matters more.
 inline int transpose_slice(int64_t num_tokens) { return num_tokens <= 1024 ? 2 * 32 : 8 * 32; }

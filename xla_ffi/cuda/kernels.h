@@ -24,6 +24,8 @@ Kernel dispatch_along();
 // for dtypes that it cannot sum.
 Kernel combine_small(DType dtype);
 Kernel combine_large(DType dtype, bool wide);
+// The large one for few CTAs. Rows and buffers are aligned for accesses of 16 bytes.
+Kernel combine_few(DType dtype);
 // Whether `assignments`, those of one token of each rank, fit in the large one's shared memory. (In
 // the small one they always do.)
 bool combine_large_fits(DType dtype, int assignments);
@@ -53,6 +55,7 @@ void for_each_kernel(const F& f) {
   for (const DType dtype : kDTypes) {
     constexpr ParamsTag<CombineParams> kCombine;
     if (const Kernel small = combine_small(dtype); small.function != nullptr) f(small, kCombine);
+    f(combine_few(dtype), kCombine);
     for (const bool wide : {true, false}) {
       f(combine_large(dtype, wide), kCombine);
       f(combine_transpose(dtype, wide), ParamsTag<CombineTransposeParams>{});

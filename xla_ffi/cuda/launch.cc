@@ -42,6 +42,13 @@ auto driver_launch_with_attributes() {
 
 }  // namespace
 
+bool fits(const Kernel& kernel) {
+  RelaxedCapture relaxed;  // as in load()
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel.function) == cudaSuccess &&
+         kernel.shared_bytes <= static_cast<size_t>(attributes.maxDynamicSharedSizeBytes);
+}
+
 Status LoadedKernel::load(const Kernel& kernel, LoadedKernel& loaded) {
   RelaxedCapture relaxed;  // XLA may be capturing the launch that this is for
   if (driver_launch() == nullptr) {

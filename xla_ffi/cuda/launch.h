@@ -16,6 +16,9 @@ struct Launch {
   void* params;         // the kernel's only parameter
 };
 
+// Whether the calling thread's GPU has the shared memory that the kernel needs.
+bool fits(const Kernel& kernel);
+
 // A kernel as the driver knows it on one GPU.
 class LoadedKernel {
  public:

@@ -8,6 +8,7 @@
 #include "core/digest.h"
 #include "cuda/geometry.h"
 #include "cuda/gpus.h"
+#include "cuda/launch.h"
 #include "cuda/sizes.h"
 
 namespace freeio::cuda {
@@ -15,6 +16,7 @@ namespace {
 
 std::atomic<int64_t> max_sent_routes{kMaxSentRoutes};
 std::atomic<int64_t> max_sent_slices{kMaxSentSlices};
+std::atomic<int32_t> few_ctas{kFewCtas};
 
 constexpr int32_t kMaxAccess = 16;  // bytes
 
@@ -68,6 +70,16 @@ bool is_small(const Exchange& x, int64_t of_token) {
 bool sends_routes(const Exchange& exchange, DType dtype) {
   return exchange.num_ranks > 1 && exchange.capacity <= kMaxSentRow && bytes_of(dtype) <= 4 &&
          int64_t{exchange.num_tokens} * exchange.top_k <= max_sent_routes;
+}
+
+// Slices of a row where few CTAs combine `num_tokens` tokens, and the accesses of each.
+std::pair<int64_t, int32_t> few_slices_of(int64_t accesses, int64_t num_tokens, int32_t ctas) {
+  auto slices = slices_of_passes(accesses, kCombinePass, 1);
+  for (int passes = kMostPasses; passes > 1; passes /= 2) {
+    const auto longer = slices_of_passes(accesses, kCombinePass, passes);
+    if (num_tokens * longer.first >= int64_t{kSlicesOfCta} * ctas) return longer;
+  }
+  return slices;
 }
 
 // How many CTAs only send if each peer gets `slices` slices. 0: that is too little, and all CTAs
@@ -179,6 +191,11 @@ void set_most_sent(int64_t routes, int64_t slices) {
   outdate_calls();
 }
 
+void set_few_ctas(int32_t ctas) {
+  few_ctas = ctas;
+  outdate_calls();
+}
+
 // --- dispatch ------------------------------------------------------------------------------------
 
 int32_t alignment_of(const DispatchTypes& types, const DispatchOperands& operands) {
@@ -277,7 +294,13 @@ Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Com
   }
   const bool in_lines =
       sends && pack * bytes_of(types.dtype) == kSentAccess && is_small(x, sent.first);
-  cut_rows(types, wide, in_lines ? sent : slices_of(accesses, kCombineSlice), params);
+  const bool few = !in_lines && ctas <= few_ctas && fits(combine_few(types.dtype)) &&
+                   access_bytes(types.width * bytes_of(types.dtype), alignment) == kMaxAccess;
+  cut_rows(types, wide,
+           in_lines ? sent
+           : few    ? few_slices_of(accesses, x.num_tokens, ctas)
+                    : slices_of(accesses, kCombineSlice),
+           params);
   params.sends_routes =
       in_lines || (sends && int64_t{x.num_tokens} * params.num_slices <= kMaxArrivals);
   if (in_lines) {
@@ -290,9 +313,11 @@ Status make_plan(const CombineTypes& types, int32_t alignment, int32_t ctas, Com
   if (!params.sends_routes) plan.posted |= kRoutesBits | bit(kWeights) | bit(kFlags);
   params.num_slots = static_cast<int32_t>(num_slots(x.top_k, x.num_ranks));
   plan.rows = Digest({static_cast<int>(types.dtype), types.width, wide, types.weighted,
-                      params.sends_routes, in_lines})
+                      params.sends_routes, in_lines, few})
                   .folded();
-  plan.kernel = in_lines ? combine_small(types.dtype) : combine_large(types.dtype, wide);
+  plan.kernel = in_lines ? combine_small(types.dtype)
+                : few    ? combine_few(types.dtype)
+                         : combine_large(types.dtype, wide);
   return {};
 }
 

@@ -23,6 +23,13 @@ inline std::pair<int64_t, int32_t> slices_of(int64_t accesses, int64_t most) {
   return {std::max<int64_t>(1, ceil_div(accesses, each)), static_cast<int32_t>(each)};
 }
 
+// The same in whole passes, at most `most` each.
+inline std::pair<int64_t, int32_t> slices_of_passes(int64_t accesses, int64_t pass, int64_t most) {
+  const int64_t passes = std::max<int64_t>(1, ceil_div(accesses, pass));
+  const int64_t each = ceil_div(passes, ceil_div(passes, most));
+  return {ceil_div(passes, each), static_cast<int32_t>(each * pass)};
+}
+
 // Slices of a row that is sent in lines, and the accesses of each.
 inline std::pair<int64_t, int32_t> sent_slices_of(int64_t accesses) {
   return {std::max<int64_t>(1, ceil_div(accesses, kSentSlice)), kSentSlice};

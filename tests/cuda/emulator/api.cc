@@ -311,6 +311,8 @@ EMULATOR_API void engine_set_timeout(double seconds) { set_timeout(seconds); }
 EMULATOR_API void engine_set_num_sms(int64_t num_sms) { set_num_sms(num_sms); }
 EMULATOR_API void engine_set_overlap_num_sms(int64_t num_sms) { set_overlap_num_sms(num_sms); }
 EMULATOR_API int32_t engine_max_in_flight() { return kMaxInFlight; }
+EMULATOR_API void engine_set_few_ctas(int32_t ctas) { set_few_ctas(ctas); }
+
 EMULATOR_API void engine_set_most_sent(int64_t routes, int64_t slices) {
   set_most_sent(routes, slices);
 }

@@ -66,6 +66,21 @@ struct Copy {
   uint64_t group;
 };
 
+// A store from shared memory that its thread does not wait for.
+struct BulkStore {
+  void* to;
+  const void* from;  // null: it has been read
+  size_t bytes;
+  std::vector<std::byte> values;
+
+  void read() {
+    if (from == nullptr) return;
+    const auto* const begin = static_cast<const std::byte*>(from);
+    values.assign(begin, begin + bytes);
+    from = nullptr;
+  }
+};
+
 struct Thread {
   Context context;
   Cta* cta = nullptr;
@@ -80,6 +95,7 @@ struct Thread {
   Thread* next = nullptr;  // in the list of the threads that sleep on addresses of one bucket
   std::deque<Copy> copies;
   uint64_t group = 0;  // of the next copy
+  std::vector<BulkStore> bulk_stores;
 };
 
 struct Warp {
@@ -316,6 +332,29 @@ class Machine {
     for (; !copies.empty() && copies.front().group + groups < current_->group; copies.pop_front()) {
       memcpy(copies.front().to, copies.front().from, copies.front().bytes);
     }
+  }
+
+  // It is read at once, or when the thread waits for that. If it has been read by then, it arrives
+  // at once, or when the thread waits for that.
+  void start_bulk_store(void* to, const void* from, size_t bytes) {
+    constexpr uint64_t kUnit = 16;
+    const uint64_t bits = reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from) | bytes;
+    if (bytes == 0 || bits % kUnit != 0) error_ = "emulator: a bulk store is empty or not aligned";
+    current_->bulk_stores.push_back({to, from, bytes, {}});
+    if (random_.one_in(2)) wait_for_bulk_reads();
+  }
+
+  void wait_for_bulk_reads() {
+    for (BulkStore& store : current_->bulk_stores) store.read();
+    if (random_.one_in(2)) wait_for_bulk_stores();
+  }
+
+  void wait_for_bulk_stores() {
+    for (BulkStore& store : current_->bulk_stores) {
+      store.read();
+      memcpy(store.to, store.values.data(), store.bytes);
+    }
+    current_->bulk_stores.clear();
   }
 
   void stored(const void* address) {
@@ -799,6 +838,7 @@ Machine& machine() {
 void Machine::run_thread() {
   Thread& thread = *machine().current_;
   thread.cta->kernel->launch.call();
+  if (!thread.bulk_stores.empty()) machine().error_ = "emulator: a thread left its bulk stores";
   thread.state = State::kDone;
   --thread.cta->live;
   machine().leave();
@@ -851,6 +891,11 @@ void start_copy(void* shared, const void* global, size_t bytes) {
   machine().start_copy(shared, global, bytes);
 }
 void commit_copies() { machine().commit_copies(); }
+void start_bulk_store(void* global, const void* shared, size_t bytes) {
+  machine().start_bulk_store(global, shared, bytes);
+}
+void wait_for_bulk_reads() { machine().wait_for_bulk_reads(); }
+void wait_for_bulk_stores() { machine().wait_for_bulk_stores(); }
 void wait_for_copies(uint64_t groups) { machine().wait_for_copies(groups); }
 void stored(const void* address) { machine().stored(address); }
 uint64_t nanoseconds() { return machine().nanoseconds(); }

@@ -168,6 +168,13 @@ void start_copy(void* shared, const void* global, size_t bytes);
 void commit_copies();
 void wait_for_copies(uint64_t groups);
 
+// Stores from shared memory that the thread does not wait for, in pieces of 16 bytes. Each is read
+// at any time, at the latest when the thread waits for that. It arrives at any time after, at the
+// latest when the thread waits for its stores, which must be before the thread ends.
+void start_bulk_store(void* global, const void* shared, size_t bytes);
+void wait_for_bulk_reads();
+void wait_for_bulk_stores();
+
 // Call this after a store for which other threads may poll.
 void stored(const void* address);
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/combine/announcer.cuh"
+#include "cuda/combine/partial_sums.cuh"
 #include "cuda/device/async_copy.cuh"
 #include "cuda/device/elements.cuh"
 #include "cuda/device/rank_set.cuh"
@@ -11,29 +12,31 @@
 
 namespace freeio::cuda {
 
-constexpr int kTileBytes = 24 << 10;                 // for the routes of a tile, of all ranks
-constexpr int kColumns = kCombineSlice / kWarpSize;  // accesses of one lane to a slice
-constexpr int kStages = 2;                           // slices of rows that each warp has on the way
-constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
-
-template <typename Accumulator>
-__host__ __device__ constexpr int tile_assignments() {
-  return kTileBytes / static_cast<int>(2 * sizeof(int) + sizeof(Accumulator));
-}
-
-// Slot of `rank` among the ranks, other than the token's own, that have its rows.
-__device__ inline int slot_of(int rank, RankSet ranks, int own_rank) {
-  return count_ranks(ranks & ~set_of(own_rank) & below(rank));
-}
-
 // A tile's work, as one warp does it. Each item is a sum of slices of some rows. Meanwhile the next
 // rows are on their way to shared memory. So no register waits for a row, and the memory is busy
 // also while warps wait for the link.
 template <typename Element, int kCount>
-struct PushingWarp {
+struct PushingWarp : PartialSums {
+  using ElementType = Element;
   using Accumulator = typename Element::Accumulator;
   using R = Raw<Element, kCount>;
+
+  static constexpr bool kIsOnThisGpu = true;
+  static constexpr int kTileBytes = 24 << 10;  // for the routes of a tile, of all ranks
+  static constexpr int kColumns = kCombineSlice / kWarpSize;  // accesses of one lane to a slice
+  static constexpr int kStages = 2;                           // slices of rows on the way
+  static constexpr int kRingBytes = kWarps * kStages * kColumns * kWarpSize * 16;
+
   using Sums = Accumulator[kColumns][kCount];
+
+  // Slices of rows that each warp has on the way.
+  struct Ring {
+    void* memory;
+
+    __device__ Ring(const Exchange&, void* ring_memory) : memory(ring_memory) {}
+  };
+  // The routes of a tile stay as they came.
+  __device__ static void arrange(const Exchange&, RouteTile<Accumulator>&) {}
 
   // One row of an item's sum, in two words, as registers are scarce.
   struct Task {
@@ -42,7 +45,7 @@ struct PushingWarp {
     static constexpr int kRankBits = kMaxRanks <= 16 ? 4 : kMaxRanks <= 32 ? 5 : 6;
     static constexpr int kRank = kFirstBits, kRow = kRank + kRankBits, kMarks = kRow + kRowBits;
     static constexpr uint32_t kHasRow = 1u << kMarks, kLast = 2u << kMarks;
-    static_assert(tile_assignments<Accumulator>() <= 1 << kFirstBits &&
+    static_assert(tile_assignments<Accumulator>(kTileBytes) <= 1 << kFirstBits &&
                   kMaxRanks <= 1 << kRankBits && kMaxTopK <= 1 << kRowBits);
 
     int unit = -1;  // -1: there is no further one
@@ -85,12 +88,8 @@ struct PushingWarp {
     __device__ bool has(int c) const { return c * kStep < left; }
   };
 
-  const CombineParams& p;
-  const Exchange& x;
-  CtaState& s;
   const RouteTile<Accumulator>& routes;
   const Tile& tile;
-  Announcer& announcer;
   const Chunk units;
   const int items;
   R* const ring;  // this lane's of [kStages, kColumns, kWarpSize]
@@ -105,16 +104,14 @@ struct PushingWarp {
 
   __device__ PushingWarp(const CombineParams& params, CtaState& state,
                          const RouteTile<Accumulator>& tile_routes, const Tile& whole,
-                         Announcer& of_cta, const Chunk& tile_units, void* ring_memory)
-      : p(params),
-        x(params.exchange),
-        s(state),
+                         Announcer& of_cta, const Chunk& tile_units, Ring& its_ring)
+      : PartialSums{params, params.exchange, state, of_cta},
         routes(tile_routes),
         tile(whole),
-        announcer(of_cta),
         units(tile_units),
         items(units.size() == 0 ? 0 : (units.size() + p.ahead) * x.num_ranks),
-        ring(static_cast<R*>(ring_memory) + warp_id() * kStages * kColumns * kWarpSize + lane_id()),
+        ring(static_cast<R*>(its_ring.memory) + warp_id() * kStages * kColumns * kWarpSize +
+             lane_id()),
         next_one(warp_id()) {}
 
   // Pushes partial sums to every peer, and sums the slices that come p.ahead slices before. A sum
@@ -239,43 +236,13 @@ struct PushingWarp {
     return union_of_lanes(rank >= 0 ? set_of(rank) : 0);
   }
 
-  __device__ int64_t slot_index(int token, int slot) const {
-    return static_cast<int64_t>(token) * p.num_slots + slot;
-  }
-
   // This rank's partial sum of a peer's token, to the peer.
   __device__ void push(const Task& task, const Sums& sums) const {
     const int rank = task.rank();
     const int slot = slot_of(x.rank, ranks_of(task), rank);
     const int64_t row = slot_index(p.slices.quotient(task.unit), slot);
     store_sums(s.buffer<Element>(rank, kScratch) + row * p.width, task.unit, sums);
-    // Partner: the load in flag_is_set() on the peer.
-    if (p.sends_routes) {
-      announcer.announce(&inbox_to(x, rank).arrival_epochs[task.unit], s.epoch[rank]);
-    } else {
-      announcer.announce(s.buffer<uint32_t>(rank, kFlags) + slot_index(task.unit, slot), 1);
-    }
-  }
-
-  // Whether `rank` has stored its partial sum of the unit in that slot.
-  __device__ bool flag_is_set(int rank, int unit, int slot) const {
-    // Partner: the announcement in push() on the peer.
-    if (p.sends_routes) {
-      return load_acquire_system(&inbox_from(x, rank).arrival_epochs[unit]) == s.epoch[rank];
-    }
-    return load_acquire_system(p.flags + slot_index(unit, slot)) != 0;
-  }
-
-  // Waits for the partial sums of one of this rank's tokens. Whole warp.
-  __device__ void wait_for_partial_sums(RankSet ranks, int unit) const {
-#pragma unroll
-    for (int i = 0; i < kRanksPerLane; ++i) {
-      const int rank = lane_id() + i * kWarpSize;
-      if (rank == x.rank || !contains(ranks, rank)) continue;
-      const int slot = slot_of(rank, ranks, x.rank);
-      wait_until<true>(x, s, kWaitPartialSums, rank, [&] { return flag_is_set(rank, unit, slot); });
-    }
-    __syncwarp();
+    announce(rank, task.unit, slot);
   }
 
   // Adds the partial sums in the slots of the peers in `ranks`, in order, to the totals.

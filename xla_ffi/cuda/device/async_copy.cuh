@@ -18,6 +18,27 @@ __device__ inline void copy_async(void* shared, const void* global) {
   }
 }
 
+// The same `kCopies` times, each `kStep` bytes further. `global`: of the copy with number
+// `kMiddle`, so that its distance from the others fits into the instruction. It takes one address
+// for all.
+template <int kBytes, int kCopies, int kStep, int kMiddle>
+__device__ inline void copy_async(void* shared, const void* global) {
+  static_assert(kBytes == 8 || kBytes == 16);
+  if constexpr (kCopies > 1) copy_async<kBytes, kCopies - 1, kStep, kMiddle>(shared, global);
+  constexpr int kTo = (kCopies - 1) * kStep;
+  constexpr int kFrom = (kCopies - 1 - kMiddle) * kStep;
+  const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(target), "l"(global),
+                 "n"(kTo), "n"(kFrom)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0 + %2], [%1 + %3], 8;" ::"r"(target), "l"(global),
+                 "n"(kTo), "n"(kFrom)
+                 : "memory");
+  }
+}
+
 // Makes a group of the copies that this thread has started since its last group. It may be empty.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -80,6 +80,12 @@ __device__ inline void send_routes(const Exchange& x, const CtaState& s, const C
   }
 }
 
+// Assignments whose routes have room in so many bytes of shared memory.
+template <typename Accumulator>
+__host__ __device__ constexpr int tile_assignments(int bytes) {
+  return bytes / static_cast<int>(2 * sizeof(int) + sizeof(Accumulator));
+}
+
 // The routes of a tile's tokens, of all ranks: [R, tokens, K] in shared memory.
 template <typename Accumulator>
 struct RouteTile {

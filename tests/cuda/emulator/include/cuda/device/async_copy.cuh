@@ -10,6 +10,14 @@ void copy_async(void* shared, const void* global) {
   emulator::start_copy(shared, global, kBytes);
 }
 
+template <int kBytes, int kCopies, int kStep, int kMiddle>
+void copy_async(void* shared, const void* global) {
+  for (int i = 0; i < kCopies; ++i) {
+    emulator::start_copy(static_cast<char*>(shared) + i * kStep,
+                         static_cast<const char*>(global) + (i - kMiddle) * kStep, kBytes);
+  }
+}
+
 inline void commit_copies() { emulator::commit_copies(); }
 
 template <int kGroups>
