@@ -163,7 +163,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "--exchanges",
         nargs="+",
         choices=NAMES,
-        help="default: all, but no reference in --shapes, and no -32 and -1 in --layer and --tax",
+        help="default: all, but no reference in --shapes, no -32 and -1 in --layer and --tax, and "
+        "no ragged ones between processes",
     )
     what(
         "--products",

@@ -164,3 +164,10 @@ def test_ragged_exchanges_between_processes_may_go_over_nccl():
     option = "--xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback=true"
     # An older XLA would end the process because of an option that it does not know.
     assert added == ({option} if jax.__version_info__ >= (0, 11, 2) else set())
+
+
+def test_ragged_exchanges_between_processes_are_measured_if_they_are_asked_for():
+    assert "GPUs alone" in command.no_ragged(False, in_processes=False, asked=True)
+    assert "did not end" in command.no_ragged(True, in_processes=True, asked=False)
+    assert command.no_ragged(True, in_processes=True, asked=True) is None
+    assert command.no_ragged(True, in_processes=False, asked=False) is None
