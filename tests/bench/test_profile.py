@@ -41,7 +41,7 @@ def test_each_kernel_of_an_exchange_is_found_by_one_name():
     kernels = {
         name
         for folder in ("dispatch", "combine")
-        for source in (sources / folder).glob("*.cu")
+        for source in (sources / folder).glob("*.cu*")
         for name in re.findall(
             r"__global__[^(]*?(?:\([^)]*\)\s*)?(\w+_kernel)\(", source.read_text()
         )
