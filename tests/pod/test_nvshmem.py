@@ -46,7 +46,7 @@ def test_is_started_once_and_joined_after_each_initialize(run):
         assert text.count("LEFT") == 2, said
         assert text.count("FINALIZED") == 1, said
         assert text.index("FINALIZED") > text.rindex("LEFT"), said
-    assert status == 0
+    assert status == 0, said
 
 
 @pytest.mark.parametrize("scenario", ["end_hangs", "end_fails", "child"])
@@ -57,7 +57,7 @@ def test_its_end_is_tried_once_and_bounded(run, scenario):
     assert ("NVSHMEM has not ended in order: a plugin is gone" in said[1]) == (
         scenario == "end_fails"
     ), said
-    assert status == 0
+    assert status == 0, said
 
 
 @pytest.mark.parametrize("scenario", ["by_link", "failure", "loss", "jax_shutdown"])
@@ -65,7 +65,7 @@ def test_it_is_not_ended(run, scenario):
     """It has no thread for a network, or some process does not end in order."""
     said, _, status = run(scenario)
     assert not any("FINALIZED" in text for text in said), said
-    assert status == 0
+    assert status == 0, said
     # Nobody waits for as long as for a process that is late, which is a minute.
     ends = re.findall(r"ENDED in (\S+) s", "\n".join(said))
     assert len(ends) == 2, said
