@@ -217,7 +217,7 @@ def no_ragged(on_gpu: bool, in_processes: bool, asked: bool) -> str | None:
     if not on_gpu:
         return "exists on GPUs alone"
     if in_processes and not asked:
-        return "between processes did not end at T=4096 with jax 0.11.2 (--exchanges takes it)"
+        return "hung between processes at T=4096, jax 0.11.2 (name it by --exchanges to try it)"
     return None
 
 

@@ -253,6 +253,7 @@ class Emulator:
         self._library.emulator_steps.restype = c.c_uint64
         self._library.emulator_driver_function.restype = c.c_void_p
         self._library.emulator_network_bytes.restype = c.c_int64
+        self._library.emulator_shared_bytes_of_last_launch.restype = c.c_int64
         self._buffers = []  # of launches that have not run
         self._filled = []  # likewise: on their GPU's stream
         self._new_buffers = []  # of the next launch
@@ -390,8 +391,16 @@ class Emulator:
         """One of COMBINE_PROTOCOLS, for calls that allow it. Other calls use the next one."""
         slices = 2**31 if name == "small" else -1
         routes = -1 if "through buffers" in name else 2**31
-        self._library.engine_set_few_ctas(c.c_int32(2**30 if "few" in name else 0))
+        self.set_few_ctas(2**30 if "few" in name else 0)
         self._library.engine_set_most_sent(c.c_int64(routes), c.c_int64(slices))
+
+    def set_few_ctas(self, ctas):
+        """On how many CTAs at most a large combine takes the kernel for few of them."""
+        self._library.engine_set_few_ctas(c.c_int32(ctas))
+
+    def shared_bytes_of_last_launch(self):
+        """Bytes of shared memory that the last launched kernel asked for."""
+        return self._library.emulator_shared_bytes_of_last_launch()
 
     def set_hosts(self, num_gpus, per_host, window_bytes=1 << 20, *, linked=False):
         """Shares the GPUs out among hosts; all calls are then those of groups that span hosts.

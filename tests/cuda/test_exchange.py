@@ -13,7 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import freeio_jax as fio
-from freeio_jax.bench import late
+from freeio_jax import _native
+from freeio_jax.bench import late, profile
 from freeio_jax.bench.report import Report
 from freeio_jax.bench.shapes import Suite
 
@@ -77,6 +78,8 @@ SHAPES = {
     "drops": (300, 64, 4, 8, 0.5, 1),
     "aligned": (129, 256, 4, 8, None, 16),
     "many tokens": (3000, 128, 8, 16, None, 1),
+    "passes": (600, 7168, 8, 32, 1.25, 1),  # where few CTAs combine, a slice has several passes
+    "short rows": (700, 1000, 4, 8, 0.5, 1),
 }
 #: Of the results of Case.gradients: sums of K products, which XLA may fuse with its additions, and
 #: the weights' gradients, which are long sums in another order. Rounding to 16 bits hides most.
@@ -161,6 +164,17 @@ def assert_close(ours, theirs, dtype, ulps=1):
 ranks = pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 
 
+@pytest.fixture
+def few_ctas():
+    """Sets on how many CTAs at most a large combine takes the kernel for few of them."""
+    if float(gpus()[0].compute_capability) < 9:
+        pytest.skip("the kernel for few CTAs needs the bulk stores of compute capability 9.0")
+    before = fio.config()["num_sms"]
+    yield _native.cuda.set_few_ctas
+    _native.cuda.set_few_ctas(0)
+    fio.config(num_sms=before)
+
+
 @ranks
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dispatch_is_bitwise_the_reference(num_ranks, shape):
@@ -231,6 +245,30 @@ def test_sums_are_the_cpu_engines_but_for_a_rare_rounding(shape, dtype):
     assert np.all(np.abs(a - b) <= np.ldexp(float(jnp.finfo(dtype).eps), exponent - 1))
     print(f"{shape}, {dtype}: {np.sum(a != b)} of {a.size} differ by one unit in the last place")
     assert np.mean(a != b) < 1e-3
+
+
+@ranks
+@pytest.mark.parametrize("num_sms", [4, 24, 64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ["passes", "short rows"])
+def test_few_ctas_give_the_same_bits(num_ranks, shape, dtype, num_sms, few_ctas):
+    """A large combine by the kernel for few CTAs, by the other one, and by the reference."""
+    case = Case(num_ranks, shape, dtype)
+    args = (case.tokens, case.topk_idx, case.weights)
+    mesh = gpu_mesh(num_ranks)
+    few_ctas(0)
+    fio.config(num_sms=num_sms)
+    theirs = run(functools.partial(case.layer, fio), mesh, *args)
+    expected = by_reference(functools.partial(case.layer, fio.reference), num_ranks, *args)
+    few_ctas(64)
+    step = sharded(functools.partial(case.layer, fio), mesh)
+    args = [jax.device_put(a, NamedSharding(mesh, P("expert"))) for a in args]
+    names = {event.name for event in profile.record(lambda: step(*args))}
+    assert any("FewWarp" in name for name in names), names
+    for _ in range(20):
+        ours = np.asarray(step(*args))
+        np.testing.assert_array_equal(ours.view(np.uint8), theirs.view(np.uint8))
+    assert_close(ours, expected, dtype, ULPS[dtype]["z"])
 
 
 def test_fp8_rows_with_scales_travel_together():

@@ -15,6 +15,7 @@
 #include "cuda/measure.h"
 #include "cuda/nothing.h"
 #include "cuda/overlap.h"
+#include "cuda/plan.h"
 #include "pod/pod.h"
 
 namespace freeio::cuda {
@@ -42,6 +43,10 @@ void add_module(py::module_& native) {
   module.def(
       "max_in_flight", [] { return kMaxInFlight; },
       "The most exchanges of a GPU that a program may have started and not waited for.");
+  module.def(
+      "set_few_ctas", &set_few_ctas, py::arg("ctas"),
+      "Sets on how many CTAs at most a large combine takes the kernel for few of them, which "
+      "else is not used. For tests and measurements. All processes must have the same.");
   module.def("has_driver", &has_driver, "Whether this machine has NVIDIA's driver.");
   module.def("has_link", &has_link, py::arg("from_ordinal"), py::arg("to_ordinal"));
   module.def(

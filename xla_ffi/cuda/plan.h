@@ -26,8 +26,8 @@ struct Plan {
 // kMaxSentRoutes and kMaxSentSlices. Only tests call this. All ranks must have the same bounds.
 void set_most_sent(int64_t routes, int64_t slices);
 
-// Sets how many CTAs are so few that a large combine has a kernel of its own. The default is
-// kFewCtas. Only tests call this. All ranks must have the same.
+// Sets on how many CTAs at most a large combine takes the kernel for few of them. The default is
+// kFewCtas. Only tests and measurements call this. All ranks must have the same.
 void set_few_ctas(int32_t ctas);
 
 // The largest power of two, up to 16, that divides the addresses of all rows of the call.

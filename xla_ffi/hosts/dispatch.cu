@@ -227,8 +227,8 @@ __device__ void dispatch(const DispatchParams& p, const Hosts& h, CtaState& s, H
   };
   // The counts first: all ranks wait for them, and for rows only when they have their routes.
   count_and_send_headers(p, h, hs, routing, chunk);
-  push_rows_ahead(h, chunk, [&](const Parcel& parcel, int host, const Columns& columns) {
-    put_rows(h, parcel, host, goes_to, columns);
+  push_rows_ahead(h, chunk, [&](const Parcel& parcel, int host, const ShareOfRow& share) {
+    put_rows(h, parcel, host, goes_to, share);
   });
   enter(s, kAgreeing);
   if (!receive_headers(h, hs, s)) return;

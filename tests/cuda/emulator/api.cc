@@ -223,6 +223,9 @@ EMULATOR_API void emulator_set_devices(int count, int multiprocessors) {
 EMULATOR_API void emulator_set_shared_bytes(int64_t bytes) {
   emulator::set_shared_bytes(static_cast<size_t>(bytes));
 }
+EMULATOR_API int64_t emulator_shared_bytes_of_last_launch() {
+  return static_cast<int64_t>(emulator::shared_bytes_of_last_launch());
+}
 EMULATOR_API void emulator_set_seed(uint64_t seed) { emulator::set_seed(seed); }
 EMULATOR_API void emulator_set_real_time(int real) { emulator::set_real_time(real != 0); }
 // Launches a kernel on XLA's stream that waits for nobody, with CTAs that run for `turns` turns.

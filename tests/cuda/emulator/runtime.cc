@@ -31,6 +31,7 @@ constexpr size_t kDefaultSharedBytes = 48 << 10;
 int device_count = kMaxGpus;
 int multiprocessors = 4;
 size_t shared_bytes_of_gpu = 227 << 10;
+size_t last_shared_bytes = 0;  // of the kernel that was launched last
 std::atomic<bool> capturing{false};
 bool native_atomics = true;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
@@ -103,6 +104,7 @@ void set_devices(int count, int multiprocessors_of_each) {
 }
 
 void set_shared_bytes(size_t bytes) { shared_bytes_of_gpu = bytes; }
+size_t shared_bytes_of_last_launch() { return last_shared_bytes; }
 
 void set_capturing(bool is_capturing) { capturing = is_capturing; }
 
@@ -126,6 +128,7 @@ cudaError_t launch_kernel(const void* function, unsigned ctas, unsigned threads,
   launch.ctas = ctas;
   launch.threads = threads;
   launch.shared_bytes = shared_bytes;
+  last_shared_bytes = shared_bytes;
   launch.call = bind_kernel(function, arguments[0]);
   launch.has_priority = stream != nullptr && stream->has_priority;
   launch.begun = begun;

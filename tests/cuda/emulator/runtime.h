@@ -12,6 +12,8 @@ void set_devices(int count, int multiprocessors);
 
 // Bytes of shared memory that a kernel can have.
 void set_shared_bytes(size_t bytes);
+// Of dynamic shared memory, that the kernel asked for which was launched last.
+size_t shared_bytes_of_last_launch();
 
 // Whether some thread captures a stream. Then calls that would spoil the capture are refused on
 // threads whose capture mode is not relaxed. CUDA does so for captures in mode "global".

@@ -51,8 +51,10 @@ __device__ inline void send_headers(const Hosts& h, const HostsState& hs, const 
   for (int rank = warp_id(); rank < h.num_ranks; rank += kWarps) {
     const uint32_t turn = hs.epoch[rank] % 2;
     const uint64_t stamp = stamp_of(hs.epoch[rank], 0);
+    // The network reads what all threads have written. And in a program that uses it, not every
+    // version of its own fence need order what other threads have stored by links.
+    if (!h.is_here(rank)) Wire::fence_for_network();
     if (!h.is_here(rank) && header_on(h, rank, turn) == nullptr) {
-      Wire::fence_for_network();
       Wire::put(&mail_to(h).received[turn], &mail_from(h, rank).sent[turn],
                 words * sizeof(uint32_t), h.pe[rank]);
       __syncwarp();

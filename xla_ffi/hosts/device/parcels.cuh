@@ -134,30 +134,33 @@ __device__ void for_each_push(const Hosts& h, int begin, int end, int team, int 
   }
 }
 
-// Some columns of rows: the n-th of `count` parts.
-struct Columns {
+// A warp's columns of rows that several warps share: the n-th of `count` parts.
+struct ShareOfRow {
   int n = 0;
   int count = 1;
 
-  // Where the part begins in a row. Parts end where whole accesses do, as far as rows do.
+  // Where it begins in a row, in bytes. All but the last one are whole accesses.
   __device__ int64_t begin(int64_t row_bytes) const {
     constexpr int64_t kAccess = 16;
     return n == count ? row_bytes : row_bytes / kAccess * n / count * kAccess;
   }
-  __device__ Columns next() const { return {n + 1, count}; }
+  __device__ int64_t end(int64_t row_bytes) const {
+    return ShareOfRow{n + 1, count}.begin(row_bytes);
+  }
 };
 
 // Puts the rows of those of the parcel's tokens that go to the host: those with an assignment `a`
-// for which goes_to(a) is the host. Whole warp. `columns`: several warps share the rows. That is
-// for links: what goes by the network must be put by the warp that signals, so the first one puts
-// all.
+// for which goes_to(a) is the host. Whole warp.
+//
+// Several warps may share the rows if a link reaches the host. What goes by the network must be put
+// by the warp that signals. There the warp of the first share puts all.
 template <typename GoesTo>
 __device__ void put_rows(const Hosts& h, const Parcel& parcel, int host, const GoesTo& goes_to,
-                         const Columns& columns = {}) {
+                         const ShareOfRow& share = {}) {
   std::byte* const window = window_to(h, parcel.half(), kRequests);
   const int pe = h.pe[h.rail_on(host)];
-  std::byte* const linked = columns.count > 1 ? Wire::direct(window, pe) : nullptr;
-  if (linked == nullptr && columns.n > 0) return;
+  std::byte* const linked = share.count > 1 ? Wire::direct(window, pe) : nullptr;
+  if (linked == nullptr && share.n > 0) return;
   for (int token = parcel.first_token; token < parcel.end_token; ++token) {
     const bool goes = lane_id() < h.top_k && goes_to(token * h.top_k + lane_id()) == host;
     if (__ballot_sync(kFullWarp, goes) == 0) continue;
@@ -168,8 +171,8 @@ __device__ void put_rows(const Hosts& h, const Parcel& parcel, int host, const G
       if (linked == nullptr) {
         Wire::put(window + to, row, leaf.row_bytes, pe);
       } else {
-        const int64_t begin = columns.begin(leaf.row_bytes);
-        Wire::store(linked + to + begin, row + begin, columns.next().begin(leaf.row_bytes) - begin);
+        const int64_t begin = share.begin(leaf.row_bytes);
+        Wire::store(linked + to + begin, row + begin, share.end(leaf.row_bytes) - begin);
       }
     }
   }
@@ -189,7 +192,7 @@ __device__ inline void put_routes(const Hosts& h, const HostsState& hs, const Pa
     return Words{window + at + first * bytes, static_cast<const std::byte*>(from) + a * bytes,
                  count * bytes};
   };
-  // The handle is of other CTAs, too.
+  // The network reads the handle, which other CTAs have written, too.
   Wire::fence_for_network();
   __syncwarp();
   Wire::put_all({words(r.dest_rank_at, h.dest_rank, sizeof(int32_t)),
@@ -350,19 +353,19 @@ __device__ void push_ahead(const Hosts& h, const Chunk& chunk, const Put& put) {
   }
 }
 
-// The same, of rows alone: put(parcel, host, columns). A CTA with few parcels has several warps for
-// each. The first one is the one that push_ahead() has for the parcel. A barrier must follow before
-// that one signals.
+// The same for rows alone: put(parcel, host, share). In a CTA with few parcels several warps share
+// each. The warp of the first share is the one that push_ahead() gives the parcel. It may signal
+// the parcel after a barrier.
 template <typename Put>
 __device__ void push_rows_ahead(const Hosts& h, const Chunk& chunk, const Put& put) {
-  const auto whole = [&](const Parcel& parcel, int host) { put(parcel, host, Columns()); };
+  const auto whole = [&](const Parcel& parcel, int host) { put(parcel, host, ShareOfRow()); };
   const int count = chunk.size() * h.num_others();
   if (!h.rounds.are_parcels_tokens() || count > kWarps / 2) return push_ahead(h, chunk, whole);
   if (!h.rounds.pushes_ahead || count == 0) return;
-  const Columns columns{warp_id() / count, kWarps / count};
-  if (columns.n == columns.count) return;
+  const ShareOfRow share{warp_id() / count, kWarps / count};
+  if (share.n == share.count) return;  // one of the last warps, if the shares are not even
   const int i = warp_id() % count;
-  put(Parcel(h, 0, chunk.begin + i / h.num_others()), h.other_host(i % h.num_others()), columns);
+  put(Parcel(h, 0, chunk.begin + i / h.num_others()), h.other_host(i % h.num_others()), share);
 }
 
 // What a push warp does: it puts the first two rounds by put(parcel, host), unless

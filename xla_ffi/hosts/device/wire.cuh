@@ -83,8 +83,8 @@ struct Wire {
     store_by_warp(to, from, bytes);
   }
 
-  // Before the network reads what other threads of this GPU have written: they have reached a
-  // barrier with this one. Where links reach all PEs, it reads nothing.
+  // The network may read what other threads of this GPU had written before a barrier with this one.
+  // Where links reach all PEs it reads nothing, and fence() orders the stores of all threads.
   __device__ static void fence_for_network() {
     if (nvshmemi_device_state_d.job_connectivity > NVSHMEMI_JOB_GPU_LDST) fence_system();
   }
@@ -136,8 +136,9 @@ struct Wire {
   }
 
   // What this warp has put comes before what it puts and signals from here on. The puts may read
-  // what this GPU wrote before. So does what any thread has stored to PEs before a barrier that
-  // this one has passed. One lane, after a __syncwarp().
+  // what this GPU wrote before. One lane, after a __syncwarp(). What other threads have stored by
+  // links before a barrier with this warp comes before, too, if all lanes have called
+  // fence_for_network() since.
   __device__ static void fence() {
     // NVSHMEM's own fence, too, where something has gone by the network.
     if (nvshmemi_device_state_d.job_connectivity > NVSHMEMI_JOB_GPU_LDST) return nvshmem_fence();
