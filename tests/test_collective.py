@@ -1,5 +1,7 @@
 """The contract of dispatch and combine on one expert axis, against numpy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,8 +226,8 @@ def test_a_pytree_travels_in_one_exchange(rng):
     fn = dispatch_fn(geometry)
     assert_dispatched(fn(tokens, topk_idx), tokens, topk_idx, geometry)
     text = fn.lower(tokens, topk_idx).compile().as_text()
-    call = "freeio_dispatch" if moves_rows(make_mesh(4)) else "freeio_meet"
-    assert text.count(f'custom_call_target="{call}"') == 1
+    call = r"dispatch\w*" if moves_rows(make_mesh(4)) else "meet"
+    assert len(re.findall(f'custom_call_target="freeio_{call}"', text)) == 1
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 17, 1024, 4099])
@@ -294,7 +296,8 @@ def test_nan_of_a_used_row_or_weight_shows(rng):
     pool[0, 0] = np.nan  # expert 0's row for rank 0
     weights = np.ones(topk_idx.shape, np.float32)
     weights[1, 0, 1] = np.inf
-    z = exchange_fn(geometry)(np.ones((2, 1, 1), np.float32), topk_idx, pool, weights)[2]
+    out = exchange_fn(geometry)(np.ones((2, 1, 1), np.float32), topk_idx, pool, weights)
+    z = np.asarray(out[2])
     assert np.isnan(z[0]).all() and np.isposinf(z[1]).all()
 
 

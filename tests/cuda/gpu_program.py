@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import oracle
 
 import freeio_jax as fio
+from freeio_jax import _native
+from freeio_jax.bench import profile
 from freeio_jax.layout import dropless_capacity
 
 TOP_K = 2
@@ -152,6 +154,22 @@ def growth():
         run(1 << exponent, width=1024, seed=exponent)
 
 
+def few_ctas():
+    """A large combine by the kernel for few CTAs. Sums of small integers are always exact."""
+    if float(jax.local_devices()[0].compute_capability) < 9:
+        print("LEFT OUT: bulk stores need compute capability 9.0", flush=True)
+        return
+    _native.cuda.set_few_ctas(64)
+    for num_sms in (4, 24, 64):
+        fio.config(num_sms=num_sms)
+        for num_tokens, width in ((1500, 7168), (3000, 1000)):
+            layer = Layer(make_mesh(), num_tokens, width, seed=num_sms)
+            names = {event.name for event in profile.record(layer)}
+            assert any("FewWarp" in name for name in names), names
+            for _ in range(5):
+                layer.check(layer())
+
+
 def allocator():
     try:
         run(8)
@@ -198,8 +216,6 @@ def soak():
 
 def times():
     """Times of the kernels, as a profiler sees them."""
-    from freeio_jax.bench import profile
-
     hidden, top_k, num_experts = 7168, 8, 256
     mesh = make_mesh()
     ranks = mesh.shape["expert"]

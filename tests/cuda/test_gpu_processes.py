@@ -1,6 +1,7 @@
 """The CUDA engine among GPUs of several processes: one each, and two each where there are four.
 
-Also between virtual hosts of one GPU, where NVSHMEM carries the rows.
+Also between virtual hosts, where NVSHMEM carries the rows; and among more processes than there are
+GPUs, which take turns on one.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ NUM_GPUS = len(visible_gpus())
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(150),
-    pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs two NVIDIA GPUs, there are {NUM_GPUS}"),
+    pytest.mark.skipif(NUM_GPUS < 1, reason="needs NVIDIA GPUs, and there is none"),
 ]
 
 #: (processes, GPUs of each).
-SHAPES = [(n, NUM_GPUS // n) for n in range(2, NUM_GPUS + 1) if NUM_GPUS % n == 0]
+SHAPES = [(n, NUM_GPUS // n) for n in range(2, NUM_GPUS + 1) if NUM_GPUS % n == 0] or [(2, 1)]
 
 
 @pytest.fixture
 def run(monkeypatch):
     def run(scenario, *arguments, shape=(2, 1), num_hosts=1, **environment):
+        needed = 1 if "CUDA_VISIBLE_DEVICES" in environment else shape[0] * shape[1]
+        if needed > NUM_GPUS:
+            pytest.skip(f"needs {needed} NVIDIA GPUs, there are {NUM_GPUS}")
         for name, value in {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3", **environment}.items():
             monkeypatch.setitem(os.environ, name, value)
         lines = [[] for _ in range(shape[0])]
@@ -59,6 +63,13 @@ def test_a_program_of_before_shutdown(run):
     _, status, said = run("again")
     assert status == 0, said
     assert all("jax.clear_caches()" in text for text in said), said
+
+
+def test_combine_on_few_ctas(run):
+    _, status, said = run("few_ctas")
+    assert status == 0, said
+    if "LEFT OUT" in said[0]:
+        pytest.skip(said[0])
 
 
 def test_a_pool_that_grows(run):
@@ -137,3 +148,40 @@ def test_without_nvshmem_xlas_collectives_carry_the_rows(run):
     _, status, said = run("layers", num_hosts=2, FREEIO_TRANSPORT="xla")
     assert status == 0, said
     assert all("XLA's collectives carry their rows: process 0" in text for text in said), said
+
+
+# --- More processes than GPUs --------------------------------------------------------------------
+
+
+def take_turns(num_processes):
+    """The GPU gives each process a slice of time. So all of them come on, but nothing is fast."""
+    return {
+        "CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[:1] * num_processes),
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": str(0.8 / num_processes),
+    }
+
+
+@pytest.mark.parametrize("num_processes", [2, 4, 8])
+@pytest.mark.parametrize("scenario", ["layers", "groups"])
+def test_exchanges_on_one_gpu(run, scenario, num_processes):
+    _, status, said = run(scenario, shape=(num_processes, 1), **take_turns(num_processes))
+    assert status == 0, said
+    assert all("FINISHED" in text for text in said)
+
+
+@pytest.mark.timeout(300)
+def test_combine_on_few_ctas_of_one_gpu(run):
+    _, status, said = run("few_ctas", **take_turns(2))
+    assert status == 0, said
+    if "LEFT OUT" in said[0]:
+        pytest.skip(said[0])
+
+
+@BETWEEN_HOSTS
+@pytest.mark.parametrize("num_processes, num_hosts", [(2, 2), (4, 2), (4, 4), (8, 2), (8, 4)])
+@pytest.mark.parametrize("scenario", ["layers", "groups"])
+def test_exchanges_between_hosts_on_one_gpu(run, scenario, num_processes, num_hosts):
+    places = {"num_hosts": num_hosts, "FREEIO_TRANSPORT": "nvshmem"} | take_turns(num_processes)
+    _, status, said = run(scenario, shape=(num_processes, 1), **places)
+    assert status == 0, said
+    assert all("FINISHED" in text for text in said)

@@ -61,8 +61,9 @@ constexpr int kCopySlice = 8 * 32;
 constexpr int kCombineSlice = 4 * 32;
 
 // On so many CTAs or fewer, a large combine has a kernel of its own (combine/few.cu). It is faster
-// on up to 64. But its sums have been compared on emulated GPUs only, so it serves nobody yet: test
-// tests/cuda/test_exchange.py on GPUs, then say 64 here.
+// on up to 64. But it has not been compared over NVLink, where a bulk store must arrive before the
+// flag that follows it. So it serves nobody yet: when test_few_ctas_give_the_same_bits of
+// tests/cuda/test_exchange.py has passed on two GPUs, say 64 here.
 constexpr int kFewCtas = 0;
 // There a slice is cut into passes of so many accesses. It has up to kMostPasses, if each CTA has
 // this many slices of tokens.
