@@ -89,11 +89,11 @@ def test_eagerly(setting, rng):
 
 
 def test_the_reference_eagerly(rng):
-    """Its results alone: each of its steps is a program here, and in gradients there are many."""
+    """Its results alone, and on one rank: each of its steps is a program of all ranks here."""
     args = arguments(rng, "float32", "float32")
-    expected = jax.jit(without_setting(fio.reference))(*args)
+    expected = jax.jit(without_setting(fio.reference, ranks=1))(*args)
     with jax.disable_jit():
-        got = layer_of(fio.reference)(*args)
+        got = layer_of(fio.reference, ranks=1)(*args)
     assert_close(got, expected)
 
 

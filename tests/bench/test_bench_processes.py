@@ -9,6 +9,7 @@ import pytest
 
 from freeio_jax.bench import processes
 
+HERE = Path(__file__).parent
 LAUNCH = [sys.executable, "-m", "freeio_jax.launch", "-n", "2"]
 SIZES = ["--tokens", "3", "--hidden", "16", "--top-k", "2", "--num-experts", "4"]
 
@@ -29,7 +30,7 @@ def test_parts_print_once(tmp_path):
     layer = ["--layer", "--expert-width", "16", "--dtype", "float32"]
     few = ["--ops", "combine", "--exchanges", "freeio", "dense"]
     files = ["--json", str(path), "--png", str(png)]
-    lines = launch("-m", "freeio_jax.bench", *parts, *layer, *few, *SIZES, *files)
+    lines = launch(str(HERE / "few_calls.py"), *parts, *layer, *few, *SIZES, *files)
     assert all(line.startswith("[0]") for line in lines), lines
     titles = [line.removeprefix("[0] ## ") for line in lines if "## " in line]
     assert titles == [
@@ -55,7 +56,7 @@ def test_the_comparison_on_cpu_prints_once():
 
 @pytest.mark.timeout(500)
 def test_checks_of_any_size_and_what_processes_tell_each_other():
-    lines = launch(str(Path(__file__).with_name("process_program.py")))
+    lines = launch(str(HERE / "process_program.py"))
     assert all(line.startswith("[0]") for line in lines), lines
     assert "[0] shared [0, 1]" in lines
     for title in ("Checks", "Soak", "Mixes of exchanges in flight", "The last rank's kernel"):

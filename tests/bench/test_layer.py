@@ -10,6 +10,8 @@ from freeio_jax.bench import layer
 from freeio_jax.bench.baselines import Dense, Ragged
 from freeio_jax.bench.report import Report
 
+pytestmark = pytest.mark.usefixtures("few_calls")
+
 SIZES = layer.Sizes(2, 12, hidden=8, top_k=2, num_experts=4, expert_width=6, dtype="float32")
 EXCHANGES = {
     "reference": reference,

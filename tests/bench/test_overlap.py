@@ -12,6 +12,8 @@ from freeio_jax.bench import command_line as command
 from freeio_jax.bench import memory, overlap, report
 from freeio_jax.bench.profile import Event
 
+pytestmark = pytest.mark.usefixtures("few_calls")
+
 TINY = overlap.Model(hidden=8, top_k=2, num_experts=4, expert_width=6)
 EXCHANGE, COMPUTE = "combine_large_kernel<1>", "gemm"
 

@@ -17,10 +17,7 @@ from freeio_jax.bench.report import Report
 SUITE = shapes.Suite("tiny", 8, 2, 8, "half", (6,))
 LIMITS = Limits(push=1e9, pull=9e8, memory=1e10, write=1e10, trip=1e-6)
 
-
-@pytest.fixture(autouse=True)
-def few_calls(monkeypatch):
-    monkeypatch.setattr(shapes.Case, "calls", 2)
+pytestmark = pytest.mark.usefixtures("few_calls")
 
 
 @pytest.fixture(scope="module")

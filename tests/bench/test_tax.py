@@ -13,6 +13,8 @@ from freeio_jax.bench.profile import Event
 from freeio_jax.bench.report import Report
 from freeio_jax.bench.shapes import Case, Suite
 
+pytestmark = pytest.mark.usefixtures("few_calls")
+
 SUITE = Suite("tiny", 16, 2, 4, "uniform", (6,))
 
 
