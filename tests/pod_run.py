@@ -32,6 +32,7 @@ NOT_ON_PODS = (
     "bench",
     "cuda/test_emulated*.py",
     "cuda/test_gpu_processes.py",
+    "cuda/test_over_tcp.py",
     "examples",
     "launch",
     "overlap/test_gpu_programs.py",

@@ -1,11 +1,15 @@
-"""The emulator, built once for all tests and processes; see emulator/README.md."""
+"""The emulator, built once for all tests and processes: see emulator/README.md.
+
+And where tests find the modules in folders of this one.
+"""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+for folder in ("emulator", "network"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 
 @pytest.fixture(scope="session")
