@@ -2,8 +2,6 @@
 
 #include <string.h>
 
-#include <algorithm>
-
 namespace emulator {
 
 bool Network::put(const Sender& sender, void* symmetric, const void* from, size_t bytes, int gpu,
@@ -31,14 +29,23 @@ bool Network::send(Thing thing) {
   if (own.base == nullptr || thing.to < own.base || at + thing.bytes > other.bytes) return false;
   thing.to = other.base + at;
   things_.push_back(thing);
+  ++on_the_way_[{thing.sender.warp, thing.gpu}][thing.sender.fences];
   return true;
 }
 
 bool Network::may_arrive(const Thing& thing) const {
-  return std::none_of(things_.begin(), things_.end(), [&](const Thing& other) {
-    return other.sender.warp == thing.sender.warp && other.gpu == thing.gpu &&
-           other.sender.fences < thing.sender.fences;
-  });
+  const auto& by_fences = on_the_way_.at({thing.sender.warp, thing.gpu});
+  return by_fences.begin()->first == thing.sender.fences;
+}
+
+void Network::take_out(size_t index) {
+  const Thing& thing = things_[index];
+  const auto pair = on_the_way_.find({thing.sender.warp, thing.gpu});
+  const auto count = pair->second.find(thing.sender.fences);
+  if (--count->second == 0) pair->second.erase(count);
+  if (pair->second.empty()) on_the_way_.erase(pair);
+  things_[index] = things_.back();
+  things_.pop_back();
 }
 
 bool Network::deliver_one(Random& random, bool slow_too) {
@@ -49,8 +56,7 @@ bool Network::deliver_one(Random& random, bool slow_too) {
     const Thing thing = things_[index];
     const bool is_slow = (slow_gpus_ >> thing.gpu % 32 & 1) != 0;
     if ((is_slow && !slow_too) || !may_arrive(thing)) continue;
-    things_[index] = things_.back();
-    things_.pop_back();
+    take_out(index);
     arrive(thing);
     return true;
   }
@@ -66,6 +72,7 @@ void Network::deliver_some(Random& random) {
 void Network::deliver_all() {
   for (const Thing& thing : things_) arrive(thing);
   things_.clear();
+  on_the_way_.clear();
 }
 
 void Network::arrive(const Thing& thing) const {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -72,6 +73,7 @@ class Network {
 
   bool send(Thing thing);
   bool may_arrive(const Thing& thing) const;
+  void take_out(size_t index);
   bool deliver_one(Random& random, bool slow_too);
   void arrive(const Thing& thing) const;
 
@@ -82,6 +84,9 @@ class Network {
   uint64_t bytes_ = 0;
   uint32_t slow_gpus_ = 0;
   std::vector<Thing> things_;
+  // Of each warp and the GPU to which it has sent something: how many things are on their way, by
+  // the number of fences before them. None has no entry.
+  std::map<std::pair<uint64_t, int>, std::map<uint32_t, int>> on_the_way_;
 };
 
 }  // namespace emulator
