@@ -106,7 +106,6 @@ class _Engine:
 
     Attributes:
       needs_devices: whether the mesh's devices must be known when a call is lowered.
-      takes_empty: whether custom calls may have buffers without elements on that platform.
       starts_apart: whether it has custom calls that start an exchange and do not wait for it.
       platform: as JAX's lowering names it.
       meets: whether it has a custom call that waits until all ranks of a group have come to it.
@@ -172,7 +171,6 @@ class CpuEngine(_Engine):
     """Devices of one process, or of several on one host."""
 
     needs_devices = False
-    takes_empty = True
     starts_apart = False
     platform = "cpu"
     meets = True
@@ -229,7 +227,6 @@ def _gpus() -> list:
 class CudaEngine(_Engine):
     """GPUs that reach each other's memory: of one process, or of several on one host."""
 
-    takes_empty = False  # XLA:GPU crashes when it compiles such a call
     starts_apart = True
     platform = "cuda"
     meets = False

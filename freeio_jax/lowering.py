@@ -143,12 +143,11 @@ def lower(ctx, *operands, axes, layout, engine, scratch=(), start=None, **attrib
         )
     avals_in = ctx.avals_in
     avals_out = [*ctx.avals_out, *(core.ShapedArray(*buffer) for buffer in scratch)]
-    if not engine.takes_empty:
-        operands = [
-            operand if aval.size else _zeros(_not_empty(aval))
-            for operand, aval in zip(operands, avals_in, strict=True)
-        ]
-        avals_in, avals_out = map(_not_empty, avals_in), map(_not_empty, avals_out)
+    operands = [
+        operand if aval.size else _zeros(_not_empty(aval))
+        for operand, aval in zip(operands, avals_in, strict=True)
+    ]
+    avals_in, avals_out = map(_not_empty, avals_in), map(_not_empty, avals_out)
     if (check := engine.program_check(ctx.module_context)) is not None:
         # It has no results. XLA keeps it because of its side effect.
         jax.ffi.ffi_lowering("freeio_check", has_side_effect=True)(
@@ -212,15 +211,17 @@ def lower_along(ctx, *operands, layout, engine, **params):
     """As :func:`lower`, for calls along a handle.
 
     They do nothing but move rows. Without tokens, without packed rows, or without elements in the
-    results, the results are zeros. Only an engine that takes buffers without elements is called.
+    results, the results are zeros, and nothing is called.
     """
-    moves_rows = layout.num_tokens and layout.capacity and any(a.size for a in ctx.avals_out)
-    if not moves_rows and not engine.takes_empty:
+    if not (layout.num_tokens and layout.capacity and any(a.size for a in ctx.avals_out)):
         return [*map(_zeros, ctx.avals_out)]
     return lower(ctx, *operands, layout=layout, engine=engine, **params)
 
 
 # --- Buffers without elements ------------------------------------------------------------------
+#
+# They stay out of the custom calls. XLA:GPU crashes when it compiles a call that has one, and
+# XLA:CPU of jaxlib 0.11 does if the call has others, too.
 
 
 def _not_empty(aval):

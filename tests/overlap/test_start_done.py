@@ -661,8 +661,7 @@ def test_num_sms_holds_forward_and_backward(apart, rng):
     assert [attribute(a, "num_sms") for target, *_, a in calls if target != "done"] == [5, 0, 0, 5]
 
 
-def test_what_has_no_elements_is_not_waited_for(apart, monkeypatch, rng):
-    monkeypatch.setattr(ENGINES["cpu"], "takes_empty", False)
+def test_what_has_no_elements_is_not_waited_for(apart, rng):
     geometry = dataclasses.replace(GEOMETRY, capacity=0)
     tokens, topk_idx, weights, params = arguments(rng)
     loss = loss_of(Started, topk_idx, body=partial(layer, geometry=geometry))
