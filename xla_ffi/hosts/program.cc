@@ -76,8 +76,9 @@ class Departures final : public pod::Guest {
     words_[process] = why_gone(how);
     uint32_t* const word =
         &joined_.landings.layout.mail_of_pe(joined_.landings.address[program.pe], process).why_gone;
-    // Partner: the load in may_wait_for_host(). If this fails, kernels wait until the time-out.
-    cudaMemcpyAsync(word, &words_[process], sizeof(*word), cudaMemcpyHostToDevice, stream_);
+    // Partner: the load in may_wait_for_host(). If this fails, kernels wait until the time-out. The
+    // memory need not be the GPU's: NVSHMEM_HEAP_KIND=SYSMEM.
+    cudaMemcpyAsync(word, &words_[process], sizeof(*word), cudaMemcpyDefault, stream_);
   }
 
  private:
