@@ -128,6 +128,21 @@ def test_buffers_without_elements_stay_out_of_the_calls(num_tokens, width, capac
     assert not d_weights.any()
 
 
+def test_a_leaf_without_elements_stays_out_of_the_call_of_others():
+    def swap(leaves, topk_idx):
+        return fio.dispatch(leaves, topk_idx, num_experts=2, axis_name="expert").tokens
+
+    spec, mesh = P("expert"), make_mesh(2, axis_types=(AxisType.Auto,))
+    run = jax.jit(jax.shard_map(swap, mesh=mesh, in_specs=spec, out_specs=spec))
+    leaves = {"empty": jnp.ones((4, 0, 3)), "full": jnp.ones((4, 3))}
+    topk_idx = jnp.array([[0], [1], [1], [0]], jnp.int32)
+    (call,) = re.findall(r".*@freeio_dispatch\(.*", run.lower(leaves, topk_idx).as_text())
+    assert not re.search(r"[<x]0x", call.rsplit(" : ", 1)[1]), call
+    rows = run(leaves, topk_idx)
+    assert rows["empty"].shape == (*rows["full"].shape[:1], 0, 3)
+    assert rows["full"].sum() == leaves["full"].sum()
+
+
 def test_a_device_of_a_mesh_without_devices_may_be_any():
     """On GPUs the call has to find out by itself where it runs."""
 

@@ -89,11 +89,11 @@ def test_eagerly(setting, rng):
 
 
 def test_the_reference_eagerly(rng):
-    """Its results alone, and on one rank: each of its steps is a program of all ranks here."""
+    """Its results alone: each of its steps is a program here, and in gradients there are many."""
     args = arguments(rng, "float32", "float32")
-    expected = jax.jit(without_setting(fio.reference, ranks=1))(*args)
+    expected = jax.jit(without_setting(fio.reference))(*args)
     with jax.disable_jit():
-        got = layer_of(fio.reference, ranks=1)(*args)
+        got = layer_of(fio.reference)(*args)
     assert_close(got, expected)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
+from turns import take_turns
 
 from freeio_jax.launch import Pod
 from freeio_jax.launch.pod import visible_gpus
@@ -65,11 +67,16 @@ def test_a_program_of_before_shutdown(run):
     assert all("jax.clear_caches()" in text for text in said), said
 
 
-def test_combine_on_few_ctas(run):
-    _, status, said = run("few_ctas")
+def check_few_ctas(run, **environment):
+    _, status, said = run("few_ctas", **environment)
     assert status == 0, said
-    if "LEFT OUT" in said[0]:
-        pytest.skip(said[0])
+    assert all("FINISHED" in text for text in said), said
+    if left_out := re.search("LEFT OUT: (.*)", said[0]):
+        pytest.skip(left_out[1])
+
+
+def test_combine_on_few_ctas(run):
+    check_few_ctas(run)
 
 
 def test_a_pool_that_grows(run):
@@ -153,35 +160,28 @@ def test_without_nvshmem_xlas_collectives_carry_the_rows(run):
 # --- More processes than GPUs --------------------------------------------------------------------
 
 
-def take_turns(num_processes):
-    """The GPU gives each process a slice of time. So all of them come on, but nothing is fast."""
-    return {
-        "CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[:1] * num_processes),
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": str(0.8 / num_processes),
-    }
+def on_one_gpu(num_processes):
+    return take_turns(visible_gpus()[:1], num_processes)
 
 
 @pytest.mark.parametrize("num_processes", [2, 4, 8])
 @pytest.mark.parametrize("scenario", ["layers", "groups"])
 def test_exchanges_on_one_gpu(run, scenario, num_processes):
-    _, status, said = run(scenario, shape=(num_processes, 1), **take_turns(num_processes))
+    _, status, said = run(scenario, shape=(num_processes, 1), **on_one_gpu(num_processes))
     assert status == 0, said
     assert all("FINISHED" in text for text in said)
 
 
 @pytest.mark.timeout(300)
 def test_combine_on_few_ctas_of_one_gpu(run):
-    _, status, said = run("few_ctas", **take_turns(2))
-    assert status == 0, said
-    if "LEFT OUT" in said[0]:
-        pytest.skip(said[0])
+    check_few_ctas(run, **on_one_gpu(2))
 
 
 @BETWEEN_HOSTS
 @pytest.mark.parametrize("num_processes, num_hosts", [(2, 2), (4, 2), (4, 4), (8, 2), (8, 4)])
 @pytest.mark.parametrize("scenario", ["layers", "groups"])
 def test_exchanges_between_hosts_on_one_gpu(run, scenario, num_processes, num_hosts):
-    places = {"num_hosts": num_hosts, "FREEIO_TRANSPORT": "nvshmem"} | take_turns(num_processes)
+    places = {"num_hosts": num_hosts, "FREEIO_TRANSPORT": "nvshmem"} | on_one_gpu(num_processes)
     _, status, said = run(scenario, shape=(num_processes, 1), **places)
     assert status == 0, said
     assert all("FINISHED" in text for text in said)

@@ -10,6 +10,7 @@ import sys
 
 import over_tcp
 import pytest
+from turns import take_turns
 
 #: Prints the host's name, and what is in shared memory that the host's first process has made.
 LOOK = """
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
 
 def test_only_processes_of_one_host_share_memory(folder):
     name = f"freeio_jax-{os.getpid()}"
-    found = os.environ | over_tcp.environment(folder, 4, 2)
+    found = os.environ | over_tcp.own_hosts(folder, 4, 2)
     processes = []
     seen = []
     for rank in range(4):
@@ -79,13 +80,31 @@ def test_memory_of_the_cpu_is_mapped_where_it_is(folder):
     assert library.gdr_unpin_buffer(gdr, handle) == 0
 
 
-def test_a_missing_wheel_is_named():
+@pytest.mark.parametrize("package", ["no_such_package", "no_such_package.of_anybody"])
+def test_a_missing_wheel_is_named(package):
     with pytest.raises(ModuleNotFoundError, match="libucx-cu13"):
-        over_tcp.libraries("no_such_package.of_anybody")
+        over_tcp.libraries(package)
 
 
-def test_processes_take_turns_on_the_gpus_that_there_are(folder, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    found = over_tcp.environment(folder, 4, 2)
-    assert found["CUDA_VISIBLE_DEVICES"] == "3,5,3,5"
-    assert found["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.35"
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "3", "--hosts", "2", "x.py"], "-n 3 does not divide by --hosts 2"),
+        (["-n", "2", "--hosts", "0", "x.py"], "-n 2 does not divide by --hosts 0"),
+        (["-n", "2"], "which program?"),
+        (["-n", "2", "x.py"], "there is no NVIDIA GPU here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use_gets_one_clear_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", ["over_tcp.py", *arguments])
+    with pytest.raises(SystemExit):
+        over_tcp.main()
+    assert message in capsys.readouterr().err
+
+
+def test_processes_take_turns_on_the_gpus_that_there_are():
+    found = take_turns(["3", "5"], 5)
+    assert found["CUDA_VISIBLE_DEVICES"] == "3,5,3,5,3"
+    assert 3 * float(found["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 0.8

@@ -20,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from turns import take_turns
+
 from freeio_jax.launch import Pod
 from freeio_jax.launch.pod import visible_gpus
 
@@ -62,18 +64,12 @@ def libraries(package: str) -> str:
     return str(Path(next(iter(found.submodule_search_locations))) / "lib")
 
 
-def environment(folder: Path, num_processes: int, num_hosts: int) -> dict[str, str]:
-    """What the processes find, beside what the launcher tells them."""
-    found = {
+def own_hosts(folder: Path, num_processes: int, num_hosts: int) -> dict[str, str]:
+    """The variables by which each process is on its host."""
+    return {
         "LD_PRELOAD": str(folder / "libown_host.so"),
         "TESTS_RANKS_PER_HOST": str(num_processes // num_hosts),
     }
-    if gpus := visible_gpus():
-        taken = [gpus[rank % len(gpus)] for rank in range(num_processes)]
-        each = -(-num_processes // len(gpus))
-        found["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
-        found["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(0.7 / each)
-    return found
 
 
 def main() -> int:
@@ -84,12 +80,23 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("program", nargs=argparse.REMAINDER)
     options = parser.parse_args()
+    if options.hosts < 1 or options.num_processes < 1 or options.num_processes % options.hosts:
+        parser.error(f"-n {options.num_processes} does not divide by --hosts {options.hosts}")
+    if not options.program:
+        parser.error("which program?")
+    gpus = visible_gpus()
+    if not gpus:
+        parser.error("there is no NVIDIA GPU here, or CUDA_VISIBLE_DEVICES names none")
     with tempfile.TemporaryDirectory(prefix="freeio_jax-tcp-") as folder:
-        compile_stand_ins(Path(folder))
-        found = [folder, libraries("libucx"), libraries("nvidia.nvshmem")]
+        try:
+            compile_stand_ins(Path(folder))
+            found = [folder, libraries("libucx"), libraries("nvidia.nvshmem")]
+        except (FileNotFoundError, ModuleNotFoundError) as error:
+            parser.error(str(error))
         if "LD_LIBRARY_PATH" in os.environ:
             found.append(os.environ["LD_LIBRARY_PATH"])
-        os.environ |= environment(Path(folder), options.num_processes, options.hosts)
+        os.environ |= own_hosts(Path(folder), options.num_processes, options.hosts)
+        os.environ |= take_turns(gpus, options.num_processes)
         os.environ |= SETTINGS | {"LD_LIBRARY_PATH": ":".join(found)}
         pod = Pod(
             options.program,
